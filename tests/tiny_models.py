@@ -1,5 +1,6 @@
 """A tiny random model and tokenizer for tests of what surrounds the numbers."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from tokenizers.processors import TemplateProcessing
 
 from funnel_engine import Engine, HeadConfig, ModelConfig
 from funnel_engine.config import Rope
+from funnel_engine.text import TextConfig
 from funnel_engine.weights import random_weights
 
 CONFIG = ModelConfig(
@@ -39,12 +41,20 @@ def make_engine(head: HeadConfig = HeadConfig(), config: ModelConfig = CONFIG, *
     return Engine(config, head, random_weights(config, head, "float32", seed=7), **options)
 
 
+TEXT = TextConfig(begin=2)
+
+
 def make_tokenizer() -> Tokenizer:
-    """Words to ids, with a BOS (2) in front of every text."""
+    """Words to ids, with a BOS (2) in front of every text if special tokens are asked for."""
     tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = Whitespace()
     tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
     return tokenizer
+
+
+def tokenize(texts: Sequence[str]) -> list[list[int]]:
+    """The ids of texts without BOS, as the engine wants them."""
+    return [encoding.ids for encoding in make_tokenizer().encode_batch(list(texts), add_special_tokens=False)]
 
 
 def random_ids(lengths: list[int], seed: int = 0, vocab_size: int = CONFIG.vocab_size) -> list[np.ndarray]:

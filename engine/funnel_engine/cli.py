@@ -16,12 +16,12 @@ from rich.console import Console
 from rich.progress import track
 
 from funnel_engine.checkpoints.convert import convert as convert_checkpoint
-from funnel_engine.checkpoints.native import read_checkpoint
+from funnel_engine.checkpoints.formats import FORMATS
 from funnel_engine.config import ATTENTIONS, FunnelConfig
 from funnel_engine.engine import Engine, describe_funnel
-from funnel_engine.flops import forward_flops, ideal_ratio
+from funnel_engine.inspection import inspect_checkpoint
 from funnel_engine.output_files import check_writable, write_bytes
-from funnel_engine.weights import DTYPES, count_parameters, expected_shapes
+from funnel_engine.weights import DTYPES
 from funnel_kernels import dispatch
 from funnel_kernels.errors import ConfigError, FunnelError, InputError
 from funnel_kernels.pool import POOLS
@@ -94,66 +94,74 @@ def make_funnel(after: int | None, stride: int | None, pool: str | None) -> Funn
     return FunnelConfig()
 
 
+format_option = click.option(
+    "--format", "form", type=click.Choice(list(FORMATS)), help="Of the source. Default: known from its content."
+)
+
+sliding_window_option = click.option(
+    "--sliding-window", type=int, help="Tokens; stands for the config's, where an old save has spoiled it."
+)
+
+
 @main.command()
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("destination", type=click.Path(path_type=Path))
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="bfloat16", show_default=True, help="Of the weights.")
 @click.option("--overwrite", is_flag=True, help="Replace DESTINATION if it exists.")
-def convert(source: Path, destination: Path, dtype: str, overwrite: bool) -> None:
+@format_option
+@sliding_window_option
+@click.option("--allow-nonfinite", is_flag=True, help="Convert weights that are NaN or infinite as they are.")
+def convert(
+    source: Path,
+    destination: Path,
+    dtype: str,
+    overwrite: bool,
+    form: str | None,
+    sliding_window: int | None,
+    allow_nonfinite: bool,
+) -> None:
     """Convert a Gemma checkpoint for the engine.
 
-    SOURCE is a folder in Hugging Face format: config.json, safetensors (one file or sharded), and tokenizer.json if
-    the engine is to take texts. DESTINATION is the folder to make; it appears only once it is complete.
+    SOURCE is a file or folder in one of the formats: Hugging Face, sentence-transformers, Orbax (Flax),
+    gemma_pytorch, KerasHub, or a checkpoint that is already converted. DESTINATION is the folder to make; it appears
+    only once it is complete. `funnel inspect SOURCE` says beforehand what will happen.
     """
-    convert_checkpoint(source, destination, dtype=dtype, overwrite=overwrite)
+    convert_checkpoint(
+        source, destination, dtype=dtype, overwrite=overwrite,
+        format=form, sliding_window=sliding_window, allow_nonfinite=allow_nonfinite,
+    )  # fmt: skip
     click.echo(f"Wrote {destination}")
 
 
 @main.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--seq-len", type=click.IntRange(1, 2**20), default=512, show_default=True, help="Tokens per sequence.")
+@click.option("--verify", is_flag=True, help="Compare the files of a converted checkpoint with its hashes.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
+@format_option
+@sliding_window_option
 @funnel_options
 def inspect(
-    checkpoint: Path, seq_len: int, as_json: bool, after: int | None, stride: int | None, pool: str | None
+    checkpoint: Path,
+    seq_len: int,
+    verify: bool,
+    as_json: bool,
+    form: str | None,
+    sliding_window: int | None,
+    after: int | None,
+    stride: int | None,
+    pool: str | None,
 ) -> None:
-    """Show what a converted CHECKPOINT is, what it costs, and what a funnel would save.
+    """Show what a CHECKPOINT is, converted or not, what is wrong with it, and what a funnel would save.
 
-    The weights are not loaded. Example: funnel inspect gemma-2b --after 2
+    The weights are not loaded. Without problems, `funnel convert` takes it, or the engine if it is converted; with
+    problems the exit status is 2. Example: funnel inspect gemma-2b --after 2
     """
-    found = read_checkpoint(checkpoint)
-    config, head, funnel = found.config, found.head, make_funnel(after, stride, pool)
-    lengths = np.array([seq_len], np.int32)
-    shapes = expected_shapes(config, head)
-    sliding = config.layer_types.count("sliding")
-    facts: dict[str, Any] = {
-        "family": config.family,
-        "attention": config.attention,
-        "layers": config.num_layers,
-        "sliding_layers": sliding,
-        "window": list(config.window("sliding")) if sliding else None,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "heads": config.num_heads,
-        "kv_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "vocab_size": config.vocab_size,
-        "max_positions": config.max_positions,
-        "parameters": count_parameters(shapes),
-        "dtype": found.dtype,
-        "gigabytes": count_parameters(shapes) * DTYPES[found.dtype].itemsize / 1e9,
-        "pooling": head.pooling,
-        "dense_layers": [list(features) for features in head.dense],
-        "task": head.task,
-        "labels": list(head.labels),
-        "tokenizer": found.tokenizer_file is not None,
-        "prompts": list(found.prompts),
-        "seq_len": seq_len,
-        "gflops_per_token": forward_flops(config, FunnelConfig(), lengths) / seq_len / 1e9,
-        "funnel": describe_funnel(funnel),
-        "ideal_ratio": ideal_ratio(config, funnel, lengths),
-    }
-    print_facts(facts, as_json)
+    funnel = make_funnel(after, stride, pool)
+    facts = inspect_checkpoint(checkpoint, form, sliding_window, funnel=funnel, seq_len=seq_len, verify=verify)
+    print_facts(facts | {"funnel": describe_funnel(funnel)}, as_json)
+    if facts["problems"]:
+        raise SystemExit(2)
 
 
 @main.command()
@@ -184,6 +192,7 @@ def doctor(as_json: bool) -> None:
 )  # fmt: skip
 @click.option("--truncate-dim", type=int, help="Keep only the first dimensions of each vector.")
 @click.option("--prompt-name", help="Prompt of the checkpoint to put before each text.")
+@click.option("--truncate", is_flag=True, help="Cut the end off texts that are too long, instead of refusing them.")
 @click.option("--normalize/--no-normalize", default=True, show_default=True, help="Scale vectors to length 1.")
 @click.option("--attention", type=click.Choice(ATTENTIONS), help="Default: what the checkpoint says.")
 @click.option("--backend", default="auto", show_default=True, help="auto, xla or reference.")
@@ -194,6 +203,7 @@ def embed(
     output: Path,
     truncate_dim: int | None,
     prompt_name: str | None,
+    truncate: bool,
     normalize: bool,
     attention: str | None,
     backend: str,
@@ -219,7 +229,7 @@ def embed(
     parts = [
         engine.embed(
             lines[start : start + TEXTS_PER_CALL],
-            normalize=normalize, truncate_dim=truncate_dim, prompt_name=prompt_name,
+            normalize=normalize, truncate_dim=truncate_dim, prompt_name=prompt_name, truncate=truncate,
         )
         for start in bar
     ]  # fmt: skip
@@ -244,12 +254,16 @@ def print_facts(facts: dict[str, Any], as_json: bool) -> None:
         return
     width = max(map(len, facts))
     for name, value in facts.items():
-        click.echo(f"{name:<{width}}  {show(value)}")
+        lines = value if name == "problems" else [show(value)]
+        for line in lines or ["none"]:
+            click.echo(f"{name:<{width}}  {line}")
 
 
 def show(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(show, value)) or "none"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {show(item)}" for name, item in value.items()) or "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):

@@ -60,7 +60,7 @@ class ModelConfig:
         attention: "bidirectional" or "causal".
         full_rope, sliding_rope: RoPE of the full and of the sliding layers.
         max_positions: longest sequence the model was made for, in tokens.
-        pad_token_id: the id that classification heads skip at the end of a sequence.
+        pad_token_id: the id that classification heads skip at the end of a sequence; None skips none.
 
     Raises:
         ConfigError: sizes that do not fit together.
@@ -85,7 +85,7 @@ class ModelConfig:
     post_norms: bool = False
     qk_norm: bool = False
     norm_eps: float = 1e-6
-    pad_token_id: int = 0
+    pad_token_id: int | None = 0
 
     def __post_init__(self):
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim"):

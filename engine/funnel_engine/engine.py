@@ -17,7 +17,6 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
 from rich.console import Console
 from rich.progress import track
-from tokenizers import Tokenizer
 
 from funnel_engine.checkpoints.native import read_checkpoint
 from funnel_engine.config import FunnelConfig, ModelConfig, check_positive
@@ -36,6 +35,7 @@ from funnel_engine.packing import (
     spans,
     split,
 )
+from funnel_engine.text import TextConfig, Tokenize, read_tokenizer
 from funnel_engine.weights import DTYPES, check_dtype, expected_shapes, nest
 from funnel_kernels import dispatch
 from funnel_kernels.errors import CheckpointError, ConfigError, InputError
@@ -78,9 +78,8 @@ class Engine:
         *,
         funnel: FunnelConfig = FunnelConfig(),
         backend: str = "auto",
-        tokenizer: Tokenizer | None = None,
-        prompts: Mapping[str, str] | None = None,
-        default_prompt_name: str | None = None,
+        tokenizer: Tokenize | None = None,
+        text: TextConfig = TextConfig(),
         max_batch_tokens: int = 16384,
         compilation_cache: str | PathLike[str] | None = None,
     ):
@@ -93,9 +92,8 @@ class Engine:
                 bfloat16. JAX arrays are used as they are, so engines can share them.
             funnel: where and how the token axis is pooled.
             backend: "auto", "xla" or "reference", see `funnel_kernels.dispatch`.
-            tokenizer: for texts; None takes token ids only.
-            prompts: texts to put before the input, by name.
-            default_prompt_name: the prompt of calls that name none.
+            tokenizer: makes ids of texts; None takes token ids only.
+            text: what else is done to a text: begin and end of sequence, prompts, length limit.
             max_batch_tokens: tokens of the largest batch, and of the longest sequence.
             compilation_cache: directory in which compiled programs outlive the process (a setting of the process).
 
@@ -115,9 +113,8 @@ class Engine:
         if compilation_cache is not None:
             keep_compiled_programs(Path(compilation_cache))
         self.config, self.head, self.funnel, self.backend = config, head, funnel, backend
-        self.tokenizer, self.prompts = tokenizer, dict(prompts or {})
-        self.default_prompt_name = default_prompt_name
-        self.max_length = min(config.max_positions, max_batch_tokens)
+        self.tokenizer, self.text = tokenizer, text
+        self.max_length = min(config.max_positions, text.max_tokens or max_batch_tokens, max_batch_tokens)
         self.buckets = row_buckets(self.plan, max_batch_tokens)
         self.params = nest({name: jax.device_put(weight) for name, weight in weights.items()}, config, funnel)
         self.head_params = {name: self.params[name] for name in head_shapes(config.hidden_size, head)}
@@ -137,6 +134,7 @@ class Engine:
         pooling: str | None = None,
         max_batch_tokens: int = 16384,
         compilation_cache: str | PathLike[str] | None = None,
+        verify: bool = False,
     ) -> "Engine":
         """Loads a checkpoint that `convert` has written.
 
@@ -145,6 +143,7 @@ class Engine:
             dtype: "bfloat16" or "float32"; None keeps the checkpoint's.
             attention: "bidirectional" or "causal"; None keeps the checkpoint's.
             pooling: how `embed` pools, see `HeadConfig`; None keeps the checkpoint's.
+            verify: read every file first and compare its SHA-256 with the one that `convert` has written down.
 
         The other arguments are those of `Engine`.
 
@@ -154,7 +153,7 @@ class Engine:
         """
         if dtype is not None:
             check_dtype(dtype)
-        checkpoint = read_checkpoint(path)
+        checkpoint = read_checkpoint(path, verify=verify)
         config, head = checkpoint.config, checkpoint.head
         if attention is not None:
             config = dataclasses.replace(config, attention=attention)
@@ -166,15 +165,20 @@ class Engine:
             {name: to_device(weight, dtype or checkpoint.dtype) for name, weight in checkpoint.weights.items()},
             funnel=funnel,
             backend=backend,
-            tokenizer=read_tokenizer(checkpoint.tokenizer_file),
-            prompts=checkpoint.prompts,
-            default_prompt_name=checkpoint.default_prompt_name,
+            tokenizer=read_tokenizer(checkpoint.tokenizer_file) if checkpoint.tokenizer_file else None,
+            text=checkpoint.manifest.text,
             max_batch_tokens=max_batch_tokens,
             compilation_cache=compilation_cache,
         )
 
     def embed(
-        self, inputs: Any, normalize: bool = True, truncate_dim: int | None = None, prompt_name: str | None = None
+        self,
+        inputs: Any,
+        normalize: bool = True,
+        truncate_dim: int | None = None,
+        prompt_name: str | None = None,
+        *,
+        truncate: bool = False,
     ) -> np.ndarray:
         """One vector per input: its rows pooled, then the head's dense layers if it has any.
 
@@ -183,6 +187,7 @@ class Engine:
             normalize: scale each vector to length 1.
             truncate_dim: keep only the first dimensions, before normalising (Matryoshka, arXiv:2205.13147).
             prompt_name: which of the checkpoint's prompts to put before each text.
+            truncate: cut the end off inputs that are longer than `max_length`, instead of refusing them.
 
         Returns:
             [B, D] float32.
@@ -194,7 +199,7 @@ class Engine:
         is_integer = isinstance(truncate_dim, (int, np.integer)) and not isinstance(truncate_dim, bool)
         if truncate_dim is not None and not (is_integer and 1 <= truncate_dim <= width):
             raise InputError(f"truncate_dim={truncate_dim!r} must be an integer from 1 to the vector's size, {width}")
-        ragged = self._read(inputs, prompt_name)
+        ragged = self._read(inputs, truncate, prompt_name)
         vectors = np.empty((len(ragged.lengths), width), np.float32)
         for order, _, result in self._run(ragged, self._embed_rows):
             vectors[order] = np.asarray(result)[: len(order)]
@@ -203,23 +208,24 @@ class Engine:
             vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
         return vectors
 
-    def classify(self, inputs: Any) -> np.ndarray:
+    def classify(self, inputs: Any, *, truncate: bool = False) -> np.ndarray:
         """Raw logits of each input, [B, labels] float32: the classifier at the last token that is not padding.
 
-        As in transformers, that is the rightmost id other than `config.pad_token_id`, or the first token if all are.
+        As in transformers, that is the rightmost id other than `config.pad_token_id`, or the first token if all are;
+        without a pad id, the last token.
 
         Raises:
             ConfigError: the checkpoint has no sequence classifier.
             InputError: inputs that cannot be run.
         """
         self._require_task("classify")
-        ragged = self._read(inputs)
+        ragged = self._read(inputs, truncate)
         logits = np.empty((len(ragged.lengths), len(self.head.labels)), np.float32)
         for order, _, result in self._run(ragged, self._classify_rows):
             logits[order] = np.asarray(result)[: len(order)]
         return logits
 
-    def tag(self, inputs: Any) -> list[np.ndarray]:
+    def tag(self, inputs: Any, *, truncate: bool = False) -> list[np.ndarray]:
         """Raw logits of each token, one [T, labels] float32 array per input.
 
         Raises:
@@ -232,9 +238,9 @@ class Engine:
                 f"tag needs one row per token, but the funnel {self.funnel.strides} leaves one row per "
                 f"{self.plan.output_stride} tokens; load with a recovery, e.g. FunnelConfig(..., recovery='mean_last')"
             )
-        return self._split_rows(inputs, self._tag_rows)
+        return self._split_rows(inputs, truncate, self._tag_rows)
 
-    def hidden_states(self, inputs: Any) -> list[np.ndarray]:
+    def hidden_states(self, inputs: Any, *, truncate: bool = False) -> list[np.ndarray]:
         """The encoder's rows after the final norm, one [R, D] float32 array per input.
 
         R is the number of tokens, or, with a funnel and no recovery, of pooled rows.
@@ -242,7 +248,7 @@ class Engine:
         Raises:
             InputError: inputs that cannot be run.
         """
-        return self._split_rows(inputs, lambda rows, ragged, sequences: rows)
+        return self._split_rows(inputs, truncate, lambda rows, ragged, sequences: rows)
 
     def warmup(self, progress: bool = True) -> None:
         """Compiles the programs of every bucket, so that no later call compiles.
@@ -293,19 +299,16 @@ class Engine:
     @property
     def embedding_size(self) -> int:
         """Dimensions of the vectors that `embed` returns."""
-        return self.head.dense[-1][0] if self.head.dense else self.config.hidden_size
+        return self.head.dense[-1].out_features if self.head.dense else self.config.hidden_size
 
-    def _read(self, inputs: Any, prompt_name: str | None = None) -> Ragged:
-        if prompt_name is not None and prompt_name not in tuple(self.prompts):
-            known = ", ".join(self.prompts) or "none"
-            raise InputError(f"prompt_name={prompt_name!r} is unknown; this checkpoint's prompts: {known}")
+    def _read(self, inputs: Any, truncate: bool, prompt_name: str | None = None) -> Ragged:
+        prompt = self.text.prompt(prompt_name)
         if prompt_name is not None and not holds_texts(inputs):
             raise InputError(f"prompt_name={prompt_name!r} needs texts; token ids must already begin with the prompt's")
-        name = self.default_prompt_name if prompt_name is None else prompt_name
-        prompt = "" if name is None else self.prompts[name]
         return read_inputs(
-            inputs, self.tokenizer, prompt=prompt, vocab_size=self.config.vocab_size, max_length=self.max_length
-        )
+            inputs, self.tokenizer, self.text, prompt=prompt,
+            vocab_size=self.config.vocab_size, max_length=self.max_length, truncate=truncate,
+        )  # fmt: skip
 
     def _run(self, ragged: Ragged, head: Callable[..., jax.Array]) -> Iterator[tuple[Ints, Spans, jax.Array]]:
         """Runs all batches; yields each one's sequence indices, its output rows, and the head's result.
@@ -335,8 +338,8 @@ class Engine:
         finally:
             jax.block_until_ready(running)  # an interrupted caller must not free weights that are being read
 
-    def _split_rows(self, inputs: Any, head: Callable[..., jax.Array]) -> list[np.ndarray]:
-        ragged = self._read(inputs)
+    def _split_rows(self, inputs: Any, truncate: bool, head: Callable[..., jax.Array]) -> list[np.ndarray]:
+        ragged = self._read(inputs, truncate)
         results: list[np.ndarray] = [np.empty(0)] * len(ragged.lengths)
         for order, where, result in self._run(ragged, head):
             rows = np.asarray(result).astype(np.float32)
@@ -411,8 +414,10 @@ class Engine:
             )
 
 
-def last_tokens(batch: Ragged, pad_token_id: int) -> Ints:
+def last_tokens(batch: Ragged, pad_token_id: int | None) -> Ints:
     """Index, within its sequence, of the rightmost token that is not padding; 0 if all are; [B]."""
+    if pad_token_id is None:
+        return batch.lengths - 1
     within = np.arange(len(batch.ids), dtype=np.int32) - np.repeat(batch.offsets[:-1], batch.lengths)
     return np.maximum.reduceat(np.where(batch.ids != pad_token_id, within, 0), batch.offsets[:-1])
 
@@ -462,16 +467,3 @@ def keep_compiled_programs(directory: Path) -> None:
 def to_device(weight: np.ndarray, dtype: str) -> jax.Array:
     """Casts and transfers one weight; on the CPU a weight that needs no cast stays where the file is mapped."""
     return jax.device_put(weight if str(weight.dtype) == dtype else weight.astype(DTYPES[dtype]))
-
-
-def read_tokenizer(file: PathLike[str] | None) -> Tokenizer | None:
-    """The checkpoint's tokenizer, adding the special tokens that it says, without padding or truncation."""
-    if file is None:
-        return None
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises bare Exception
-        raise CheckpointError(f"{file} is not a tokenizer that the tokenizers library reads: {error}") from error
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer

@@ -4,7 +4,8 @@ All of them read the rows of `model.forward`. A sequence's rows are `first[b] ..
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,6 +18,29 @@ from funnel_kernels.errors import ConfigError
 POOLINGS = ("mean", "first", "last", "max", "attention")
 TASKS = ("classify", "tag")
 POOLER_HEADS = 4
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "identity": lambda x: x,
+    "tanh": jnp.tanh,
+    "relu": jax.nn.relu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "silu": jax.nn.silu,
+    "sigmoid": jax.nn.sigmoid,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseConfig:
+    """A linear layer on a sentence vector, [in] -> [out], and the activation after it."""
+
+    out_features: int
+    in_features: int
+    bias: bool = False
+    activation: str = "identity"
+
+    def __post_init__(self):
+        check_positive("features of a dense layer", self.out_features)
+        check_positive("features of a dense layer", self.in_features)
+        check_option("activation of a dense layer", self.activation, tuple(ACTIVATIONS))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +50,8 @@ class HeadConfig:
     Attributes:
         pooling: how `embed` makes one vector of a sequence's rows: "mean", "first", "last", "max" or "attention".
         pooler: whether the weights of the attention pooler are there.
-        dense: (out, in) features of each linear layer after the pooling (EmbeddingGemma has two).
+        dense: the linear layers after the pooling (EmbeddingGemma has two).
+        similarity: how its vectors are meant to be compared, e.g. "cosine"; None if the checkpoint does not say.
         task: what the classifier is for: "classify" (one label a sequence), "tag" (one a token), or None without one.
         labels: names of the classes, in the order of the logits.
         classifier_bias: whether the classifier adds a bias.
@@ -34,7 +59,8 @@ class HeadConfig:
 
     pooling: str = "mean"
     pooler: bool = False
-    dense: tuple[tuple[int, int], ...] = ()
+    dense: tuple[DenseConfig, ...] = ()
+    similarity: str | None = None
     task: str | None = None
     labels: tuple[str, ...] = ()
     classifier_bias: bool = False
@@ -46,21 +72,29 @@ class HeadConfig:
                 "pooling='attention' needs the learned query 'pooler.query', which this checkpoint does not have; "
                 "use mean, first, last or max"
             )
-        for features in self.dense:
-            for size in features:
-                check_positive("features of a dense layer", size)
         if self.task is not None:
             check_option("task", self.task, TASKS)
             check_positive("number of labels", len(self.labels))
 
 
 def head_shapes(hidden_size: int, head: HeadConfig) -> dict[str, tuple[int, ...]]:
-    """The weights of a head, by name."""
+    """The weights of a head, by name.
+
+    Raises:
+        ConfigError: the dense layers do not fit together.
+    """
+    size = hidden_size
+    for index, dense in enumerate(head.dense):
+        if dense.in_features != size:
+            raise ConfigError(f"dense layer {index} takes {dense.in_features} features, but there are {size} before it")
+        size = dense.out_features
     shapes: dict[str, tuple[int, ...]] = {}
     if head.pooler:
         shapes["pooler.query"] = (hidden_size,)
-    for index, features in enumerate(head.dense):
-        shapes[f"dense.{index}"] = features
+    for index, dense in enumerate(head.dense):
+        shapes[f"dense.{index}.weight"] = (dense.out_features, dense.in_features)
+        if dense.bias:
+            shapes[f"dense.{index}.bias"] = (dense.out_features,)
     if head.task:
         shapes["classifier.weight"] = (len(head.labels), hidden_size)
         if head.classifier_bias:
@@ -82,8 +116,11 @@ def sentence_vectors(
         pooled = attention_pool(rows, params["pooler.query"], first, count, backend)
     else:
         pooled = pool_rows(rows.astype(jnp.float32), first, count, head.pooling)
-    for index in range(len(head.dense)):
-        pooled = linear(pooled, params[f"dense.{index}"])
+    for index, dense in enumerate(head.dense):
+        pooled = linear(pooled, params[f"dense.{index}.weight"])
+        if dense.bias:
+            pooled = pooled + params[f"dense.{index}.bias"]
+        pooled = ACTIVATIONS[dense.activation](pooled)
     return pooled
 
 

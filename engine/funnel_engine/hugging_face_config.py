@@ -45,8 +45,11 @@ MAX_LAYERS = 1000  # the largest Gemma has 62; a damaged file shall not fill the
 ACTIVATIONS = ("gelu_pytorch_tanh", "gelu")  # the legacy value "gelu" means tanh too (transformers PR 29402)
 
 
-def read_model_config(config: dict[str, Any]) -> ModelConfig:
+def read_model_config(config: dict[str, Any], sliding_window: int | None = None) -> ModelConfig:
     """Reads the content of a `config.json` of Gemma 1, 2, 3, EmbeddingGemma or T5Gemma (its encoder).
+
+    Args:
+        sliding_window: stands for the config's own, where that is known to be wrong.
 
     Raises:
         ConfigError: another family, a feature that this engine does not have, or a value that cannot be.
@@ -65,9 +68,13 @@ def read_model_config(config: dict[str, Any]) -> ModelConfig:
         raise ConfigError(f"model_type {family!r} is not a Gemma encoder that this engine knows; it runs {known}")
 
     fields = DEFAULTS[family] | {key: value for key, value in text.items() if value is not None}
+    if sliding_window is not None:
+        fields["sliding_window"] = sliding_window
     refuse_unsupported(family, fields)
     num_layers = integer(fields, "num_hidden_layers", most=MAX_LAYERS)
     layer_types = read_layer_types(family, fields, num_layers)
+    if sliding_window is not None and "sliding" not in layer_types:
+        raise ConfigError(f"sliding_window={sliding_window} is given, but this model has no sliding layers")
     causal_window, bidirectional_window = read_windows(family, fields, layer_types)
     head_dim = integer(fields, "head_dim")
     softcap = fields.get("attn_logit_softcapping") if family in ("gemma2", "t5gemma") else None
@@ -95,8 +102,21 @@ def read_model_config(config: dict[str, Any]) -> ModelConfig:
         post_norms=family != "gemma",
         qk_norm=family == "gemma3_text",
         norm_eps=number(fields, "rms_norm_eps"),
-        pad_token_id=integer(fields, "pad_token_id", least=0),
+        pad_token_id=read_pad_token_id(family, config, text),
     )
+
+
+def read_pad_token_id(family: str, config: dict[str, Any], text: dict[str, Any]) -> int | None:
+    """The id that a classifier skips; null skips none.
+
+    T5Gemma's goes by the outermost config, or the decoder's where that one does not have it.
+    """
+    places = [text]
+    if family == "t5gemma":
+        decoder = config.get("decoder")
+        places = [config, decoder if isinstance(decoder, dict) else {}]
+    fields = next((place for place in places if "pad_token_id" in place), COMMON)
+    return None if fields["pad_token_id"] is None else integer(fields, "pad_token_id", least=0)
 
 
 def refuse_unsupported(family: str, fields: dict[str, Any]) -> None:
@@ -150,7 +170,7 @@ def read_windows(
         if width % 2 and is_bidirectional(family, fields):
             raise ConfigError(
                 f"sliding_window={width} is odd in a bidirectional Gemma 3: an old save wrote the halved window back. "
-                "Put the original value (512 for EmbeddingGemma) into config.json"
+                "Give the original value: --sliding-window 512 for EmbeddingGemma"
             )
         return (width - 1, 0), (width // 2, width // 2)
     return (width - 1, 0), (width - 1, width - 1)

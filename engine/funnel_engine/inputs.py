@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from funnel_engine.packing import Ints
+from funnel_engine.text import TextConfig, Tokenize
 from funnel_kernels.errors import InputError
 
 
@@ -34,16 +34,25 @@ def holds_texts(inputs: Any) -> bool:
 
 
 def read_inputs(
-    inputs: Any, tokenizer: Tokenizer | None, *, prompt: str = "", vocab_size: int, max_length: int
+    inputs: Any,
+    tokenize: Tokenize | None,
+    text: TextConfig,
+    *,
+    prompt: str = "",
+    vocab_size: int,
+    max_length: int,
+    truncate: bool = False,
 ) -> Ragged:
     """Accepts one text, a list of texts, a list of id sequences, or a tuple `(ids, offsets)` of integer arrays.
 
     Args:
         inputs: see above.
-        tokenizer: for texts; None if the checkpoint has none.
-        prompt: put before every text; token ids are taken as they are.
+        tokenize: for texts; None if the checkpoint has no tokenizer.
+        text: the ids that go before and after those of a text; token ids are taken as they are.
+        prompt: put before every text.
         vocab_size: ids must lie in `[0, vocab_size)`.
         max_length: the most tokens a sequence may have.
+        truncate: cut the end off what is longer (of a text, before its last id is added), instead of refusing it.
 
     Raises:
         InputError: anything that cannot be run, with the index of the first offender.
@@ -66,33 +75,39 @@ def read_inputs(
     elif len(inputs) == 0:
         raise InputError("the list of inputs is empty; give at least one text or sequence")
     elif holds_texts(inputs):
-        ragged = join(tokenize(inputs, tokenizer, prompt))
+        ragged = join(read_texts(inputs, tokenize, text, prompt, max_length if truncate else None))
     else:
         ragged = join([read_ids(index, item) for index, item in enumerate(inputs)])
+    if truncate and ragged.lengths.max() > max_length:
+        ragged = join([ids[:max_length] for ids in np.split(ragged.ids, ragged.offsets[1:-1])])
     check_lengths(ragged.lengths, max_length)
     check_vocabulary(ragged, vocab_size)
     return ragged
 
 
-def tokenize(texts: Any, tokenizer: Tokenizer | None, prompt: str) -> list[Ints]:
-    if tokenizer is None:
+def read_texts(
+    texts: Any, tokenize: Tokenize | None, text: TextConfig, prompt: str, max_length: int | None
+) -> list[Ints]:
+    """The ids of texts, with those that the checkpoint puts before and after; cut to `max_length` if there is one."""
+    if tokenize is None:
         raise InputError(
-            "this checkpoint has no tokenizer, so it takes token ids only; put tokenizer.json beside the source "
-            "checkpoint and convert again"
+            "this checkpoint has no tokenizer, so it takes token ids only; put tokenizer.json or tokenizer.model "
+            "beside the source checkpoint and convert again"
         )
-    for index, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise InputError(f"input {index} is a {type(text).__name__} among texts; give texts only, or ids only")
-        if not text:
+    for index, item in enumerate(texts):
+        if not isinstance(item, str):
+            raise InputError(f"input {index} is a {type(item).__name__} among texts; give texts only, or ids only")
+        if not item:
             raise InputError(f"input {index} is an empty text; leave it out")
         try:
-            text.encode()
+            item.encode()
         except UnicodeEncodeError:
             message = f"input {index} holds half of a surrogate pair, which is no character; decode it anew"
             raise InputError(message) from None
-    return [
-        np.asarray(encoding.ids, np.int32) for encoding in tokenizer.encode_batch([prompt + text for text in texts])
-    ]
+    begin = [text.begin] if text.begin is not None else []
+    end = [text.end] if text.end is not None else []
+    room = None if max_length is None else max(0, max_length - len(begin) - len(end))
+    return [np.asarray(begin + ids[:room] + end, np.int32) for ids in tokenize([prompt + item for item in texts])]
 
 
 def read_ids(index: int, item: Any) -> Ints:
@@ -150,8 +165,9 @@ def check_lengths(lengths: Ints, max_length: int) -> None:
     index = int(np.argmax(lengths))
     if lengths[index] > max_length:
         raise InputError(
-            f"input {index} has {lengths[index]} tokens, more than the limit of {max_length} (the smaller of the "
-            "model's max_positions and the engine's max_batch_tokens); shorten it, or raise max_batch_tokens"
+            f"input {index} has {lengths[index]} tokens, more than the limit of {max_length} (the smallest of the "
+            "model's max_positions, its checkpoint's max_tokens and the engine's max_batch_tokens); shorten it, cut "
+            "its end off with truncate=True, or raise max_batch_tokens"
         )
 
 

@@ -19,7 +19,8 @@ import hugging_face_models as models
 from funnel_engine.checkpoints.convert import convert
 from funnel_engine.checkpoints.native import Checkpoint, read_checkpoint
 from funnel_engine.hugging_face_config import read_model_config
-from funnel_kernels import CheckpointError
+from funnel_kernels import CheckpointError, ConfigError
+from tiny_models import make_tokenizer
 
 GEMMA_1_NORMS = {"attention_input_norm": "input_layernorm", "mlp_input_norm": "post_attention_layernorm"}
 GEMMA_2_NORMS = {
@@ -142,9 +143,9 @@ def test_encoder_of_every_family(tmp_path, class_name, make_config, dropped, dty
     checkpoint = read_checkpoint(tmp_path / "ours")
     assert checkpoint.config == read_model_config(json.loads((source / "config.json").read_text()))
     assert (checkpoint.head.pooling, checkpoint.head.task, checkpoint.dtype) == ("mean", None, dtype)
-    assert checkpoint.source["format"] == "hugging_face"
-    assert checkpoint.source["files"] == {"model.safetensors": (source / "model.safetensors").stat().st_size}
-    assert set(checkpoint.source["dropped"]) == dropped
+    assert checkpoint.manifest.source.format == "hugging_face"
+    assert set(checkpoint.manifest.source.files) == {"model.safetensors"}
+    assert set(checkpoint.manifest.source.dropped) == dropped
     check_weights(checkpoint, fused(model, checkpoint.config.family))
 
 
@@ -192,7 +193,7 @@ def test_prefixes_of_multimodal_gemma_3(tmp_path, prefix, vision_prefix, lm_head
     checkpoint = read_checkpoint(tmp_path / "ours")
     check_weights(checkpoint, fused(model, "gemma3_text"))
     dropped = {lm_head, f"{vision_prefix}vision_tower.", f"{vision_prefix}multi_modal_projector."}
-    assert set(checkpoint.source["dropped"]) == dropped
+    assert set(checkpoint.manifest.source.dropped) == dropped
 
 
 def test_sharded(tmp_path):
@@ -203,7 +204,7 @@ def test_sharded(tmp_path):
     convert(source, tmp_path / "ours")
     checkpoint = read_checkpoint(tmp_path / "ours")
     check_weights(checkpoint, fused(model, "gemma2"))
-    assert set(checkpoint.source["files"]) == {shard.name for shard in shards}
+    assert set(checkpoint.manifest.source.files) == {shard.name for shard in shards}
 
 
 @pytest.mark.parametrize("source_dtype", [torch.bfloat16, torch.float16])
@@ -233,10 +234,10 @@ def edit_json(file: Path, **fields: Any) -> None:
 
 def refusal(source: Path) -> str:
     """The message with which a source is refused; nothing may stand where the result would have been."""
-    destination = source.parent / "ours"
+    before = sorted(source.parent.iterdir())
     with pytest.raises(CheckpointError) as error:
-        convert(source, destination)
-    assert [path.name for path in source.parent.iterdir()] == [source.name]
+        convert(source, source.parent / "refused")
+    assert sorted(source.parent.iterdir()) == before
     return str(error.value)
 
 
@@ -275,8 +276,8 @@ def test_attention_pooler(source, tmp_path):
 
 
 def test_tokenizer_is_copied_along(source, tmp_path):
-    content = '{"version": "1.0", "model": {}}'
-    (source / "tokenizer.json").write_text(content)
+    make_tokenizer().save(str(source / "tokenizer.json"))
+    content = (source / "tokenizer.json").read_text()
     convert(source, tmp_path / "ours")
     (source / "tokenizer.json").unlink()
     convert(source, tmp_path / "without")
@@ -302,7 +303,7 @@ def test_everything_wrong_is_listed_at_once(source):
         "missing: norm.weight (48,)",
         "missing: layers.1.self_attn.k_proj.weight (28, 48)",
         "misshapen: layers.0.self_attn.q_proj.weight is (48, 84), the config says (84, 48)",
-        "dtype: layers.2.mlp.up_proj.weight is 'I8', not F32 or BF16 or F16",
+        "dtype: layers.2.mlp.up_proj.weight is 'safetensors I8', not float32 or bfloat16 or float16",
         "unknown: 'layers.0.adapter.weight' (84, 48)",
         "unknown: 'vision_tower.probe' (84, 48)",  # Gemma 1 has no vision tower
         "unknown: 'lm_head.weight_scale' (84, 48)",  # only lm_head.weight itself is known
@@ -393,17 +394,95 @@ def test_values_that_are_not_finite(source, bad):
     assert "layers.1.self_attn.v_proj.weight" in refusal(source)
 
 
-def test_not_a_directory(tmp_path):
-    with pytest.raises(CheckpointError, match="not a directory"):
+def test_nothing_there(tmp_path):
+    with pytest.raises(CheckpointError, match="does not exist"):
         convert(tmp_path / "google" / "gemma-2b", tmp_path / "ours")
 
 
 def test_directories_that_are_something_else(source, tmp_path):
-    convert(source, tmp_path / "ours")
-    with pytest.raises(CheckpointError, match="already converted"):
-        convert(tmp_path / "ours", tmp_path / "again")
-    with pytest.raises(CheckpointError, match=r"no config\.json"):
+    with pytest.raises(CheckpointError, match=r"in no format that is known .*no config\.json"):
         convert(tmp_path, tmp_path.parent / "elsewhere")
+    with pytest.raises(CheckpointError, match="not a directory"):
+        convert(source / "model.safetensors", tmp_path / "ours", format="hugging_face")
+    with pytest.raises(CheckpointError, match=r"not in Hugging Face format: it has no config\.json"):
+        convert(tmp_path, tmp_path.parent / "elsewhere", format="hugging_face")
+    with pytest.raises(ConfigError, match="format='gguf' is unknown"):
+        convert(source, tmp_path / "ours", format="gguf")
+
+
+def link_to_shared_file(source: Path, tmp_path: Path, name: str) -> Path:
+    target = tmp_path / "elsewhere" / name
+    target.parent.mkdir(exist_ok=True)
+    (source / name).rename(target)
+    (source / name).symlink_to(target)
+    return target
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"])
+def test_links_that_leave_the_folder(source, tmp_path, name):
+    """A folder from a stranger must not be able to name files of the machine that converts it."""
+    make_tokenizer().save(str(source / "tokenizer.json"))
+    (source / "tokenizer_config.json").write_text("{}")
+    target = link_to_shared_file(source, tmp_path, name)
+    message = refusal(source)
+    assert f"{source / name} is a link to {target}, outside {source}" in message
+
+
+def test_links_within_the_folder_and_to_the_folder(source, tmp_path):
+    (source / "model.safetensors").rename(source / "weights")
+    (source / "model.safetensors").symlink_to("weights")
+    (tmp_path / "link").symlink_to(source)
+    convert(tmp_path / "link", tmp_path / "ours", dtype="float32")
+    assert read_checkpoint(tmp_path / "ours").weights["final_norm"].shape == (48,)
+
+
+def test_cache_of_the_hugging_face_hub(source, tmp_path):
+    """There a model's folder holds links to files of other names, in a folder beside."""
+    snapshot, blobs = tmp_path / "models--us--gemma" / "snapshots" / "1a2b", tmp_path / "models--us--gemma" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, name in enumerate(["config.json", "model.safetensors"]):
+        shutil.copy(source / name, blobs / str(number))
+        (snapshot / name).symlink_to(f"../../blobs/{number}")
+    convert(snapshot, tmp_path / "ours")
+    assert sorted(read_checkpoint(tmp_path / "ours").manifest.source.files) == ["model.safetensors"]
+
+
+def test_nonfinite_values_are_kept_when_asked(source, tmp_path):
+    def damage(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        tensors["norm.weight"][3] = float("nan")
+        tensors["norm.weight"][5] = float("-inf")
+        return tensors
+
+    edit_tensors(source, damage)
+    convert(source, tmp_path / "ours", allow_nonfinite=True)
+    norm = read_checkpoint(tmp_path / "ours").weights["final_norm"].astype(np.float32)
+    assert np.isnan(norm[3])
+    assert norm[5] == -np.inf
+    assert np.isfinite(norm).sum() == 46
+
+
+@pytest.mark.parametrize("spoiled", [257, 129, 65])
+def test_a_window_that_an_old_save_has_halved(tmp_path, spoiled):
+    """Refused, with the option that helps; which also halves as transformers does."""
+    config = models.gemma3(use_bidirectional_attention=True, sliding_window=512)
+    source = save(build("Gemma3TextModel", config), tmp_path / "source")
+    convert(source, tmp_path / "right")
+    edit_json(source / "config.json", sliding_window=spoiled)
+    message = refusal(source)
+    assert f"sliding_window={spoiled} is odd" in message
+    assert "--sliding-window 512" in message
+    convert(source, tmp_path / "ours", sliding_window=512)
+    ours, right = (read_checkpoint(tmp_path / name).config for name in ("ours", "right"))
+    assert ours == right
+    assert ours.window("sliding") == (256, 256)
+    with pytest.raises(CheckpointError, match="sliding_window=-4"):
+        convert(source, tmp_path / "again", sliding_window=-4)
+
+
+def test_a_window_for_a_model_without_one(source, tmp_path):
+    with pytest.raises(CheckpointError, match="sliding_window=512 is given, but this model has no sliding layers"):
+        convert(source, tmp_path / "ours", sliding_window=512)
 
 
 def test_no_weights(source):

@@ -1,5 +1,6 @@
 """Our own format: what is written is what is read, and a damaged or foreign directory is refused."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,13 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 import hugging_face_models as models
+from funnel_engine import Engine
+from funnel_engine.checkpoints import native
 from funnel_engine.checkpoints.convert import convert
 from funnel_engine.checkpoints.native import read_checkpoint
 from funnel_engine.weights import count_parameters, expected_shapes
 from funnel_kernels import CheckpointError
+from tiny_models import make_tokenizer
 
 
 def make_source(directory: Path) -> Path:
@@ -24,8 +28,11 @@ def make_source(directory: Path) -> Path:
     config = models.gemma2()
     config.id2label = {0: "no", 1: "sí", 2: "ja"}
     models.build(transformers.Gemma2ForTokenClassification, config).save_pretrained(directory)
-    (directory / "tokenizer.json").write_text("{}")
+    make_tokenizer().save(str(directory / "tokenizer.json"))
     return directory
+
+
+DENSE = {"out_features": 3, "in_features": 48, "bias": False, "activation": "identity"}
 
 
 @pytest.fixture
@@ -39,9 +46,9 @@ def manifest(checkpoint: Path) -> dict[str, Any]:
 
 
 def edit(checkpoint: Path, path: str, value: Any) -> None:
-    """Sets, or with "absent" deletes, one field of funnel.json; `path` is like `config.head_dim`."""
+    """Sets, or with "absent" deletes, one field of funnel.json; `path` is like `config/head_dim`."""
     fields = manifest(checkpoint)
-    *parents, name = path.split(".")
+    *parents, name = path.split("/")
     target = fields
     for parent in parents:
         target = target[parent]
@@ -55,7 +62,7 @@ def edit(checkpoint: Path, path: str, value: Any) -> None:
 def test_manifest_says_what_is_there(checkpoint):
     found, fields = read_checkpoint(checkpoint), manifest(checkpoint)
     shapes = expected_shapes(found.config, found.head)
-    assert fields["version"] == 1
+    assert fields["version"] == 2
     assert fields["tensors"] == len(found.weights) == len(shapes)
     assert fields["parameters"] == sum(array.size for array in found.weights.values()) == count_parameters(shapes)
     assert fields["config"]["softcap"] == 1.7
@@ -98,41 +105,50 @@ def test_what_is_no_checkpoint(tmp_path, checkpoint):
 @pytest.mark.parametrize(
     ("path", "value", "reason"),
     [
-        ("version", 2, "version 2"),
+        ("version", 1, "version 1"),
         ("version", "absent", "version None"),
         ("version", "1", "version '1'"),
         ("config", "absent", "lacks 'config'"),
         ("config", [], "config is"),
-        ("config.head_dim", "absent", "lacks 'head_dim'"),
-        ("config.head_dim", "14", "head_dim is '14'"),
-        ("config.head_dim", 14.0, "head_dim is 14.0"),
-        ("config.head_dim", True, "head_dim is True"),
-        ("config.head_dim", 13, "must be even"),
-        ("config.head_dim", 16, "misshapen: layers.0.qkv"),
-        ("config.vocab_size", 0, "vocab_size=0"),
-        ("config.layer_types", "full", "layer_types is 'full'"),
-        ("config.layer_types", ["full", 5, "full"], "layer_types"),
-        ("config.layer_types", ["full", "ring", "full"], "'ring'"),
-        ("config.layer_types", ["full", "full"], "unknown: 'layers.2.qkv'"),
-        ("config.query_scale", float("nan"), "query_scale is nan"),
-        ("config.query_scale", 10**400, "query_scale is 1000"),
-        ("config.softcap", "1.7", "softcap is '1.7'"),
-        ("config.post_norms", 1, "post_norms is 1"),
-        ("config.full_rope", [10000.0], "full_rope has 1 entries"),
-        ("config.full_rope", [10000.0, "1"], "full_rope"),
-        ("config.causal_window", [8], "causal_window has 1 entries"),
-        ("config.causal_window", [8, None], "causal_window"),
-        ("config.extra", 1, "unknown 'extra'"),
-        ("head.labels", ["no", "ja"], "misshapen: classifier.weight"),
-        ("head.pooling", "attention", "pooler.query"),
-        ("head.dense", [[3, 48]], "missing: dense.0 (3, 48)"),
-        ("head.dense", [[3]], "dense[0] has 1 entries"),
-        ("dtype", "bfloat16", "'F32', not BF16"),
+        ("config/head_dim", "absent", "lacks 'head_dim'"),
+        ("config/head_dim", "14", "head_dim is '14'"),
+        ("config/head_dim", 14.0, "head_dim is 14.0"),
+        ("config/head_dim", True, "head_dim is True"),
+        ("config/head_dim", 13, "must be even"),
+        ("config/head_dim", 16, "misshapen: layers.0.qkv"),
+        ("config/vocab_size", 0, "vocab_size=0"),
+        ("config/layer_types", "full", "layer_types is 'full'"),
+        ("config/layer_types", ["full", 5, "full"], "layer_types"),
+        ("config/layer_types", ["full", "ring", "full"], "'ring'"),
+        ("config/layer_types", ["full", "full"], "unknown: 'layers.2.qkv'"),
+        ("config/query_scale", float("nan"), "query_scale is nan"),
+        ("config/query_scale", 10**400, "query_scale is 1000"),
+        ("config/softcap", "1.7", "softcap is '1.7'"),
+        ("config/post_norms", 1, "post_norms is 1"),
+        ("config/full_rope", [10000.0], "full_rope has 1 entries"),
+        ("config/full_rope", [10000.0, "1"], "full_rope"),
+        ("config/causal_window", [8], "causal_window has 1 entries"),
+        ("config/causal_window", [8, None], "causal_window"),
+        ("config/extra", 1, "unknown 'extra'"),
+        ("head/labels", ["no", "ja"], "misshapen: classifier.weight"),
+        ("head/pooling", "attention", "pooler.query"),
+        ("head/dense", [DENSE], "missing: dense.0.weight (3, 48)"),
+        ("head/dense", [DENSE | {"in_features": 47}], "takes 47 features, but there are 48"),
+        ("head/dense", [DENSE, DENSE], "takes 48 features, but there are 3"),
+        ("head/dense", [DENSE | {"activation": "softmax"}], "'softmax'"),
+        ("head/dense", [[3, 48]], "dense[0] is [3, 48]"),
+        ("dtype", "bfloat16", "'float32', not bfloat16"),
         ("dtype", "float16", "'float16'"),
-        ("prompts", {"query": 1}, "prompts.query"),
-        ("default_prompt_name", "query", "'query'"),
-        ("tokenizer", "../source/tokenizer.json", "not a file in"),
-        ("tokenizer", "other.json", "other.json is missing"),
+        ("text/prompts", {"query": 1}, "prompts.query"),
+        ("text/default_prompt_name", "query", "'query'"),
+        ("text/begin", "2", "begin is '2'"),
+        ("text/begin", -1, "begin=-1"),
+        ("text/end", 101, "end=101"),
+        ("text/max_tokens", 0, "max_tokens=0"),
+        ("tokenizer", "other.json", "none of its files"),
+        ("files", {}, "none of its files"),
+        ("files", {"../source/tokenizer.json": {"bytes": 1, "sha256": ""}}, "tokenizer"),
+        ("source/files", None, "source.files is None"),
         ("source", None, "source is None"),
         ("surprise", 1, "unknown 'surprise'"),
     ],
@@ -157,7 +173,7 @@ def test_missing_files(checkpoint):
     with pytest.raises(CheckpointError, match=r"tokenizer\.json is missing"):
         read_checkpoint(checkpoint)
     (checkpoint / "weights.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"weights\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"weights\.safetensors is missing"):
         read_checkpoint(checkpoint)
 
 
@@ -168,6 +184,91 @@ def test_truncated_weights(checkpoint):
         read_checkpoint(checkpoint)
 
 
+def test_every_file_has_its_size_and_hash(checkpoint):
+    files = manifest(checkpoint)["files"]
+    assert sorted(files) == ["tokenizer.json", "weights.safetensors"]
+    for name, facts in files.items():
+        content = (checkpoint / name).read_bytes()
+        assert facts == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    source = manifest(checkpoint)["source"]
+    content = (checkpoint.parent / "source" / "model.safetensors").read_bytes()
+    assert source["files"] == {
+        "model.safetensors": {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    }
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "tokenizer.json"])
+def test_a_changed_byte_is_found_by_its_hash(checkpoint, name):
+    """Sizes are compared always, hashes when asked: a flipped bit in the middle of a file is found only then."""
+    content = bytearray((checkpoint / name).read_bytes())
+    content[-9] ^= 1
+    read_checkpoint(checkpoint, verify=True)
+    (checkpoint / name).write_bytes(content)
+    read_checkpoint(checkpoint)
+    with pytest.raises(CheckpointError, match=f"SHA-256 of {checkpoint / name} is not the manifest's"):
+        read_checkpoint(checkpoint, verify=True)
+    with pytest.raises(CheckpointError, match="SHA-256"):
+        Engine.load(checkpoint, verify=True)
+
+
+@pytest.fixture
+def sharded(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setattr(native, "SHARD_BYTES", 40_000)
+    convert(make_source(tmp_path / "source"), tmp_path / "sharded", dtype="float32")
+    return tmp_path / "sharded"
+
+
+def test_large_models_are_written_in_several_files(sharded, tmp_path):
+    """No file holds more than the limit, unless one tensor alone does; the weights are the same."""
+    names = sorted(path.name for path in sharded.glob("*.safetensors"))
+    count = len(names)
+    assert count > 3
+    assert names == [f"weights-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+    for name in names:
+        tensors = load_file(sharded / name)
+        assert sum(array.nbytes for array in tensors.values()) <= 40_000 or len(tensors) == 1
+    convert(tmp_path / "source", tmp_path / "one", dtype="float32")
+    one, several = (read_checkpoint(path, verify=True).weights for path in (tmp_path / "one", sharded))
+    assert list(one) == list(several)
+    for name, array in one.items():
+        np.testing.assert_array_equal(array, several[name])
+
+
+def test_a_tensor_in_two_files(sharded):
+    first, second, *_ = sorted(sharded.glob("*.safetensors"))
+    tensors = load_file(first)
+    save_file(load_file(second) | tensors, second)
+    edit(sharded, f"files/{second.name}/bytes", second.stat().st_size)
+    with pytest.raises(CheckpointError, match=f"{min(tensors)} is in two files"):
+        read_checkpoint(sharded)
+
+
+def test_a_missing_file_of_several(sharded):
+    _, second, *_ = sorted(sharded.glob("*.safetensors"))
+    second.unlink()
+    with pytest.raises(CheckpointError, match=f"{second.name} is missing"):
+        read_checkpoint(sharded)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_checkpoint_is_written_again_in_another_dtype(checkpoint, tmp_path, dtype):
+    """Ours is a source too; float32 to bfloat16 is the same as converting the original so."""
+    convert(checkpoint, tmp_path / "again", dtype=dtype)
+    convert(checkpoint.parent / "source", tmp_path / "direct", dtype=dtype)
+    again, direct = read_checkpoint(tmp_path / "again", verify=True), read_checkpoint(tmp_path / "direct")
+    for name, array in direct.weights.items():
+        np.testing.assert_array_equal(again.weights[name], array, strict=True)
+    assert again.manifest.source.format == "funnel"
+    assert again.tokenizer_file.read_bytes() == direct.tokenizer_file.read_bytes()
+    for field in ("config", "head", "text", "dtype", "tensors", "parameters", "tokenizer"):
+        assert getattr(again.manifest, field) == getattr(direct.manifest, field)
+
+
+def test_a_converted_checkpoint_takes_no_other_window(checkpoint, tmp_path):
+    with pytest.raises(CheckpointError, match="already converted; give the sliding window when converting its source"):
+        convert(checkpoint, tmp_path / "again", sliding_window=512)
+
+
 def test_weights_that_do_not_fit_are_all_listed(checkpoint):
     file = checkpoint / "weights.safetensors"
     weights = load_file(file)
@@ -175,13 +276,14 @@ def test_weights_that_do_not_fit_are_all_listed(checkpoint):
     weights["layers.1.down"] = weights["layers.1.down"][:5].copy()
     weights["layers.2.down"] = weights["layers.2.down"].astype(np.float16)
     save_file(weights, file)
+    edit(checkpoint, "files/weights.safetensors/bytes", file.stat().st_size)
     with pytest.raises(CheckpointError) as error:
         read_checkpoint(checkpoint)
     assert {line.strip() for line in str(error.value).splitlines()[1:]} == {
         "missing: final_norm (48,)",
         "unknown: 'surprise' (48,)",
         "misshapen: layers.1.down is (5, 72), the config says (48, 72)",
-        "dtype: layers.2.down is 'F16', not F32",
+        "dtype: layers.2.down is 'float16', not float32",
     }
 
 

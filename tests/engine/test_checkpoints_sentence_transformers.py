@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 import hugging_face_models as models
 from funnel_engine.checkpoints.convert import convert
 from funnel_engine.checkpoints.native import Checkpoint, read_checkpoint
+from funnel_engine.heads import DenseConfig
 from funnel_kernels import CheckpointError
 
 WIDTH = models.SIZES["hidden_size"]
@@ -53,14 +54,19 @@ def dense_weight(features: tuple[int, int]) -> torch.Tensor:
     return torch.randn(features, generator=torch.Generator().manual_seed(features[0]))
 
 
-def write_dense(folder: Path, features: tuple[int, int], **fields: Any) -> None:
+def dense_bias(features: tuple[int, int]) -> torch.Tensor:
+    return dense_weight(features)[:, 0].clone()
+
+
+def write_dense(folder: Path, features: tuple[int, int], *, bias: bool = False, **fields: Any) -> None:
     """A layer of (out, in) features; `fields` change its config, or delete from it with "absent"."""
     out_features, in_features = features
     config = {
-        "in_features": in_features, "out_features": out_features, "bias": False, "activation_function": IDENTITY,
+        "in_features": in_features, "out_features": out_features, "bias": bias, "activation_function": IDENTITY,
     }  # fmt: skip
     write(folder / "config.json", {name: value for name, value in (config | fields).items() if value != "absent"})
-    save_file({"linear.weight": dense_weight(features)}, folder / "model.safetensors")
+    tensors = {"linear.weight": dense_weight(features)} | ({"linear.bias": dense_bias(features)} if bias else {})
+    save_file(tensors, folder / "model.safetensors")
 
 
 @pytest.fixture
@@ -92,11 +98,12 @@ def refusal(source: Path) -> str:
 def test_embedding_gemma(source):
     checkpoint = converted(source)
     assert checkpoint.head.pooling == "mean"
-    assert checkpoint.head.dense == ((MIDDLE, WIDTH), (OUT, MIDDLE))
-    for name, features in zip(("dense.0", "dense.1"), checkpoint.head.dense, strict=True):
+    assert checkpoint.head.dense == (DenseConfig(MIDDLE, WIDTH), DenseConfig(OUT, MIDDLE))
+    for name, features in (("dense.0.weight", (MIDDLE, WIDTH)), ("dense.1.weight", (OUT, MIDDLE))):
         np.testing.assert_array_equal(checkpoint.weights[name], dense_weight(features).numpy())
-    assert (checkpoint.prompts, checkpoint.default_prompt_name) == (PROMPTS, None)
-    assert set(checkpoint.source["files"]) == {
+    text = checkpoint.manifest.text
+    assert (text.prompts, text.default_prompt_name, text.max_tokens) == (PROMPTS, None, None)
+    assert set(checkpoint.manifest.source.files) == {
         "model.safetensors", "2_Dense/model.safetensors", "3_Dense/model.safetensors",
     }  # fmt: skip
 
@@ -105,7 +112,37 @@ def test_embedding_gemma(source):
 def test_fewer_modules(source, modules):
     write(source / "modules.json", modules)
     layers = sum(entry["type"].endswith("Dense") for entry in modules)
-    assert converted(source).head.dense == ((MIDDLE, WIDTH), (OUT, MIDDLE))[:layers]
+    assert converted(source).head.dense == (DenseConfig(MIDDLE, WIDTH), DenseConfig(OUT, MIDDLE))[:layers]
+
+
+@pytest.mark.parametrize(
+    ("name", "activation"),
+    [
+        ("torch.nn.modules.activation.Tanh", "tanh"),
+        ("torch.nn.Tanh", "tanh"),
+        ("absent", "tanh"),  # which is the default
+        ("torch.nn.modules.activation.ReLU", "relu"),
+        ("torch.nn.modules.activation.GELU", "gelu"),
+        ("torch.nn.modules.activation.SiLU", "silu"),
+        ("torch.nn.modules.activation.Sigmoid", "sigmoid"),
+        (IDENTITY, "identity"),
+    ],
+)
+def test_activation_of_a_dense_layer(source, name, activation):
+    write_dense(source / "2_Dense", (MIDDLE, WIDTH), activation_function=name)
+    assert converted(source).head.dense[0] == DenseConfig(MIDDLE, WIDTH, activation=activation)
+
+
+@pytest.mark.parametrize("fields", [{}, {"bias": "absent"}])  # a bias is the default
+def test_bias_of_a_dense_layer(source, fields):
+    write_dense(source / "3_Dense", (OUT, MIDDLE), bias=True)
+    if fields:
+        config = json.loads((source / "3_Dense" / "config.json").read_text())
+        del config["bias"]
+        write(source / "3_Dense" / "config.json", config)
+    checkpoint = converted(source)
+    assert checkpoint.head.dense[1] == DenseConfig(OUT, MIDDLE, bias=True)
+    np.testing.assert_array_equal(checkpoint.weights["dense.1.bias"], dense_bias((OUT, MIDDLE)).numpy())
 
 
 @pytest.mark.parametrize(
@@ -136,8 +173,8 @@ def test_both_spellings_of_pooling(source, fields, pooling):
         ({"pooling_mode": [{}]}, "pooling"),
         ({"pooling_mode": None}, "pooling"),
         ({"pooling_mode": "mean", "include_prompt": False}, "include_prompt"),
-        ({"pooling_mode": "mean", "embedding_dimension": WIDTH + 1}, "embedding_dimension"),
-        (LEGACY_POOLING | {"word_embedding_dimension": 7}, "word_embedding_dimension"),
+        ({"pooling_mode": "mean", "embedding_dimension": "48"}, "embedding_dimension"),
+        ({"pooling_mode": "mean"}, "embedding_dimension"),
     ],
 )
 def test_pooling_that_the_engine_does_not_have(source, fields, reason):
@@ -147,24 +184,35 @@ def test_pooling_that_the_engine_does_not_have(source, fields, reason):
     assert "1_Pooling" in message
 
 
+@pytest.mark.parametrize("name", ["embedding_dimension", "word_embedding_dimension"])
+def test_pooling_of_another_width(source, name):
+    write(source / "1_Pooling" / "config.json", {name: WIDTH + 1})
+    assert f"2_Dense takes {WIDTH} features, but there are {WIDTH + 1} before it" in refusal(source)
+    write(source / "modules.json", MODULES[:2])
+    assert f"expects rows of width {WIDTH + 1}, the encoder's are {WIDTH} wide" in refusal(source)
+
+
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"activation_function": "torch.nn.modules.activation.Tanh"}, "Tanh"),
-        ({"activation_function": "absent"}, "Tanh"),  # which is the default
-        ({"bias": True}, "bias"),
-        ({"bias": "absent"}, "bias"),
+        ({"activation_function": "torch.nn.modules.activation.Softmax"}, "Softmax"),
+        ({"activation_function": "my_package.Tanh"}, "my_package.Tanh"),
+        ({"activation_function": None}, "activation_function is None"),
+        ({"bias": "yes"}, "bias"),
+        ({"bias": True}, "missing: 2_Dense/linear.bias (68,)"),
         ({"use_residual": True}, "use_residual"),
         ({"module_input_name": "token_embeddings"}, "module_input_name"),
         ({"module_output_name": "other"}, "module_output_name"),
-        ({"in_features": WIDTH + 1}, "in_features"),
+        ({"in_features": WIDTH + 1}, "takes 49 features, but there are 48 before it"),
+        ({"out_features": MIDDLE + 1}, "3_Dense takes 68 features, but there are 69 before it"),
         ({"out_features": "many"}, "out_features"),
         ({"out_features": "absent"}, "out_features"),
         ({"out_features": -3}, "-3"),
     ],
 )
 def test_dense_layer_that_the_engine_does_not_have(source, fields, reason):
-    write_dense(source / "2_Dense", (MIDDLE, WIDTH), **fields)
+    config = json.loads((source / "2_Dense" / "config.json").read_text()) | fields
+    write(source / "2_Dense" / "config.json", {name: value for name, value in config.items() if value != "absent"})
     assert reason in refusal(source)
 
 
@@ -186,7 +234,6 @@ def test_dense_weights_are_checked_with_the_others(source):
         ([MODULES[0], MODULES[2], MODULES[1]], "Transformer, Dense, Pooling"),
         ([*MODULES[:2], MODULES[4], MODULES[2]], "Normalize, Dense"),
         ([*MODULES[:2], module("LayerNorm", "2_LayerNorm")], "LayerNorm"),
-        ([module("Transformer", "0_Transformer"), *MODULES[1:]], "0_Transformer"),
         ([*MODULES[:2], module("Dense", "../2_Dense")], "../2_Dense"),
         ([MODULES[0], module("Pooling", "..")], "'..'"),
         ([MODULES[0], {"path": "1_Pooling"}], "lacks a type"),
@@ -201,10 +248,33 @@ def test_modules_that_the_engine_does_not_run(source, modules, reason):
     assert "modules.json" in message
 
 
+def test_folder_of_the_transformer_is_missing(source):
+    write(source / "modules.json", [module("Transformer", "0_Transformer"), *MODULES[1:]])
+    assert "0_Transformer is not in Hugging Face format: it has no config.json" in refusal(source)
+
+
 @pytest.mark.parametrize("file", ["1_Pooling/config.json", "2_Dense/config.json", "3_Dense/model.safetensors"])
 def test_missing_files(source, file):
     (source / file).unlink()
     assert file in refusal(source)
+
+
+NORMALIZE = {"module_input_name": "sentence_embedding", "module_output_name": "sentence_embedding"}
+
+
+@pytest.mark.parametrize("name", NORMALIZE)
+def test_normalize_of_something_else(source, name):
+    write(source / "4_Normalize" / "config.json", NORMALIZE)
+    converted(source)
+    write(source / "4_Normalize" / "config.json", NORMALIZE | {name: "token_embeddings"})
+    with pytest.raises(CheckpointError, match=f"{name} is 'token_embeddings'"):
+        convert(source, source.parent / "other")
+
+
+# ------------------------------------------------------------------------------------------- texts
+
+SENTENCE_CONFIG = "config_sentence_transformers.json"
+TRANSFORMER_CONFIG = "sentence_bert_config.json"
 
 
 @pytest.mark.parametrize(
@@ -213,28 +283,91 @@ def test_missing_files(source, file):
         ({"prompts": {"query": 3}}, "prompts.query"),
         ({"prompts": ["query"]}, "prompts"),
         ({"prompts": PROMPTS, "default_prompt_name": "other"}, "'other'"),
+        ({"similarity_fn_name": "maxsim"}, "similarity_fn_name is 'maxsim'"),
+        ({"model_type": "SparseEncoder"}, "model_type is 'SparseEncoder'"),
+        ({"truncate_dim": 8}, "truncate_dim is 8"),
     ],
 )
-def test_prompts_that_cannot_be(source, fields, reason):
-    write(source / "config_sentence_transformers.json", fields)
-    assert reason in refusal(source)
+def test_sentence_config_that_the_engine_does_not_run(source, fields, reason):
+    write(source / SENTENCE_CONFIG, fields)
+    message = refusal(source)
+    assert reason in message
+    assert SENTENCE_CONFIG in message
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "dot", "euclidean", "manhattan", None])
+def test_similarity(source, similarity):
+    write(source / SENTENCE_CONFIG, {"similarity_fn_name": similarity})
+    assert converted(source).head.similarity == similarity
 
 
 def test_default_prompt(source):
-    write(
-        source / "config_sentence_transformers.json",
-        {"prompts": PROMPTS, "default_prompt_name": "document", "similarity_fn_name": "cosine"},
-    )
-    assert converted(source).default_prompt_name == "document"
+    write(source / SENTENCE_CONFIG, {"prompts": PROMPTS, "default_prompt_name": "document"})
+    assert converted(source).manifest.text.default_prompt_name == "document"
+
+
+def test_prompts_without_content(source):
+    write(source / SENTENCE_CONFIG, {"prompts": {"query": None, "document": "text: "}})
+    assert converted(source).manifest.text.prompts == {"query": "", "document": "text: "}
 
 
 def test_no_prompts(source):
-    (source / "config_sentence_transformers.json").unlink()
-    assert converted(source).prompts == {}
+    (source / SENTENCE_CONFIG).unlink()
+    checkpoint = converted(source)
+    assert (checkpoint.manifest.text.prompts, checkpoint.head.similarity) == ({}, None)
 
 
-def test_lower_casing_is_refused(source):
-    write(source / "sentence_bert_config.json", {"max_seq_length": 2048, "do_lower_case": True})
-    assert "do_lower_case" in refusal(source)
-    write(source / "sentence_bert_config.json", {"max_seq_length": 2048, "do_lower_case": False})
+@pytest.mark.parametrize(
+    ("transformer", "tokenizer", "max_tokens"),
+    [
+        ({"max_seq_length": 77}, {"model_max_length": 55}, 77),
+        ({"max_seq_length": None}, {"model_max_length": 55}, 55),
+        ({}, {"max_len": 55}, 55),
+        ({"max_seq_length": 77, "tokenizer_args": {"model_max_length": 33}}, {"model_max_length": 55}, 33),
+        ({"processor_kwargs": {"model_max_length": 33, "padding_side": "left"}}, {}, 33),
+        ({}, {"model_max_length": 1000000000000000019884624838656}, None),
+        ({}, {"model_max_length": 1e30}, None),
+        (None, {"model_max_length": 55}, 55),
+        (None, None, None),
+    ],
+)
+def test_most_tokens_of_a_text(source, transformer, tokenizer, max_tokens):
+    for name, fields in ((TRANSFORMER_CONFIG, transformer), ("tokenizer_config.json", tokenizer)):
+        if fields is not None:
+            write(source / name, fields)
+    assert converted(source).manifest.text.max_tokens == max_tokens
+
+
+@pytest.mark.parametrize("value", [0, -1, "512", True, [512], float("nan")])
+@pytest.mark.parametrize(
+    ("file", "name"), [(TRANSFORMER_CONFIG, "max_seq_length"), ("tokenizer_config.json", "model_max_length")]
+)
+def test_most_tokens_that_cannot_be(source, file, name, value):
+    write(source / file, {name: value})
+    assert "it must be at least 1, or absent" in refusal(source)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"do_lower_case": True}, "do_lower_case is True"),
+        ({"transformer_task": "fill-mask"}, "transformer_task is 'fill-mask'"),
+        ({"module_output_name": "sentence_embedding"}, "module_output_name"),
+        ({"config_args": {"is_causal": False}}, "config_args has is_causal"),
+        ({"config_kwargs": {"use_bidirectional_attention": True}}, "config_kwargs has use_bidirectional_attention"),
+        ({"tokenizer_args": {"add_eos_token": True}}, "tokenizer_args has add_eos_token"),
+        ({"processing_kwargs": {"text": {"max_length": 9}}}, "processing_kwargs has text"),
+        ({"model_args": [1]}, "model_args"),
+    ],
+)
+def test_transformer_module_that_the_engine_does_not_run(source, fields, reason):
+    write(source / TRANSFORMER_CONFIG, fields)
+    message = refusal(source)
+    assert reason in message
+    assert TRANSFORMER_CONFIG in message
+
+
+def test_transformer_module_with_what_changes_nothing(source):
+    fields = {"do_lower_case": False, "model_args": {"torch_dtype": "float32"}, "config_args": {}}
+    write(source / TRANSFORMER_CONFIG, fields | {"transformer_task": "feature-extraction"})
     converted(source)

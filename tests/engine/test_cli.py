@@ -1,12 +1,14 @@
 """The `funnel` command as a user meets it: results, help, and one line with exit status 2 for every mistake."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
 import pytest
 import transformers
 from click.testing import CliRunner
+from safetensors.numpy import load_file, save_file
 
 from funnel_engine import Engine, FunnelConfig
 from funnel_engine.cli import main
@@ -55,11 +57,77 @@ def test_inspect_for_people_and_for_programs(folder):
     facts = json.loads(run("inspect", folder / "model", "--after", 1, "--seq-len", 30, "--json").stdout)
     assert facts["family"] == "gemma2"
     assert (facts["layers"], facts["hidden_size"], facts["vocab_size"]) == (3, 48, 101)
-    assert facts["tokenizer"] is True
-    assert facts["gigabytes"] == facts["parameters"] * 4 / 1e9
+    assert (facts["format"], facts["problems"], facts["dtype"]) == ("funnel", [], "float32")
+    assert (facts["tokenizer"], facts["begin_id"], facts["end_id"]) == ("tokenizer.json", 2, None)
+    assert facts["gigabytes"] == (folder / "model" / "weights.safetensors").stat().st_size / 1e9
+    assert facts["gigabytes_converted"]["bfloat16"] == facts["parameters"] * 2 / 1e9
     assert 1 / 3 < facts["ideal_ratio"] < 2 / 3  # one layer of three whole, two halved, with a window
     whole = json.loads(run("inspect", folder / "model", "--json").stdout)
     assert whole["ideal_ratio"] == 1
+
+
+def test_inspect_of_a_source_says_what_convert_would_do(folder, tmp_path):
+    facts = json.loads(run("inspect", folder / "source", "--json").stdout)
+    assert (facts["format"], facts["problems"], facts["files"]) == ("hugging_face", [], ["model.safetensors"])
+    again = json.loads(run("inspect", folder / "model", "--json").stdout)
+    differing = {name for name in facts if facts[name] != again[name]}
+    assert differing <= {"format", "files", "gigabytes"}
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("damage", ["tensors", "config", "nothing there", "funnel", "format"])
+def test_inspect_says_what_is_wrong(folder, tmp_path, damage):
+    """The problems are on standard output, one a line, as facts like the others; the exit status is 2."""
+    source = tmp_path / "source"
+    shutil.copytree(folder / "source", source)
+    options, reason = [], damage
+    if damage == "tensors":
+        tensors = load_file(source / "model.safetensors")
+        tensors["surprise"], tensors["surprise too"] = (
+            tensors.pop("norm.weight"),
+            tensors["layers.0.mlp.up_proj.weight"],
+        )
+        save_file(tensors, source / "model.safetensors")
+        reason = "missing: norm.weight (48,)"
+    elif damage == "config":
+        (source / "config.json").write_text("{")
+        reason = "not valid JSON"
+    elif damage == "nothing there":
+        shutil.rmtree(source)
+        reason = "does not exist"
+    elif damage == "funnel":
+        options, reason = ["--after", 7], "8 strides but the model only 3 layers"
+    else:
+        options, reason = ["--format", "funnel"], "not a checkpoint of this engine"
+    result = run("inspect", source, *options, "--json")
+    facts = json.loads(result.stdout)
+    assert result.exit_code == 2
+    assert reason in "\n".join(facts["problems"])
+    assert facts["format"] == {"nothing there": None, "format": "funnel"}.get(damage, "hugging_face")
+    for line in facts["problems"]:
+        assert line in run("inspect", source, *options).stdout
+
+
+def test_inspect_verifies_hashes(folder, tmp_path):
+    shutil.copytree(folder / "model", tmp_path / "model")
+    assert run("inspect", tmp_path / "model", "--verify").exit_code == 0
+    file = tmp_path / "model" / "weights.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 4
+    file.write_bytes(content)
+    assert run("inspect", tmp_path / "model").exit_code == 0
+    result = run("inspect", tmp_path / "model", "--verify")
+    assert result.exit_code == 2
+    assert f"the SHA-256 of {file} is not the manifest's" in result.stdout
+    assert "no hashes to verify" in run("inspect", folder / "source", "--verify").stdout
+
+
+def test_convert_options(folder, tmp_path):
+    """What the Python function takes, the command takes."""
+    options = ["--format", "hugging_face", "--sliding-window", 6, "--allow-nonfinite", "--dtype", "float32"]
+    result = run("convert", folder / "source", tmp_path / "model", *options)
+    assert result.exit_code == 0, result.output
+    assert Engine.load(tmp_path / "model").config.causal_window == (5, 0)
 
 
 def test_doctor_says_what_serves_each_op():
@@ -91,12 +159,19 @@ def test_embed_reads_standard_input(folder, tmp_path):
     assert np.load(output).shape == (2, 5)
 
 
+def test_embed_cuts_long_texts_only_when_asked(folder, tmp_path):
+    output, text = tmp_path / "vectors.npy", "tokens " * 3000
+    refused = run("embed", folder / "model", "-o", output, input=text)
+    assert_refused(refused, "has 3001 tokens, more than the limit of 2048", "truncate")
+    assert run("embed", folder / "model", "-o", output, "--truncate", input=text).exit_code == 0
+    np.testing.assert_allclose(np.load(output), Engine.load(folder / "model").embed("tokens " * 2047), atol=1e-5)
+
+
 def test_mistakes_are_one_line_and_status_2(folder, tmp_path):
     model, texts, output = folder / "model", folder / "texts.txt", tmp_path / "v.npy"
     assert_refused(run("convert", folder / "source", model), "exists", "--overwrite")
-    assert_refused(run("convert", tmp_path / "nothing", tmp_path / "new"), "not a directory")
-    assert_refused(run("inspect", folder / "source"), "Hugging Face format", "funnel convert")
-    assert_refused(run("inspect", model, "--after", 7), "8 strides but the model only 3 layers")
+    assert_refused(run("convert", tmp_path / "nothing", tmp_path / "new"), "does not exist")
+    assert_refused(run("embed", folder / "source", texts, "-o", output), "not a checkpoint of this engine", "convert")
     assert_refused(run("embed", model, texts, "-o", tmp_path / "v.txt"), "must end in .npy or .jsonl")
     assert_refused(run("embed", model, texts, "-o", output, "--stride", 0, "--after", 1), "stride", "at least 1")
     assert_refused(run("embed", model, "-o", output, input="a\n\nb\n"), "line 2 of the texts is empty")

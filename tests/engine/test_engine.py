@@ -17,8 +17,9 @@ from funnel_engine import (
     HeadConfig,
     InputError,
 )
+from funnel_engine.text import TextConfig
 from funnel_engine.weights import random_weights
-from tiny_models import CONFIG, make_engine, make_tokenizer, random_ids
+from tiny_models import CONFIG, make_engine, random_ids, tokenize
 
 CLASSIFIER = HeadConfig(task="classify", labels=("no", "yes", "maybe"))
 TAGGER = HeadConfig(task="tag", labels=("O", "B", "I", "E"), classifier_bias=True)
@@ -26,7 +27,7 @@ TAGGER = HeadConfig(task="tag", labels=("O", "B", "I", "E"), classifier_bias=Tru
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    return make_engine(tokenizer=make_tokenizer(), prompts={"query": "query: ", "none": ""})
+    return make_engine(tokenizer=tokenize, text=TextConfig(begin=2, prompts={"query": "query: ", "none": ""}))
 
 
 def test_a_large_call_is_split_and_keeps_its_order(engine):
@@ -57,7 +58,9 @@ def test_prompts(engine):
 
 
 def test_the_default_prompt_is_for_texts_only():
-    engine = make_engine(tokenizer=make_tokenizer(), prompts={"query": "query: "}, default_prompt_name="query")
+    engine = make_engine(
+        tokenizer=tokenize, text=TextConfig(begin=2, prompts={"query": "query: "}, default_prompt_name="query")
+    )
     np.testing.assert_array_equal(engine.embed("a"), engine.embed([[2, 3, 3, 4]]))
 
 

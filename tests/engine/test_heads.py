@@ -1,6 +1,7 @@
 """What stands on top of the encoder: sentence vectors, sequence classification, token classification."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from transformers import Gemma2Model
 import hugging_face_models as hf
 from funnel_engine import ConfigError, Engine, FunnelConfig, HeadConfig
 from funnel_engine.checkpoints.native import read_checkpoint
+from funnel_engine.heads import DenseConfig, head_shapes
 
 SEQUENCES = hf.random_ids(1, 2, 9, 24, 17)
 TOLERANCE = 2e-5  # float32
@@ -81,13 +83,60 @@ def test_attention_pooler(encoder, funnel):
 def test_dense_layers_then_cut_then_unit_length(encoder):
     """As EmbeddingGemma: mean, two linear layers, `truncate_dim` first dimensions, length 1."""
     up, down = normal(31, WIDTH) * 0.1, normal(20, 31) * 0.1
-    head = HeadConfig(dense=((31, WIDTH), (20, 31)))
-    engine = engine_with(encoder, head, {"dense.0": up, "dense.1": down})
+    head = HeadConfig(dense=(DenseConfig(31, WIDTH), DenseConfig(20, 31)))
+    engine = engine_with(encoder, head, {"dense.0.weight": up, "dense.1.weight": down})
     truth = np.stack([encoder.truth(ids).mean(0) @ up.T @ down.T for ids in SEQUENCES])
     assert hf.worst(engine.embed(SEQUENCES, normalize=False), truth) < TOLERANCE
     assert hf.worst(engine.embed(SEQUENCES), unit(truth)) < TOLERANCE
     assert hf.worst(engine.embed(SEQUENCES, normalize=False, truncate_dim=7), truth[:, :7]) < TOLERANCE
     assert hf.worst(engine.embed(SEQUENCES, truncate_dim=7), unit(truth[:, :7])) < TOLERANCE
+
+
+ACTIVATIONS = {
+    "identity": lambda x: x,
+    "tanh": np.tanh,
+    "relu": lambda x: np.maximum(x, 0),
+    "gelu": lambda x: x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2,
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
+}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_bias_then_activation_of_a_dense_layer(encoder, activation, bias):
+    weight, offset = normal(31, WIDTH) * 0.3, normal(31) * bias
+    weights = {"dense.0.weight": weight} | ({"dense.0.bias": offset} if bias else {})
+    head = HeadConfig(dense=(DenseConfig(31, WIDTH, bias, activation),))
+    vectors = engine_with(encoder, head, weights, max_batch_tokens=64).embed(SEQUENCES, normalize=False)
+    truth = [ACTIVATIONS[activation](weight @ encoder.truth(ids).mean(0) + offset) for ids in SEQUENCES]
+    assert hf.worst(vectors, truth) < TOLERANCE
+
+
+def test_weights_of_dense_layers():
+    dense = (DenseConfig(31, 8, bias=True), DenseConfig(20, 31))
+    assert head_shapes(8, HeadConfig(dense=dense)) == {
+        "dense.0.weight": (31, 8),
+        "dense.0.bias": (31,),
+        "dense.1.weight": (20, 31),
+    }
+    with pytest.raises(ConfigError, match="dense layer 1 takes 20 features, but there are 31 before it"):
+        head_shapes(8, HeadConfig(dense=(dense[0], DenseConfig(31, 20))))
+    with pytest.raises(ConfigError, match="dense layer 0 takes 8 features, but there are 9 before it"):
+        head_shapes(9, HeadConfig(dense=dense))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ((0, 8), "features of a dense layer"),
+        ((8, -1), "features of a dense layer"),
+        ((8, 8, True, "softmax"), "activation of a dense layer='softmax' is unknown; choose one of identity, tanh"),
+    ],
+)
+def test_dense_layers_that_cannot_be(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        DenseConfig(*fields)
 
 
 # ------------------------------------------------------------------------------------------- classification

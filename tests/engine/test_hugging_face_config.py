@@ -186,7 +186,7 @@ def test_windows_are_inclusive_radii_in_tokens():
 @pytest.mark.parametrize("width", [257, 129, 1])
 def test_a_window_that_an_old_save_halved_is_refused(width):
     written = {"model_type": "gemma3_text", "sliding_window": width, "use_bidirectional_attention": True}
-    with pytest.raises(ConfigError, match=f"sliding_window={width} is odd .* Put the original value"):
+    with pytest.raises(ConfigError, match=f"sliding_window={width} is odd .* Give the original value"):
         read_model_config(written)
 
 

@@ -4,23 +4,71 @@ import numpy as np
 import pytest
 
 from funnel_engine.inputs import Ragged, read_inputs
+from funnel_engine.text import TextConfig
 from funnel_kernels.errors import InputError
-from tiny_models import make_tokenizer
+from tiny_models import TEXT, tokenize
 
-TOKENIZER = make_tokenizer()
+BOTH_ENDS = TextConfig(begin=2, end=1)
 
 
-def read(inputs, tokenizer=TOKENIZER, **options):
-    return read_inputs(inputs, tokenizer, **({"vocab_size": 20, "max_length": 6} | options))
+def read(inputs, tokenizer=tokenize, text=TEXT, **options):
+    return read_inputs(inputs, tokenizer, text, **({"vocab_size": 20, "max_length": 6} | options))
 
 
 def as_lists(ragged: Ragged) -> list[list[int]]:
     return [ids.tolist() for ids in np.split(ragged.ids, ragged.offsets[1:-1])]
 
 
-def test_texts_get_the_tokenizers_special_tokens():
-    assert as_lists(read("a small funnel")) == [[2, 4, 5, 6]]
-    assert as_lists(read(["pools pairs", "tokens"])) == [[2, 7, 8], [2, 10]]
+@pytest.mark.parametrize(
+    ("text", "before", "after"),
+    [(TextConfig(), [], []), (TEXT, [2], []), (TextConfig(end=1), [], [1]), (BOTH_ENDS, [2], [1])],
+)
+def test_texts_get_the_ids_of_begin_and_end(text, before, after):
+    assert as_lists(read("a small funnel", text=text)) == [[*before, 4, 5, 6, *after]]
+    two = read(["pools pairs", "tokens"], text=text)
+    assert as_lists(two) == [[*before, 7, 8, *after], [*before, 10, *after]]
+    assert two.ids.dtype == two.offsets.dtype == np.int32
+
+
+def test_ids_do_not_get_them():
+    assert as_lists(read([[4, 5], [6]], text=BOTH_ENDS)) == [[4, 5], [6]]
+
+
+def test_all_texts_are_tokenized_in_one_call():
+    calls = []
+    read(["a", "small", "funnel"], lambda texts: calls.append(texts) or tokenize(texts), prompt="query: ")
+    assert calls == [["query: a", "query: small", "query: funnel"]]
+
+
+LONG = "a small funnel pools pairs of tokens"  # ids 4 ... 10
+
+
+@pytest.mark.parametrize(
+    ("text", "max_length", "ids"),
+    [
+        (BOTH_ENDS, 5, [2, 4, 5, 6, 1]),
+        (BOTH_ENDS, 8, [2, 4, 5, 6, 7, 8, 9, 1]),
+        (BOTH_ENDS, 9, [2, 4, 5, 6, 7, 8, 9, 10, 1]),
+        (BOTH_ENDS, 2, [2, 1]),
+        (BOTH_ENDS, 1, [2]),
+        (TEXT, 3, [2, 4, 5]),
+        (TextConfig(end=1), 3, [4, 5, 1]),
+        (TextConfig(), 3, [4, 5, 6]),
+    ],
+)
+def test_truncation_of_a_text_keeps_begin_and_end(text, max_length, ids):
+    assert as_lists(read(["tokens", LONG], text=text, max_length=max_length, truncate=True))[1] == ids
+
+
+def test_truncation_counts_the_prompt():
+    cut = read(LONG, prompt="query: ", text=BOTH_ENDS, max_length=5, truncate=True)
+    assert as_lists(cut) == [[2, *tokenize(["query: a"])[0], 1]]
+
+
+@pytest.mark.parametrize("inputs", [[[3, 4, 5], [6]], (np.array([3, 4, 5, 6]), np.array([0, 3, 4]))])
+def test_truncation_of_ids_cuts_the_end_off(inputs):
+    assert as_lists(read(inputs, text=BOTH_ENDS, max_length=2, truncate=True)) == [[3, 4], [6]]
+    assert as_lists(read(inputs, text=BOTH_ENDS, max_length=3, truncate=True)) == [[3, 4, 5], [6]]
 
 
 def test_a_prompt_goes_before_every_text():
@@ -61,7 +109,7 @@ BAD = {
     "an id beyond the vocabulary": ([[3], [4, 20]], r"input 1 holds token id 20; ids lie in 0 \.\.\. 19"),
     "a negative id": ((np.array([3, -1, 5, 6]), offsets), "input 0 holds token id -1"),
     "a sequence too long": ([[3], [4] * 7], "input 1 has 7 tokens, more than the limit of 6"),
-    "a text too long": ("a a a a a a", "input 0 has 7 tokens, more than the limit of 6"),
+    "a text too long": ("a a a a a a", r"input 0 has 7 tokens, more than the limit of 6 .*truncate=True"),
     "offsets that start late": ((ids, np.array([1, 4])), "offsets starts at 1; it must start at 0"),
     "offsets that fall": ((ids, np.array([0, 3, 2, 4])), "offsets decreases from 3 to 2 at entry 2"),
     "offsets that end early": ((ids, np.array([0, 3])), "offsets ends at 3 but there are 4 ids"),

@@ -3,7 +3,7 @@
 import pytest
 
 from funnel_engine.config import FunnelConfig, Rope, layer_steps
-from funnel_engine.heads import HeadConfig
+from funnel_engine.heads import DenseConfig, HeadConfig
 from funnel_engine.presets import PRESETS, preset
 from funnel_engine.weights import count_parameters, expected_shapes
 from funnel_kernels import ConfigError
@@ -56,7 +56,7 @@ def test_sizes_are_the_published_ones(name):
 
 
 def test_parameters_of_embeddinggemma_to_the_last_one():
-    head = HeadConfig(dense=((3072, 768), (768, 3072)))
+    head = HeadConfig(dense=(DenseConfig(3072, 768), DenseConfig(768, 3072)))
     assert count_parameters(expected_shapes(preset("embeddinggemma-300m"), head)) == 307_581_696
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from funnel_engine.config import FunnelConfig, ModelConfig, Rope
-from funnel_engine.heads import HeadConfig
+from funnel_engine.heads import DenseConfig, HeadConfig
 from funnel_engine.weights import count_parameters, expected_shapes, nest, random_weights
 
 GEMMA_1 = ModelConfig(
@@ -36,11 +36,12 @@ def test_names_and_shapes():
 
 def test_shapes_of_a_head_are_added():
     head = HeadConfig(
-        pooler=True, pooling="attention", dense=((9, 10), (8, 9)), task="tag", labels=("a", "b", "c"),
+        pooler=True, pooling="attention", dense=(DenseConfig(9, 10, bias=True), DenseConfig(8, 9)), task="tag", labels=("a", "b", "c"),
         classifier_bias=True,
     )  # fmt: skip
     extra = {
-        "pooler.query": (10,), "dense.0": (9, 10), "dense.1": (8, 9), "classifier.weight": (3, 10),
+        "pooler.query": (10,), "dense.0.weight": (9, 10), "dense.0.bias": (9,), "dense.1.weight": (8, 9),
+        "classifier.weight": (3, 10),
         "classifier.bias": (3,),
     }  # fmt: skip
     assert expected_shapes(GEMMA_1, head) == expected_shapes(GEMMA_1, HeadConfig()) | extra

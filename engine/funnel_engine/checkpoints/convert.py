@@ -1,18 +1,20 @@
 """Converts a checkpoint into our own format, so that what exists under the destination's name is always complete."""
 
 import contextlib
+import errno
 import fcntl
 import glob
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from funnel_engine.checkpoints.hugging_face import read_hugging_face
+from funnel_engine.checkpoints.formats import read_source
 from funnel_engine.checkpoints.native import MANIFEST, synchronize, write_checkpoint
 from funnel_engine.weights import DTYPES, check_dtype, count_parameters, expected_shapes
 from funnel_kernels.errors import CheckpointError
@@ -24,29 +26,34 @@ def convert(
     *,
     dtype: str = "bfloat16",
     overwrite: bool = False,
+    format: str | None = None,
+    sliding_window: int | None = None,
+    allow_nonfinite: bool = False,
 ) -> None:
     """Converts a Gemma, EmbeddingGemma or T5Gemma checkpoint for `Engine.load`.
 
-    Reads and writes piece by piece, in a few MB of memory whatever the size of the model. The destination
+    Reads and writes piece by piece; memory holds at most one tensor, whatever the size of the model. The destination
     appears, by a rename, once it is complete and on the disk; a run that fails leaves nothing behind, and what a
     killed run has left is removed by the next one to the same destination.
 
     Args:
-        source: a directory in Hugging Face format: config.json, safetensors (one file or sharded), tokenizer.json if
-            the engine is to take texts, modules.json and its folders for sentence-transformers models.
+        source: a file or folder in one of the formats of docs/checkpoints.md.
         destination: the directory to make.
         dtype: what the weights are rounded to, "bfloat16" or "float32".
         overwrite: replace `destination` if it is a checkpoint. The old one stays until the new one is complete.
+        format: of the source, a key of `formats.FORMATS`; None detects it from the content.
+        sliding_window: stands for the config's, where an old save has written a wrong one.
+        allow_nonfinite: convert weights that are NaN or infinite as they are.
 
     Raises:
         CheckpointError: a source that is missing, damaged or of a form that the engine does not run; a destination
             that exists or cannot be written.
-        ConfigError: another dtype.
+        ConfigError: another dtype or format.
     """
     check_dtype(dtype)
     source, destination = Path(source), Path(destination).resolve()
     check_destination(destination, source.resolve(), overwrite)
-    model = read_hugging_face(source)
+    model = read_source(source, format, sliding_window)
     size = count_parameters(expected_shapes(model.config, model.head)) * DTYPES[dtype].itemsize
     try:
         free = shutil.disk_usage(destination.parent).free
@@ -57,7 +64,8 @@ def convert(
             )
         with staging_directory(destination) as staging, progress_bar() as progress:
             task = progress.add_task(f"Converting to {dtype}", total=size)
-            write_checkpoint(staging / "new", model, dtype, lambda done: progress.advance(task, done))
+            advance = partial(progress.advance, task)
+            write_checkpoint(staging / "new", model, dtype, allow_nonfinite=allow_nonfinite, advance=advance)
             publish(staging / "new", destination, staging / "old" if overwrite else None)
     except OSError as error:
         raise CheckpointError(
@@ -118,9 +126,11 @@ def publish(new: Path, destination: Path, old: Path | None) -> None:
         destination.rename(old)
     try:
         new.rename(destination)
-    except BaseException:
+    except BaseException as error:
         if old is not None and old.exists():
             old.rename(destination)
+        elif isinstance(error, OSError) and error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+            raise CheckpointError(f"{destination} was made by another conversion meanwhile, and stays") from error
         raise
     synchronize(destination.parent)
 

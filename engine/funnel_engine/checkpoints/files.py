@@ -3,21 +3,32 @@
 import collections
 import contextlib
 import dataclasses
+import errno
+import hashlib
 import json
 import os
 import sys
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from funnel_kernels.errors import CheckpointError, ConfigError
 
+MAX_JSON_BYTES = 100_000_000
+HASHED_AT_ONCE = 2**20  # bytes
+
 
 def read_json(path: Path, kind: type = dict) -> Any:
     """The content of a JSON file whose outermost value is a `kind` (dict or list)."""
     with reading(path):
+        if not os.path.isfile(path):  # a pipe or a device would be read without end
+            raise FileNotFoundError(errno.ENOENT, "no such file")
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise CheckpointError(
+                f"{path} has {path.stat().st_size:,} bytes; no JSON of a model has {MAX_JSON_BYTES:,}"
+            )
         data = path.read_bytes()
     return parse_json(data, path, kind)
 
@@ -96,15 +107,50 @@ def check_type(kind: type, value: Any, where: str) -> None:
 
 
 def file_in(directory: Path, name: Any, where: str) -> Path:
-    """The file `name` of a directory, whether it exists or not; `where` says who names it.
+    """The file or folder `name` of a directory, whether it exists or not; `where` says who names it.
 
     Raises:
-        CheckpointError: `name` is anything but a plain file name, so could lie outside the directory.
+        CheckpointError: `name` is anything but a plain file name, or a link that leaves the directory.
     """
     plain = isinstance(name, str) and name.isprintable() and os.path.basename(name) == name
     if not plain or name in ("", ".", ".."):
         raise CheckpointError(f"{where} names {name!r}, which is not a file in {directory}")
-    return directory / name
+    path = directory / name
+    target = path.resolve()
+    if not any(home in target.parents for home in homes(directory)):
+        raise CheckpointError(f"{path} is a link to {target}, outside {directory}; put the file itself there")
+    return path
+
+
+def homes(directory: Path) -> Iterator[Path]:
+    """Where the files of a directory may lie: in it, or in the blobs of its Hugging Face cache.
+
+    The cache keeps a model in `models--NAME/snapshots/REVISION/`, as links to files in `models--NAME/blobs/`.
+    """
+    home = directory.resolve()
+    yield home
+    for folder in (home, *home.parents):
+        if folder.parent.name == "snapshots":
+            yield folder.parent.parent / "blobs"
+
+
+def optional_file(directory: Path, name: str) -> Path | None:
+    """The file `name` of a directory if it is there."""
+    path = file_in(directory, name, str(directory))
+    return path if os.path.isfile(path) else None  # which takes any name, however long
+
+
+def hash_file(path: Path, stop: Callable[[], bool] = lambda: False) -> str:
+    """The SHA-256 of a file, or of as much as was read before `stop()` came true.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    with reading(path), path.open("rb", buffering=0) as file:
+        while not stop() and (data := file.read(HASHED_AT_ONCE)):
+            digest.update(data)
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager

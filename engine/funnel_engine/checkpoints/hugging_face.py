@@ -4,22 +4,25 @@ Nothing is guessed: every tensor is either needed, or one of a family's known te
 (`Layout.dropped`), or an error.
 """
 
-import collections
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from funnel_engine.checkpoints.files import decode, file_in, read_json, reading
-from funnel_engine.checkpoints.native import MANIFEST, TOKENIZER, SourceModel
-from funnel_engine.checkpoints.safetensors_file import DTYPES, StoredTensor, check_tensors, read_header
-from funnel_engine.checkpoints.sentence_transformers import SentenceModel, read_sentence_model
+from funnel_engine.checkpoints.files import decode, file_in, optional_file, read_json, reading
+from funnel_engine.checkpoints.safetensors_file import StoredTensor, read_header
+from funnel_engine.checkpoints.sentence_transformers import MODULES, SentenceModel, read_sentence_model
+from funnel_engine.checkpoints.source import SourceModel
+from funnel_engine.checkpoints.tensors import Part, Parts, assemble, drop_by_name
+from funnel_engine.checkpoints.tokenizer_files import find_tokenizer
 from funnel_engine.config import ModelConfig
 from funnel_engine.heads import HeadConfig, head_shapes
 from funnel_engine.hugging_face_config import read_model_config
-from funnel_engine.weights import Shapes, expected_shapes
+from funnel_engine.text import TextConfig
+from funnel_engine.weights import expected_shapes
 from funnel_kernels.errors import CheckpointError
 
+CONFIG = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
@@ -82,62 +85,75 @@ LAYOUTS = {
 TASKS = {"ForSequenceClassification": "classify", "ForTokenClassification": "tag"}
 
 
-def read_hugging_face(directory: Path) -> SourceModel:
+def matches(path: Path) -> bool:
+    """Whether a folder has a Hugging Face config, or the list of modules of the sentence-transformers library."""
+    return (path / CONFIG).is_file() or (path / MODULES).is_file()
+
+
+def read_hugging_face(root: Path, sliding_window: int | None = None) -> SourceModel:
     """Finds out what a directory holds; the values of the tensors stay on disk.
+
+    Args:
+        sliding_window: stands for the config's.
 
     Raises:
         CheckpointError: not a directory in this format, another model family, or files that are missing, damaged or
             do not fit each other. All tensors that are missing, unknown or misshapen are listed at once.
     """
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory} is not a directory; give the folder that holds the model's config.json")
-    config_file = directory / "config.json"
-    if not config_file.is_file():
-        converted = " (it is already converted)" if (directory / MANIFEST).is_file() else ""
-        raise CheckpointError(f"{directory} is not in Hugging Face format: it has no config.json{converted}")
+    if not root.is_dir():
+        raise CheckpointError(f"{root} is not a directory; give the folder that holds the model's config.json")
+    sentence_model = read_sentence_model(root)
+    directory = sentence_model.transformer if sentence_model else root
+    config_file = optional_file(directory, CONFIG)
+    if config_file is None:
+        raise CheckpointError(f"{directory} is not in Hugging Face format: it has no {CONFIG}")
     fields = read_json(config_file)
     with reading(config_file):
-        config = read_model_config(fields)
+        config = read_model_config(fields, sliding_window)
+    if sentence_model and sentence_model.width not in (None, config.hidden_size):
+        raise CheckpointError(
+            f"the pooling in {root} expects rows of width {sentence_model.width}, the encoder's are "
+            f"{config.hidden_size} wide; these folders do not belong together"
+        )
     layout = LAYOUTS[fields["model_type"]]
     tensors = read_tensors(directory)
-    sentence_model = read_sentence_model(directory, config.hidden_size)
     for dense in sentence_model.dense if sentence_model else ():
-        header = read_header(directory / dense.folder / SINGLE_FILE)
-        tensors |= {f"{dense.folder}/{name}": tensor for name, tensor in header.items()}
+        header = read_header(file_in(dense.folder, SINGLE_FILE, str(dense.folder)))
+        tensors |= {f"{dense.folder.name}/{name}": tensor for name, tensor in header.items()}
 
     classifier = classifier_name(config, tensors)
     with reading(config_file):
         head = read_head(fields, config, sentence_model, tensors, classifier)
     prefix = find_prefix(layout, config, tensors)
-    parts = encoder_parts(config, prefix) | head_parts(config, head, sentence_model, classifier)
-
-    expected = {name: shape for shapes in parts.values() for name, shape in shapes.items()}
-    dropped = {name: rule for name in tensors if name not in expected and (rule := drop_rule(layout, name))}
-    kept = {name: tensor for name, tensor in tensors.items() if name not in dropped}
-    check_tensors(directory, expected, kept, list(DTYPES))
-    files = sorted({tensor.path for tensor in kept.values()})
-    tokenizer_file = directory / TOKENIZER
+    with reading(root):
+        parts = {**encoder_parts(config, prefix), **head_parts(config, head, sentence_model, classifier)}
+    weights, dropped = assemble(directory, parts, tensors, drop_by_name(layout.dropped))
+    tokenizer = find_tokenizer(directory, config)
     return SourceModel(
+        format="hugging_face",
         config=config,
         head=head,
-        weights={ours: tuple(kept[name] for name in shapes) for ours, shapes in parts.items()},
-        tokenizer_file=tokenizer_file if tokenizer_file.is_file() else None,
-        source={
-            "format": "hugging_face",
-            "files": {file.relative_to(directory).as_posix(): file.stat().st_size for file in files},
-            "dropped": dict(collections.Counter(dropped.values())),
-        },
-        prompts=sentence_model.prompts if sentence_model else {},
-        default_prompt_name=sentence_model.default_prompt_name if sentence_model else None,
+        weights=weights,
+        dropped=dropped,
+        text=TextConfig(
+            begin=tokenizer.begin if tokenizer else None,
+            end=tokenizer.end if tokenizer else None,
+            max_tokens=sentence_model.max_tokens if sentence_model else None,
+            prompts=sentence_model.prompts if sentence_model else {},
+            default_prompt_name=sentence_model.default_prompt_name if sentence_model else None,
+        ),
+        tokenizer_file=tokenizer.file if tokenizer else None,
+        directory=root,
+        files=tuple(sorted({rows.tensor.path for several in weights.values() for rows in several})),
     )
 
 
 def read_tensors(directory: Path) -> dict[str, StoredTensor]:
     """The tensors of model.safetensors, or of the shards that model.safetensors.index.json lists."""
-    if (directory / SINGLE_FILE).is_file():
-        return read_header(directory / SINGLE_FILE)
-    index_file = directory / INDEX
-    if not index_file.is_file():
+    single_file, index_file = optional_file(directory, SINGLE_FILE), optional_file(directory, INDEX)
+    if single_file:
+        return read_header(single_file)
+    if not index_file:
         raise CheckpointError(
             f"{directory} has neither {SINGLE_FILE} nor {INDEX}; save the model with transformers' save_pretrained, "
             "which writes safetensors"
@@ -160,8 +176,8 @@ def read_tensors(directory: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def encoder_parts(config: ModelConfig, prefix: str) -> dict[str, Shapes]:
-    """For each of our encoder's weights, the names and shapes of the tensors whose rows make it, in order."""
+def encoder_parts(config: ModelConfig, prefix: str) -> Parts:
+    """For each of our encoder's weights, the tensors whose rows make it, in order."""
     layer = LAYER | NORMS[config.family]
     q_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     rows = {"qkv": (q_width, kv_width, kv_width), "gate_up": (config.intermediate_size,) * 2}
@@ -172,39 +188,30 @@ def encoder_parts(config: ModelConfig, prefix: str) -> dict[str, Shapes]:
             [f"{prefix}{block}.{name}.weight" for name in layer[leaf]] if block else [f"{prefix}{OUTER[leaf]}.weight"]
         )
         sizes = rows.get(leaf, shape[:1])
-        parts[ours] = {name: (size, *shape[1:]) for name, size in zip(theirs, sizes, strict=True)}
+        parts[ours] = tuple(Part(name, (size, *shape[1:])) for name, size in zip(theirs, sizes, strict=True))
     return parts
 
 
-def head_parts(
-    config: ModelConfig, head: HeadConfig, sentence_model: SentenceModel | None, classifier: str
-) -> dict[str, Shapes]:
+def head_parts(config: ModelConfig, head: HeadConfig, sentence_model: SentenceModel | None, classifier: str) -> Parts:
     """The same for the weights of the head."""
     names = {
         "pooler.query": "pooler.query",
         "classifier.weight": f"{classifier}.weight",
         "classifier.bias": f"{classifier}.bias",
     }
-    if sentence_model:
-        names |= {f"dense.{i}": f"{dense.folder}/linear.weight" for i, dense in enumerate(sentence_model.dense)}
-    return {ours: {names[ours]: shape} for ours, shape in head_shapes(config.hidden_size, head).items()}
+    for index, dense in enumerate(sentence_model.dense if sentence_model else ()):
+        for leaf in ("weight", "bias"):
+            names[f"dense.{index}.{leaf}"] = f"{dense.folder.name}/linear.{leaf}"
+    return {ours: (Part(names[ours], shape),) for ours, shape in head_shapes(config.hidden_size, head).items()}
 
 
 def find_prefix(layout: Layout, config: ModelConfig, tensors: Mapping[str, StoredTensor]) -> str:
     """The prefix under which most of the encoder is there."""
 
     def matches(prefix: str) -> int:
-        return sum(name in tensors for shapes in encoder_parts(config, prefix).values() for name in shapes)
+        return sum(part.name in tensors for parts in encoder_parts(config, prefix).values() for part in parts)
 
     return max(layout.prefixes, key=matches)
-
-
-def drop_rule(layout: Layout, name: str) -> str | None:
-    """The entry of `layout.dropped` that a name falls under."""
-    for rule in layout.dropped:
-        if name == rule or (rule.endswith(".") and name.startswith(rule)):
-            return rule
-    return None
 
 
 def classifier_name(config: ModelConfig, tensors: Mapping[str, StoredTensor]) -> str:
@@ -224,11 +231,12 @@ def read_head(
     """What stands on the encoder. Without modules.json, sentence vectors come from the pooler, or are the mean."""
     pooler = "pooler.query" in tensors
     pooling = sentence_model.pooling if sentence_model else "attention" if pooler else "mean"
-    dense = tuple(layer.features for layer in sentence_model.dense) if sentence_model else ()
+    dense = tuple(layer.config for layer in sentence_model.dense) if sentence_model else ()
+    similarity = sentence_model.similarity if sentence_model else None
     architectures = decode(tuple[str, ...], fields.get("architectures") or [], "architectures in config.json")
     tasks = [task for name in architectures for suffix, task in TASKS.items() if name.endswith(suffix)]
     if not tasks:
-        return HeadConfig(pooling, pooler, dense)
+        return HeadConfig(pooling, pooler, dense, similarity)
     if config.family == "t5gemma" and fields.get("is_encoder_decoder", True):
         raise CheckpointError(
             f"{architectures[0]} with is_encoder_decoder=true reads the decoder, which this engine does not run; "
@@ -237,7 +245,7 @@ def read_head(
     # transformers' own token classifiers and every T5Gemma head have a bias; only hand-written heads may or may not.
     must_have_bias = config.family == "t5gemma" or (tasks[0] == "tag" and config.family != "gemma3_text")
     bias = must_have_bias or f"{classifier}.bias" in tensors
-    return HeadConfig(pooling, pooler, dense, tasks[0], read_labels(fields), bias)
+    return HeadConfig(pooling, pooler, dense, similarity, tasks[0], read_labels(fields), bias)
 
 
 def read_labels(fields: dict[str, Any]) -> tuple[str, ...]:

@@ -1,38 +1,59 @@
 """Our own checkpoint format: a directory that is loaded without copying.
 
-funnel.json          what the model is (`Manifest`); written last
-weights.safetensors  every tensor of `weights.expected_shapes`, all of one dtype, aligned for use in place
-tokenizer.json       of the tokenizers library; only if the source had one
+funnel.json                        what the model is (`Manifest`); written last
+weights.safetensors                every tensor of `weights.expected_shapes`, all of one dtype, aligned for use in
+  or weights-00001-of-00003...     place; in several files if they are more than 5 GB
+tokenizer.json, tokenizer.model    of the tokenizers or the sentencepiece library; only if the source had one
 """
 
+import contextlib
 import dataclasses
 import json
+import math
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from funnel_engine.checkpoints.files import decode, file_in, read_json, reading
-from funnel_engine.checkpoints.safetensors_file import (
-    SPELLINGS,
-    StoredTensor,
-    check_tensors,
-    map_tensors,
-    read_header,
-    write_tensors,
-)
+from funnel_engine.checkpoints.files import decode, file_in, hash_file, read_json, reading
+from funnel_engine.checkpoints.safetensors_file import StoredTensor, map_tensors, read_header, write_tensors
+from funnel_engine.checkpoints.source import SourceModel
+from funnel_engine.checkpoints.tensors import Part, Rows, assemble, check_tensors
 from funnel_engine.config import ModelConfig
 from funnel_engine.heads import HeadConfig
-from funnel_engine.weights import DTYPES, count_parameters, expected_shapes
+from funnel_engine.text import TextConfig
+from funnel_engine.weights import DTYPES, Shapes, count_parameters, expected_shapes
 from funnel_kernels.errors import CheckpointError
 
-VERSION = 1
+VERSION = 2
 MANIFEST = "funnel.json"
-WEIGHTS = "weights.safetensors"
-TOKENIZER = "tokenizer.json"
+SHARD_BYTES = 4_900_000_000  # of tensors; with its header a file stays below 5 GB
+
+
+@dataclasses.dataclass(frozen=True)
+class FileFacts:
+    bytes: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What a checkpoint was converted from.
+
+    Attributes:
+        format: a key of `formats.FORMATS`.
+        files: those that held weights.
+        dropped: how many tensors were left out, by the rule that says why.
+    """
+
+    format: str
+    files: dict[str, FileFacts]
+    dropped: dict[str, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,83 +63,92 @@ class Manifest:
     Attributes:
         dtype: of every tensor, "bfloat16" or "float32".
         tensors, parameters: how many there are.
-        prompts: texts that go before an input, by name; `default_prompt_name` is one of the names.
+        text: what is done to a text.
         tokenizer: file name of the tokenizer, or None.
-        source: what the checkpoint was converted from: its format, its files with their sizes in bytes, and how many
-            tensors were left out, by prefix.
+        files: every file but this one, by name.
     """
 
     version: int
     config: ModelConfig
     head: HeadConfig
+    text: TextConfig
     dtype: str
     tensors: int
     parameters: int
-    prompts: dict[str, str]
-    default_prompt_name: str | None
     tokenizer: str | None
-    source: dict[str, Any]
+    files: dict[str, FileFacts]
+    source: Source
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint whose weights are mapped into memory: read-only arrays, read from disk when first used."""
 
-    config: ModelConfig
-    head: HeadConfig
-    dtype: str
+    manifest: Manifest
     weights: Mapping[str, np.ndarray]
     tokenizer_file: Path | None
-    source: dict[str, Any]
-    prompts: Mapping[str, str]
-    default_prompt_name: str | None
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.manifest.config
+
+    @property
+    def head(self) -> HeadConfig:
+        return self.manifest.head
+
+    @property
+    def dtype(self) -> str:
+        return self.manifest.dtype
 
 
-@dataclasses.dataclass(frozen=True)
-class SourceModel:
-    """A model found in another format: `weights` says which stored tensors, one after another, make each of ours."""
-
-    config: ModelConfig
-    head: HeadConfig
-    weights: Mapping[str, tuple[StoredTensor, ...]]
-    tokenizer_file: Path | None
-    source: dict[str, Any]
-    prompts: dict[str, str]
-    default_prompt_name: str | None
+def matches(path: Path) -> bool:
+    return (path / MANIFEST).is_file()
 
 
-def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+def read_checkpoint(path: str | os.PathLike[str], *, verify: bool = False) -> Checkpoint:
     """Opens a directory that `convert` has written, without reading the weights.
+
+    Args:
+        verify: read every file and compare its SHA-256 with the manifest's. Sizes are compared always.
 
     Raises:
         CheckpointError: it is not a checkpoint, not a whole one, or of another version.
     """
     directory = Path(path)
-    manifest_file = directory / MANIFEST
-    if not manifest_file.is_file():
-        if (directory / "config.json").is_file():
-            raise CheckpointError(f"{directory} is in Hugging Face format; run `funnel convert {directory} NEW` first")
-        raise CheckpointError(f"{directory} is not a checkpoint: it has no {MANIFEST}. `funnel convert` makes one")
-    manifest = read_manifest(manifest_file)
-    stored = read_header(directory / WEIGHTS)
-    expected = expected_shapes(manifest.config, manifest.head)
-    check_tensors(directory / WEIGHTS, expected, stored, [SPELLINGS[DTYPES[manifest.dtype]]])
-    weights = map_tensors(directory / WEIGHTS, stored)
-    tokenizer_file = None
-    if manifest.tokenizer is not None:
-        tokenizer_file = file_in(directory, manifest.tokenizer, str(manifest_file))
-        if not os.path.isfile(tokenizer_file):
-            raise CheckpointError(f"{tokenizer_file} is missing; convert the checkpoint again")
+    manifest, files = open_checkpoint(directory)
+    if verify:
+        verify_files(files, manifest)
+    tensors = read_shards(directory, manifest, files)
+    weights: dict[str, np.ndarray] = {}
+    for file in shards(files):
+        weights |= map_tensors(file, {name: tensor for name, tensor in tensors.items() if tensor.path == file})
     return Checkpoint(
-        config=manifest.config,
-        head=manifest.head,
-        dtype=manifest.dtype,
-        weights={name: weights[name] for name in expected},
-        tokenizer_file=tokenizer_file,
-        source=manifest.source,
-        prompts=manifest.prompts,
-        default_prompt_name=manifest.default_prompt_name,
+        manifest=manifest,
+        weights={name: weights[name] for name in expected_shapes(manifest.config, manifest.head)},
+        tokenizer_file=files[manifest.tokenizer] if manifest.tokenizer else None,
     )
+
+
+def open_checkpoint(directory: Path) -> tuple[Manifest, dict[str, Path]]:
+    """The manifest, and the files that it lists, all of which are there and as long as it says."""
+    if not matches(directory):
+        raise CheckpointError(
+            f"{directory} is not a checkpoint of this engine: it has no {MANIFEST}. "
+            f"Make one with: funnel convert {directory} NEW"
+        )
+    manifest_file = file_in(directory, MANIFEST, str(directory))
+    manifest = read_manifest(manifest_file)
+    files = {name: file_in(directory, name, str(manifest_file)) for name in manifest.files}
+    for name, file in files.items():
+        size, expected = file.stat().st_size if os.path.isfile(file) else None, manifest.files[name].bytes
+        if size is None:
+            raise CheckpointError(f"{file} is missing; copy or convert the checkpoint again")
+        if size != expected:
+            raise CheckpointError(
+                f"{file} is {'truncated' if size < expected else 'damaged'}: it has {size:,} bytes, its manifest says "
+                f"{expected:,}. Copy or convert the checkpoint again"
+            )
+    return manifest, files
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -128,22 +158,93 @@ def read_manifest(path: Path) -> Manifest:
         raise CheckpointError(f"{path} has version {version!r}; this engine reads {VERSION}. Convert the source again")
     with reading(path):
         manifest: Manifest = decode(Manifest, fields, str(path))
+        expected_shapes(manifest.config, manifest.head)
     if manifest.dtype not in DTYPES:
         raise CheckpointError(f"{path}: dtype is {manifest.dtype!r}; it must be {' or '.join(DTYPES)}")
-    if manifest.default_prompt_name not in (None, *manifest.prompts):
-        raise CheckpointError(f"{path}: default_prompt_name {manifest.default_prompt_name!r} is none of its prompts")
+    check_text_ids(path, manifest.text, manifest.config)
+    if manifest.tokenizer not in (None, *manifest.files):
+        raise CheckpointError(f"{path}: tokenizer {manifest.tokenizer!r} is none of its files")
     return manifest
 
 
+def check_text_ids(where: Path, text: TextConfig, config: ModelConfig) -> None:
+    """Raises `CheckpointError` unless the ids around every text are in the vocabulary."""
+    for name in ("begin", "end"):
+        identifier = getattr(text, name)
+        if identifier is not None and not 0 <= identifier < config.vocab_size:
+            raise CheckpointError(
+                f"{where}: every text gets {name}={identifier}, but ids lie in 0 ... {config.vocab_size - 1}; "
+                "the tokenizer is another model's"
+            )
+
+
+def shards(files: Mapping[str, Path]) -> list[Path]:
+    return [file for name, file in files.items() if name.endswith(".safetensors")]
+
+
+def read_shards(directory: Path, manifest: Manifest, files: Mapping[str, Path]) -> dict[str, StoredTensor]:
+    """The tensors of all shards, which are those that the config needs, each in one shard only."""
+    tensors: dict[str, StoredTensor] = {}
+    for file in shards(files):
+        header = read_header(file)
+        if twice := header.keys() & tensors.keys():
+            raise CheckpointError(f"{min(twice)} is in two files of {directory}; convert the checkpoint again")
+        tensors |= header
+    check_tensors(directory, expected_shapes(manifest.config, manifest.head), tensors, (manifest.dtype,))
+    return tensors
+
+
+def verify_files(files: Mapping[str, Path], manifest: Manifest) -> None:
+    """Raises `CheckpointError` if the content of a file is not what was written."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        digests = dict(zip(files, pool.map(hash_file, files.values()), strict=True))
+    damaged = [str(files[name]) for name, digest in digests.items() if digest != manifest.files[name].sha256]
+    if damaged:
+        raise CheckpointError(
+            f"the SHA-256 of {', '.join(damaged)} is not the manifest's; copy or convert the checkpoint again"
+        )
+
+
+def read_source(directory: Path, sliding_window: int | None = None) -> SourceModel:
+    """A checkpoint of ours, to be written again with another dtype.
+
+    Raises:
+        CheckpointError: as `read_checkpoint`, or a sliding window is given, which only a source's config can take.
+    """
+    manifest, files = open_checkpoint(directory)
+    if sliding_window is not None:
+        raise CheckpointError(f"{directory} is already converted; give the sliding window when converting its source")
+    shapes = expected_shapes(manifest.config, manifest.head)
+    parts = {name: (Part(name, shape),) for name, shape in shapes.items()}
+    weights, dropped = assemble(directory, parts, read_shards(directory, manifest, files))
+    return SourceModel(
+        format="funnel",
+        config=manifest.config,
+        head=manifest.head,
+        weights=weights,
+        dropped=dropped,
+        text=manifest.text,
+        tokenizer_file=files[manifest.tokenizer] if manifest.tokenizer else None,
+        directory=directory,
+        files=tuple(shards(files)),
+    )
+
+
 def write_checkpoint(
-    directory: Path, model: SourceModel, dtype: str, advance: Callable[[int], Any] = lambda size: None
+    directory: Path,
+    model: SourceModel,
+    dtype: str,
+    *,
+    allow_nonfinite: bool = False,
+    advance: Callable[[int], Any] = lambda size: None,
 ) -> None:
     """Writes `model` as a new directory and waits until it is on the disk; the manifest comes last.
 
-    Memory holds one piece of a tensor at a time.
+    Memory holds one piece of a tensor at a time, or one tensor where it must be transposed.
 
     Args:
         dtype: what the weights are rounded to (to nearest, ties to even), "bfloat16" or "float32".
+        allow_nonfinite: write NaN and infinity as they are.
         advance: called with the number of bytes after each piece.
 
     Raises:
@@ -152,40 +253,83 @@ def write_checkpoint(
     """
     shapes = expected_shapes(model.config, model.head)
     directory.mkdir()
-    values = {name: rounded(tensors, DTYPES[dtype]) for name, tensors in model.weights.items()}
-    write_tensors(directory / WEIGHTS, DTYPES[dtype], shapes, values, advance)
+    files = {}
+    with hashing(model.files) as source_files:
+        for name, part in plan_shards(shapes, DTYPES[dtype].itemsize).items():
+            values = {key: rounded(model.weights[key], DTYPES[dtype], allow_nonfinite) for key in part}
+            digest = write_tensors(directory / name, DTYPES[dtype], part, values, advance)
+            files[name] = FileFacts((directory / name).stat().st_size, digest)
+        hashed = source_files.result()
+    tokenizer = None
     if model.tokenizer_file is not None:
-        shutil.copyfile(model.tokenizer_file, directory / TOKENIZER)
-        synchronize(directory / TOKENIZER)
+        tokenizer = "tokenizer.json" if model.tokenizer_file.suffix == ".json" else "tokenizer.model"
+        shutil.copyfile(model.tokenizer_file, directory / tokenizer)
+        synchronize(directory / tokenizer)
+        files[tokenizer] = file_facts(directory / tokenizer)
     manifest = Manifest(
         version=VERSION,
         config=model.config,
         head=model.head,
+        text=model.text,
         dtype=dtype,
         tensors=len(shapes),
         parameters=count_parameters(shapes),
-        prompts=model.prompts,
-        default_prompt_name=model.default_prompt_name,
-        tokenizer=None if model.tokenizer_file is None else TOKENIZER,
-        source=model.source,
+        tokenizer=tokenizer,
+        files=files,
+        source=Source(
+            model.format,
+            {file.relative_to(model.directory).as_posix(): facts for file, facts in hashed.items()},
+            model.dropped,
+        ),
     )
     (directory / MANIFEST).write_text(json.dumps(dataclasses.asdict(manifest), indent=2) + "\n")
     synchronize(directory / MANIFEST)
     synchronize(directory)
 
 
-def rounded(tensors: tuple[StoredTensor, ...], dtype: np.dtype) -> Iterator[np.ndarray]:
-    """The values of tensors one after another, in pieces of `dtype`."""
-    for tensor in tensors:
-        for piece in tensor.pieces():
-            with np.errstate(over="ignore"):
+def plan_shards(shapes: Shapes, itemsize: int) -> dict[str, Shapes]:
+    """Which tensors go into which file. Only a tensor that is larger than 5 GB by itself makes a file larger."""
+    groups: list[Shapes] = []
+    size = 0
+    for name, shape in shapes.items():
+        size += math.prod(shape) * itemsize
+        if not groups or size > SHARD_BYTES:
+            groups.append({})
+            size = math.prod(shape) * itemsize
+        groups[-1][name] = shape
+    if len(groups) == 1:
+        return {"weights.safetensors": groups[0]}
+    return {f"weights-{i:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups, start=1)}
+
+
+def rounded(parts: tuple[Rows, ...], dtype: np.dtype, allow_nonfinite: bool) -> Iterator[np.ndarray]:
+    """The values of source tensors one after another, in pieces of `dtype`."""
+    for rows in parts:
+        for piece in rows.pieces():
+            with np.errstate(over="ignore", invalid="ignore"):
                 values = piece.astype(dtype, copy=False)
-            if not np.isfinite(values.astype(np.float32, copy=False)).all():
+            if not allow_nonfinite and not np.isfinite(values.astype(np.float32, copy=False)).all():
                 raise CheckpointError(
-                    f"tensor {tensor.name} in {tensor.path} holds NaN, infinity or a value that {dtype} cannot; "
-                    "the model is broken, so train or fetch it again"
+                    f"tensor {rows.tensor.name} in {rows.tensor.path} holds NaN, infinity or a value that {dtype} "
+                    "cannot; the model is broken, so train or fetch it again (--allow-nonfinite converts it as it is)"
                 )
             yield values
+
+
+@contextlib.contextmanager
+def hashing(files: tuple[Path, ...]) -> Iterator[Future[dict[Path, FileFacts]]]:
+    """Hashes files on another core meanwhile; leaving early ends it."""
+    left = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            yield pool.submit(lambda: {file: file_facts(file, left.is_set) for file in files})
+        finally:
+            left.set()
+
+
+def file_facts(file: Path, stop: Callable[[], bool] = lambda: False) -> FileFacts:
+    with reading(file):
+        return FileFacts(file.stat().st_size, hash_file(file, stop))
 
 
 def synchronize(path: Path) -> None:

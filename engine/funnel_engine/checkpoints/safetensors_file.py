@@ -1,15 +1,16 @@
-"""Safetensors files, read with distrust, mapped or in pieces, and written in one pass.
+"""Safetensors files, read with distrust, mapped or in pieces, and written and hashed in one pass.
 
 A file is the length of its header (8 bytes, little-endian), the header, which is JSON (name -> dtype, shape,
 data_offsets), and then every tensor's bytes, one after another without holes
 (https://github.com/huggingface/safetensors#format).
 """
 
+import hashlib
 import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
@@ -24,13 +25,12 @@ from funnel_kernels.errors import CheckpointError
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
 SPELLINGS = {dtype: spelling for spelling, dtype in DTYPES.items()}
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
-PIECE_BYTES = 2**20  # stays in the cache while it is checked and rounded; 16 MiB takes three times as long
 # JAX uses an array on the CPU in place, without a copy, if it starts at a multiple of this many bytes.
 ALIGNMENT = 64
 
 
 class StoredTensor(NamedTuple):
-    """A tensor in a file, not yet read: `dtype` as the header spells it, `start` and `size` in bytes of the file."""
+    """A tensor in a file, not yet read (a `tensors.SourceTensor`): `start` and `size` are in bytes of the file."""
 
     path: Path
     name: str
@@ -39,20 +39,23 @@ class StoredTensor(NamedTuple):
     start: int
     size: int
 
-    def pieces(self) -> Iterator[np.ndarray]:
-        """The values in order, as 1-D arrays of at most 1 MiB, so that memory never holds the whole tensor.
+    def read(self, at: tuple[int, ...], start: int, stop: int) -> np.ndarray:
+        """`tensor[at][start:stop]`.
 
         Raises:
             CheckpointError: the file can no longer be read, or has become shorter.
         """
+        dtype, rest = np.dtype(self.dtype), self.shape[len(at) + 1 :]
+        row = 0
+        for index, size in zip((*at, start), self.shape, strict=False):
+            row = row * size + index
+        count = (stop - start) * math.prod(rest)
         with reading(self.path), self.path.open("rb") as file:
-            file.seek(self.start)
-            for done in range(0, self.size, PIECE_BYTES):
-                count = min(PIECE_BYTES, self.size - done)
-                data = np.fromfile(file, np.uint8, count)
-                if len(data) < count:
-                    raise CheckpointError(f"{self.path} became shorter while it was read; convert it again")
-                yield data.view(DTYPES[self.dtype])
+            file.seek(self.start + row * math.prod(rest) * dtype.itemsize)
+            values = np.fromfile(file, dtype, count)
+        if len(values) < count:
+            raise CheckpointError(f"{self.path} became shorter while it was read; convert it again")
+        return values.reshape(stop - start, *rest)
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -102,25 +105,12 @@ def read_entry(path: Path, name: str, entry: Any, data_start: int) -> StoredTens
             f"{path} is damaged: tensor {name!r} ({dtype} {shape!r:.80}) cannot lie in bytes {begin} to {end}. "
             "Fetch it again"
         )
-    return StoredTensor(path, name, dtype, tuple(shape), data_start + begin, end - begin)
+    name_of_dtype = DTYPES[dtype].name if dtype in DTYPES else f"safetensors {dtype}"
+    return StoredTensor(path, name, name_of_dtype, tuple(shape), data_start + begin, end - begin)
 
 
 def is_naturals(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
-
-
-def check_tensors(where: Path, expected: Shapes, found: Mapping[str, StoredTensor], dtypes: Iterable[str]) -> None:
-    """Raises one `CheckpointError` that lists every missing, unknown and misshapen tensor and every unusable dtype."""
-    problems = [f"missing: {name} {shape}" for name, shape in expected.items() if name not in found]
-    for name, tensor in found.items():
-        if name not in expected:
-            problems.append(f"unknown: {name!r} {tensor.shape}")
-        elif tensor.shape != expected[name]:
-            problems.append(f"misshapen: {name} is {tensor.shape}, the config says {expected[name]}")
-        elif tensor.dtype not in dtypes:
-            problems.append(f"dtype: {name} is {tensor.dtype!r}, not {' or '.join(dtypes)}")
-    if problems:
-        raise CheckpointError("\n  ".join([f"the tensors of {where} do not fit its config:", *problems]))
 
 
 def map_tensors(path: Path, tensors: Mapping[str, StoredTensor]) -> dict[str, np.ndarray]:
@@ -128,7 +118,7 @@ def map_tensors(path: Path, tensors: Mapping[str, StoredTensor]) -> dict[str, np
     with reading(path):
         data = np.asarray(np.memmap(path, np.uint8, mode="r"))
     return {
-        name: data[tensor.start : tensor.start + tensor.size].view(DTYPES[tensor.dtype]).reshape(tensor.shape)
+        name: data[tensor.start : tensor.start + tensor.size].view(tensor.dtype).reshape(tensor.shape)
         for name, tensor in tensors.items()
     }
 
@@ -139,8 +129,8 @@ def write_tensors(
     shapes: Shapes,
     values: Mapping[str, Iterable[np.ndarray]],
     advance: Callable[[int], Any],
-) -> None:
-    """Writes a new file, tensor after tensor, and waits until it is on the disk.
+) -> str:
+    """Writes a new file, tensor after tensor, waits until it is on the disk, and returns its SHA-256.
 
     Every tensor whose size is a multiple of 64 bytes starts at a multiple of 64, where JAX can use it in place; since
     the format has no holes, the others come after them.
@@ -163,12 +153,17 @@ def write_tensors(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     with path.open("xb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        prefix = len(text).to_bytes(8, "little") + text
+        file.write(prefix)
+        digest = hashlib.sha256(prefix)
         start = file.tell()
         for name in order:
             for array in values[name]:
-                file.write(array.reshape(-1).view(np.uint8).data)
+                data = array.reshape(-1).view(np.uint8).data
+                file.write(data)
+                digest.update(data)
                 advance(array.nbytes)
             assert file.tell() == start + ends[name], f"the values of {name} are not as many as its shape says"
         file.flush()
         os.fsync(file.fileno())
+    return digest.hexdigest()

@@ -8,7 +8,8 @@ order.
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from funnel_engine.checkpoints.files import decode, file_in, read_json
+from funnel_engine.checkpoints.files import decode, file_in, optional_file, read_json, reading
+from funnel_engine.heads import DenseConfig
 from funnel_kernels.errors import CheckpointError
 
 MODULES = "modules.json"
@@ -22,30 +23,68 @@ POOLING_FLAGS = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
+ACTIVATIONS = {  # theirs, by the last part of the name -> ours
+    "Identity": "identity",
+    "Tanh": "tanh",
+    "ReLU": "relu",
+    "GELU": "gelu",
+    "SiLU": "silu",
+    "Sigmoid": "sigmoid",
+}
+SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
+TRANSFORMER = "sentence_bert_config.json"  # the file of the Transformer module
+# What that module hands on to transformers, under its older and newer names, and which of it cannot change a vector.
+ARGUMENTS = (
+    "tokenizer_args",
+    "processor_kwargs",
+    "model_args",
+    "model_kwargs",
+    "config_args",
+    "config_kwargs",
+    "processing_kwargs",
+)
+HARMLESS_ARGUMENTS = {
+    "model_max_length",
+    "padding_side",
+    "attn_implementation",
+    "torch_dtype",
+    "dtype",
+    "trust_remote_code",
+}
+UNLIMITED = 2**31  # transformers writes 1e30 where a tokenizer has no limit
 
 
 class Dense(NamedTuple):
-    """A linear layer without bias or activation: its folder, and its (out, in) features."""
+    """A linear layer, and the folder that holds its weights."""
 
-    folder: str
-    features: tuple[int, int]
+    folder: Path
+    config: DenseConfig
 
 
 class SentenceModel(NamedTuple):
+    """Attributes:
+    transformer: the folder of the encoder, in Hugging Face format.
+    width: of the encoder's rows that the pooling expects.
+    """
+
+    transformer: Path
+    width: int
     pooling: str
     dense: tuple[Dense, ...]
+    similarity: str | None
     prompts: dict[str, str]
     default_prompt_name: str | None
+    max_tokens: int | None
 
 
-def read_sentence_model(directory: Path, hidden_size: int) -> SentenceModel | None:
+def read_sentence_model(directory: Path) -> SentenceModel | None:
     """Reads modules.json and what it refers to; None if there is no modules.json.
 
     Raises:
         CheckpointError: a module or an option that this engine does not have, or that does not fit.
     """
-    path = directory / MODULES
-    if not path.exists():
+    path = optional_file(directory, MODULES)
+    if path is None:
         return None
     modules = [read_module(entry, path) for entry in read_json(path, list)]
     kinds = [kind for kind, _ in modules]
@@ -55,18 +94,21 @@ def read_sentence_model(directory: Path, hidden_size: int) -> SentenceModel | No
             f"{path} lists {', '.join(kinds) or 'nothing'}; this engine runs Transformer, Pooling, then any number of "
             "Dense, then optionally Normalize"
         )
-    if modules[0][1]:
-        raise CheckpointError(
-            f"{path} has its Transformer in folder {modules[0][1]!r}; move its files beside {MODULES}"
-        )
-    check_texts_unchanged(directory)
-    dense, size = [], hidden_size
-    for _, folder in modules[2:end]:
-        dense.append(read_dense(directory, folder, size))
-        size = dense[-1].features[0]
-    prompts, default_prompt_name = read_prompts(directory)
-    pooling = read_pooling(file_in(directory, modules[1][1], str(path)) / "config.json", hidden_size)
-    return SentenceModel(pooling, tuple(dense), prompts, default_prompt_name)
+    folders = [file_in(directory, folder, str(path)) if folder else directory for _, folder in modules]
+    pooling, width = read_pooling(folders[1])
+    dense = tuple(Dense(folder, read_dense(folder)) for folder in folders[2:end])
+    size = width
+    for folder, layer in dense:
+        if layer.in_features != size:
+            raise CheckpointError(
+                f"the layer in {folder} takes {layer.in_features} features, but there are {size} before it; these "
+                "folders do not belong together"
+            )
+        size = layer.out_features
+    if end:
+        check_normalize(folders[-1])
+    max_tokens = read_max_tokens(folders[0])
+    return SentenceModel(folders[0], width, pooling, dense, *read_sentence_config(directory), max_tokens)
 
 
 def read_module(entry: Any, path: Path) -> tuple[str, str]:
@@ -78,7 +120,9 @@ def read_module(entry: Any, path: Path) -> tuple[str, str]:
     return kind.rpartition(".")[2], folder
 
 
-def read_pooling(path: Path, hidden_size: int) -> str:
+def read_pooling(folder: Path) -> tuple[str, int]:
+    """Our name of the pooling, and the width of the rows that it pools."""
+    path = file_in(folder, "config.json", str(folder))
     fields = read_json(path)
     flags = [mode for flag, mode in POOLING_FLAGS.items() if fields.get(flag)]
     modes = fields.get("pooling_mode", flags or "mean")
@@ -86,41 +130,84 @@ def read_pooling(path: Path, hidden_size: int) -> str:
     if modes not in [[mode] for mode in POOLINGS]:
         raise CheckpointError(f"{path} asks for pooling {modes!r}; this engine has one of {', '.join(POOLINGS)}")
     require(path, fields, "include_prompt", (True,), True)
-    for spelling in ("embedding_dimension", "word_embedding_dimension"):
-        require(path, fields, spelling, (hidden_size,), hidden_size)
-    return POOLINGS[modes[0]]
+    width = fields.get("embedding_dimension", fields.get("word_embedding_dimension"))
+    return POOLINGS[modes[0]], decode(int, width, f"{path}: embedding_dimension")
 
 
-def read_dense(directory: Path, folder: str, in_features: int) -> Dense:
-    path = file_in(directory, folder, str(directory / MODULES)) / "config.json"
+def read_dense(folder: Path) -> DenseConfig:
+    """A layer's sizes, bias and activation; an absent activation means Tanh, an absent bias means one."""
+    path = file_in(folder, "config.json", str(folder))
     fields = read_json(path)
-    # An absent activation means Tanh, an absent bias means one.
-    require(
-        path, fields, "activation_function", ("torch.nn.modules.linear.Identity",), "torch.nn.modules.activation.Tanh"
-    )
-    require(path, fields, "bias", (False,), True)
     require(path, fields, "use_residual", (False,), False)
     require(path, fields, "module_input_name", ("sentence_embedding",), "sentence_embedding")
     require(path, fields, "module_output_name", ("sentence_embedding", None), None)
-    require(path, fields, "in_features", (in_features,), None)
-    return Dense(folder, (decode(int, fields.get("out_features"), f"{path}.out_features"), in_features))
+    activation = fields.get("activation_function", "torch.nn.modules.activation.Tanh")
+    name = activation.rpartition(".")[2] if isinstance(activation, str) and activation.startswith("torch.nn.") else None
+    if name not in ACTIVATIONS:
+        raise CheckpointError(
+            f"{path}: activation_function is {activation!r}; this engine has torch's {', '.join(ACTIVATIONS)}"
+        )
+    with reading(path):
+        return DenseConfig(
+            decode(int, fields.get("out_features"), f"{path}: out_features"),
+            decode(int, fields.get("in_features"), f"{path}: in_features"),
+            decode(bool, fields.get("bias", True), f"{path}: bias"),
+            ACTIVATIONS[name],
+        )
 
 
-def check_texts_unchanged(directory: Path) -> None:
-    path = directory / "sentence_bert_config.json"
-    if path.exists():
-        require(path, read_json(path), "do_lower_case", (False, None), None)
+def check_normalize(folder: Path) -> None:
+    """Versions of the library before 6 write no file for this module."""
+    if path := optional_file(folder, "config.json"):
+        fields = read_json(path)
+        for name in ("module_input_name", "module_output_name"):
+            require(path, fields, name, ("sentence_embedding", None), None)
 
 
-def read_prompts(directory: Path) -> tuple[dict[str, str], str | None]:
-    """Prompts by name, and the name of the one that is used when a call names none."""
-    path = directory / "config_sentence_transformers.json"
-    fields = read_json(path) if path.exists() else {}
-    prompts: dict[str, str] = decode(dict[str, str], fields.get("prompts") or {}, f"{path}.prompts")
+def read_max_tokens(folder: Path) -> int | None:
+    """The most tokens of a text: `max_seq_length` of the Transformer module, or else the tokenizer's own limit.
+
+    None if there is neither, so that only the encoder limits a text, as it does in any case.
+    """
+    limits: list[Any] = []
+    if path := optional_file(folder, TRANSFORMER):
+        fields = read_json(path)
+        require(path, fields, "do_lower_case", (False, None), None)
+        require(path, fields, "transformer_task", ("feature-extraction",), "feature-extraction")
+        require(path, fields, "module_output_name", ("token_embeddings", None), None)
+        for group in ARGUMENTS:
+            arguments = decode(dict[str, Any], fields.get(group) or {}, f"{path}: {group}")
+            limits.append(arguments.get("model_max_length"))
+            if unknown := arguments.keys() - HARMLESS_ARGUMENTS:
+                raise CheckpointError(
+                    f"{path}: {group} has {', '.join(sorted(unknown))}, which this engine does not follow; load the "
+                    "model with sentence-transformers, apply them there, and save it without"
+                )
+        limits.append(fields.get("max_seq_length"))
+    if tokenizer := optional_file(folder, "tokenizer_config.json"):
+        fields = read_json(tokenizer)
+        limits += [fields.get("model_max_length"), fields.get("max_len")]
+    limit = next((limit for limit in limits if limit is not None), UNLIMITED)
+    if isinstance(limit, bool) or not isinstance(limit, int | float) or not limit >= 1:
+        raise CheckpointError(f"the most tokens of a text, in {folder}, is {limit!r}; it must be at least 1, or absent")
+    return int(limit) if limit < UNLIMITED else None
+
+
+def read_sentence_config(directory: Path) -> tuple[str | None, dict[str, str], str | None]:
+    """The similarity function, the prompts by name, and the name of the one that is used when a call names none."""
+    path = optional_file(directory, "config_sentence_transformers.json")
+    if path is None:
+        return None, {}, None
+    fields = read_json(path)
+    require(path, fields, "model_type", ("SentenceTransformer",), "SentenceTransformer")
+    require(path, fields, "similarity_fn_name", (None, *SIMILARITIES), None)
+    require(path, fields, "truncate_dim", (None,), None)  # embed(truncate_dim=...) is given at each call
+    prompts = decode(dict[str, str | None], fields.get("prompts") or {}, f"{path}: prompts")
+    prompts = {name: prompt or "" for name, prompt in prompts.items()}
     default = fields.get("default_prompt_name")
     if default not in (None, *prompts):
         raise CheckpointError(f"{path}: default_prompt_name {default!r} is none of the prompts {', '.join(prompts)}")
-    return prompts, default
+    return fields.get("similarity_fn_name"), prompts, default
 
 
 def require(path: Path, fields: dict[str, Any], name: str, allowed: tuple[Any, ...], default: Any) -> None:

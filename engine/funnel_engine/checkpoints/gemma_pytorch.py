@@ -1,0 +1,265 @@
+"""Reads checkpoints of Google's gemma_pytorch (https://github.com/google/gemma_pytorch): a `.ckpt` file, or shards.
+
+What torch.save writes is a zip of a pickle, which names the tensors, and of each tensor's bytes, uncompressed. torch
+unpickles with `weights_only=True`, which calls nothing but what rebuilds tensors and plain values, and onto its "meta"
+device, which reads no value but notes where each one lies. The values are then read like those of a safetensors file.
+
+Names are gemma_pytorch's own: query, key and value projections are one tensor, as in ours; norms are called as in
+Hugging Face. A quantized model has an int8 `weight` and a `weight_scaler` with one factor for each row; it is
+dequantized to `weight * weight_scaler`. The architecture is not in the file; see `architectures.find_config`.
+"""
+
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from funnel_engine.checkpoints.architectures import find_config
+from funnel_engine.checkpoints.files import decode, file_in, optional_file, read_json, reading
+from funnel_engine.checkpoints.hugging_face import NORMS
+from funnel_engine.checkpoints.safetensors_file import StoredTensor
+from funnel_engine.checkpoints.source import SourceModel
+from funnel_engine.checkpoints.tensors import FLOAT_DTYPES, Part, Parts, SourceTensor, assemble, drop_by_name
+from funnel_engine.checkpoints.tokenizer_files import find_tokenizer
+from funnel_engine.config import ModelConfig
+from funnel_engine.heads import HeadConfig
+from funnel_engine.text import TextConfig
+from funnel_engine.weights import expected_shapes
+from funnel_kernels.errors import CheckpointError
+
+INDEX = "pytorch_model.bin.index.json"  # of shards; gemma_pytorch has the name from Hugging Face
+SUFFIXES = (".ckpt", ".bin", ".pt", ".pth")
+
+# Our names -> theirs, without ".weight".
+EMBEDDERS = ("embedder", "text_token_embedder")  # the second is multimodal Gemma 3's
+LAYER: dict[str, tuple[str, ...]] = {
+    "qkv": ("self_attn.qkv_proj",),
+    "query_norm": ("self_attn.query_norm",),
+    "key_norm": ("self_attn.key_norm",),
+    "attention_output": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+# Tables of RoPE, and what multimodal Gemma 3 does to images.
+DROPPED = (
+    "freqs_cis",
+    "local_freqs_cis",
+    "global_freqs_cis",
+    "siglip_vision_model.",
+    "mm_soft_embedding_norm.",
+    "mm_input_projection.",
+)
+
+
+class DequantizedTensor(NamedTuple):
+    """An int8 matrix and the factor of each of its rows, read as float32 (a `tensors.SourceTensor`)."""
+
+    weight: StoredTensor
+    scaler: StoredTensor
+
+    @property
+    def path(self) -> Path:
+        return self.weight.path
+
+    @property
+    def name(self) -> str:
+        return self.weight.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weight.shape
+
+    @property
+    def dtype(self) -> str:
+        return "float32"
+
+    def read(self, at: tuple[int, ...], start: int, stop: int) -> np.ndarray:
+        assert at == (), "a quantized tensor is a matrix, and read by its rows"
+        factors = self.scaler.read((), start, stop).astype(np.float32)
+        return self.weight.read((), start, stop) * factors[:, None]
+
+
+def matches(path: Path) -> bool:
+    """Whether this is a file of PyTorch, or a folder with a `.ckpt` or shards and without safetensors."""
+    if not path.is_dir():
+        return path.suffix in SUFFIXES
+    return (any(path.glob("*.ckpt")) or (path / INDEX).is_file()) and not any(path.glob("*.safetensors"))
+
+
+def read_gemma_pytorch(path: Path, sliding_window: int | None = None) -> SourceModel:
+    """Finds out what a checkpoint holds; the values of the tensors stay on disk.
+
+    Args:
+        path: the file, or a folder with exactly one `.ckpt` or with shards and their index.
+        sliding_window: stands for that of config.json.
+
+    Raises:
+        CheckpointError: a file that is damaged, wants to run code, or is of another program; files or tensors that are
+            missing or do not fit the config; torch is not installed.
+    """
+    tensors = dequantize(read_tensors(path))
+    if any(name.endswith("embed_tokens.weight") for name in tensors):
+        raise CheckpointError(
+            f"{path} is a Hugging Face pytorch_model.bin, not gemma_pytorch's; load it with transformers and save it "
+            "with save_pretrained, which writes safetensors"
+        )
+    names = [f"{name}.weight" for name in EMBEDDERS if f"{name}.weight" in tensors]
+    if len(names) != 1 or len(tensors[names[0]].shape) != 2 or not all(tensors[names[0]].shape):
+        raise CheckpointError(
+            f"{path} is no checkpoint of gemma_pytorch: it must have one matrix embedder.weight or "
+            f"text_token_embedder.weight; its {len(tensors)} tensors are called {', '.join(list(tensors)[:5])}"
+        )
+    (embedder,) = names
+    directory = path if path.is_dir() else path.parent
+    vocabulary = tensors[embedder].shape[0]
+    config = find_config(directory, tensors, lambda config: encoder_parts(config, embedder), vocabulary, sliding_window)
+    weights, dropped = assemble(path, encoder_parts(config, embedder), tensors, drop_by_name(DROPPED))
+    tokenizer = find_tokenizer(directory, config)
+    return SourceModel(
+        format="gemma_pytorch",
+        config=config,
+        head=HeadConfig(),
+        weights=weights,
+        dropped=dropped,
+        text=TextConfig(tokenizer.begin, tokenizer.end) if tokenizer else TextConfig(),
+        tokenizer_file=tokenizer.file if tokenizer else None,
+        directory=directory,
+        files=tuple(sorted({rows.tensor.path for several in weights.values() for rows in several})),
+    )
+
+
+def encoder_parts(config: ModelConfig, embedder: str) -> Parts:
+    """For each of our weights, the tensors whose rows make it, in order."""
+    outer = {"embedding": embedder, "final_norm": "model.norm.weight"}
+    layer = LAYER | NORMS[config.family]
+    parts = {}
+    for ours, shape in expected_shapes(config, HeadConfig()).items():
+        block, _, leaf = ours.rpartition(".")  # "layers.3" and "qkv", or "" and "embedding"
+        names = [f"model.{block}.{name}.weight" for name in layer[leaf]] if block else [outer[leaf]]
+        parts[ours] = tuple(Part(name, (shape[0] // len(names), *shape[1:])) for name in names)
+    return parts
+
+
+def dequantize(tensors: dict[str, StoredTensor]) -> dict[str, SourceTensor]:
+    """Joins every int8 matrix with its factors. What does not belong together stays, and is refused as unknown."""
+    joined: dict[str, SourceTensor] = dict(tensors)
+    for name, scaler in tensors.items():
+        weight = tensors.get(name.removesuffix("_scaler")) if name.endswith(".weight_scaler") else None
+        if weight is None or weight.dtype != "int8" or len(weight.shape) != 2:
+            continue
+        if scaler.shape == weight.shape[:1] and scaler.dtype in FLOAT_DTYPES:
+            joined[weight.name] = DequantizedTensor(weight, scaler)
+            del joined[name]
+    return joined
+
+
+def read_tensors(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a file, of the only `.ckpt` of a folder, or of the shards that its index lists."""
+    if not path.is_dir():
+        return read_file(path)
+    checkpoints = sorted(file.name for file in path.glob("*.ckpt"))
+    if len(checkpoints) > 1:
+        raise CheckpointError(f"{path} has {', '.join(checkpoints)}; give the path of one of them")
+    if checkpoints:
+        return read_file(file_in(path, checkpoints[0], str(path)))
+    index = optional_file(path, INDEX)
+    if index is None:
+        raise CheckpointError(f"{path} has neither a .ckpt nor {INDEX}; give the path of the checkpoint's file")
+    weight_map = decode(dict[str, str], read_json(index).get("weight_map"), f"{index}: weight_map")
+    tensors: dict[str, StoredTensor] = {}
+    for shard in sorted(set(weight_map.values())):
+        found = read_file(file_in(path, shard, str(index)))
+        if twice := sorted(tensors.keys() & found.keys()):
+            raise CheckpointError(
+                f"{path / shard} has {', '.join(twice)}, which another file has too; fetch both again"
+            )
+        tensors |= found
+    wrong = sorted(
+        f"{name!r} in {shard}"
+        for name, shard in weight_map.items()
+        if name not in tensors or tensors[name].path.name != shard
+    )
+    if wrong:
+        raise CheckpointError(f"{index} and the files disagree about where these are: {', '.join(wrong)}")
+    return tensors
+
+
+def read_file(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of one file by name; their values stay on disk.
+
+    Raises:
+        CheckpointError: no such file, one that is damaged, old or wants to run code; torch is not installed.
+    """
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        raise CheckpointError(
+            f"{file} is a checkpoint of PyTorch; to read it, run: pip install 'funnel-engine[torch]'"
+        ) from error
+    with reading(file), file.open("rb"):
+        pass  # or zipfile and torch would each complain about a missing file in their own way
+    try:
+        if not zipfile.is_zipfile(file):
+            raise CheckpointError(
+                f"{file} is no whole file of torch.save: it is damaged, or older than PyTorch 1.6. Fetch it again, or "
+                "write it anew: torch.save(torch.load(OLD, weights_only=True), NEW)"
+            )
+        records = find_records(file)
+        unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+        if unsafe:
+            raise CheckpointError(
+                f"{file} is not opened: its pickle wants to run code ({', '.join(map(str, unsafe))}), and a checkpoint "
+                "only holds tensors. Take it from a source that you trust, as safetensors"
+            )
+        content = torch.load(file, map_location="meta", weights_only=True)
+        state = content.get("model_state_dict", content) if isinstance(content, dict) else content
+        if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+            raise CheckpointError(f"{file} is no checkpoint of gemma_pytorch: it has no model_state_dict of tensors")
+        return {str(name): locate(file, str(name), tensor, records) for name, tensor in state.items()}
+    except CheckpointError:
+        raise
+    except Exception as error:  # torch and zipfile raise anything at all where bytes are damaged
+        raise CheckpointError(f"{file} is damaged, or not a checkpoint of tensors: {error!s:.300}") from error
+
+
+def find_records(file: Path) -> dict[int, int]:
+    """Sizes of the files in a zip in bytes, by the offset where their content starts.
+
+    Raises:
+        CheckpointError: they are compressed, or of a machine with another byte order (which would crash torch).
+    """
+    records = {}
+    with zipfile.ZipFile(file) as archive, file.open("rb") as raw:
+        for record in archive.infolist():
+            if record.compress_type != zipfile.ZIP_STORED:
+                raise CheckpointError(f"{file} is compressed, which torch.save never does; fetch the original")
+            if record.filename.lower().endswith("byteorder") and archive.read(record) != b"little":
+                raise CheckpointError(
+                    f"{file} does not have little-endian values; write it anew: "
+                    "torch.save(torch.load(OLD, weights_only=True), NEW)"
+                )
+            raw.seek(record.header_offset + 26)  # the lengths of name and extra field end a header of 30 bytes
+            name_length, extra_length = struct.unpack("<HH", raw.read(4))
+            records[record.header_offset + 30 + name_length + extra_length] = record.file_size
+    return records
+
+
+def locate(file: Path, name: str, tensor: Any, records: dict[int, int]) -> StoredTensor:
+    """Where the values of a tensor on the "meta" device lie in its file."""
+    begin = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)  # where the tensor's storage starts
+    if begin is None:
+        raise CheckpointError(f"{file} needs torch 2.11 or newer; run: pip install --upgrade 'funnel-engine[torch]'")
+    offset, size = (count * tensor.element_size() for count in (tensor.storage_offset(), tensor.numel()))
+    if not tensor.is_contiguous():
+        raise CheckpointError(
+            f"{file}: the values of tensor {name!r} are not in order; save it anew after .contiguous()"
+        )
+    if offset + size > records.get(begin, -1):
+        raise CheckpointError(
+            f"{file} is damaged, or zipped anew: the values of tensor {name!r} are not where torch.save puts them. "
+            "Fetch the original"
+        )
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return StoredTensor(file, name, dtype, tuple(tensor.shape), begin + offset, size)

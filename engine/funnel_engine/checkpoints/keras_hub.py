@@ -1,0 +1,328 @@
+"""Reads KerasHub's Gemma 1, 2, 3 and EmbeddingGemma: a preset's folder, or a `.weights.h5` file.
+
+A folder has config.json (`GemmaBackbone` or `Gemma3Backbone`), model.weights.h5 (above 10 GB, model.weights.json and
+the shards that it lists), and assets/tokenizer/vocabulary.spm. A file is read with the config.json beside it, be it
+KerasHub's or Hugging Face's, or else by `architectures.find_config`.
+
+Where KerasHub and the models' authors differ, the authors count:
+- KerasHub's bidirectional window of W sees (W - 1) // 2 tokens to the left and W // 2 to the right, ours W // 2 both.
+- KerasHub 0.32 scales queries by the head dim even where the config says `query_head_dim_normalize=false` (Gemma 2
+  and 3 of 27B); we do what the config says: by `hidden_dim // num_query_heads`.
+The `intermediate_dim` of its Gemma 1 and 2 is twice the width of the MLP: it counts gate and up together.
+
+h5py finds the datasets, which Keras writes uncompressed and in one piece, and their values are then read like those of
+a safetensors file. HDF5 files can refer to other files, by links, external storage and virtual datasets: all of these
+are refused.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from funnel_engine.checkpoints.architectures import find_config
+from funnel_engine.checkpoints.files import decode, file_in, optional_file, read_json, reading
+from funnel_engine.checkpoints.safetensors_file import StoredTensor
+from funnel_engine.checkpoints.source import SourceModel
+from funnel_engine.checkpoints.tensors import Part, Parts, assemble, drop_by_name
+from funnel_engine.checkpoints.tokenizer_files import find_tokenizer
+from funnel_engine.config import ModelConfig
+from funnel_engine.heads import DenseConfig, HeadConfig
+from funnel_engine.hugging_face_config import read_model_config
+from funnel_engine.text import TextConfig
+from funnel_engine.weights import expected_shapes
+from funnel_kernels.errors import CheckpointError
+
+CONFIG = "config.json"
+SUFFIX = ".weights.h5"
+WEIGHTS = "model.weights.h5"
+INDEX = "model.weights.json"
+TOKENIZER_FOLDERS = ("assets", "tokenizer")
+VOCABULARY = "vocabulary.spm"  # a SentencePiece model
+
+# What stands before "layers/" in a file: nothing in a backbone's, the backbone's own path in that of a task.
+PREFIXES = ("", "layers/gemma_backbone/", "layers/gemma3_backbone/")
+EMBEDDING = "layers/reversible_embedding/vars/0"
+DENSE = ("layers/dense/vars/0", "layers/dense_1/vars/0")  # after EmbeddingGemma's mean; [in, out]
+DROPPED = ("layers/gemma3_vision_encoder/",)
+
+ROWS_OF_HEADS = (0, 2, 1)  # [heads, D, head dim] -> rows of [D], as many as all heads are wide
+COLUMNS_OF_HEADS = (2, 0, 1)  # [heads, head dim, D] -> D rows
+TRANSPOSED = (1, 0)
+
+
+def matches(path: Path) -> bool:
+    """Whether this is a `.weights.h5` file, or a folder with KerasHub's names of weights."""
+    if not path.is_dir():
+        return path.name.endswith(SUFFIX)
+    return (path / WEIGHTS).is_file() or (path / INDEX).is_file()
+
+
+def read_keras(path: Path, sliding_window: int | None = None) -> SourceModel:
+    """Finds out what a preset or a file of weights holds; the values of the tensors stay on disk.
+
+    Args:
+        sliding_window: stands for that of the config.
+
+    Raises:
+        CheckpointError: a file that is damaged or refers to others, another architecture, tensors that are missing,
+            quantized or do not fit the config; h5py is not installed.
+    """
+    directory = path if path.is_dir() else path.parent
+    tensors = read_tensors(path)
+    prefixes = [prefix for prefix in PREFIXES if prefix + EMBEDDING in tensors]
+    if len(prefixes) != 1:
+        raise CheckpointError(
+            f"{path} holds no Gemma of KerasHub: it must have one {EMBEDDING}; its {len(tensors)} tensors are called "
+            f"{', '.join(list(tensors)[:5])}"
+        )
+    (prefix,) = prefixes
+    config, dense = read_architecture(directory, tensors, prefix, sliding_window)
+    dense_parts = {
+        f"dense.{index}.weight": (Part(prefix + name, (layer.in_features, layer.out_features), axes=TRANSPOSED),)
+        for index, (name, layer) in enumerate(zip(DENSE, dense, strict=False))
+    }
+    dropped_names = tuple(prefix + name for name in DROPPED)
+    parts = {**encoder_parts(config, prefix), **dense_parts}
+    weights, dropped = assemble(path, parts, tensors, drop_by_name(dropped_names))
+    folder = directory
+    for name in TOKENIZER_FOLDERS:
+        folder = file_in(folder, name, str(folder))
+    tokenizer = find_tokenizer(folder, config, VOCABULARY)
+    return SourceModel(
+        format="keras",
+        config=config,
+        head=HeadConfig(dense=dense, similarity="cosine" if dense else None),
+        weights=weights,
+        dropped=dropped,
+        text=TextConfig(tokenizer.begin, tokenizer.end) if tokenizer else TextConfig(),
+        tokenizer_file=tokenizer.file if tokenizer else None,
+        directory=directory,
+        files=tuple(sorted({rows.tensor.path for several in weights.values() for rows in several})),
+    )
+
+
+def read_architecture(
+    directory: Path, tensors: Mapping[str, StoredTensor], prefix: str, sliding_window: int | None
+) -> tuple[ModelConfig, tuple[DenseConfig, ...]]:
+    """The encoder, and the layers after the mean; from KerasHub's config, or Hugging Face's and the tensors."""
+    config_file = optional_file(directory, CONFIG)
+    fields = read_json(config_file) if config_file else {}
+    if config_file and "class_name" in fields:
+        with reading(config_file):
+            return read_keras_config(fields, config_file, sliding_window)
+    shape = tensors[prefix + EMBEDDING].shape
+    if len(shape) != 2 or not all(shape):
+        raise CheckpointError(f"{prefix}{EMBEDDING} in {directory} has shape {shape}; it must be a matrix")
+    config = find_config(directory, tensors, lambda config: encoder_parts(config, prefix), shape[0], sliding_window)
+    shapes = [tensors[prefix + name].shape for name in DENSE if prefix + name in tensors]
+    bidirectional = config.family == "gemma3_text" and config.attention == "bidirectional"
+    if (shapes or bidirectional) and [len(shape) for shape in shapes] != [2, 2]:
+        raise CheckpointError(f"{directory} lacks a matrix of EmbeddingGemma's {' and '.join(DENSE)}; fetch it again")
+    with reading(directory):
+        return config, tuple(DenseConfig(shape[1], shape[0]) for shape in shapes)
+
+
+def read_keras_config(
+    fields: dict[str, Any], file: Path, sliding_window: int | None
+) -> tuple[ModelConfig, tuple[DenseConfig, ...]]:
+    """Translates the config of a backbone into Hugging Face's words, for `read_model_config`.
+
+    The longest sequence is not in it: it is Hugging Face's default of the family, and EmbeddingGemma's 2048.
+
+    Raises:
+        CheckpointError: another class, or a combination of options that no Gemma has.
+        ConfigError: values that do not fit together.
+    """
+    class_name = fields["class_name"]
+    options = decode(dict[str, Any], fields.get("config"), f"{file}: config")
+
+    def option(kind: Any, name: str, default: Any = None) -> Any:
+        return decode(kind, options.get(name, default), f"{file}: {name}")
+
+    def require(name: str, value: Any, default: Any) -> None:
+        if options.get(name, default) != value:
+            raise CheckpointError(f"{file}: {name} is {options.get(name, default)!r}; {family} needs {value!r}")
+
+    post_norms = option(bool, "use_post_attention_norm", False)
+    families = {"GemmaBackbone": "gemma2" if post_norms else "gemma", "Gemma3Backbone": "gemma3_text"}
+    if not isinstance(class_name, str) or class_name not in families:
+        raise CheckpointError(f"{file} is of a {class_name!r:.80}; this engine reads {' and '.join(families)}")
+    family = families[class_name]
+    require("use_post_ffw_norm", family != "gemma", False)
+    require("use_post_attention_norm", family != "gemma", False)
+    require("layer_norm_epsilon", 1e-6, 1e-6)  # KerasHub's blocks have it whatever the config says
+    sliding = option(bool, "use_sliding_window_attention", False)
+    heads, width, head_dim = (option(int, name) for name in ("num_query_heads", "hidden_dim", "head_dim"))
+    by_head = option(bool, "query_head_dim_normalize", True)
+    intermediate = option(int, "intermediate_dim")
+    translated = {
+        "model_type": family,
+        "vocab_size": option(int, "vocabulary_size"),
+        "num_hidden_layers": option(int, "num_layers"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": option(int, "num_key_value_heads"),
+        "hidden_size": width,
+        "head_dim": head_dim,
+        "intermediate_size": intermediate if family == "gemma3_text" else intermediate // 2,
+        "query_pre_attn_scalar": head_dim if by_head else width // max(heads, 1),
+        "sliding_window": option(int, "sliding_window_size", 4096),
+        "sliding_window_pattern": (6 if family == "gemma3_text" else 2) if sliding else 1,  # one in so many is full
+    }
+    dense: tuple[DenseConfig, ...] = ()
+    if family == "gemma3_text":
+        require("use_query_key_norm", True, True)
+        require("attention_logit_soft_cap", None, None)
+        translated["rope_parameters"] = {
+            "full_attention": rope(1_000_000.0, option(float, "global_rope_scaling_factor", 1.0)),
+            "sliding_attention": rope(10_000.0, option(float, "local_rope_scaling_factor", 1.0)),
+        }
+        translated["use_bidirectional_attention"] = option(bool, "use_bidirectional_attention", False)
+        if option(bool, "is_embedding_model", False):
+            translated["max_position_embeddings"] = 2048
+            middle, last = option(int, "pooling_intermediate_dim"), option(int, "embedding_dim")
+            dense = (DenseConfig(middle, width), DenseConfig(last, middle))
+    else:
+        translated["attn_logit_softcapping"] = option(float | None, "attention_logit_soft_cap")
+        if family == "gemma":
+            require("attention_logit_soft_cap", None, None)
+            require("use_sliding_window_attention", False, False)
+    return read_model_config(translated, sliding_window), dense
+
+
+def rope(theta: float, factor: float) -> dict[str, Any]:
+    return {"rope_type": "linear", "rope_theta": theta, "factor": factor}
+
+
+def encoder_parts(config: ModelConfig, prefix: str) -> Parts:
+    """For each of our weights, the datasets whose values make it, in order."""
+    hidden, intermediate, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
+    heads, kv_heads = config.num_heads, config.num_kv_heads
+    layer: dict[str, tuple[Part, ...]] = {
+        "attention_input_norm": (Part("pre_attention_norm", (hidden,)),),
+        "qkv": tuple(
+            Part(f"attention/{name}_dense", (count, hidden, head_dim), axes=ROWS_OF_HEADS)
+            for name, count in (("query", heads), ("key", kv_heads), ("value", kv_heads))
+        ),
+        "query_norm": (Part("attention/query_norm", (head_dim,)),),
+        "key_norm": (Part("attention/key_norm", (head_dim,)),),
+        "attention_output": (Part("attention/output_dense", (heads, head_dim, hidden), axes=COLUMNS_OF_HEADS),),
+        "attention_output_norm": (Part("post_attention_norm", (hidden,)),),
+        "mlp_input_norm": (Part("pre_ffw_norm", (hidden,)),),
+        "gate_up": tuple(
+            Part(name, (hidden, intermediate), axes=TRANSPOSED) for name in ("gating_ffw", "gating_ffw_2")
+        ),
+        "down": (Part("ffw_linear", (intermediate, hidden), axes=TRANSPOSED),),
+        "mlp_output_norm": (Part("post_ffw_norm", (hidden,)),),
+    }
+    block = "gemma3_decoder_block" if config.family == "gemma3_text" else "gemma_decoder_block"
+    parts: dict[str, tuple[Part, ...]] = {
+        "embedding": (Part(prefix + EMBEDDING, (config.vocab_size, hidden)),),
+        "final_norm": (Part(f"{prefix}layers/rms_normalization/vars/0", (hidden,)),),
+    }
+    for ours in expected_shapes(config, HeadConfig()):
+        if ours.startswith("layers."):
+            _, index, leaf = ours.split(".")
+            home = f"{prefix}layers/{block}" + (f"_{index}" if index != "0" else "")  # Keras does not number the first
+            parts[ours] = tuple(part._replace(name=f"{home}/{part.name}/vars/0") for part in layer[leaf])
+    return parts
+
+
+def read_tensors(path: Path) -> dict[str, StoredTensor]:
+    """The datasets of a file, or of a folder's only file of weights, or of the shards that its index lists."""
+    if not path.is_dir():
+        return read_datasets(path)
+    if single_file := optional_file(path, WEIGHTS):
+        return read_datasets(single_file)
+    index = optional_file(path, INDEX)
+    if index is None:
+        raise CheckpointError(f"{path} has neither {WEIGHTS} nor {INDEX}; save the model with save_to_preset")
+    weight_map = decode(dict[str, Any], read_json(index).get("weight_map"), f"{index}: weight_map")
+    shards = set()
+    for names in weight_map.values():  # a layer's variables may be in several
+        shards |= {file_in(path, name, str(index)) for name in (names if isinstance(names, list) else [names])}
+    tensors: dict[str, StoredTensor] = {}
+    for shard in sorted(shards):
+        found = read_datasets(shard)
+        if twice := sorted(tensors.keys() & found.keys()):
+            raise CheckpointError(f"{shard} has {', '.join(twice)}, which another file has too; fetch both again")
+        tensors |= found
+    return tensors
+
+
+def read_datasets(file: Path) -> dict[str, StoredTensor]:
+    """The datasets of an HDF5 file by their path in it; their values stay on disk.
+
+    Raises:
+        CheckpointError: no such file, one that is damaged or refers to others; h5py is not installed.
+    """
+    try:
+        import h5py
+    except ModuleNotFoundError as error:
+        raise CheckpointError(
+            f"{file} is a checkpoint of Keras; to read it, run: pip install 'funnel-engine[keras]'"
+        ) from error
+    with reading(file), file.open("rb"):
+        pass  # or h5py would complain about a missing file in its own way
+    try:
+        with h5py.File(file, "r") as root:
+            return {dataset.name[1:]: locate(file, dataset) for dataset in walk(file, root, set())}
+    except CheckpointError:
+        raise
+    except Exception as error:  # h5py raises anything at all where bytes are damaged
+        raise CheckpointError(f"{file} is damaged, or not an HDF5 file: {error!s:.300}") from error
+
+
+def walk(file: Path, group: Any, seen: set[int]) -> Iterator[Any]:
+    """The datasets in a group and the groups in it, each of which must be in there once.
+
+    Raises:
+        CheckpointError: a link that leads elsewhere.
+    """
+    import h5py
+
+    for name in group:
+        where = f"{file}: {group.name}/{name}"
+        link = group.id.links.get_info(name.encode())
+        if link.type != h5py.h5l.TYPE_HARD:
+            raise CheckpointError(f"{where} is a link to another place or file; a checkpoint holds all by itself")
+        address = link.u
+        if address in seen:
+            raise CheckpointError(f"{where} is in the file twice; Keras does not write that")
+        seen.add(address)
+        item = group[name]
+        if isinstance(item, h5py.Group):
+            yield from walk(file, item, seen)
+        elif isinstance(item, h5py.Dataset):
+            yield item
+        else:
+            raise CheckpointError(f"{where} is neither a group nor a dataset; Keras does not write that")
+
+
+def locate(file: Path, dataset: Any) -> StoredTensor:
+    """Where the values of a dataset lie in its file: all in one place, as Keras writes them.
+
+    Keras stores bfloat16 as two opaque bytes, and says so in an attribute. Any dtype that is not read gets HDF5's name.
+    """
+    import h5py
+
+    where = f"{file}: {dataset.name}"
+    if dataset.is_virtual or dataset.external:
+        raise CheckpointError(f"{where} has its values in other files; a checkpoint holds all by itself")
+    start = dataset.id.get_offset()  # None unless there is one place
+    if dataset.size and start is None:
+        raise CheckpointError(
+            f"{where} is compressed or cut into chunks, which Keras does not do; run: "
+            "h5repack --layout=CONTI --filter=NONE OLD.weights.h5 NEW.weights.h5"
+        )
+    stored = dataset.id.get_type()
+    if stored == h5py.h5t.IEEE_F32LE:
+        dtype = "float32"
+    elif stored == h5py.h5t.IEEE_F16LE:
+        dtype = "float16"
+    elif dataset.dtype == np.dtype("V2") and dataset.attrs.get("dtype") == "bfloat16":
+        dtype = "bfloat16"
+    else:
+        dtype = f"HDF5 {dataset.dtype.str}"
+    return StoredTensor(file, dataset.name[1:], dtype, dataset.shape or (), start or 0, dataset.nbytes)

@@ -1,0 +1,151 @@
+"""How the tensors of a source checkpoint become ours: row after row, at most one source tensor in memory.
+
+A format's reader names, for each of our weights, the `Part`s of its own tensors whose rows make it, one after another.
+`assemble` checks all of them against what the files hold.
+"""
+
+import collections
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from funnel_kernels.errors import CheckpointError
+
+PIECE_BYTES = 2**20  # stays in the cache while it is checked and rounded; 16 MiB takes three times as long
+FLOAT_DTYPES = ("float32", "bfloat16", "float16")
+
+
+class SourceTensor(Protocol):
+    """A tensor in a file, not yet read."""
+
+    @property
+    def path(self) -> Path:
+        """The file or folder that holds it."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> str:
+        """Of the values that `read` returns, by NumPy's name."""
+
+    def read(self, at: tuple[int, ...], start: int, stop: int) -> np.ndarray:
+        """`tensor[at][start:stop]`: rows of what stands at some leading indices; `at` is often empty.
+
+        Raises:
+            CheckpointError: the file cannot be read.
+        """
+
+
+class Part(NamedTuple):
+    """What a source tensor gives to one of our weights: `tensor[at][:rows].transpose(axes)`, flattened.
+
+    Attributes:
+        name: of the tensor.
+        shape: that the whole tensor must have.
+        at: leading indices of the piece that is meant.
+        axes: the order of the piece's axes in our weight; None leaves it.
+        rows: how many rows of the piece count; None takes all.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    at: tuple[int, ...] = ()
+    axes: tuple[int, ...] | None = None
+    rows: int | None = None
+
+
+Parts = Mapping[str, tuple[Part, ...]]  # by our weight's name
+
+
+class Rows(NamedTuple):
+    """A part and the tensor it is of."""
+
+    tensor: SourceTensor
+    part: Part
+
+    def pieces(self) -> Iterator[np.ndarray]:
+        """The values in our order, as arrays of about 1 MiB, or of one row where that is longer."""
+        _, _, at, axes, rows = self.part
+        shape = self.tensor.shape[len(at) :]
+        rows = shape[0] if rows is None else rows
+        if axes is None:
+            for start, stop in row_blocks((rows, *shape[1:])):
+                yield self.tensor.read(at, start, stop)
+            return
+        view = self.tensor.read(at, 0, rows).transpose(axes)
+        for start, stop in row_blocks(view.shape):
+            yield np.ascontiguousarray(view[start:stop])
+
+
+def row_blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Cuts the first axis into pieces of about `PIECE_BYTES` of float32, at least one row each."""
+    step = max(1, PIECE_BYTES // max(4, 4 * math.prod(shape[1:])))
+    for start in range(0, shape[0], step):
+        yield start, min(start + step, shape[0])
+
+
+class Assembly(NamedTuple):
+    """Our weights, each as rows of source tensors, and how many tensors were left out by each rule."""
+
+    weights: dict[str, tuple[Rows, ...]]
+    dropped: dict[str, int]
+
+
+def assemble(
+    where: Path,
+    parts: Parts,
+    tensors: Mapping[str, SourceTensor],
+    drop_rule: Callable[[str], str | None] = lambda name: None,
+) -> Assembly:
+    """Finds every part among the tensors of a checkpoint.
+
+    Args:
+        where: what the message calls the checkpoint.
+        drop_rule: why a tensor that is not needed may be left out; None if it may not.
+
+    Raises:
+        CheckpointError: lists every tensor that is missing, misshapen, of a dtype that cannot be read, or unknown.
+    """
+    expected = {part.name: part.shape for several in parts.values() for part in several}
+    rules = {name: rule for name in tensors if name not in expected and (rule := drop_rule(name))}
+    check_tensors(where, expected, {name: tensor for name, tensor in tensors.items() if name not in rules})
+    weights = {ours: tuple(Rows(tensors[part.name], part) for part in several) for ours, several in parts.items()}
+    return Assembly(weights, dict(collections.Counter(rules.values())))
+
+
+def check_tensors(
+    where: Path,
+    expected: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, SourceTensor],
+    dtypes: tuple[str, ...] = FLOAT_DTYPES,
+) -> None:
+    """Raises one `CheckpointError` that lists every missing, unknown and misshapen tensor and every unusable dtype."""
+    problems = [f"missing: {name} {shape}" for name, shape in expected.items() if name not in found]
+    for name, tensor in found.items():
+        if name not in expected:
+            problems.append(f"unknown: {name!r} {tensor.shape}")
+        elif tensor.shape != expected[name]:
+            problems.append(f"misshapen: {name} is {tensor.shape}, the config says {expected[name]}")
+        elif tensor.dtype not in dtypes:
+            problems.append(f"dtype: {name} is {tensor.dtype!r}, not {' or '.join(dtypes)}")
+    if problems:
+        raise CheckpointError("\n  ".join([f"the tensors of {where} do not fit its config:", *problems]))
+
+
+def drop_by_name(rules: tuple[str, ...]) -> Callable[[str], str | None]:
+    """A rule for `assemble`: tensors of these names, or below these prefixes (which end in a dot or a slash)."""
+
+    def rule_of(name: str) -> str | None:
+        for rule in rules:
+            if name == rule or (rule[-1] in "./" and name.startswith(rule)):
+                return rule
+        return None
+
+    return rule_of

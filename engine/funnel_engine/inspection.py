@@ -1,0 +1,108 @@
+"""What a checkpoint is, whether converted or not, as facts for people and programs; the weights are not read."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from funnel_engine.checkpoints.formats import detect_format, read_source
+from funnel_engine.checkpoints.native import open_checkpoint, verify_files
+from funnel_engine.checkpoints.source import SourceModel
+from funnel_engine.config import FunnelConfig
+from funnel_engine.flops import forward_flops, ideal_ratio
+from funnel_engine.weights import DTYPES, count_parameters, expected_shapes
+from funnel_kernels.errors import CheckpointError, FunnelError
+
+Facts = dict[str, Any]
+
+
+def inspect_checkpoint(
+    path: Path,
+    form: str | None = None,
+    sliding_window: int | None = None,
+    *,
+    funnel: FunnelConfig = FunnelConfig(),
+    seq_len: int = 512,
+    verify: bool = False,
+) -> Facts:
+    """Everything that can be known without reading a weight.
+
+    Args:
+        form, sliding_window: as `convert`.
+        funnel, seq_len: what is computed for the costs, and for how many tokens a sequence.
+        verify: compare the files of a converted checkpoint with its hashes; this reads them whole.
+
+    Returns:
+        "format"; "problems", a list of lines, empty if `Engine.load` or `convert` would take it; and where it is,
+        the model, its head, its texts and its costs.
+    """
+    try:
+        form = form or detect_format(path)
+    except FunnelError as error:
+        return {"format": None, "problems": str(error).splitlines()}
+    try:
+        model = read_source(path, form, sliding_window)
+        if verify:
+            check_hashes(path, form)
+        return {"format": form, "problems": []} | describe(model) | costs(model, funnel, seq_len)
+    except FunnelError as error:
+        return {"format": form, "problems": [line.strip() for line in str(error).splitlines()]}
+
+
+def check_hashes(path: Path, form: str) -> None:
+    if form != "funnel":
+        raise CheckpointError(f"{path} has no hashes to verify; only a converted checkpoint does")
+    manifest, files = open_checkpoint(path)
+    verify_files(files, manifest)
+
+
+def describe(model: SourceModel) -> Facts:
+    """The model, its head and its texts."""
+    config, head, text = model.config, model.head, model.text
+    parameters = count_parameters(expected_shapes(config, head))
+    sliding = config.layer_types.count("sliding")
+    stored = sorted({rows.tensor.dtype for several in model.weights.values() for rows in several})
+    return {
+        "family": config.family,
+        "attention": config.attention,
+        "layers": config.num_layers,
+        "sliding_layers": sliding,
+        "window": list(config.window("sliding")) if sliding else None,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "heads": config.num_heads,
+        "kv_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "vocab_size": config.vocab_size,
+        "max_positions": config.max_positions,
+        "parameters": parameters,
+        "dtype": ", ".join(stored),
+        "files": [file.relative_to(model.directory).as_posix() for file in model.files],
+        "gigabytes": sum(file.stat().st_size for file in model.files) / 1e9,
+        "gigabytes_converted": {name: parameters * dtype.itemsize / 1e9 for name, dtype in DTYPES.items()},
+        "left_out": model.dropped,
+        "pooling": head.pooling,
+        "dense_layers": [
+            {"out": dense.out_features, "in": dense.in_features, "bias": dense.bias, "activation": dense.activation}
+            for dense in head.dense
+        ],
+        "similarity": head.similarity,
+        "task": head.task,
+        "labels": list(head.labels),
+        "tokenizer": model.tokenizer_file.name if model.tokenizer_file else None,
+        "begin_id": text.begin,
+        "end_id": text.end,
+        "max_tokens": text.max_tokens,
+        "prompts": text.prompts,
+        "default_prompt_name": text.default_prompt_name,
+    }
+
+
+def costs(model: SourceModel, funnel: FunnelConfig, seq_len: int) -> Facts:
+    """What a forward pass costs, and what a funnel would save."""
+    lengths = np.array([seq_len], np.int32)
+    return {
+        "seq_len": seq_len,
+        "gflops_per_token": forward_flops(model.config, FunnelConfig(), lengths) / seq_len / 1e9,
+        "ideal_ratio": ideal_ratio(model.config, funnel, lengths),
+    }

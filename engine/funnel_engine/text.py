@@ -1,0 +1,126 @@
+"""What is done to a text before the encoder: prompt, tokenizer, begin and end of sequence, length limit."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from funnel_engine.config import check_positive
+from funnel_kernels.errors import CheckpointError, ConfigError, InputError
+
+# A tokenizer is a function: texts -> the ids of each, without begin or end of sequence.
+Tokenize = Callable[[Sequence[str]], list[list[int]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """What a checkpoint says about its texts.
+
+    Attributes:
+        begin: the id put before those of every text (BOS), or None.
+        end: the id put after them (EOS), or None.
+        max_tokens: the most tokens of a text, begin and end counted, or None if only the encoder limits it.
+        prompts: texts that go before an input, by name.
+        default_prompt_name: the prompt of calls that name none.
+    """
+
+    begin: int | None = None
+    end: int | None = None
+    max_tokens: int | None = None
+    prompts: dict[str, str] = dataclasses.field(default_factory=dict)
+    default_prompt_name: str | None = None
+
+    def __post_init__(self):
+        if self.max_tokens is not None:
+            check_positive("max_tokens", self.max_tokens)
+        if self.default_prompt_name not in (None, *self.prompts):
+            known = ", ".join(self.prompts) or "none"
+            raise ConfigError(f"default_prompt_name={self.default_prompt_name!r} is none of the prompts: {known}")
+
+    def prompt(self, name: str | None) -> str:
+        """The text of a prompt; None stands for the default one.
+
+        Raises:
+            InputError: no such prompt.
+        """
+        if name is None:
+            name = self.default_prompt_name
+        if name is not None and name not in tuple(self.prompts):
+            known = ", ".join(self.prompts) or "none"
+            raise InputError(f"prompt_name={name!r} is unknown; this checkpoint's prompts: {known}")
+        return "" if name is None else self.prompts[name]
+
+
+def read_tokenizer(file: Path) -> Tokenize:
+    """Loads tokenizer.json with the tokenizers library, or else a SentencePiece model with sentencepiece.
+
+    Raises:
+        CheckpointError: the file is damaged, or sentencepiece is not installed.
+    """
+    return read_tokenizer_json(file) if file.suffix == ".json" else read_sentencepiece(file)
+
+
+def read_tokenizer_json(file: Path) -> Tokenize:
+    tokenizer = load_tokenizer_json(file)
+
+    def tokenize(texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    return tokenize
+
+
+def load_tokenizer_json(file: Path) -> Tokenizer:
+    """A tokenizer that neither pads nor truncates, whatever the file says."""
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exception
+        raise CheckpointError(
+            f"{file} is not a tokenizer that the tokenizers library reads: {error}. Fetch it again, or convert without "
+            "it, for a checkpoint that takes token ids only"
+        ) from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def read_sentencepiece(file: Path) -> Tokenize:
+    """As the library does it, but `<bos>` and its like are also found where they stand in a text.
+
+    To sentencepiece they are plain characters there; to transformers and in tokenizer.json they are tokens.
+    """
+    processor = load_sentencepiece(file)
+    numbers = range(processor.get_piece_size())
+    special = {processor.id_to_piece(i): i for i in numbers if processor.is_control(i) or processor.is_unknown(i)}
+    longest_first = sorted(special, key=len, reverse=True)
+    pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+
+    def tokenize(texts: Sequence[str]) -> list[list[int]]:
+        parts = [pattern.split(text) for text in texts]  # plain, special, plain, ..., plain
+        plain = iter(processor.encode([part for several in parts for part in several[::2]], out_type=int))
+        ids = []
+        for several in parts:
+            ids.append(next(plain))
+            for token in several[1::2]:
+                ids[-1] = [*ids[-1], special[token], *next(plain)]
+        return ids
+
+    return tokenize
+
+
+def load_sentencepiece(file: Path) -> Any:
+    try:
+        from sentencepiece import SentencePieceProcessor
+    except ModuleNotFoundError as error:
+        raise CheckpointError(
+            f"{file} is a SentencePiece model; to read it, run: pip install 'funnel-engine[sentencepiece]'"
+        ) from error
+    try:
+        return SentencePieceProcessor(model_file=str(file))
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{file} is not a SentencePiece model: {error}. Fetch it again, or convert without it, for a checkpoint "
+            "that takes token ids only"
+        ) from error

@@ -1,0 +1,80 @@
+"""Prompts by name, and the two kinds of tokenizer file."""
+
+import sys
+
+import pytest
+import sentencepiece
+
+from funnel_engine.text import TextConfig, read_tokenizer
+from funnel_kernels import CheckpointError, InputError
+from sentence_models import TEXTS, train_sentencepiece, train_tokenizer
+
+PROMPTS = {"query": "task: search result | query: ", "none": ""}
+
+
+@pytest.mark.parametrize(
+    ("default", "name", "prompt"),
+    [
+        (None, None, ""),
+        (None, "query", PROMPTS["query"]),
+        ("query", None, PROMPTS["query"]),
+        ("query", "none", ""),
+        ("none", "query", PROMPTS["query"]),
+    ],
+)
+def test_prompt(default, name, prompt):
+    assert TextConfig(prompts=PROMPTS, default_prompt_name=default).prompt(name) == prompt
+
+
+@pytest.mark.parametrize("name", ["Query", "", 3, ["query"]])
+def test_unknown_prompt(name):
+    with pytest.raises(InputError, match="is unknown; this checkpoint's prompts: query, none"):
+        TextConfig(prompts=PROMPTS).prompt(name)
+    with pytest.raises(InputError, match="is unknown; this checkpoint's prompts: none"):
+        TextConfig().prompt(name)
+
+
+def test_tokenizer_json_adds_nothing_pads_nothing_cuts_nothing(tmp_path):
+    tokenizer = train_tokenizer("<bos> $A <eos>")
+    expected = [tokenizer.encode(text).ids[1:-1] for text in TEXTS]
+    tokenizer.enable_padding()
+    tokenizer.enable_truncation(4)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert read_tokenizer(tmp_path / "tokenizer.json")(TEXTS) == expected
+
+
+@pytest.fixture
+def model(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(train_sentencepiece())
+    return tmp_path / "tokenizer.model"
+
+
+def test_sentencepiece(model):
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    plain = [text for text in TEXTS if not any(token in text for token in ("<bos>", "<eos>", "<pad>", "<unk>"))]
+    assert len(plain) > 8
+    assert read_tokenizer(model)(plain) == [processor.encode(text) for text in plain]
+
+
+def test_special_tokens_inside_a_text_of_sentencepiece(model):
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    small, pools = processor.encode("a small "), processor.encode(" pools")
+    tokenize = read_tokenizer(model)
+    assert tokenize(["a small <eos> pools", "<bos><unk>", "a small ", "<pad> pools<eos>"]) == [
+        [*small, 1, *pools], [2, 3], small, [0, *pools, 1],
+    ]  # fmt: skip
+    assert tokenize([]) == []
+    assert tokenize([""]) == [[]]
+
+
+def test_sentencepiece_is_not_installed(model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(CheckpointError, match=r"pip install 'funnel-engine\[sentencepiece\]'"):
+        read_tokenizer(model)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+def test_damaged_file(tmp_path, name):
+    (tmp_path / name).write_bytes(b"\x00nonsense")
+    with pytest.raises(CheckpointError, match="convert without it, for a checkpoint that takes token ids only"):
+        read_tokenizer(tmp_path / name)

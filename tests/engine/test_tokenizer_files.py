@@ -1,0 +1,261 @@
+"""A converted tokenizer gives the ids of transformers' AutoTokenizer on the same folder, or is refused."""
+
+import itertools
+import json
+
+import pytest
+import transformers
+
+from funnel_engine.checkpoints.tokenizer_files import find_tokenizer
+from funnel_engine.hugging_face_config import read_model_config
+from funnel_engine.inputs import read_inputs
+from funnel_engine.text import TextConfig, read_tokenizer
+from funnel_kernels import CheckpointError
+from sentence_models import TEXTS, VOCAB_SIZE, train_sentencepiece, train_tokenizer, write_json
+
+ADDED_FIELDS = ("add_bos_token", "add_eos_token")
+FLAGS = [
+    {name: flag for name, flag in zip(ADDED_FIELDS, flags, strict=True) if flag is not None}
+    for flags in itertools.product((None, False, True), repeat=2)
+]
+CONFIGS = {
+    "gemma": transformers.GemmaConfig(vocab_size=VOCAB_SIZE),
+    "gemma3": transformers.Gemma3TextConfig(vocab_size=VOCAB_SIZE),
+    "embeddinggemma": transformers.Gemma3TextConfig(vocab_size=VOCAB_SIZE, use_bidirectional_attention=True),
+    "t5gemma": transformers.T5GemmaConfig(
+        encoder={"vocab_size": VOCAB_SIZE}, decoder={"vocab_size": VOCAB_SIZE}, vocab_size=VOCAB_SIZE
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_model():
+    return train_sentencepiece()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    CONFIGS["gemma"].save_pretrained(tmp_path)
+    return tmp_path
+
+
+def find(folder):
+    return find_tokenizer(folder, read_model_config(json.loads((folder / "config.json").read_text())))
+
+
+def our_ids(folder, texts=TEXTS, **options):
+    found = find(folder)
+    text = TextConfig(begin=found.begin, end=found.end)
+    options = {"vocab_size": VOCAB_SIZE, "max_length": 1000} | options
+    ragged = read_inputs(texts, read_tokenizer(found.file), text, **options)
+    return [ragged.ids[a:b].tolist() for a, b in itertools.pairwise(ragged.offsets)]
+
+
+def their_ids(folder, texts=TEXTS, **options):
+    return transformers.AutoTokenizer.from_pretrained(folder)(texts, **options)["input_ids"]
+
+
+def refusal(folder):
+    with pytest.raises(CheckpointError) as error:
+        find(folder)
+    return str(error.value)
+
+
+# ------------------------------------------------------------------------------------------- tokenizer.json
+
+
+POST_PROCESSORS = [
+    "<bos> $A",
+    "$A <eos>",
+    "<bos> $A <eos>",
+    "$A",
+    None,
+    "<eos> $A <bos>",
+    "a $A",
+    "$A a",
+    "<bos> $A $A",
+]
+
+
+@pytest.mark.parametrize("post_processor", POST_PROCESSORS)
+@pytest.mark.parametrize("name", ["GemmaTokenizer", "GemmaTokenizerFast", "PreTrainedTokenizerFast", None])
+def test_post_processor_of_tokenizer_json(folder, post_processor, name):
+    train_tokenizer(post_processor).save(str(folder / "tokenizer.json"))
+    fields = {} if name is None else {"tokenizer_class": name}
+    write_json(folder / "tokenizer_config.json", bos_token="<bos>", eos_token="<eos>", **fields)
+    assert our_ids(folder) == their_ids(folder)
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+@pytest.mark.parametrize("post_processor", ["<bos> $A", "$A <eos>", None])
+def test_flags_beside_tokenizer_json_are_not_read(folder, flags, post_processor):
+    """As in transformers 5; version 4 let them replace the post-processor of a Gemma tokenizer."""
+    train_tokenizer(post_processor).save(str(folder / "tokenizer.json"))
+    write_json(folder / "tokenizer_config.json", tokenizer_class="GemmaTokenizer", **flags)
+    assert our_ids(folder) == their_ids(folder)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_tokenizer_json_alone(tmp_path, config):
+    config.save_pretrained(tmp_path)
+    train_tokenizer("<bos> $A <eos>").save(str(tmp_path / "tokenizer.json"))
+    assert our_ids(tmp_path) == their_ids(tmp_path)
+    assert find(tmp_path)[1:] == (2, 1)
+
+
+@pytest.mark.parametrize("post_processor", ["<bos> $A", "$A <eos>", "<bos> $A <eos>", "$A"])
+@pytest.mark.parametrize("max_length", [3, 6, 40])
+def test_truncation(folder, post_processor, max_length):
+    train_tokenizer(post_processor).save(str(folder / "tokenizer.json"))
+    theirs = their_ids(folder, truncation=True, max_length=max_length)
+    assert our_ids(folder, max_length=max_length, truncate=True) == theirs
+    assert max(map(len, theirs)) == max_length
+
+
+def test_what_a_tokenizer_json_says_of_padding_and_truncation_is_ignored(folder):
+    tokenizer = train_tokenizer()
+    expected = tokenizer.encode(TEXTS[0]).ids
+    tokenizer.enable_padding(length=50)
+    tokenizer.enable_truncation(3)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    assert our_ids(folder, TEXTS[0]) == [expected]
+
+
+@pytest.mark.parametrize("single", ["<bos> <bos> $A", "$A <eos> <eos>", "<bos>"])
+def test_post_processor_that_the_engine_does_not_have(folder, single):
+    train_tokenizer(single).save(str(folder / "tokenizer.json"))
+    message = refusal(folder)
+    assert f"{folder / 'tokenizer.json'} makes [" in message
+    assert "set tokenizer.add_bos_token and tokenizer.add_eos_token to True or False, and save it" in message
+
+
+def test_the_remedy_for_such_a_post_processor(folder):
+    train_tokenizer("<bos> <bos> $A").save(str(folder / "tokenizer.json"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_bos_token = True
+    tokenizer.save_pretrained(folder)
+    assert our_ids(folder) == their_ids(folder)
+    assert find(folder)[1:] == (2, None)
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"version": "1.0", "model": {}}', '{"model": "nonsense"}'])
+def test_broken_tokenizer_json(folder, content):
+    (folder / "tokenizer.json").write_text(content)
+    message = refusal(folder)
+    assert f"{folder / 'tokenizer.json'} is not a tokenizer that the tokenizers library reads" in message
+    assert "or convert without it" in message
+
+
+@pytest.mark.parametrize(("field", "value"), [("truncation_side", "left"), ("split_special_tokens", True)])
+def test_options_that_the_engine_does_not_have(folder, field, value):
+    train_tokenizer().save(str(folder / "tokenizer.json"))
+    write_json(folder / "tokenizer_config.json", **{field: value})
+    assert f"tokenizer_config.json: {field} is {value!r}; this engine only runs" in refusal(folder)
+
+
+def test_tokenizer_of_a_larger_vocabulary_than_the_models(folder):
+    write_json(folder / "config.json", vocab_size=2)
+    train_tokenizer().save(str(folder / "tokenizer.json"))
+    assert "adds id 2 to every text, but the model's vocabulary has 2" in refusal(folder)
+
+
+def test_no_tokenizer(folder):
+    assert find(folder) is None
+
+
+# ------------------------------------------------------------------------------------------- SentencePiece
+
+
+@pytest.mark.parametrize("flags", [flags for flags in FLAGS if flags])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_flags_beside_a_sentencepiece_model(tmp_path, sentencepiece_model, flags, config):
+    config.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model)
+    write_json(tmp_path / "tokenizer_config.json", **flags)
+    assert our_ids(tmp_path) == their_ids(tmp_path)
+
+
+@pytest.mark.parametrize("token", ["<start_of_turn>", {"__type": "AddedToken", "content": "<start_of_turn>"}, None])
+def test_token_that_tokenizer_config_names(folder, sentencepiece_model, token):
+    (folder / "tokenizer.model").write_bytes(sentencepiece_model)
+    named = {} if token is None else {"bos_token": token}
+    write_json(folder / "tokenizer_config.json", add_bos_token=True, **named)
+    assert our_ids(folder) == their_ids(folder)
+    assert find(folder).begin == (2 if token is None else 5)
+
+
+@pytest.mark.parametrize("flags", [{}, {"add_bos_token": None}])
+@pytest.mark.parametrize(
+    ("name", "added"),
+    [("gemma", (2, None)), ("gemma3", (2, None)), ("t5gemma", (2, None)), ("embeddinggemma", (2, 1))],
+)
+def test_without_flags_the_familys_rule_holds(tmp_path, sentencepiece_model, name, added, flags):
+    CONFIGS[name].save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model)
+    if flags:
+        write_json(tmp_path / "tokenizer_config.json", **flags)
+    assert find(tmp_path)[1:] == added
+
+
+def test_sentencepiece_and_its_tokenizer_json_give_the_same_ids(folder, sentencepiece_model):
+    (folder / "tokenizer.model").write_bytes(sentencepiece_model)
+    write_json(folder / "tokenizer_config.json", add_bos_token=True, add_eos_token=True)
+    ours = our_ids(folder)
+    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
+    assert find(folder).file == folder / "tokenizer.json"
+    assert our_ids(folder) == ours
+    assert all(ids[0] == 2 and ids[-1] == 1 for ids in ours)
+
+
+def test_truncation_of_sentencepiece_ids(folder, sentencepiece_model):
+    (folder / "tokenizer.model").write_bytes(sentencepiece_model)
+    write_json(folder / "tokenizer_config.json", add_bos_token=True, add_eos_token=True)
+    assert our_ids(folder, max_length=7, truncate=True) == their_ids(folder, truncation=True, max_length=7)
+
+
+@pytest.mark.parametrize("kind", ["bos", "eos"])
+def test_sentencepiece_model_without_the_token_to_add(folder, kind):
+    model = train_sentencepiece(**{f"{kind}_id": -1, "user_defined_symbols": []})
+    (folder / "tokenizer.model").write_bytes(model)
+    write_json(folder / "tokenizer_config.json", **{f"add_{kind}_token": True})
+    message = refusal(folder)
+    assert f"has no {kind.upper()} token to add to every text" in message
+    assert f'"add_{kind}_token": false into {folder / "tokenizer_config.json"}' in message
+    write_json(folder / "tokenizer_config.json", **{f"add_{kind}_token": False})
+    assert find(folder)[1:] == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"add_bos_token": True, "bos_token": "<s>"}, "has no BOS token"),
+        ({"add_eos_token": "yes"}, "add_eos_token is 'yes'; it must be a JSON bool"),
+        ({"add_bos_token": True, "bos_token": 2}, "bos_token is 2; it must be a JSON str"),
+        ({"added_tokens_decoder": {"600": {"content": "<extra>"}}}, "e.g. '<extra>'"),
+        ({"added_tokens_decoder": {"7": {"content": "<mask>"}}}, "e.g. '<mask>'"),
+        ({"added_tokens_decoder": [1]}, "added_tokens_decoder"),
+    ],
+)
+def test_files_that_do_not_fit_the_sentencepiece_model(folder, sentencepiece_model, fields, reason):
+    (folder / "tokenizer.model").write_bytes(sentencepiece_model)
+    write_json(folder / "tokenizer_config.json", **fields)
+    assert reason in refusal(folder)
+
+
+def test_added_tokens(folder, sentencepiece_model):
+    (folder / "tokenizer.model").write_bytes(sentencepiece_model)
+    write_json(
+        folder / "tokenizer_config.json", added_tokens_decoder={"2": {"content": "<bos>"}, "4": {"content": "<mask>"}}
+    )
+    write_json(folder / "added_tokens.json", **{"<start_of_turn>": 5})
+    assert find(folder).begin == 2
+    write_json(folder / "added_tokens.json", **{"<extra>": 400})
+    assert "e.g. '<extra>'; load the tokenizer with transformers and save it" in refusal(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00nonsense"])
+def test_broken_sentencepiece_model(folder, content):
+    (folder / "tokenizer.model").write_bytes(content)
+    message = refusal(folder)
+    assert f"{folder / 'tokenizer.model'} is not a SentencePiece model" in message
+    assert "or convert without it" in message

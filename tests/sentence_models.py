@@ -1,0 +1,119 @@
+"""Tiny tokenizers trained with Gemma's flags, and tiny models in the folders that sentence-transformers saves."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentencepiece
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Transformer
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.processors import TemplateProcessing
+from tokenizers.trainers import BpeTrainer
+
+VOCAB_SIZE = 512  # of the models; the tokenizers need fewer ids
+SPECIAL = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3}
+SYMBOLS = ["<mask>", "<start_of_turn>", "\n\n", "▁▁"]  # user-defined: found in a text before anything else
+WORDS = ("the", "small", "funnel", "pools", "pairs", "of", "tokens", "and", "a", "large", "keeps", "every", "memory")
+
+# Special tokens inside, spaces and newlines everywhere, bytes of what no piece covers.
+TEXTS = [
+    "a small funnel",
+    " leading",
+    "  two leading and two  inner  ",
+    "one\nline\n\nparagraph\n\n\nend\n",
+    "tab\tand\r\nreturn",
+    "émile \N{GRINNING FACE} 日本語 e\N{COMBINING ACUTE ACCENT}",
+    "x <bos> y",
+    "<eos>end",
+    "<pad>",
+    "<bos><bos> funnel<eos> pools <unk> <mask>",
+    "a <start_of_turn>b <0x41> <s>",
+    "aaaaaaaaaaaaaaaaaaaaaaaaa",
+    " ",
+    "▁",
+    "<bo",
+    "the large memory keeps every token " * 20,
+]
+
+
+def corpus() -> list[str]:
+    generator = np.random.default_rng(0)
+    ends = ["", ".", "\n", "  two", "\n\nnext"]
+    return [" ".join(generator.choice(WORDS, 12)) + str(generator.choice(ends)) for _ in range(400)]
+
+
+def train_sentencepiece(**options: Any) -> bytes:
+    """The content of a tokenizer.model with Gemma's flags; `options` are those of the trainer."""
+    model = io.BytesIO()
+    special = {f"{name}_id": number for name, number in (("pad", 0), ("eos", 1), ("bos", 2), ("unk", 3))}
+    pieces = {f"{name}_piece": f"<{name}>" for name in ("pad", "eos", "bos", "unk")}
+    gemma = {
+        "model_type": "bpe",
+        "vocab_size": 400,
+        "byte_fallback": True,
+        "add_dummy_prefix": False,
+        "remove_extra_whitespaces": False,
+        "normalization_rule_name": "identity",
+        "split_digits": True,
+        "allow_whitespace_only_pieces": True,
+        "user_defined_symbols": SYMBOLS,
+        "minloglevel": 2,
+    }
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(corpus()), model_writer=model, **gemma | special | pieces | options
+    )
+    return model.getvalue()
+
+
+def train_tokenizer(post_processor: str | None = "<bos> $A") -> Tokenizer:
+    """A tokenizer.json with Gemma's parts, trained by the tokenizers library."""
+    tokenizer = Tokenizer(BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    trainer = BpeTrainer(vocab_size=200, special_tokens=[*SPECIAL, "<mask>"], max_token_length=8, show_progress=False)
+    tokenizer.train_from_iterator(corpus(), trainer)
+    content = json.loads(tokenizer.to_str())
+    vocabulary = content["model"]["vocab"]
+    vocabulary |= {f"<0x{byte:02X}>": len(vocabulary) + byte for byte in range(256)}
+    tokenizer = Tokenizer.from_str(json.dumps(content))
+    if post_processor is not None:
+        known = [*SPECIAL.items(), ("a", tokenizer.token_to_id("a"))]
+        tokenizer.post_processor = TemplateProcessing(single=post_processor, special_tokens=known)
+    return tokenizer
+
+
+def write_json(path: Path, **fields: Any) -> None:
+    """Sets fields of a JSON file, which is made if it is not there."""
+    path.parent.mkdir(exist_ok=True)
+    content = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(content | fields))
+
+
+def text_of(tokenizer: Any, length: int, seed: int = 0) -> str:
+    """A random text of `length` tokens, with those that the transformers tokenizer adds."""
+    generator = np.random.default_rng(seed)
+    text = ""
+    while len(tokenizer(longer := text + str(generator.choice(WORDS)) + " ")["input_ids"]) <= length:
+        text = longer
+    text += "7" * (length - len(tokenizer(text)["input_ids"]))  # in no piece, so a byte each
+    assert len(tokenizer(text)["input_ids"]) == length
+    return text
+
+
+def save_sentence_model(folder: Path, model: Any, modules: list[torch.nn.Module], **options: Any) -> None:
+    """A sentence-transformers folder as the library writes it: `model` and an EmbeddingGemma-like tokenizer, then
+    `modules`, whose weights become random. `options` are those of `SentenceTransformer`."""
+    model.save_pretrained(folder / "encoder")
+    train_tokenizer("<bos> $A <eos>").save(str(folder / "encoder" / "tokenizer.json"))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in torch.nn.ModuleList(modules).parameters():
+            parameter.normal_(0.0, parameter.shape[-1] ** -0.5, generator=generator)
+    transformer = Transformer(str(folder / "encoder"))
+    SentenceTransformer(modules=[transformer, *modules], device="cpu", **options).save(str(folder / "source"))

@@ -36,8 +36,8 @@ def test_names_and_shapes():
 
 def test_shapes_of_a_head_are_added():
     head = HeadConfig(
-        pooler=True, pooling="attention", dense=(DenseConfig(9, 10, bias=True), DenseConfig(8, 9)), task="tag", labels=("a", "b", "c"),
-        classifier_bias=True,
+        pooler=True, pooling="attention", dense=(DenseConfig(9, 10, bias=True), DenseConfig(8, 9)),
+        task="tag", labels=("a", "b", "c"), classifier_bias=True,
     )  # fmt: skip
     extra = {
         "pooler.query": (10,), "dense.0.weight": (9, 10), "dense.0.bias": (9,), "dense.1.weight": (8, 9),

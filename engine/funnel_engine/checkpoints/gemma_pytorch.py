@@ -25,7 +25,6 @@ from funnel_engine.checkpoints.tensors import FLOAT_DTYPES, Part, Parts, SourceT
 from funnel_engine.checkpoints.tokenizer_files import find_tokenizer
 from funnel_engine.config import ModelConfig
 from funnel_engine.heads import HeadConfig
-from funnel_engine.text import TextConfig
 from funnel_engine.weights import expected_shapes
 from funnel_kernels.errors import CheckpointError
 
@@ -116,17 +115,16 @@ def read_gemma_pytorch(path: Path, sliding_window: int | None = None) -> SourceM
     vocabulary = tensors[embedder].shape[0]
     config = find_config(directory, tensors, lambda config: encoder_parts(config, embedder), vocabulary, sliding_window)
     weights, dropped = assemble(path, encoder_parts(config, embedder), tensors, drop_by_name(DROPPED))
-    tokenizer = find_tokenizer(directory, config)
+    text, tokenizer_file = find_tokenizer(directory, config)
     return SourceModel(
         format="gemma_pytorch",
         config=config,
         head=HeadConfig(),
         weights=weights,
         dropped=dropped,
-        text=TextConfig(tokenizer.begin, tokenizer.end) if tokenizer else TextConfig(),
-        tokenizer_file=tokenizer.file if tokenizer else None,
+        text=text,
+        tokenizer_file=tokenizer_file,
         directory=directory,
-        files=tuple(sorted({rows.tensor.path for several in weights.values() for rows in several})),
     )
 
 

@@ -4,6 +4,7 @@ Nothing is guessed: every tensor is either needed, or one of a family's known te
 (`Layout.dropped`), or an error.
 """
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +19,6 @@ from funnel_engine.checkpoints.tokenizer_files import find_tokenizer
 from funnel_engine.config import ModelConfig
 from funnel_engine.heads import HeadConfig, head_shapes
 from funnel_engine.hugging_face_config import read_model_config
-from funnel_engine.text import TextConfig
 from funnel_engine.weights import expected_shapes
 from funnel_kernels.errors import CheckpointError
 
@@ -128,23 +128,23 @@ def read_hugging_face(root: Path, sliding_window: int | None = None) -> SourceMo
     with reading(root):
         parts = {**encoder_parts(config, prefix), **head_parts(config, head, sentence_model, classifier)}
     weights, dropped = assemble(directory, parts, tensors, drop_by_name(layout.dropped))
-    tokenizer = find_tokenizer(directory, config)
+    text, tokenizer_file = find_tokenizer(directory, config)
+    if sentence_model:
+        text = dataclasses.replace(
+            text,
+            max_tokens=sentence_model.max_tokens,
+            prompts=sentence_model.prompts,
+            default_prompt_name=sentence_model.default_prompt_name,
+        )
     return SourceModel(
         format="hugging_face",
         config=config,
         head=head,
         weights=weights,
         dropped=dropped,
-        text=TextConfig(
-            begin=tokenizer.begin if tokenizer else None,
-            end=tokenizer.end if tokenizer else None,
-            max_tokens=sentence_model.max_tokens if sentence_model else None,
-            prompts=sentence_model.prompts if sentence_model else {},
-            default_prompt_name=sentence_model.default_prompt_name if sentence_model else None,
-        ),
-        tokenizer_file=tokenizer.file if tokenizer else None,
+        text=text,
+        tokenizer_file=tokenizer_file,
         directory=root,
-        files=tuple(sorted({rows.tensor.path for several in weights.values() for rows in several})),
     )
 
 

@@ -30,7 +30,6 @@ from funnel_engine.checkpoints.tokenizer_files import find_tokenizer
 from funnel_engine.config import ModelConfig
 from funnel_engine.heads import DenseConfig, HeadConfig
 from funnel_engine.hugging_face_config import read_model_config
-from funnel_engine.text import TextConfig
 from funnel_engine.weights import expected_shapes
 from funnel_kernels.errors import CheckpointError
 
@@ -89,17 +88,16 @@ def read_keras(path: Path, sliding_window: int | None = None) -> SourceModel:
     folder = directory
     for name in TOKENIZER_FOLDERS:
         folder = file_in(folder, name, str(folder))
-    tokenizer = find_tokenizer(folder, config, VOCABULARY)
+    text, tokenizer_file = find_tokenizer(folder, config, VOCABULARY)
     return SourceModel(
         format="keras",
         config=config,
         head=HeadConfig(dense=dense, similarity="cosine" if dense else None),
         weights=weights,
         dropped=dropped,
-        text=TextConfig(tokenizer.begin, tokenizer.end) if tokenizer else TextConfig(),
-        tokenizer_file=tokenizer.file if tokenizer else None,
+        text=text,
+        tokenizer_file=tokenizer_file,
         directory=directory,
-        files=tuple(sorted({rows.tensor.path for several in weights.values() for rows in several})),
     )
 
 

@@ -226,7 +226,6 @@ def read_source(directory: Path, sliding_window: int | None = None) -> SourceMod
         text=manifest.text,
         tokenizer_file=files[manifest.tokenizer] if manifest.tokenizer else None,
         directory=directory,
-        files=tuple(shards(files)),
     )
 
 
@@ -317,7 +316,7 @@ def rounded(parts: tuple[Rows, ...], dtype: np.dtype, allow_nonfinite: bool) -> 
 
 
 @contextlib.contextmanager
-def hashing(files: tuple[Path, ...]) -> Iterator[Future[dict[Path, FileFacts]]]:
+def hashing(files: list[Path]) -> Iterator[Future[dict[Path, FileFacts]]]:
     """Hashes files on another core meanwhile; leaving early ends it."""
     left = threading.Event()
     with ThreadPoolExecutor(1) as pool:

@@ -89,7 +89,7 @@ def read_orbax(root: Path, sliding_window: int | None = None) -> SourceModel:
             tensorstore, which reads zarr, is not installed.
     """
     folder = choose_folder(root)
-    files = tuple(list_files(folder))
+    check_files(folder)
     tensors = parameters(ArrayFolder(folder))
     table = next((name for name in (EMBEDDING, ENCODER + EMBEDDING) if name in tensors), None)
     if table is None or len(tensors[table].shape) != 2:
@@ -113,18 +113,18 @@ def read_orbax(root: Path, sliding_window: int | None = None) -> SourceModel:
         )
     if vocabulary > config.vocab_size:
         dropped[f"rows of {table} beyond the vocabulary"] = vocabulary - config.vocab_size
-    tokenizers = (find_tokenizer(place, config) for place in (*within, root.absolute().parent))
-    tokenizer = next((found for found in tokenizers if found), None)
+    places = (*within, root.absolute().parent) if folder == root else within
+    tokenizers = (find_tokenizer(place, config) for place in places)
+    text, tokenizer_file = next((found for found in tokenizers if found[1]), (TextConfig(), None))
     return SourceModel(
         format="orbax",
         config=config,
         head=head,
         weights=weights,
         dropped=dropped,
-        text=TextConfig(begin=tokenizer.begin, end=tokenizer.end) if tokenizer else TextConfig(),
-        tokenizer_file=tokenizer.file if tokenizer else None,
+        text=text,
+        tokenizer_file=tokenizer_file,
         directory=root,
-        files=files,
     )
 
 
@@ -155,8 +155,8 @@ def find_folders(path: Path, depth: int = DEPTH) -> list[Path]:
     return [folder for folder in below if folder.parent == path and folder.name in ITEMS] or below
 
 
-def list_files(folder: Path) -> Iterator[Path]:
-    """Every file in a folder and the folders in it.
+def check_files(folder: Path) -> None:
+    """Looks at every file in a folder and the folders in it.
 
     Raises:
         CheckpointError: a link that leaves the folder, a link to a folder, or a pipe, on which a reader would wait.
@@ -165,11 +165,9 @@ def list_files(folder: Path) -> Iterator[Path]:
         names = sorted(os.listdir(folder))
     for name in names:
         path = file_in(folder, name, str(folder))
-        if path.is_file():
-            yield path
-        elif path.is_dir() and not path.is_symlink():
-            yield from list_files(path)
-        else:
+        if path.is_dir() and not path.is_symlink():
+            check_files(path)
+        elif not path.is_file():
             raise CheckpointError(f"{path} is neither a file nor a folder; copy the checkpoint as it was written")
 
 

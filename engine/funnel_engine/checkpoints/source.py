@@ -19,7 +19,7 @@ class SourceModel:
         weights: the rows of source tensors that make each of our weights, one after another.
         dropped: how many tensors an encoder does not need, by the rule that says so.
         tokenizer_file: tokenizer.json, or a SentencePiece model; None takes token ids only.
-        directory, files: the folder of the source, and the files in it that hold weights.
+        directory: the folder of the source.
     """
 
     format: str
@@ -30,4 +30,10 @@ class SourceModel:
     text: TextConfig
     tokenizer_file: Path | None
     directory: Path
-    files: tuple[Path, ...]
+
+    @property
+    def files(self) -> list[Path]:
+        """Those that hold weights, in order of name."""
+        paths = {rows.tensor.path for several in self.weights.values() for rows in several}
+        files = {file for path in paths for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()}
+        return sorted(files)

@@ -11,13 +11,13 @@ from is as in transformers 5:
 """
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tokenizers import Tokenizer
 
 from funnel_engine.checkpoints.files import decode, optional_file, read_json
 from funnel_engine.config import ModelConfig
-from funnel_engine.text import load_sentencepiece, load_tokenizer_json
+from funnel_engine.text import TextConfig, load_sentencepiece, load_tokenizer_json
 from funnel_kernels.errors import CheckpointError
 
 TOKENIZER_JSON = "tokenizer.json"
@@ -26,14 +26,12 @@ CONFIG = "tokenizer_config.json"
 PROBES = ("a", "b a")  # two, so that no id of the text itself is taken for one that is added
 
 
-class FoundTokenizer(NamedTuple):
-    file: Path
-    begin: int | None
-    end: int | None
+def find_tokenizer(
+    directory: Path, config: ModelConfig, sentencepiece: str = SENTENCEPIECE
+) -> tuple[TextConfig, Path | None]:
+    """What the tokenizer in a directory adds to a text, and its file: tokenizer.json, or else a SentencePiece model.
 
-
-def find_tokenizer(directory: Path, config: ModelConfig, sentencepiece: str = SENTENCEPIECE) -> FoundTokenizer | None:
-    """The tokenizer in a directory: tokenizer.json, or else a SentencePiece model of the given name.
+    Without either, texts cannot be read: the file is None.
 
     Raises:
         CheckpointError: it cannot be read, or treats a text in a way that the engine does not.
@@ -45,7 +43,7 @@ def find_tokenizer(directory: Path, config: ModelConfig, sentencepiece: str = SE
     elif file := optional_file(directory, sentencepiece):
         begin, end = added_to(load_sentencepiece(file), file, directory, fields, config)
     else:
-        return None
+        return TextConfig(), None
     for name, allowed in (("split_special_tokens", False), ("truncation_side", "right")):
         if fields.get(name) not in (None, allowed):
             raise CheckpointError(
@@ -58,7 +56,7 @@ def find_tokenizer(directory: Path, config: ModelConfig, sentencepiece: str = SE
                 f"{file} adds id {identifier} to every text, but the model's vocabulary has {config.vocab_size}; they "
                 "do not belong together, so fetch the model's own tokenizer"
             )
-    return FoundTokenizer(file, begin, end)
+    return TextConfig(begin, end), file
 
 
 def added_by(tokenizer: Tokenizer, file: Path) -> tuple[int | None, int | None]:

@@ -254,8 +254,8 @@ def print_facts(facts: dict[str, Any], as_json: bool) -> None:
         return
     width = max(map(len, facts))
     for name, value in facts.items():
-        lines = value if name == "problems" else [show(value)]
-        for line in lines or ["none"]:
+        lines = value if name == "problems" else [value]
+        for line in map(show, lines or ["none"]):
             click.echo(f"{name:<{width}}  {line}")
 
 
@@ -263,9 +263,11 @@ def show(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(show, value)) or "none"
     if isinstance(value, dict):
-        return ", ".join(f"{name} {show(item)}" for name, item in value.items()) or "none"
+        return ", ".join(f"{show(name)} {show(item)}" for name, item in value.items()) or "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.3f}"
-    return "none" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+    if isinstance(value, str):  # which may come from a stranger's file
+        return value if value.isprintable() else repr(value)
+    return "none" if value is None else f"{value:,}"

@@ -199,11 +199,25 @@ def test_running_conversion_is_left_alone(source, tmp_path):
     dead.mkdir()
     other.mkdir()
     with convert_module.staging_directory(tmp_path / "ours") as running:
-        assert not dead.exists()
         (running / "half").write_text("half")
         convert(source, tmp_path / "ours")
+        assert not dead.exists()
         assert contents(running) == ["half"]
     assert contents(tmp_path) == [other.name, "ours"]
+
+
+def test_the_old_checkpoint_comes_back_after_a_kill_between_the_renames(sources, tmp_path, monkeypatch):
+    """Whatever becomes of the next conversion."""
+    first, second = sources
+    convert(first, tmp_path / "ours")
+    left = tmp_path / ".ours.converting-dead"
+    left.mkdir()
+    (tmp_path / "ours").rename(left / "old")
+    shutil.copytree(left / "old", left / "new")
+    with pytest.raises(CheckpointError, match=r"ours exists.*overwrite"):
+        convert(second, tmp_path / "ours")
+    assert contents(tmp_path) == ["ours"]
+    assert "seed1" in read_checkpoint(tmp_path / "ours", verify=True).tokenizer_file.read_text()
 
 
 # A process that converts again and again, each time in a child that is killed at a later file operation, until one

@@ -52,6 +52,7 @@ def convert(
     """
     check_dtype(dtype)
     source, destination = Path(source), Path(destination).resolve()
+    clear_up(destination)
     check_destination(destination, source.resolve(), overwrite)
     model = read_source(source, format, sliding_window)
     size = count_parameters(expected_shapes(model.config, model.head)) * DTYPES[dtype].itemsize
@@ -90,18 +91,33 @@ def check_destination(destination: Path, source: Path, overwrite: bool) -> None:
         raise CheckpointError(f"{destination} is not a checkpoint, so it is not overwritten; choose another name")
 
 
+def clear_up(destination: Path) -> None:
+    """Removes what killed conversions to this destination have left.
+
+    One that was killed between the two renames of `publish` has left the old checkpoint, which comes back first.
+    """
+    prefix = glob.escape(staging_prefix(destination))
+    for left in destination.parent.glob(f"{prefix}*"):
+        with contextlib.suppress(OSError), locked(left):
+            if (left / "old").is_dir() and not destination.exists():
+                (left / "old").rename(destination)
+            shutil.rmtree(left)
+
+
+def staging_prefix(destination: Path) -> str:
+    return f".{destination.name}.converting-"
+
+
 @contextlib.contextmanager
 def staging_directory(destination: Path) -> Iterator[Path]:
-    """A new hidden directory beside `destination`, removed on leaving. Those that killed runs have left go first.
+    """A new hidden directory beside `destination`, removed on leaving.
 
-    Its owner holds a lock on it, which ends with the process however that ends.
+    Its owner holds a lock on it, which ends with the process however that ends; `clear_up` spares what is locked.
     """
-    prefix = f".{destination.name}.converting-"
-    for left in destination.parent.glob(f"{glob.escape(prefix)}*"):
-        with contextlib.suppress(OSError), locked(left):
-            shutil.rmtree(left)
     with (
-        tempfile.TemporaryDirectory(prefix=prefix, dir=destination.parent, ignore_cleanup_errors=True) as name,
+        tempfile.TemporaryDirectory(
+            prefix=staging_prefix(destination), dir=destination.parent, ignore_cleanup_errors=True
+        ) as name,
         contextlib.ExitStack() as stack,
     ):
         with contextlib.suppress(OSError):  # a file system without locks; there, nobody removes what others have left

@@ -62,7 +62,7 @@ class Manifest:
 
     Attributes:
         dtype: of every tensor, "bfloat16" or "float32".
-        tensors, parameters: how many there are.
+        tensors, parameters: how many there are, for people; what must be there follows from `config` and `head`.
         text: what is done to a text.
         tokenizer: file name of the tokenizer, or None.
         files: every file but this one, by name.

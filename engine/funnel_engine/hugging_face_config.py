@@ -56,6 +56,7 @@ def read_model_config(config: dict[str, Any], sliding_window: int | None = None)
     """
     if not isinstance(config, dict):
         raise ConfigError(f"a config is a JSON object; this one is a {type(config).__name__}")
+    refuse_own_code(config)
     family = config.get("model_type")
     text = config
     if isinstance(family, str) and family in NESTED:
@@ -65,7 +66,9 @@ def read_model_config(config: dict[str, Any], sliding_window: int | None = None)
             raise ConfigError(f"{key} in the config is a {type(text).__name__}; it must be a JSON object")
     if not isinstance(family, str) or family not in DEFAULTS:
         known = ", ".join(sorted({*DEFAULTS, *NESTED}))
-        raise ConfigError(f"model_type {family!r} is not a Gemma encoder that this engine knows; it runs {known}")
+        raise ConfigError(
+            f"model_type {shorten(family)} is not a Gemma encoder that this engine knows; it runs {known}"
+        )
 
     fields = DEFAULTS[family] | {key: value for key, value in text.items() if value is not None}
     if sliding_window is not None:
@@ -119,10 +122,22 @@ def read_pad_token_id(family: str, config: dict[str, Any], text: dict[str, Any])
     return None if fields["pad_token_id"] is None else integer(fields, "pad_token_id", least=0)
 
 
+def refuse_own_code(config: dict[str, Any]) -> None:
+    """`auto_map` names classes in files beside the config; such a model may mask or pool in a way of its own."""
+    auto_map = config.get("auto_map") or {}
+    if not isinstance(auto_map, dict) or any(name.startswith("AutoModel") for name in auto_map):
+        raise ConfigError(
+            f"auto_map={shorten(auto_map)} names a class with code of its own, which this engine does not run; if its "
+            "forward is the standard one, delete auto_map from config.json"
+        )
+
+
 def refuse_unsupported(family: str, fields: dict[str, Any]) -> None:
     activation = fields.get("hidden_activation") or fields.get("hidden_act") or ACTIVATIONS[0]
     if activation not in (ACTIVATIONS if family == "gemma" else ACTIVATIONS[:1]):
-        raise ConfigError(f"activation {activation!r} is not Gemma's {ACTIVATIONS[0]!r}; this engine has no other")
+        raise ConfigError(
+            f"activation {shorten(activation)} is not Gemma's {ACTIVATIONS[0]!r}; this engine has no other"
+        )
     for name in ("use_bidirectional_attention", "is_causal"):
         if not isinstance(fields.get(name, False), bool):
             raise ConfigError(f"{name}={shorten(fields[name])} in the config must be true or false")
@@ -147,11 +162,11 @@ def read_layer_types(family: str, fields: dict[str, Any], num_layers: int) -> tu
         period = integer({spelling: default} | fields, spelling)
         names = [("full" if (i + 1) % period == 0 else "sliding") + "_attention" for i in range(num_layers)]
     if not isinstance(names, list) or len(names) != num_layers:
-        raise ConfigError(f"layer_types must list one type for each of the {num_layers} layers; it is {names!r}")
+        raise ConfigError(f"layer_types must list one type for each of the {num_layers} layers; it is {shorten(names)}")
     known = {"full_attention": "full", "sliding_attention": "sliding"}
     unknown = [name for name in names if not isinstance(name, str) or name not in known]
     if unknown:
-        raise ConfigError(f"layer type {unknown[0]!r} is unknown; layers are {' or '.join(known)}")
+        raise ConfigError(f"layer type {shorten(unknown[0])} is unknown; layers are {' or '.join(known)}")
     return tuple(known[name] for name in names)
 
 
@@ -190,7 +205,7 @@ def read_ropes(family: str, fields: dict[str, Any]) -> tuple[Rope, Rope]:
     sliding = {"rope_theta": fields.get("rope_local_base_freq", 10_000.0)}
     nested = [parameters.get(key) or {} for key in ("full_attention", "sliding_attention")]
     if not all(isinstance(value, dict) for value in nested):
-        raise ConfigError(f"rope_parameters of Gemma 3 must hold two JSON objects; it is {parameters!r}")
+        raise ConfigError(f"rope_parameters of Gemma 3 must hold two JSON objects; it is {shorten(parameters)}")
     return read_rope(full | nested[0]), read_rope(sliding | nested[1])
 
 
@@ -201,7 +216,7 @@ def read_rope(parameters: dict[str, Any]) -> Rope:
         return Rope(theta)
     if kind == "linear":
         return Rope(theta, positive("RoPE factor", number(parameters, "factor")))
-    raise ConfigError(f"RoPE type {kind!r} is not supported; Gemma uses 'default' and 'linear'")
+    raise ConfigError(f"RoPE type {shorten(kind)} is not supported; Gemma uses 'default' and 'linear'")
 
 
 def integer(fields: dict[str, Any], name: str, *, least: int = 1, most: int = 2**31 - 1) -> int:
@@ -225,5 +240,6 @@ def positive(name: str, value: Any) -> float:
 
 
 def shorten(value: Any) -> str:
-    """The value for a message; a file can hold an integer of a million digits."""
-    return f"an integer of {value.bit_length()} bits" if isinstance(value, int) and abs(value) > 2**64 else repr(value)
+    """The value for a message, in about 80 characters; a file can hold anything, of any length."""
+    large = isinstance(value, int) and abs(value) > 2**64
+    return f"an integer of {value.bit_length()} bits" if large else f"{value!r:.80}"

@@ -107,7 +107,10 @@ def read_texts(
     begin = [text.begin] if text.begin is not None else []
     end = [text.end] if text.end is not None else []
     room = None if max_length is None else max(0, max_length - len(begin) - len(end))
-    return [np.asarray(begin + ids[:room] + end, np.int32) for ids in tokenize([prompt + item for item in texts])]
+    return [
+        to_int32(f"input {index}", np.asarray(begin + ids[:room] + end, np.int64))
+        for index, ids in enumerate(tokenize([prompt + item for item in texts]))
+    ]
 
 
 def read_ids(index: int, item: Any) -> Ints:

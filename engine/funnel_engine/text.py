@@ -1,18 +1,24 @@
 """What is done to a text before the encoder: prompt, tokenizer, begin and end of sequence, length limit."""
 
+import contextlib
 import dataclasses
+import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from funnel_engine.config import check_positive
-from funnel_kernels.errors import CheckpointError, ConfigError, InputError
+from funnel_kernels.errors import CheckpointError, ConfigError, FunnelError, InputError
 
 # A tokenizer is a function: texts -> the ids of each, without begin or end of sequence.
 Tokenize = Callable[[Sequence[str]], list[list[int]]]
+
+MAX_FILE_BYTES = 500_000_000  # of a tokenizer; Gemma 3's has 33 MB
+FETCH_AGAIN = "Fetch it again, or convert without it, for a checkpoint that takes token ids only"
+REPAIR = "Repair the tokenizer; most likely its vocabulary lacks the unknown token"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,23 +73,42 @@ def read_tokenizer_json(file: Path) -> Tokenize:
     tokenizer = load_tokenizer_json(file)
 
     def tokenize(texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        with raising(InputError, f"{file} cannot read these texts", REPAIR):
+            return [encoding.ids for encoding in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     return tokenize
 
 
 def load_tokenizer_json(file: Path) -> Tokenizer:
     """A tokenizer that neither pads nor truncates, whatever the file says."""
-    try:
+    check_file(file)
+    with raising(CheckpointError, f"{file} is not a tokenizer that the tokenizers library reads", FETCH_AGAIN):
         tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises bare Exception
-        raise CheckpointError(
-            f"{file} is not a tokenizer that the tokenizers library reads: {error}. Fetch it again, or convert without "
-            "it, for a checkpoint that takes token ids only"
-        ) from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
+
+
+@contextlib.contextmanager
+def raising(error: type[FunnelError], what: str, remedy: str) -> Iterator[None]:
+    """Turns what the tokenizers library raises into an `error`: bare Exception, or PanicException where Rust panics.
+
+    The latter is no Exception, and no module exports it. Other such classes, e.g. KeyboardInterrupt, pass.
+    """
+    try:
+        yield
+    except BaseException as cause:
+        if not isinstance(cause, Exception) and type(cause).__name__ != "PanicException":
+            raise
+        raise error(f"{what}: {cause!s:.200}. {remedy}") from cause
+
+
+def check_file(file: Path) -> None:
+    """The libraries read a pipe without end, and a file of any size into memory."""
+    if not os.path.isfile(file):
+        raise CheckpointError(f"{file} is not a regular file; put the tokenizer itself there")
+    if (size := os.path.getsize(file)) > MAX_FILE_BYTES:
+        raise CheckpointError(f"{file} has {size:,} bytes; a tokenizer has at most {MAX_FILE_BYTES:,}. {FETCH_AGAIN}")
 
 
 def read_sentencepiece(file: Path) -> Tokenize:
@@ -117,10 +142,8 @@ def load_sentencepiece(file: Path) -> Any:
         raise CheckpointError(
             f"{file} is a SentencePiece model; to read it, run: pip install 'funnel-engine[sentencepiece]'"
         ) from error
+    check_file(file)
     try:
         return SentencePieceProcessor(model_file=str(file))
     except (OSError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{file} is not a SentencePiece model: {error}. Fetch it again, or convert without it, for a checkpoint "
-            "that takes token ids only"
-        ) from error
+        raise CheckpointError(f"{file} is not a SentencePiece model: {error}. {FETCH_AGAIN}") from error

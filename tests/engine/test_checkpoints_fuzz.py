@@ -40,7 +40,7 @@ JSON_FILES = {
     },
     "sentence_bert_config.json": {"max_seq_length": 100, "do_lower_case": False},
     "config_sentence_transformers.json": {"prompts": {"query": "query: "}, "default_prompt_name": "query"},
-    "tokenizer_config.json": {"add_bos_token": True, "add_eos_token": True, "bos_token": {"content": "<bos>"}},
+    "tokenizer_config.json": {"add_bos_token": True, "add_eos_token": False, "bos_token": {"content": "<bos>"}},
 }
 
 

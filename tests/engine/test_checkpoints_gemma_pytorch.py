@@ -180,6 +180,8 @@ def test_without_a_config_the_shapes_say_which_published_model_it_is(tmp_path, m
     monkeypatch.setitem(PRESETS, "tiny", fields | {"vocab_size": table})
     source = save(tmp_path / "source", state_of(model))
     check_as_hugging_face(model, source, tmp_path)
+    message = refusal(source, sliding_window=512)
+    assert f"--sliding-window 512 stands for a config.json's, and there is none in {source}" in message
     state = state_of(make_model("gemma2", intermediate_size=73))
     assert "no published model has" in refusal(save(tmp_path / "other", state))
 
@@ -227,6 +229,22 @@ def test_a_pickle_that_wants_to_run_code_is_refused(gemma2):
         assert not proof.exists()
 
 
+@pytest.mark.parametrize(
+    ("first", "again", "words"),
+    [
+        (b"NN\x86", b"h\x00\x86", "nests more values"),  # t = (t, t)
+        (b")", b"(" + b"h\x00" * 40 + b"t", "nests more values"),  # wide rather than deep
+        (b")", b"\x85" * 15_000, "nests more values"),  # ((((...)))), on which a recursion would end in a crash
+        (b"N0" * 600_000 + b")", b"", "where names of tensors take at most 1,000,000"),
+    ],
+)
+def test_a_pickle_that_never_ends_is_refused(gemma2, first, again, words):
+    """A few hundred bytes may hold a tuple of 2^60 values, which torch would hash as the key of a dict."""
+    pickle = b"\x80\x02" + first + b"q\x00" + (again + b"q\x00") * 60 + b"}h\x00Ns."
+    rewrite(gemma2 / "model.ckpt", **{"data.pkl": pickle})
+    assert words in refusal(gemma2)
+
+
 def test_torch_itself_does_not_run_code_either(gemma2, monkeypatch):
     """What the list of a pickle's functions does not show still meets `weights_only=True`."""
     monkeypatch.setattr(torch.serialization, "get_unsafe_globals_in_checkpoint", lambda file: [])
@@ -243,11 +261,13 @@ def test_torch_itself_does_not_run_code_either(gemma2, monkeypatch):
 
 def test_a_folder_needs_exactly_one_checkpoint(gemma2):
     shutil.copy(gemma2 / "model.ckpt", gemma2 / "other.ckpt")
-    assert "model.ckpt, other.ckpt; give the path of one of them" in refusal(gemma2)
+    assert "'model.ckpt', 'other.ckpt'; give the path of one of them" in refusal(gemma2)
     (gemma2 / "model.ckpt").unlink()
     (gemma2 / "other.ckpt").unlink()
     assert "neither a .ckpt nor pytorch_model.bin.index.json" in refusal(gemma2, format="gemma_pytorch")
-    assert "No such file" in refusal(gemma2 / "model.ckpt", format="gemma_pytorch")
+    assert "no such file" in refusal(gemma2 / "model.ckpt", format="gemma_pytorch")
+    os.mkfifo(gemma2 / "model.ckpt")  # whoever opens it waits for the one who writes
+    assert "not a regular one; fetch it again" in refusal(gemma2)
 
 
 def test_a_folder_with_safetensors_is_not_taken_for_gemma_pytorch(tmp_path):
@@ -328,6 +348,13 @@ def break_names(state: State) -> None:
     state["wte.weight"] = state.pop("embedder.weight")
 
 
+def break_screen(state: State) -> None:
+    break_names(state)
+    state |= {"\x1b[2J" * 9: ROPE}
+    for name in list(state)[:-1]:
+        state[name] = state.pop(name)
+
+
 def break_nan(state: State) -> None:
     state["model.layers.2.mlp.down_proj.weight"][40, 7] = float("nan")
 
@@ -347,6 +374,7 @@ def break_nan(state: State) -> None:
         (break_table, "must have one matrix"),
         (break_empty_table, "must have one matrix"),
         (break_names, "must have one matrix"),
+        (break_screen, r"tensors are called '\x1b[2J\x1b[2J"),
         (break_nan, "model.layers.2.mlp.down_proj.weight"),
     ],
 )
@@ -397,6 +425,9 @@ def test_what_no_torch_save_writes(gemma2):
     rewrite(gemma2 / "model.ckpt", byteorder=b"big")  # torch itself would end with a segmentation fault
     assert "little-endian" in refusal(gemma2)
     (gemma2 / "model.ckpt").write_bytes(whole)
+    rewrite(gemma2 / "model.ckpt", byteorder=b"little" * 1000)
+    assert "little-endian" in refusal(gemma2)
+    (gemma2 / "model.ckpt").write_bytes(whole)
     rewrite(gemma2 / "model.ckpt", **{"3": lambda content: content[:-4]})
     assert "are not where torch.save puts them" in refusal(gemma2)
     (gemma2 / "model.ckpt").write_bytes(whole)
@@ -413,11 +444,13 @@ def test_shards_that_do_not_fit_together(tmp_path):
     outside = write_shards(tmp_path / "outside", state, config, **{"model.norm.weight": "../first.bin"})
     assert "'../first.bin', which is not a file in" in refusal(outside)
     gone = write_shards(tmp_path / "gone", state, config, **{"model.norm.weight": "third.bin"})
-    assert "No such file" in refusal(gone)
+    assert "lists 'third.bin': no such file" in refusal(gone)
     moved = write_shards(tmp_path / "moved", state, config, **{"embedder.weight": "second.bin"})
-    assert "disagree about where these are: 'embedder.weight' in second.bin" in refusal(moved)
+    assert "disagree about where these are: 'embedder.weight in first.bin', 'embedder.weight in second.bin'" in refusal(
+        moved
+    )
     absent = write_shards(tmp_path / "absent", state, config, extra="first.bin")
-    assert "disagree about where these are: 'extra' in first.bin" in refusal(absent)
+    assert "disagree about where these are: 'extra in first.bin'" in refusal(absent)
     twice = write_shards(tmp_path / "twice", state, config)
     shutil.copy(twice / "first.bin", twice / "second.bin")
     assert "which another file has too" in refusal(twice)

@@ -5,6 +5,7 @@ groups, from PyTorch's parameters reshaped by a table of their own.
 """
 
 import json
+import os
 import random
 import shutil
 import sys
@@ -277,7 +278,8 @@ def test_shards_with_an_index(tmp_path):
 
 
 def write_shards(folder: Path, model: Any) -> Path:
-    arrays = arrays_of("gemma3", model)
+    eyes = {f"layers/gemma3_vision_encoder/vars/{number}": np.ones(8) for number in range(2)}  # one in each shard
+    arrays = arrays_of("gemma3", model) | eyes
     save(folder, {}, config_of("gemma3", model))
     (folder / "model.weights.h5").unlink()
     weight_map: dict[str, Any] = {}
@@ -285,8 +287,9 @@ def write_shards(folder: Path, model: Any) -> Path:
         name = f"model_0000{number}.weights.h5"
         part = dict(list(arrays.items())[number::2])
         write(folder / name, part)
-        weight_map |= {f"/{path.removesuffix('/0')}": name for path in part}
-    weight_map["/vars"] = ["model_00000.weights.h5", "model_00001.weights.h5"]
+        for path in part:
+            weight_map.setdefault(f"/{path[:-2]}", []).append(name)
+    weight_map["/layers/rms_normalization/vars"] = weight_map["/layers/rms_normalization/vars"][0]  # as older Keras
     (folder / "model.weights.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder
 
@@ -471,7 +474,11 @@ def test_a_file_without_a_gemma(tmp_path):
         write(tmp_path / "table.weights.h5", {"layers/reversible_embedding/vars/0": table})
         assert "it must be a matrix" in refusal(tmp_path / "table.weights.h5")
     assert "neither model.weights.h5 nor model.weights.json" in refusal(tmp_path, format="keras")
-    assert "No such file" in refusal(tmp_path / "none.weights.h5", format="keras")
+    assert "no such file" in refusal(tmp_path / "none.weights.h5", format="keras")
+    os.mkfifo(tmp_path / "pipe.weights.h5")  # whoever opens it waits for the one who writes
+    assert "not a regular one; fetch it again" in refusal(tmp_path / "pipe.weights.h5")
+    write(tmp_path / "screen.weights.h5", {"\x1b[2J": np.ones(3)})
+    assert r"tensors are called '\x1b[2J'" in refusal(tmp_path / "screen.weights.h5")
     (tmp_path / "text.weights.h5").write_text("no HDF5")
     assert "damaged, or not an HDF5 file" in refusal(tmp_path / "text.weights.h5")
 
@@ -547,12 +554,16 @@ def test_tricks_of_hdf5_are_refused(tmp_path, trick, words):
 def test_shards_that_do_not_fit_together(tmp_path):
     source = write_shards(tmp_path / "source", make_model("gemma3"))
     index = source / "model.weights.json"
+    whole = json.loads(index.read_text())["weight_map"]
+    (eyes,) = (group for group, shards in whole.items() if len(shards) == 2)
     for weight_map, words in [
         ({"/vars": "../secret.weights.h5"}, "'../secret.weights.h5', which is not a file in"),
         ({"/vars": ["model_00000.weights.h5", 7]}, "names 7, which is not a file in"),
         ({"/vars": {}}, "names {}, which is not a file in"),
-        ({"/vars": "model_00002.weights.h5"}, "No such file"),
-        ({"/vars": "model_00000.weights.h5"}, "missing: layers/"),
+        ({"/vars": "model_00002.weights.h5"}, "lists 'model_00002.weights.h5': no such file"),
+        ({"/vars": "model_00000.weights.h5"}, "disagree about where these are"),
+        (whole | {"/more/vars": "model_00000.weights.h5"}, "these are: '/more/vars in model_00000.weights.h5'"),
+        (whole | {eyes: "model_00001.weights.h5"}, f"these are: '{eyes} in model_00000.weights.h5'"),
         ([], "weight_map is []"),
     ]:
         index.write_text(json.dumps({"weight_map": weight_map}))

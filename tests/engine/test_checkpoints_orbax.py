@@ -267,6 +267,18 @@ def test_tokenizer_beside_the_folder_and_the_folder_above(tmp_path):
     assert detect_format(home) == "orbax"
 
 
+def test_tokenizer_above_a_folder_with_steps_is_not_its_own(tmp_path):
+    """Only where the given folder is that of the arrays is the one above looked at."""
+    home = tmp_path / "home"
+    write_gemma(home / "run" / "7", **DATABASE)
+    tiny_models.make_tokenizer().save(str(home / "tokenizer.json"))
+    assert orbax.read_orbax(home / "run").tokenizer_file is None
+    assert orbax.read_orbax(home / "run" / "7").tokenizer_file is None
+    shutil.move(home / "tokenizer.json", home / "run")
+    for path in (home / "run", home / "run" / "7"):
+        assert orbax.read_orbax(path).tokenizer_file == home / "run" / "tokenizer.json"
+
+
 def test_steps_and_items_of_a_checkpoint_manager(tmp_path):
     model, encoder = encoder_of("gemma")
     tree = flax.nested(flax.leaves_of(encoder))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import struct
 from pathlib import Path
 
@@ -53,6 +54,9 @@ DAMAGED = {
     "size against shape": (file_bytes({"a": entry(0, 96, [23])}, DATA), "cannot lie"),
     "negative axis": (file_bytes({"a": entry(0, 96, [-3, -8])}, DATA), "described by"),
     "axis that is true": (file_bytes({"a": entry(0, 96, [True, 24])}, DATA), "described by"),
+    "axis beyond 63 bits": (file_bytes({"a": entry(0, 96, [2**63])}, DATA), "described by"),
+    "more axes than a tensor has": (file_bytes({"a": entry(0, 96, [24] + [1] * 16)}, DATA), "described by"),
+    "size of a million digits": (file_bytes({"a": entry(0, 96, [2**63 - 1] * 400_000)}, DATA), "described by"),
     "fractional axis": (file_bytes({"a": entry(0, 96, [24.0])}, DATA), "described by"),
     "no offsets": (file_bytes({"a": {"dtype": "F32", "shape": [24]}}, DATA), "described by"),
     "three offsets": (file_bytes({"a": entry(0, 96) | {"data_offsets": [0, 96, 96]}}, DATA), "described by"),
@@ -79,8 +83,10 @@ def test_header_beyond_the_limit_is_not_read(tmp_path):
         read_header(path)
 
 
-def test_missing_file_and_directory(tmp_path):
-    for path in (tmp_path / "none", tmp_path):
+def test_what_is_no_regular_file(tmp_path):
+    """Whoever opens a pipe waits for the one who writes."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "none", tmp_path, tmp_path / "pipe"):
         with pytest.raises(CheckpointError, match="cannot read"):
             read_header(path)
 

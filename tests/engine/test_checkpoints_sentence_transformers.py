@@ -236,6 +236,12 @@ def test_dense_weights_are_checked_with_the_others(source):
         ([*MODULES[:2], module("LayerNorm", "2_LayerNorm")], "LayerNorm"),
         ([*MODULES[:2], module("Dense", "../2_Dense")], "../2_Dense"),
         ([MODULES[0], module("Pooling", "..")], "'..'"),
+        (
+            [module("Transformer", "", "custom_st"), MODULES[1]],
+            "'custom_st.Transformer', a module with code of its own",
+        ),
+        ([MODULES[0], module("Pooling", "1_Pooling", "my.sentence_transformers")], "a module with code of its own"),
+        ([*MODULES[:2], module("Dense", "2_Dense", "sentence_transformers_too")], "a module with code of its own"),
         ([MODULES[0], {"path": "1_Pooling"}], "lacks a type"),
         ([5], "lacks a type"),
         ({}, "JSON dict"),
@@ -347,6 +353,9 @@ def test_most_tokens_that_cannot_be(source, file, name, value):
     assert "it must be at least 1, or absent" in refusal(source)
 
 
+FORWARD = {"method": "forward", "method_output_name": "last_hidden_state"}
+
+
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
@@ -358,6 +367,14 @@ def test_most_tokens_that_cannot_be(source, file, name, value):
         ({"tokenizer_args": {"add_eos_token": True}}, "tokenizer_args has add_eos_token"),
         ({"processing_kwargs": {"text": {"max_length": 9}}}, "processing_kwargs has text"),
         ({"model_args": [1]}, "model_args"),
+        ({"query_expansion": {"strategy": "mask", "length": 32}}, "query_expansion is {'strategy'"),
+        ({"query_length": 32}, "query_length is 32"),
+        ({"document_length": 300}, "document_length is 300"),
+        ({"tokenizer_name_or_path": "another/model"}, "tokenizer_name_or_path is 'another/model'"),
+        ({"modality_config": {"text": FORWARD | {"method_output_name": "logits"}}}, "'logits'"),
+        ({"modality_config": {"text": FORWARD | {"method": "get_text_features"}}}, "'get_text_features'"),
+        ({"modality_config": {"message": FORWARD}}, "text is None"),
+        ({"modality_config": "text"}, "modality_config"),
     ],
 )
 def test_transformer_module_that_the_engine_does_not_run(source, fields, reason):
@@ -369,5 +386,7 @@ def test_transformer_module_that_the_engine_does_not_run(source, fields, reason)
 
 def test_transformer_module_with_what_changes_nothing(source):
     fields = {"do_lower_case": False, "model_args": {"torch_dtype": "float32"}, "config_args": {}}
+    fields |= {"query_expansion": False, "query_length": None, "document_length": None, "tokenizer_name_or_path": None}
+    fields |= {"modality_config": {"text": FORWARD, "message": FORWARD | {"format": "flat"}}}
     write(source / TRANSFORMER_CONFIG, fields | {"transformer_task": "feature-extraction"})
     converted(source)

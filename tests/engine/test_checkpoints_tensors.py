@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from funnel_engine.checkpoints import tensors
-from funnel_engine.checkpoints.tensors import Part, Rows, assemble, drop_by_name
+from funnel_engine.checkpoints.files import quote
+from funnel_engine.checkpoints.tensors import Part, Rows, assemble, drop_by_name, join_shards
 from funnel_kernels import CheckpointError
 
 WHERE = Path("model")
@@ -113,3 +114,35 @@ def test_everything_that_does_not_fit_is_listed():
         "unknown: 'other' (1,)",
         "unknown: 'lm_head2' (1,)",
     }
+
+
+def test_shards_and_their_index(tmp_path):
+    """Every tensor in one file, every file there, and the index, where there is one, as the files are."""
+    held_by = {"a": {"x/0", "x/1"}, "b": {"y/0", "x/2"}, "again": {"y/0"}}
+    files = [tmp_path / name for name in held_by]
+    for file in files:
+        file.touch()
+
+    def join(files, *listed):
+        return join_shards(
+            tmp_path / "index", files, lambda file: {name: held(1) for name in held_by[file.name]}, *listed
+        )
+
+    pairs = {("x/0", "a"), ("x/1", "a"), ("y/0", "b"), ("x/2", "b")}
+    groups = {("x", "a"), ("x", "b"), ("y", "b")}
+    for listed in ((), (pairs,), (groups, lambda name: name[0])):
+        assert join(files[:2], *listed).keys() == {"x/0", "x/1", "x/2", "y/0"}
+    with pytest.raises(CheckpointError, match=r"again has 'y/0', which another file has too"):
+        join(files)
+    with pytest.raises(CheckpointError, match=r"index lists 'none': no such file"):
+        join([*files, tmp_path / "none"])
+    for listed in (pairs - {("x/2", "b")}, pairs | {("x/2", "a")}):
+        (entry,) = listed ^ pairs
+        with pytest.raises(CheckpointError, match=f"index and the files disagree .*: 'x/2 in {entry[1]}'"):
+            join(files[:2], listed)
+
+
+def test_names_in_a_message_are_escaped_and_few():
+    assert quote(["a\x1b[2J", "b"]) == r"'a\x1b[2J', 'b'"
+    assert quote(map(str, range(1007))) == "'0', '1', '2', '3', '4' and 1,002 more"
+    assert len(quote(["x" * 1000])) == 80

@@ -19,6 +19,7 @@ import hugging_face_models as models
 from funnel_engine.checkpoints import convert as convert_module
 from funnel_engine.checkpoints.convert import convert
 from funnel_engine.checkpoints.native import read_checkpoint
+from funnel_engine.inspection import inspect_checkpoint
 from funnel_kernels import CheckpointError, ConfigError
 from tiny_models import make_tokenizer
 
@@ -100,6 +101,24 @@ def test_source_and_destination_in_each_other(source, tmp_path):
 def test_destination_in_no_directory(source, tmp_path):
     with pytest.raises(CheckpointError, match="make it first"):
         convert(source, tmp_path / "none" / "ours")
+
+
+@pytest.mark.parametrize("path", [None, 3, "a\0b", "x" * 300, "x/" * 3000, b"bytes"], ids=lambda path: f"{path!r:.12}")
+def test_what_is_no_path(source, tmp_path, path):
+    for call in (
+        lambda: convert(path, tmp_path / "ours"),
+        lambda: convert(source, path),
+        lambda: inspect_checkpoint(path),
+        lambda: read_checkpoint(path),
+    ):
+        try:
+            facts = call()
+        except CheckpointError as error:
+            message = str(error)
+        else:
+            message = facts["problems"][0]
+        assert "is no path that can be used here" in message
+    assert contents(tmp_path) == []
 
 
 def test_relative_paths(source, tmp_path, monkeypatch):

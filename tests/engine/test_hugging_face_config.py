@@ -253,6 +253,12 @@ def test_a_window_that_an_old_save_halved_is_refused(width):
         ({"model_type": "gemma", "rope_scaling": {"type": "linear"}}, "factor=None .* must be a finite number"),
         ({"model_type": "gemma", "rope_scaling": {"type": "linear", "factor": 0}}, "RoPE factor=0.* above 0"),
         (
+            {"model_type": "gemma", "auto_map": {"AutoConfig": "c.C", "AutoModelForCausalLM": "m.M"}},
+            "auto_map=.*'m.M'.* names a class with code of its own.*delete auto_map from config.json",
+        ),
+        ({"model_type": "t5gemma", "auto_map": {"AutoModel": "m.M"}}, "names a class with code of its own"),
+        ({"model_type": "gemma", "auto_map": "AutoModel"}, "auto_map='AutoModel'"),
+        (
             {"model_type": "gemma3_text", "rope_parameters": {"full_attention": 4}},
             "rope_parameters of Gemma 3 must hold two JSON objects",
         ),
@@ -261,6 +267,38 @@ def test_a_window_that_an_old_save_halved_is_refused(width):
 def test_a_config_that_cannot_be_is_refused(config, message):
     with pytest.raises(ConfigError, match=message):
         read_model_config(config)
+
+
+def test_auto_map_without_a_model_changes_nothing():
+    plain = read_model_config({"model_type": "gemma"})
+    for auto_map in (None, {}, {"AutoTokenizer": ["t.T", None]}):
+        assert read_model_config({"model_type": "gemma", "auto_map": auto_map}) == plain
+
+
+LONG = "x" * 100_000
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"model_type": LONG},
+        {"auto_map": {"AutoModel": LONG}},
+        {"hidden_activation": LONG},
+        {"layer_types": LONG},
+        {"layer_types": [LONG] * 26},
+        {"rope_parameters": {"full_attention": LONG}},
+        {"rope_parameters": {"full_attention": {"rope_type": LONG}}},
+        {"hidden_size": LONG},
+        {"rms_norm_eps": LONG},
+        {"attn_logit_softcapping": LONG, "model_type": "gemma2"},
+        {"is_causal": LONG},
+    ],
+)
+def test_values_are_shortened_in_messages(fields):
+    with pytest.raises(ConfigError) as error:
+        read_model_config({"model_type": "gemma3_text"} | fields)
+    assert "xxx" in str(error.value)
+    assert len(str(error.value)) < 300
 
 
 SCALARS = st.none() | st.booleans() | st.integers(-3, 300) | st.floats() | st.text(max_size=4) | st.just(10**400)
@@ -279,6 +317,7 @@ VALUES = {  # what may stand in a field: something that is likely, or anything
     **dict.fromkeys(["use_bidirectional_attention", "is_causal", "attention_bias"], st.booleans()),
     **dict.fromkeys(["rope_scaling", "rope_parameters"], ROPES),
     "layer_types": LAYERS,
+    "auto_map": st.dictionaries(st.sampled_from(["AutoConfig", "AutoModel"]), st.text(max_size=4)),
 }
 
 

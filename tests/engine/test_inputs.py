@@ -145,3 +145,13 @@ def test_bad_inputs(inputs, message):
 def test_texts_without_a_tokenizer():
     with pytest.raises(InputError, match="no tokenizer, so it takes token ids only"):
         read("a", tokenizer=None)
+
+
+def test_ids_of_a_tokenizer_beyond_int32():
+    with pytest.raises(InputError, match=r"input 1 holds 2 \.\.\. 4294967295, beyond int32"):
+        read(["a", "b"], tokenizer=lambda texts: [[3], [2**32 - 1]])
+
+
+def test_tokenizer_that_makes_nothing_of_a_text():
+    with pytest.raises(InputError, match="input 1 is an empty sequence"):
+        read(["a", "b"], tokenizer=lambda texts: [[3], []], text=TextConfig())

@@ -1,11 +1,15 @@
 """Prompts by name, and the two kinds of tokenizer file."""
 
+import json
+import os
 import sys
 
 import pytest
 import sentencepiece
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
-from funnel_engine.text import TextConfig, read_tokenizer
+from funnel_engine.text import TextConfig, raising, read_tokenizer
 from funnel_kernels import CheckpointError, InputError
 from sentence_models import TEXTS, train_sentencepiece, train_tokenizer
 
@@ -77,4 +81,41 @@ def test_sentencepiece_is_not_installed(model, monkeypatch):
 def test_damaged_file(tmp_path, name):
     (tmp_path / name).write_bytes(b"\x00nonsense")
     with pytest.raises(CheckpointError, match="convert without it, for a checkpoint that takes token ids only"):
+        read_tokenizer(tmp_path / name)
+
+
+def test_text_that_the_tokenizer_cannot_read(tmp_path):
+    Tokenizer(WordLevel({"x": 7}, unk_token="<unk>")).save(str(tmp_path / "tokenizer.json"))
+    tokenize = read_tokenizer(tmp_path / "tokenizer.json")
+    assert tokenize(["x"]) == [[7]]
+    with pytest.raises(InputError, match=r"tokenizer\.json cannot read these texts: .*lacks the unknown token"):
+        tokenize(["x", "y"])
+
+
+def test_tokenizer_json_on_which_the_library_panics(tmp_path):
+    content = json.loads(train_tokenizer().to_str())
+    content["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="is not a tokenizer that the tokenizers library reads: Precompiled"):
+        read_tokenizer(tmp_path / "tokenizer.json")
+
+
+@pytest.mark.parametrize("signal", [KeyboardInterrupt, SystemExit, GeneratorExit])
+def test_what_is_no_fault_of_a_tokenizer_passes(signal):
+    with pytest.raises(signal), raising(InputError, "what", "remedy"):
+        raise signal
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+def test_file_that_is_too_large(tmp_path, name):
+    with (tmp_path / name).open("wb") as file:
+        file.truncate(500_000_001)  # without a byte on the disk
+    with pytest.raises(CheckpointError, match=r"has 500,000,001 bytes; a tokenizer has at most 500,000,000\. Fetch"):
+        read_tokenizer(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+def test_pipe(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(CheckpointError, match="is not a regular file; put the tokenizer itself there"):
         read_tokenizer(tmp_path / name)

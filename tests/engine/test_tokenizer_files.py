@@ -5,6 +5,8 @@ import json
 
 import pytest
 import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import BPE, Unigram, WordLevel, WordPiece
 
 from funnel_engine.checkpoints.tokenizer_files import find_tokenizer
 from funnel_engine.hugging_face_config import read_model_config
@@ -44,10 +46,9 @@ def find(folder):
 
 
 def our_ids(folder, texts=TEXTS, **options):
-    found = find(folder)
-    text = TextConfig(begin=found.begin, end=found.end)
+    text, file = find(folder)
     options = {"vocab_size": VOCAB_SIZE, "max_length": 1000} | options
-    ragged = read_inputs(texts, read_tokenizer(found.file), text, **options)
+    ragged = read_inputs(texts, read_tokenizer(file), text, **options)
     return [ragged.ids[a:b].tolist() for a, b in itertools.pairwise(ragged.offsets)]
 
 
@@ -87,12 +88,70 @@ def test_post_processor_of_tokenizer_json(folder, post_processor, name):
 
 
 @pytest.mark.parametrize("flags", FLAGS)
-@pytest.mark.parametrize("post_processor", ["<bos> $A", "$A <eos>", None])
-def test_flags_beside_tokenizer_json_are_not_read(folder, flags, post_processor):
-    """As in transformers 5; version 4 let them replace the post-processor of a Gemma tokenizer."""
+@pytest.mark.parametrize(
+    ("post_processor", "added"),
+    [
+        ("<bos> $A", (True, False)),
+        ("$A <eos>", (False, True)),
+        ("<bos> $A <eos>", (True, True)),
+        (None, (False, False)),
+    ],
+)
+def test_flags_beside_tokenizer_json_must_agree_with_it(folder, flags, post_processor, added):
+    """Version 5 of transformers ignores them; 4 let them replace the post-processor of a Gemma tokenizer."""
     train_tokenizer(post_processor).save(str(folder / "tokenizer.json"))
     write_json(folder / "tokenizer_config.json", tokenizer_class="GemmaTokenizer", **flags)
+    wrong = [name for name, adds in zip(ADDED_FIELDS, added, strict=True) if flags.get(name, adds) != adds]
+    if wrong:
+        message = refusal(folder)
+        assert f"{wrong[0]} is {flags[wrong[0]]}, but the post-processor of {folder / 'tokenizer.json'} adds" in message
+        assert "set tokenizer.add_bos_token and tokenizer.add_eos_token to True or False, and save it" in message
+    else:
+        assert our_ids(folder) == their_ids(folder)
+
+
+@pytest.mark.parametrize(("token", "agrees"), [("<bos>", True), ({"content": "<bos>"}, True), ("<eos>", False)])
+def test_flag_is_about_the_token_that_tokenizer_config_names(folder, token, agrees):
+    train_tokenizer("<bos> $A").save(str(folder / "tokenizer.json"))
+    write_json(folder / "tokenizer_config.json", bos_token=token)
+    assert find(folder)[0].begin == 2
+    write_json(folder / "tokenizer_config.json", add_bos_token=True)
+    if agrees:
+        assert find(folder)[0].begin == 2
+    else:
+        assert "add_bos_token is True, but the post-processor of" in refusal(folder)
+
+
+@pytest.mark.parametrize("flags", [flags for flags in FLAGS if flags])
+def test_the_remedy_for_flags_that_disagree(folder, flags):
+    train_tokenizer("$A" if True in flags.values() else "<bos> $A <eos>").save(str(folder / "tokenizer.json"))
+    write_json(
+        folder / "tokenizer_config.json",
+        tokenizer_class="GemmaTokenizer", bos_token="<bos>", eos_token="<eos>", **flags,
+    )  # fmt: skip
+    assert "To settle it" in refusal(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_bos_token, tokenizer.add_eos_token = True, False
+    tokenizer.save_pretrained(folder)
     assert our_ids(folder) == their_ids(folder)
+    assert find(folder)[0] == TextConfig(2, None)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        WordLevel({"x": 0}, unk_token="<unk>"),
+        BPE({"x": 0}, [], unk_token="<unk>"),
+        Unigram([("x", 0.0)]),
+        WordPiece({"x": 0}, unk_token="<unk>"),
+    ],
+    ids=lambda model: type(model).__name__,
+)
+def test_tokenizer_json_that_cannot_read_a_text(folder, model):
+    Tokenizer(model).save(str(folder / "tokenizer.json"))
+    message = refusal(folder)
+    assert f"{folder / 'tokenizer.json'} cannot read the text 'a'" in message
+    assert "lacks the unknown token" in message
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -100,7 +159,7 @@ def test_tokenizer_json_alone(tmp_path, config):
     config.save_pretrained(tmp_path)
     train_tokenizer("<bos> $A <eos>").save(str(tmp_path / "tokenizer.json"))
     assert our_ids(tmp_path) == their_ids(tmp_path)
-    assert find(tmp_path)[1:] == (2, 1)
+    assert find(tmp_path) == (TextConfig(2, 1), tmp_path / "tokenizer.json")
 
 
 @pytest.mark.parametrize("post_processor", ["<bos> $A", "$A <eos>", "<bos> $A <eos>", "$A"])
@@ -135,7 +194,7 @@ def test_the_remedy_for_such_a_post_processor(folder):
     tokenizer.add_bos_token = True
     tokenizer.save_pretrained(folder)
     assert our_ids(folder) == their_ids(folder)
-    assert find(folder)[1:] == (2, None)
+    assert find(folder)[0] == TextConfig(2, None)
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"version": "1.0", "model": {}}', '{"model": "nonsense"}'])
@@ -160,7 +219,7 @@ def test_tokenizer_of_a_larger_vocabulary_than_the_models(folder):
 
 
 def test_no_tokenizer(folder):
-    assert find(folder) is None
+    assert find(folder) == (TextConfig(), None)
 
 
 # ------------------------------------------------------------------------------------------- SentencePiece
@@ -181,7 +240,7 @@ def test_token_that_tokenizer_config_names(folder, sentencepiece_model, token):
     named = {} if token is None else {"bos_token": token}
     write_json(folder / "tokenizer_config.json", add_bos_token=True, **named)
     assert our_ids(folder) == their_ids(folder)
-    assert find(folder).begin == (2 if token is None else 5)
+    assert find(folder)[0].begin == (2 if token is None else 5)
 
 
 @pytest.mark.parametrize("flags", [{}, {"add_bos_token": None}])
@@ -194,7 +253,7 @@ def test_without_flags_the_familys_rule_holds(tmp_path, sentencepiece_model, nam
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model)
     if flags:
         write_json(tmp_path / "tokenizer_config.json", **flags)
-    assert find(tmp_path)[1:] == added
+    assert find(tmp_path) == (TextConfig(*added), tmp_path / "tokenizer.model")
 
 
 def test_sentencepiece_and_its_tokenizer_json_give_the_same_ids(folder, sentencepiece_model):
@@ -202,7 +261,7 @@ def test_sentencepiece_and_its_tokenizer_json_give_the_same_ids(folder, sentence
     write_json(folder / "tokenizer_config.json", add_bos_token=True, add_eos_token=True)
     ours = our_ids(folder)
     transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
-    assert find(folder).file == folder / "tokenizer.json"
+    assert find(folder)[1] == folder / "tokenizer.json"
     assert our_ids(folder) == ours
     assert all(ids[0] == 2 and ids[-1] == 1 for ids in ours)
 
@@ -222,7 +281,7 @@ def test_sentencepiece_model_without_the_token_to_add(folder, kind):
     assert f"has no {kind.upper()} token to add to every text" in message
     assert f'"add_{kind}_token": false into {folder / "tokenizer_config.json"}' in message
     write_json(folder / "tokenizer_config.json", **{f"add_{kind}_token": False})
-    assert find(folder)[1:] == (None, None)
+    assert find(folder)[0] == TextConfig()
 
 
 @pytest.mark.parametrize(
@@ -231,7 +290,7 @@ def test_sentencepiece_model_without_the_token_to_add(folder, kind):
         ({"add_bos_token": True, "bos_token": "<s>"}, "has no BOS token"),
         ({"add_eos_token": "yes"}, "add_eos_token is 'yes'; it must be a JSON bool"),
         ({"add_bos_token": True, "bos_token": 2}, "bos_token is 2; it must be a JSON str"),
-        ({"added_tokens_decoder": {"600": {"content": "<extra>"}}}, "e.g. '<extra>'"),
+        ({"added_tokens_decoder": {"511": {"content": "<extra>"}}}, "e.g. '<extra>'"),
         ({"added_tokens_decoder": {"7": {"content": "<mask>"}}}, "e.g. '<mask>'"),
         ({"added_tokens_decoder": [1]}, "added_tokens_decoder"),
     ],
@@ -248,9 +307,21 @@ def test_added_tokens(folder, sentencepiece_model):
         folder / "tokenizer_config.json", added_tokens_decoder={"2": {"content": "<bos>"}, "4": {"content": "<mask>"}}
     )
     write_json(folder / "added_tokens.json", **{"<start_of_turn>": 5})
-    assert find(folder).begin == 2
+    assert find(folder)[0].begin == 2
     write_json(folder / "added_tokens.json", **{"<extra>": 400})
     assert "e.g. '<extra>'; load the tokenizer with transformers and save it" in refusal(folder)
+
+
+def test_added_tokens_beyond_the_models_vocabulary_do_not_count(folder, sentencepiece_model):
+    """As Gemma 3's <image_soft_token>, whose id is the size of the text model's vocabulary."""
+    (folder / "tokenizer.model").write_bytes(sentencepiece_model)
+    write_json(
+        folder / "tokenizer_config.json", added_tokens_decoder={str(VOCAB_SIZE): {"content": "<image_soft_token>"}}
+    )
+    write_json(folder / "added_tokens.json", **{"<extra>": 10**400})
+    assert find(folder) == (TextConfig(2), folder / "tokenizer.model")
+    write_json(folder / "tokenizer_config.json", added_tokens_decoder={"many": {"content": "<image_soft_token>"}})
+    assert "e.g. '<image_soft_token>'" in refusal(folder)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00nonsense"])

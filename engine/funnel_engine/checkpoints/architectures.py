@@ -27,15 +27,20 @@ def find_config(
         tensors: of the checkpoint, by name.
         parts_of: which tensors a model of some architecture needs.
         vocabulary: rows of the embedding table.
-        sliding_window: stands for that of config.json.
+        sliding_window: stands for that of config.json, which must then be there.
 
     Raises:
-        CheckpointError: the config cannot be read, or the shapes are no published model's.
+        CheckpointError: the config cannot be read, or is needed and not there: the shapes are no published model's.
     """
     config_file = optional_file(directory, "config.json")
     if config_file:
         with reading(config_file):
             return fit_vocabulary(read_model_config(read_json(config_file), sliding_window), vocabulary)
+    if sliding_window is not None:
+        raise CheckpointError(
+            f"--sliding-window {sliding_window} stands for a config.json's, and there is none in {directory}; leave it "
+            "out to take the published model's"
+        )
     for name in PRESETS:
         config = fit_vocabulary(preset(name), vocabulary)
         parts = [part for several in parts_of(config).values() for part in several]
@@ -50,3 +55,8 @@ def find_config(
 def fit_vocabulary(config: ModelConfig, rows: int) -> ModelConfig:
     """Hugging Face's configs of multimodal Gemma 3 count rows for images, which only its own table has."""
     return dataclasses.replace(config, vocab_size=rows) if config.vocab_size - rows == IMAGE_ROWS else config
+
+
+def is_embedding_gemma(config: ModelConfig) -> bool:
+    """Whether it is EmbeddingGemma's, the only bidirectional Gemma 3 that is published."""
+    return config.family == "gemma3_text" and config.attention == "bidirectional"

@@ -14,6 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from funnel_engine.checkpoints.files import to_path
 from funnel_engine.checkpoints.formats import read_source
 from funnel_engine.checkpoints.native import MANIFEST, synchronize, write_checkpoint
 from funnel_engine.weights import DTYPES, check_dtype, count_parameters, expected_shapes
@@ -51,7 +52,7 @@ def convert(
         ConfigError: another dtype or format.
     """
     check_dtype(dtype)
-    source, destination = Path(source), Path(destination).resolve()
+    source, destination = to_path(source), to_path(destination).resolve()
     clear_up(destination)
     check_destination(destination, source.resolve(), overwrite)
     model = read_source(source, format, sliding_window)

@@ -1,18 +1,21 @@
-"""Reading JSON that others wrote: every surprise is a `CheckpointError` that names the file."""
+"""Reading files that others wrote: every surprise is a `CheckpointError` that names the file.
+
+A name that a checkpoint gives stays within its folder, only regular files are opened, and JSON is decoded into typed
+values.
+"""
 
 import collections
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import json
 import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from funnel_kernels.errors import CheckpointError, ConfigError
 
@@ -22,15 +25,11 @@ HASHED_AT_ONCE = 2**20  # bytes
 
 def read_json(path: Path, kind: type = dict) -> Any:
     """The content of a JSON file whose outermost value is a `kind` (dict or list)."""
-    with reading(path):
-        if not os.path.isfile(path):  # a pipe or a device would be read without end
-            raise FileNotFoundError(errno.ENOENT, "no such file")
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise CheckpointError(
-                f"{path} has {path.stat().st_size:,} bytes; no JSON of a model has {MAX_JSON_BYTES:,}"
-            )
-        data = path.read_bytes()
-    return parse_json(data, path, kind)
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path} has {size:,} bytes; no JSON of a model has {MAX_JSON_BYTES:,}")
+        return parse_json(file.read(), path, kind)
 
 
 def parse_json(data: bytes, path: Path, kind: type = dict) -> Any:
@@ -106,6 +105,23 @@ def check_type(kind: type, value: Any, where: str) -> None:
         raise CheckpointError(f"{where} is {value!r:.80}; it must be a JSON {kind.__name__}")
 
 
+def to_path(path: Any) -> Path:
+    """What a caller gives as a path, whether anything is there or not.
+
+    Raises:
+        CheckpointError: no system path: not a text, too long, or unreachable.
+    """
+    try:
+        result = Path(path)
+        result.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return result
+    except (OSError, ValueError, TypeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{path!r:.80} is no path that can be used here ({reason}); give another") from error
+    return result
+
+
 def file_in(directory: Path, name: Any, where: str) -> Path:
     """The file or folder `name` of a directory, whether it exists or not; `where` says who names it.
 
@@ -147,10 +163,23 @@ def hash_file(path: Path, stop: Callable[[], bool] = lambda: False) -> str:
         CheckpointError: the file cannot be read.
     """
     digest = hashlib.sha256()
-    with reading(path), path.open("rb", buffering=0) as file:
+    with open_file(path) as file:
         while not stop() and (data := file.read(HASHED_AT_ONCE)):
             digest.update(data)
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def open_file(path: Path) -> Iterator[BinaryIO]:
+    """A regular file, open for reading; a pipe or a device would be read without end.
+
+    Raises:
+        CheckpointError: there is no such file, or it cannot be read.
+    """
+    if not os.path.isfile(path):
+        raise CheckpointError(f"cannot read {path}: no such file, or not a regular one; fetch it again")
+    with reading(path), path.open("rb") as file:
+        yield file
 
 
 @contextlib.contextmanager
@@ -160,3 +189,10 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except (OSError, ConfigError) as error:
         raise CheckpointError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def quote(names: Iterable[str], most: int = 5) -> str:
+    """Names that a file gave, for a message: the first few of them, escaped and cut."""
+    names = list(names)
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(f"{name!r:.80}" for name in names[:most]) + more

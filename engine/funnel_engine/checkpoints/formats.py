@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from funnel_engine.checkpoints import gemma_pytorch, hugging_face, keras_hub, native, orbax
+from funnel_engine.checkpoints.files import to_path
 from funnel_engine.checkpoints.source import SourceModel
 from funnel_engine.config import check_option
 from funnel_kernels.errors import CheckpointError
@@ -38,6 +39,7 @@ def detect_format(path: Path) -> str:
     Raises:
         CheckpointError: there is nothing at `path`, or nothing that is known.
     """
+    path = to_path(path)
     if not path.exists():
         raise CheckpointError(f"{path} does not exist; give the file or folder that holds the model")
     for name, form in FORMATS.items():
@@ -60,6 +62,7 @@ def read_source(path: Path, form: str | None = None, sliding_window: int | None 
         CheckpointError: a source that is missing, damaged or of a form that the engine does not run.
         ConfigError: no such format.
     """
+    path = to_path(path)
     if form is None:
         form = detect_format(path)
     check_option("format", form, tuple(FORMATS))

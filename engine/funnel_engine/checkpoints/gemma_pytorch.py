@@ -9,19 +9,28 @@ Hugging Face. A quantized model has an int8 `weight` and a `weight_scaler` with 
 dequantized to `weight * weight_scaler`. The architecture is not in the file; see `architectures.find_config`.
 """
 
+import pickletools
 import struct
 import zipfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from funnel_engine.checkpoints.architectures import find_config
-from funnel_engine.checkpoints.files import decode, file_in, optional_file, read_json, reading
+from funnel_engine.checkpoints.files import decode, file_in, open_file, optional_file, quote, read_json
 from funnel_engine.checkpoints.hugging_face import NORMS
 from funnel_engine.checkpoints.safetensors_file import StoredTensor
 from funnel_engine.checkpoints.source import SourceModel
-from funnel_engine.checkpoints.tensors import FLOAT_DTYPES, Part, Parts, SourceTensor, assemble, drop_by_name
+from funnel_engine.checkpoints.tensors import (
+    FLOAT_DTYPES,
+    Part,
+    Parts,
+    SourceTensor,
+    assemble,
+    drop_by_name,
+    join_shards,
+)
 from funnel_engine.checkpoints.tokenizer_files import find_tokenizer
 from funnel_engine.config import ModelConfig
 from funnel_engine.heads import HeadConfig
@@ -30,6 +39,11 @@ from funnel_kernels.errors import CheckpointError
 
 INDEX = "pytorch_model.bin.index.json"  # of shards; gemma_pytorch has the name from Hugging Face
 SUFFIXES = (".ckpt", ".bin", ".pt", ".pth")
+MAX_BYTE_ORDER = 16  # bytes of the word "little" or "big"
+MAX_PICKLE_BYTES = 1_000_000  # a model with 62 layers has about 120,000
+MAX_TUPLE = 1000  # values, with those of the tuples in it; what rebuilds a tensor has about 20
+# Operations of a pickle that put something into what lies below it on the stack. All others make something new.
+FILLING = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD")
 
 # Our names -> theirs, without ".weight".
 EMBEDDERS = ("embedder", "text_token_embedder")  # the second is multimodal Gemma 3's
@@ -108,7 +122,7 @@ def read_gemma_pytorch(path: Path, sliding_window: int | None = None) -> SourceM
     if len(names) != 1 or len(tensors[names[0]].shape) != 2 or not all(tensors[names[0]].shape):
         raise CheckpointError(
             f"{path} is no checkpoint of gemma_pytorch: it must have one matrix embedder.weight or "
-            f"text_token_embedder.weight; its {len(tensors)} tensors are called {', '.join(list(tensors)[:5])}"
+            f"text_token_embedder.weight; its {len(tensors)} tensors are called {quote(tensors)}"
         )
     (embedder,) = names
     directory = path if path.is_dir() else path.parent
@@ -159,29 +173,15 @@ def read_tensors(path: Path) -> dict[str, StoredTensor]:
         return read_file(path)
     checkpoints = sorted(file.name for file in path.glob("*.ckpt"))
     if len(checkpoints) > 1:
-        raise CheckpointError(f"{path} has {', '.join(checkpoints)}; give the path of one of them")
+        raise CheckpointError(f"{path} has {quote(checkpoints)}; give the path of one of them")
     if checkpoints:
         return read_file(file_in(path, checkpoints[0], str(path)))
     index = optional_file(path, INDEX)
     if index is None:
         raise CheckpointError(f"{path} has neither a .ckpt nor {INDEX}; give the path of the checkpoint's file")
     weight_map = decode(dict[str, str], read_json(index).get("weight_map"), f"{index}: weight_map")
-    tensors: dict[str, StoredTensor] = {}
-    for shard in sorted(set(weight_map.values())):
-        found = read_file(file_in(path, shard, str(index)))
-        if twice := sorted(tensors.keys() & found.keys()):
-            raise CheckpointError(
-                f"{path / shard} has {', '.join(twice)}, which another file has too; fetch both again"
-            )
-        tensors |= found
-    wrong = sorted(
-        f"{name!r} in {shard}"
-        for name, shard in weight_map.items()
-        if name not in tensors or tensors[name].path.name != shard
-    )
-    if wrong:
-        raise CheckpointError(f"{index} and the files disagree about where these are: {', '.join(wrong)}")
-    return tensors
+    files = [file_in(path, shard, str(index)) for shard in sorted(set(weight_map.values()))]
+    return join_shards(index, files, read_file, weight_map.items())
 
 
 def read_file(file: Path) -> dict[str, StoredTensor]:
@@ -196,19 +196,14 @@ def read_file(file: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(
             f"{file} is a checkpoint of PyTorch; to read it, run: pip install 'funnel-engine[torch]'"
         ) from error
-    with reading(file), file.open("rb"):
-        pass  # or zipfile and torch would each complain about a missing file in their own way
     try:
-        if not zipfile.is_zipfile(file):
-            raise CheckpointError(
-                f"{file} is no whole file of torch.save: it is damaged, or older than PyTorch 1.6. Fetch it again, or "
-                "write it anew: torch.save(torch.load(OLD, weights_only=True), NEW)"
-            )
-        records = find_records(file)
+        with open_file(file) as raw:
+            records = find_records(file, raw)
+        check_tuples(file, torch._C.PyTorchFileReader(str(file)).get_record("data.pkl"))
         unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(file)
         if unsafe:
             raise CheckpointError(
-                f"{file} is not opened: its pickle wants to run code ({', '.join(map(str, unsafe))}), and a checkpoint "
+                f"{file} is not opened: its pickle wants to run code ({quote(map(str, unsafe))}), and a checkpoint "
                 "only holds tensors. Take it from a source that you trust, as safetensors"
             )
         content = torch.load(file, map_location="meta", weights_only=True)
@@ -222,18 +217,26 @@ def read_file(file: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(f"{file} is damaged, or not a checkpoint of tensors: {error!s:.300}") from error
 
 
-def find_records(file: Path) -> dict[int, int]:
+def find_records(file: Path, raw: BinaryIO) -> dict[int, int]:
     """Sizes of the files in a zip in bytes, by the offset where their content starts.
 
     Raises:
-        CheckpointError: they are compressed, or of a machine with another byte order (which would crash torch).
+        CheckpointError: it is no zip, or they are compressed, or of a machine with another byte order (which would
+            crash torch).
     """
+    if not zipfile.is_zipfile(raw):
+        raise CheckpointError(
+            f"{file} is no whole file of torch.save: it is damaged, or older than PyTorch 1.6. Fetch it again, or "
+            "write it anew: torch.save(torch.load(OLD, weights_only=True), NEW)"
+        )
     records = {}
-    with zipfile.ZipFile(file) as archive, file.open("rb") as raw:
+    with zipfile.ZipFile(raw) as archive:
         for record in archive.infolist():
             if record.compress_type != zipfile.ZIP_STORED:
                 raise CheckpointError(f"{file} is compressed, which torch.save never does; fetch the original")
-            if record.filename.lower().endswith("byteorder") and archive.read(record) != b"little":
+            if record.filename.lower().endswith("byteorder") and (
+                record.file_size > MAX_BYTE_ORDER or archive.read(record) != b"little"
+            ):
                 raise CheckpointError(
                     f"{file} does not have little-endian values; write it anew: "
                     "torch.save(torch.load(OLD, weights_only=True), NEW)"
@@ -242,6 +245,46 @@ def find_records(file: Path) -> dict[int, int]:
             name_length, extra_length = struct.unpack("<HH", raw.read(4))
             records[record.header_offset + 30 + name_length + extra_length] = record.file_size
     return records
+
+
+def check_tuples(file: Path, pickle: bytes) -> None:
+    """Goes through a pickle without running it, and looks how large its tuples are.
+
+    `t = (t, t)`, sixty times over, takes a few hundred bytes; as the key of a dict, torch would hash it for ages.
+
+    Raises:
+        CheckpointError: a pickle that is longer, or has a larger tuple, than any checkpoint of tensors.
+    """
+    if len(pickle) > MAX_PICKLE_BYTES:
+        raise CheckpointError(
+            f"{file} is not opened: its pickle has {len(pickle):,} bytes, where names of tensors take at most "
+            f"{MAX_PICKLE_BYTES:,}. Save a checkpoint of the tensors alone"
+        )
+    sizes: list[int] = []  # how many values each object on the stack was made of
+    marks: list[int] = []  # positions in the stack
+    memo: dict[Any, int] = {}  # sizes of objects that are used again
+    for operation, argument, _ in pickletools.genops(pickle):
+        if operation.name == "MARK":
+            marks.append(len(sizes))
+        elif "PUT" in operation.name:
+            memo[argument] = sizes[-1]
+        elif "GET" in operation.name:
+            sizes.append(memo[argument])
+        else:
+            before = operation.stack_before  # what it takes from the stack: so many objects, or all since a mark
+            if pickletools.markobject in before:
+                begin = marks.pop() - before.index(pickletools.markobject)
+            else:
+                begin = len(sizes) - len(before)
+            taken = sizes[begin:]
+            del sizes[begin:]
+            if operation.stack_after:
+                sizes.append(taken[0] if operation.name in FILLING else 1 + sum(taken))
+                if sizes[-1] > MAX_TUPLE:
+                    raise CheckpointError(
+                        f"{file} is not opened: its pickle nests more values than the {MAX_TUPLE:,} that a tensor may "
+                        "need. Take the checkpoint from a source that you trust, as safetensors"
+                    )
 
 
 def locate(file: Path, name: str, tensor: Any, records: dict[int, int]) -> StoredTensor:

@@ -5,7 +5,6 @@ Nothing is guessed: every tensor is either needed, or one of a family's known te
 """
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ from funnel_engine.checkpoints.files import decode, file_in, optional_file, read
 from funnel_engine.checkpoints.safetensors_file import StoredTensor, read_header
 from funnel_engine.checkpoints.sentence_transformers import MODULES, SentenceModel, read_sentence_model
 from funnel_engine.checkpoints.source import SourceModel
-from funnel_engine.checkpoints.tensors import Part, Parts, assemble, drop_by_name
+from funnel_engine.checkpoints.tensors import Part, Parts, assemble, drop_by_name, join_shards
 from funnel_engine.checkpoints.tokenizer_files import find_tokenizer
 from funnel_engine.config import ModelConfig
 from funnel_engine.heads import HeadConfig, head_shapes
@@ -118,8 +117,13 @@ def read_hugging_face(root: Path, sliding_window: int | None = None) -> SourceMo
     layout = LAYOUTS[fields["model_type"]]
     tensors = read_tensors(directory)
     for dense in sentence_model.dense if sentence_model else ():
-        header = read_header(file_in(dense.folder, SINGLE_FILE, str(dense.folder)))
-        tensors |= {f"{dense.folder.name}/{name}": tensor for name, tensor in header.items()}
+        file = optional_file(dense.folder, SINGLE_FILE)
+        if file is None:
+            raise CheckpointError(
+                f"there is no {dense.folder / SINGLE_FILE}; load the model with sentence-transformers and save it "
+                "again, which writes safetensors"
+            )
+        tensors |= {f"{dense.folder.name}/{name}": tensor for name, tensor in read_header(file).items()}
 
     classifier = classifier_name(config, tensors)
     with reading(config_file):
@@ -159,21 +163,8 @@ def read_tensors(directory: Path) -> dict[str, StoredTensor]:
             "which writes safetensors"
         )
     weight_map = decode(dict[str, str], read_json(index_file).get("weight_map"), f"{index_file}: weight_map")
-    shards = {name: file_in(directory, name, str(index_file)) for name in sorted(set(weight_map.values()))}
-    missing = [name for name, file in shards.items() if not os.path.isfile(file)]
-    if missing:
-        raise CheckpointError(f"{directory} lacks {', '.join(missing)}, which {INDEX} lists; fetch the missing files")
-    tensors: dict[str, StoredTensor] = {}
-    listed = set(weight_map.items())
-    stored = set()
-    for shard, file in shards.items():
-        header = read_header(file)
-        tensors |= header
-        stored |= {(name, shard) for name in header}
-    if listed != stored:
-        wrong = sorted(f"{name!r} in {shard}" for name, shard in listed ^ stored)
-        raise CheckpointError(f"{index_file} and the files disagree about where these are: {', '.join(wrong)}")
-    return tensors
+    files = [file_in(directory, name, str(index_file)) for name in sorted(set(weight_map.values()))]
+    return join_shards(index_file, files, read_header, weight_map.items())
 
 
 def encoder_parts(config: ModelConfig, prefix: str) -> Parts:

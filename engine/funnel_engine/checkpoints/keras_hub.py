@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from funnel_engine.checkpoints.architectures import find_config
-from funnel_engine.checkpoints.files import decode, file_in, optional_file, read_json, reading
+from funnel_engine.checkpoints.architectures import find_config, is_embedding_gemma
+from funnel_engine.checkpoints.files import decode, file_in, open_file, optional_file, quote, read_json, reading
 from funnel_engine.checkpoints.safetensors_file import StoredTensor
 from funnel_engine.checkpoints.source import SourceModel
-from funnel_engine.checkpoints.tensors import Part, Parts, assemble, drop_by_name
+from funnel_engine.checkpoints.tensors import Part, Parts, assemble, drop_by_name, join_shards
 from funnel_engine.checkpoints.tokenizer_files import find_tokenizer
 from funnel_engine.config import ModelConfig
 from funnel_engine.heads import DenseConfig, HeadConfig
@@ -74,7 +74,7 @@ def read_keras(path: Path, sliding_window: int | None = None) -> SourceModel:
     if len(prefixes) != 1:
         raise CheckpointError(
             f"{path} holds no Gemma of KerasHub: it must have one {EMBEDDING}; its {len(tensors)} tensors are called "
-            f"{', '.join(list(tensors)[:5])}"
+            f"{quote(tensors)}"
         )
     (prefix,) = prefixes
     config, dense = read_architecture(directory, tensors, prefix, sliding_window)
@@ -115,8 +115,7 @@ def read_architecture(
         raise CheckpointError(f"{prefix}{EMBEDDING} in {directory} has shape {shape}; it must be a matrix")
     config = find_config(directory, tensors, lambda config: encoder_parts(config, prefix), shape[0], sliding_window)
     shapes = [tensors[prefix + name].shape for name in DENSE if prefix + name in tensors]
-    bidirectional = config.family == "gemma3_text" and config.attention == "bidirectional"
-    if (shapes or bidirectional) and [len(shape) for shape in shapes] != [2, 2]:
+    if (shapes or is_embedding_gemma(config)) and [len(shape) for shape in shapes] != [2, 2]:
         raise CheckpointError(f"{directory} lacks a matrix of EmbeddingGemma's {' and '.join(DENSE)}; fetch it again")
     with reading(directory):
         return config, tuple(DenseConfig(shape[1], shape[0]) for shape in shapes)
@@ -237,16 +236,19 @@ def read_tensors(path: Path) -> dict[str, StoredTensor]:
     if index is None:
         raise CheckpointError(f"{path} has neither {WEIGHTS} nor {INDEX}; save the model with save_to_preset")
     weight_map = decode(dict[str, Any], read_json(index).get("weight_map"), f"{index}: weight_map")
-    shards = set()
-    for names in weight_map.values():  # a layer's variables may be in several
-        shards |= {file_in(path, name, str(index)) for name in (names if isinstance(names, list) else [names])}
-    tensors: dict[str, StoredTensor] = {}
-    for shard in sorted(shards):
-        found = read_datasets(shard)
-        if twice := sorted(tensors.keys() & found.keys()):
-            raise CheckpointError(f"{shard} has {', '.join(twice)}, which another file has too; fetch both again")
-        tensors |= found
-    return tensors
+    listed = {  # pairs of a group and a shard; the variables of a group may be in several
+        (group, file_in(path, name, str(index)))
+        for group, names in weight_map.items()
+        for name in (names if isinstance(names, list) else [names])
+    }
+    files = sorted({file for _, file in listed})
+    return join_shards(
+        index,
+        files,
+        read_datasets,
+        {(group, file.name) for group, file in listed},
+        lambda name: f"/{name.rpartition('/')[0]}",
+    )
 
 
 def read_datasets(file: Path) -> dict[str, StoredTensor]:
@@ -261,15 +263,14 @@ def read_datasets(file: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(
             f"{file} is a checkpoint of Keras; to read it, run: pip install 'funnel-engine[keras]'"
         ) from error
-    with reading(file), file.open("rb"):
-        pass  # or h5py would complain about a missing file in its own way
-    try:
-        with h5py.File(file, "r") as root:
-            return {dataset.name[1:]: locate(file, dataset) for dataset in walk(file, root, set())}
-    except CheckpointError:
-        raise
-    except Exception as error:  # h5py raises anything at all where bytes are damaged
-        raise CheckpointError(f"{file} is damaged, or not an HDF5 file: {error!s:.300}") from error
+    with open_file(file):  # or h5py would complain in its own way, and wait for a pipe
+        try:
+            with h5py.File(file, "r") as root:
+                return {dataset.name[1:]: locate(file, dataset) for dataset in walk(file, root, set())}
+        except CheckpointError:
+            raise
+        except Exception as error:  # h5py raises anything at all where bytes are damaged
+            raise CheckpointError(f"{file} is damaged, or not an HDF5 file: {error!s:.300}") from error
 
 
 def walk(file: Path, group: Any, seen: set[int]) -> Iterator[Any]:

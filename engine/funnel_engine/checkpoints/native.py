@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from funnel_engine.checkpoints.files import decode, file_in, hash_file, read_json, reading
+from funnel_engine.checkpoints.files import decode, file_in, hash_file, read_json, reading, to_path
 from funnel_engine.checkpoints.safetensors_file import StoredTensor, map_tensors, read_header, write_tensors
 from funnel_engine.checkpoints.source import SourceModel
-from funnel_engine.checkpoints.tensors import Part, Rows, assemble, check_tensors
+from funnel_engine.checkpoints.tensors import Part, Rows, assemble, check_tensors, join_shards
 from funnel_engine.config import ModelConfig
 from funnel_engine.heads import HeadConfig
 from funnel_engine.text import TextConfig
@@ -114,7 +114,7 @@ def read_checkpoint(path: str | os.PathLike[str], *, verify: bool = False) -> Ch
     Raises:
         CheckpointError: it is not a checkpoint, not a whole one, or of another version.
     """
-    directory = Path(path)
+    directory = to_path(path)
     manifest, files = open_checkpoint(directory)
     if verify:
         verify_files(files, manifest)
@@ -184,12 +184,7 @@ def shards(files: Mapping[str, Path]) -> list[Path]:
 
 def read_shards(directory: Path, manifest: Manifest, files: Mapping[str, Path]) -> dict[str, StoredTensor]:
     """The tensors of all shards, which are those that the config needs, each in one shard only."""
-    tensors: dict[str, StoredTensor] = {}
-    for file in shards(files):
-        header = read_header(file)
-        if twice := header.keys() & tensors.keys():
-            raise CheckpointError(f"{min(twice)} is in two files of {directory}; convert the checkpoint again")
-        tensors |= header
+    tensors = join_shards(directory, shards(files), read_header)
     check_tensors(directory, expected_shapes(manifest.config, manifest.head), tensors, (manifest.dtype,))
     return tensors
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from funnel_engine.checkpoints.architectures import find_config
+from funnel_engine.checkpoints.architectures import find_config, is_embedding_gemma
 from funnel_engine.checkpoints.files import file_in, optional_file, reading
 from funnel_engine.checkpoints.source import SourceModel
 from funnel_engine.checkpoints.tensors import Part, Parts, assemble, drop_by_name
@@ -355,11 +355,6 @@ def encoder_parts(config: ModelConfig, tensors: Mapping[str, Parameter]) -> Part
             layer[ours] = (Part(f"{block}{theirs}/scale", (H,) if "/" in theirs else (D,)),)
         parts |= {f"layers.{index}.{name}": several for name, several in layer.items()}
     return {name: parts[name] for name in expected_shapes(config, HeadConfig())}
-
-
-def is_embedding_gemma(config: ModelConfig) -> bool:
-    """Whether it is the only bidirectional Gemma 3 that is published."""
-    return config.family == "gemma3_text" and config.attention == "bidirectional"
 
 
 def read_head(config: ModelConfig, encoder: Parts, tensors: Mapping[str, Parameter]) -> tuple[HeadConfig, Parts]:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeGuard
 import ml_dtypes
 import numpy as np
 
-from funnel_engine.checkpoints.files import parse_json, reading
+from funnel_engine.checkpoints.files import open_file, parse_json, reading
 from funnel_engine.weights import Shapes
 from funnel_kernels.errors import CheckpointError
 
@@ -25,6 +25,7 @@ from funnel_kernels.errors import CheckpointError
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
 SPELLINGS = {dtype: spelling for spelling, dtype in DTYPES.items()}
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+MAX_AXES = 16  # of a tensor; its size would otherwise be an integer of any length
 # JAX uses an array on the CPU in place, without a copy, if it starts at a multiple of this many bytes.
 ALIGNMENT = 64
 
@@ -50,7 +51,7 @@ class StoredTensor(NamedTuple):
         for index, size in zip((*at, start), self.shape, strict=False):
             row = row * size + index
         count = (stop - start) * math.prod(rest)
-        with reading(self.path), self.path.open("rb") as file:
+        with open_file(self.path) as file:
             file.seek(self.start + row * math.prod(rest) * dtype.itemsize)
             values = np.fromfile(file, dtype, count)
         if len(values) < count:
@@ -64,7 +65,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     Raises:
         CheckpointError: no such file, or one that is truncated, damaged, or not a safetensors file.
     """
-    with reading(path), path.open("rb") as file:
+    with open_file(path) as file:
         file_size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
@@ -110,7 +111,10 @@ def read_entry(path: Path, name: str, entry: Any, data_start: int) -> StoredTens
 
 
 def is_naturals(value: Any) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    """Whether a value is the shape or the place of a tensor: a few integers of 63 bits."""
+    if not isinstance(value, list) or len(value) > MAX_AXES:
+        return False
+    return all(type(item) is int and 0 <= item < 2**63 for item in value)
 
 
 def map_tensors(path: Path, tensors: Mapping[str, StoredTensor]) -> dict[str, np.ndarray]:

@@ -51,6 +51,8 @@ HARMLESS_ARGUMENTS = {
     "dtype",
     "trust_remote_code",
 }
+# How that module makes token vectors of a text, as the library itself writes it.
+TEXT_MODALITY = {"method": "forward", "method_output_name": "last_hidden_state"}
 UNLIMITED = 2**31  # transformers writes 1e30 where a tokenizer has no limit
 
 
@@ -112,11 +114,16 @@ def read_sentence_model(directory: Path) -> SentenceModel | None:
 
 
 def read_module(entry: Any, path: Path) -> tuple[str, str]:
-    """Class and folder of a module. Its full type depends on the version of the library, the last part does not."""
+    """Class and folder of a module. Its full type depends on the version of the library, both ends of it do not."""
     fields = entry if isinstance(entry, dict) else {}
     kind, folder = fields.get("type"), fields.get("path")
     if not isinstance(kind, str) or not isinstance(folder, str):
         raise CheckpointError(f"{path} has the entry {entry!r:.200}, which lacks a type or a path")
+    if not kind.startswith("sentence_transformers."):
+        raise CheckpointError(
+            f"{path} lists {kind!r:.80}, a module with code of its own; this engine only runs those of "
+            "sentence_transformers. If it computes the same as one of them, name that one"
+        )
     return kind.rpartition(".")[2], folder
 
 
@@ -175,6 +182,12 @@ def read_max_tokens(folder: Path) -> int | None:
         require(path, fields, "do_lower_case", (False, None), None)
         require(path, fields, "transformer_task", ("feature-extraction",), "feature-extraction")
         require(path, fields, "module_output_name", ("token_embeddings", None), None)
+        require(path, fields, "query_expansion", (None, False), None)
+        for name in ("query_length", "document_length", "tokenizer_name_or_path"):
+            require(path, fields, name, (None,), None)
+        modalities = decode(dict[str, Any] | None, fields.get("modality_config"), f"{path}: modality_config")
+        if modalities is not None:
+            require(path, modalities, "text", (TEXT_MODALITY,), None)
         for group in ARGUMENTS:
             arguments = decode(dict[str, Any], fields.get(group) or {}, f"{path}: {group}")
             limits.append(arguments.get("model_max_length"))
@@ -214,4 +227,6 @@ def require(path: Path, fields: dict[str, Any], name: str, allowed: tuple[Any, .
     """Raises `CheckpointError` unless a field, or its default where it is absent, is one of the allowed values."""
     value = fields.get(name, default)
     if value not in allowed:
-        raise CheckpointError(f"{path}: {name} is {value!r}; this engine only runs {' or '.join(map(repr, allowed))}")
+        raise CheckpointError(
+            f"{path}: {name} is {value!r:.80}; this engine only runs {' or '.join(map(repr, allowed))}"
+        )

@@ -6,12 +6,14 @@ A format's reader names, for each of our weights, the `Part`s of its own tensors
 
 import collections
 import math
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
+from funnel_engine.checkpoints.files import quote
 from funnel_kernels.errors import CheckpointError
 
 PIECE_BYTES = 2**20  # stays in the cache while it is checked and rounded; 16 MiB takes three times as long
@@ -41,6 +43,46 @@ class SourceTensor(Protocol):
         Raises:
             CheckpointError: the file cannot be read.
         """
+
+
+Tensor = TypeVar("Tensor", bound=SourceTensor)
+
+
+def join_shards(
+    where: Path,
+    files: Collection[Path],
+    read: Callable[[Path], Mapping[str, Tensor]],
+    listed: Collection[tuple[str, str]] | None = None,
+    entry_of: Callable[[str], str] = lambda name: name,
+) -> dict[str, Tensor]:
+    """The tensors of all shards of a checkpoint by name.
+
+    Args:
+        where: the index, or whatever lists the files.
+        read: finds the tensors of one file.
+        listed: what an index says: pairs of an entry, and the name of a file that holds it.
+        entry_of: the entry of an index that a tensor belongs to.
+
+    Raises:
+        CheckpointError: files that are missing or cannot be read, a tensor that is in two, or an index that says
+            otherwise than the files.
+    """
+    if missing := [file.name for file in files if not os.path.isfile(file)]:
+        raise CheckpointError(f"{where} lists {quote(missing)}: no such file beside it; fetch what is missing")
+    tensors: dict[str, Tensor] = {}
+    stored = set()
+    for file in files:
+        found = read(file)
+        if twice := sorted(tensors.keys() & found.keys()):
+            raise CheckpointError(f"{file} has {quote(twice)}, which another file has too; fetch both again")
+        tensors |= found
+        stored |= {(entry_of(name), file.name) for name in found}
+    if listed is not None and (wrong := sorted(stored.symmetric_difference(listed))):
+        raise CheckpointError(
+            f"{where} and the files disagree about where these are: "
+            f"{quote(f'{entry} in {file}' for entry, file in wrong)}; fetch all of them again"
+        )
+    return tensors
 
 
 class Part(NamedTuple):

@@ -3,8 +3,8 @@
 The two ids are written into our manifest, so that both kinds of tokenizer add them by the same rule. Where they come
 from is as in transformers 5:
 
-- tokenizer.json: its post-processor alone. What tokenizer_config.json says about it (`add_bos_token`,
-  `add_eos_token`) is not read, and without a post-processor nothing is added.
+- tokenizer.json: its post-processor alone; without one nothing is added. Where tokenizer_config.json says otherwise
+  (`add_bos_token`, `add_eos_token`), transformers 4 follows it and 5 does not, so such a tokenizer is refused.
 - A SentencePiece model has no such rule. `add_bos_token` and `add_eos_token` of tokenizer_config.json decide; if only
   one is there, the other counts as false. If neither is there, Gemma's own rule holds, which transformers 5 has
   dropped: BOS, and for EmbeddingGemma EOS too.
@@ -15,15 +15,19 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from funnel_engine.checkpoints.architectures import is_embedding_gemma
 from funnel_engine.checkpoints.files import decode, optional_file, read_json
 from funnel_engine.config import ModelConfig
-from funnel_engine.text import TextConfig, load_sentencepiece, load_tokenizer_json
+from funnel_engine.text import REPAIR, TextConfig, load_sentencepiece, load_tokenizer_json, raising
 from funnel_kernels.errors import CheckpointError
 
 TOKENIZER_JSON = "tokenizer.json"
 SENTENCEPIECE = "tokenizer.model"
 CONFIG = "tokenizer_config.json"
 PROBES = ("a", "b a")  # two, so that no id of the text itself is taken for one that is added
+REMEDY = (
+    "load it with transformers, set tokenizer.add_bos_token and tokenizer.add_eos_token to True or False, and save it"
+)
 
 
 def find_tokenizer(
@@ -39,7 +43,9 @@ def find_tokenizer(
     config_file = optional_file(directory, CONFIG)
     fields = read_json(config_file) if config_file else {}
     if file := optional_file(directory, TOKENIZER_JSON):
-        begin, end = added_by(load_tokenizer_json(file), file)
+        tokenizer = load_tokenizer_json(file)
+        begin, end = added_by(tokenizer, file)
+        check_flags(tokenizer, file, directory, fields, (begin, end))
     elif file := optional_file(directory, sentencepiece):
         begin, end = added_to(load_sentencepiece(file), file, directory, fields, config)
     else:
@@ -63,7 +69,8 @@ def added_by(tokenizer: Tokenizer, file: Path) -> tuple[int | None, int | None]:
     """The ids that the post-processor of a tokenizer.json puts before and after every text."""
     readings = []
     for probe in PROBES:
-        bare, full = (tokenizer.encode(probe, add_special_tokens=add).ids for add in (False, True))
+        with raising(CheckpointError, f"{file} cannot read the text {probe!r}", REPAIR):
+            bare, full = (tokenizer.encode(probe, add_special_tokens=add).ids for add in (False, True))
         around = [(full[:at], full[at + len(bare) :]) for at in (0, 1) if full[at : at + len(bare)] == bare]
         readings.append([(before, after) for before, after in around if bare and len(after) <= 1])
     for before, after in readings[0]:
@@ -71,9 +78,25 @@ def added_by(tokenizer: Tokenizer, file: Path) -> tuple[int | None, int | None]:
             return (before[0] if before else None), (after[0] if after else None)
     raise CheckpointError(
         f"{file} makes {full} of a text whose own ids are {bare}; this engine adds at most one id before a text and "
-        "one after it. Give the file such a post-processor: load it with transformers, set tokenizer.add_bos_token "
-        "and tokenizer.add_eos_token to True or False, and save it"
+        f"one after it. Give the file such a post-processor: {REMEDY}"
     )
+
+
+def check_flags(
+    tokenizer: Tokenizer, file: Path, directory: Path, fields: dict[str, Any], added: tuple[int | None, int | None]
+) -> None:
+    """Raises `CheckpointError` if tokenizer_config.json says something else of the ids that a tokenizer.json adds."""
+    where = str(directory / CONFIG)
+    for kind, identifier in zip(("bos", "eos"), added, strict=True):
+        flag = decode(bool | None, fields.get(f"add_{kind}_token"), f"{where}: add_{kind}_token")
+        piece = token_text(fields.get(f"{kind}_token"), f"{where}: {kind}_token")
+        other = flag and piece is not None and tokenizer.token_to_id(piece) != identifier
+        added_id = "nothing" if identifier is None else f"id {identifier}"
+        if flag is not None and (flag != (identifier is not None) or other):
+            raise CheckpointError(
+                f"{where}: add_{kind}_token is {flag}, but the post-processor of {file} adds {added_id} as "
+                f"{kind.upper()}; versions of transformers differ in which of the two counts. To settle it, {REMEDY}"
+            )
 
 
 def added_to(
@@ -81,7 +104,7 @@ def added_to(
 ) -> tuple[int | None, int | None]:
     """The ids that go before and after a text of a SentencePiece model, by the files beside it."""
     where = str(directory / CONFIG)
-    check_added_tokens(processor, file, directory, fields)
+    check_added_tokens(processor, file, directory, fields, config.vocab_size)
     stated = [decode(bool | None, fields.get(name), f"{where}: {name}") for name in ("add_bos_token", "add_eos_token")]
     adds = family_rule(config) if stated == [None, None] else stated
     ids: list[int | None] = []
@@ -97,15 +120,22 @@ def added_to(
     return ids[0], ids[1]
 
 
-def check_added_tokens(processor: Any, file: Path, directory: Path, fields: dict[str, Any]) -> None:
-    """Raises `CheckpointError` if the files beside a SentencePiece model add tokens that are not in it."""
+def check_added_tokens(processor: Any, file: Path, directory: Path, fields: dict[str, Any], vocab_size: int) -> None:
+    """Raises `CheckpointError` if the files beside a SentencePiece model add tokens that are not in it.
+
+    Those beyond the model's vocabulary do not count, e.g. Gemma 3's image token: no text encoder can take them.
+    """
     where = f"{directory / CONFIG}: added_tokens_decoder"
     tokens = decode(dict[str, Any], fields.get("added_tokens_decoder") or {}, where)
     added = {token_text(token, where): number for number, token in tokens.items()}
     if more := optional_file(directory, "added_tokens.json"):
         added |= {token: str(number) for token, number in read_json(more).items()}
     missing = [
-        token for token, number in added.items() if token is not None and str(piece_id(processor, token)) != number
+        token
+        for token, number in added.items()
+        if token is not None
+        and str(piece_id(processor, token)) != number
+        and not (number.isdecimal() and float(number) >= vocab_size)  # int() refuses very many digits
     ]
     if missing:
         raise CheckpointError(
@@ -126,5 +156,5 @@ def token_text(value: Any, where: str) -> str | None:
 
 
 def family_rule(config: ModelConfig) -> tuple[bool, bool]:
-    """Gemma adds BOS; EmbeddingGemma, the only bidirectional Gemma 3 that is published, adds EOS too."""
-    return True, config.family == "gemma3_text" and config.attention == "bidirectional"
+    """Gemma adds BOS; EmbeddingGemma adds EOS too."""
+    return True, is_embedding_gemma(config)

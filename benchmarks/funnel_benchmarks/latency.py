@@ -17,6 +17,7 @@ import numpy as np
 from funnel_benchmarks.machine import machine_facts, peak_memory_gb
 from funnel_benchmarks.statistics import Spread, interleave, quartiles, ratio
 from funnel_engine import Engine, FunnelConfig, HeadConfig, ModelConfig
+from funnel_engine.backends import served_by
 from funnel_engine.config import check_positive
 from funnel_engine.flops import forward_flops, ideal_ratio
 from funnel_engine.packing import Ints, make_plan
@@ -179,6 +180,7 @@ def engine_facts(engine: Engine, prefix: str) -> dict[str, float]:
 def describe(suite: Suite) -> dict[str, Any]:
     """The header of a result: everything that is known before measuring."""
     config, lengths = suite.config, suite.lengths
+    served = served_by(config, FunnelConfig(pool=suite.pool), suite.dtype, suite.backend)
     return {
         "model": suite.model,
         "family": config.family,
@@ -195,7 +197,7 @@ def describe(suite: Suite) -> dict[str, Any]:
         "pool": suite.pool,
         "recovery": suite.recovery,
         "backend": suite.backend,
-        "served_by": dispatch.candidates(suite.backend)[0],
+        "served_by": ", ".join(sorted({answer.backend for answer in served.values()})),
         "lengths": {
             "source": suite.lengths_source,
             "sequences": len(lengths),

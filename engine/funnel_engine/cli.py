@@ -15,12 +15,14 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
+from funnel_engine.backends import served_by
 from funnel_engine.checkpoints.convert import convert as convert_checkpoint
 from funnel_engine.checkpoints.formats import FORMATS
 from funnel_engine.config import ATTENTIONS, FunnelConfig
 from funnel_engine.engine import Engine, describe_funnel
 from funnel_engine.inspection import inspect_checkpoint
 from funnel_engine.output_files import check_writable, write_bytes
+from funnel_engine.presets import preset
 from funnel_engine.weights import DTYPES
 from funnel_kernels import dispatch
 from funnel_kernels.errors import ConfigError, FunnelError, InputError
@@ -29,7 +31,7 @@ from funnel_kernels.pool import POOLS
 COMMANDS = "funnel_engine.commands"  # the entry-point group whose commands join these
 TEXTS_PER_CALL = 1024
 INTERRUPTED = 130  # the shell's exit status for SIGINT
-OPS = ("attention", "pool_norm", "recover_norm")
+DOCTORS_MODEL = "gemma-2b"  # whose shapes it asks the backends for
 
 
 class Refusal(click.ClickException):
@@ -169,7 +171,6 @@ def inspect(
 def doctor(as_json: bool) -> None:
     """Show versions, devices, and which backend serves which op, and why not the others."""
     packages = ("funnel-engine", "jax", "jaxlib", "numpy", "tokenizers")
-    served = dispatch.candidates("auto")[0]
     facts: dict[str, Any] = {
         "python": platform.python_version(),
         **{package: importlib.metadata.version(package) for package in packages},
@@ -177,9 +178,8 @@ def doctor(as_json: bool) -> None:
         "devices": [str(device) for device in jax.devices()],
         "cpus": os.cpu_count(),
     }
-    for op in OPS:
-        facts[op] = f"{served} ({dispatch.BACKENDS[served]})"
-    facts |= {f"not {name}": reason for name, reason in dispatch.BACKENDS.items() if name != served}
+    served = served_by(preset(DOCTORS_MODEL), FunnelConfig(), "bfloat16", "auto")
+    facts |= {op: str(answer) for op, answer in served.items()} | dispatch.BACKENDS
     print_facts(facts, as_json)
 
 
@@ -195,7 +195,7 @@ def doctor(as_json: bool) -> None:
 @click.option("--truncate", is_flag=True, help="Cut the end off texts that are too long, instead of refusing them.")
 @click.option("--normalize/--no-normalize", default=True, show_default=True, help="Scale vectors to length 1.")
 @click.option("--attention", type=click.Choice(ATTENTIONS), help="Default: what the checkpoint says.")
-@click.option("--backend", default="auto", show_default=True, help="auto, xla or reference.")
+@click.option("--backend", default="auto", show_default=True, help="auto, triton, xla or reference.")
 @funnel_options
 def embed(
     checkpoint: Path,

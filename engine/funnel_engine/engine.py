@@ -18,6 +18,7 @@ from jax.experimental.compilation_cache import compilation_cache as jax_cache
 from rich.console import Console
 from rich.progress import track
 
+from funnel_engine.backends import served_by
 from funnel_engine.checkpoints.native import read_checkpoint
 from funnel_engine.config import FunnelConfig, ModelConfig, check_positive
 from funnel_engine.flops import ideal_ratio
@@ -91,7 +92,7 @@ class Engine:
             weights: arrays by the names and of the shapes that `weights.expected_shapes` gives, all float32 or all
                 bfloat16. JAX arrays are used as they are, so engines can share them.
             funnel: where and how the token axis is pooled.
-            backend: "auto", "xla" or "reference", see `funnel_kernels.dispatch`.
+            backend: "auto", "triton", "xla" or "reference", see `funnel_kernels.dispatch`.
             tokenizer: makes ids of texts; None takes token ids only.
             text: what else is done to a text: begin and end of sequence, prompts, length limit.
             max_batch_tokens: tokens of the largest batch, and of the longest sequence.
@@ -281,18 +282,19 @@ class Engine:
         """What runs here and how, for people."""
         config, lengths = self.config, np.full(1, min(512, self.max_length), np.int32)
         ratio = ideal_ratio(config, self.funnel, lengths)
-        served = dispatch.candidates(self.backend)[0]
+        dtype = str(self.params["embedding"].dtype)
+        served = served_by(config, self.funnel, dtype, self.backend)
         return "\n".join(
             [
-                f"model      {config.family}, {config.num_layers} layers of width {config.hidden_size}, "
-                f"{config.attention} attention, {self.params['embedding'].dtype}",
-                f"funnel     {describe_funnel(self.funnel)}; ideal latency ratio at {lengths[0]} tokens {ratio:.3f}",
-                f"head       pooling {self.head.pooling}, {len(self.head.dense)} dense layers, "
+                f"model        {config.family}, {config.num_layers} layers of width {config.hidden_size}, "
+                f"{config.attention} attention, {dtype}",
+                f"funnel       {describe_funnel(self.funnel)}; ideal latency ratio at {lengths[0]} tokens {ratio:.3f}",
+                f"head         pooling {self.head.pooling}, {len(self.head.dense)} dense layers, "
                 f"task {self.head.task or 'none'}",
-                f"backend    {served} for attention, pool_norm and recover_norm ({dispatch.BACKENDS[served]})",
-                f"devices    {', '.join(str(device) for device in jax.devices())}",
-                f"buckets    {len(self.buckets)} from {self.buckets[0]} to {self.buckets[-1]} rows",
-                f"limits     {self.max_length} tokens a sequence",
+                *(f"{op:<13}{answer}" for op, answer in served.items()),
+                f"devices      {', '.join(str(device) for device in jax.devices())}",
+                f"buckets      {len(self.buckets)} from {self.buckets[0]} to {self.buckets[-1]} rows",
+                f"limits       {self.max_length} tokens a sequence",
             ]
         )
 

@@ -8,13 +8,16 @@ does not refuse; a backend that is named is taken or refused, never replaced.
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+
 from funnel_kernels.errors import BackendUnavailable
 
 BACKENDS = {
+    "triton": "NVIDIA GPUs of compute capability 8.0 and newer: kernels in Triton",
     "xla": "anywhere: portable jax.numpy, block by block",
     "reference": "anywhere: the specification, dense and slow; served only when asked for by name",
 }
-AUTO = ("xla",)  # best first
+AUTO = ("triton", "xla")  # best first
 
 Implementations = Mapping[str, Callable[..., Any]]
 
@@ -38,15 +41,40 @@ def serve(op: str, implementations: Implementations, backend: str, *arrays: Any,
     Raises:
         BackendUnavailable: no candidate does; the message has each one's reason.
     """
-    refusals = []
+    name, result, refusals = attempt(implementations, backend, *arrays, **options)
+    if name is None:
+        reasons = "; ".join(f"{refuser}: {reason}" for refuser, reason in refusals.items())
+        known = ", ".join(BACKENDS)
+        raise BackendUnavailable(f"{op} is not served by backend {backend!r}: {reasons}; the backends are {known}")
+    return result
+
+
+def attempt(
+    implementations: Implementations, backend: str, *arrays: Any, **options: Any
+) -> tuple[str | None, Any, dict[str, str]]:
+    """Tries the candidates in order: the one that served (or None), its result, and why those before it refused."""
+    refusals = {}
     for name in candidates(backend):
         if name not in implementations:
-            refusals.append(f"{name}: it has no implementation")
+            refusals[name] = "it has no implementation"
             continue
         try:
-            return implementations[name](*arrays, **options)
+            return name, implementations[name](*arrays, **options), refusals
         except NotImplementedError as refusal:
-            refusals.append(f"{name}: {refusal}")
-    known = ", ".join(BACKENDS)
-    reasons = "; ".join(refusals)
-    raise BackendUnavailable(f"{op} is not served by backend {backend!r}: {reasons}; the backends are {known}")
+            refusals[name] = str(refusal)
+    return None, None, refusals
+
+
+def explain(
+    implementations: Implementations, backend: str, *shapes: jax.ShapeDtypeStruct, **options: Any
+) -> tuple[str | None, dict[str, str]]:
+    """Which backend would serve arrays of these shapes (or None), and why those before it would not. Runs nothing."""
+    answers = []
+
+    def traced(*arrays: jax.Array) -> Any:
+        name, result, refusals = attempt(implementations, backend, *arrays, **options)
+        answers.append((name, refusals))
+        return result
+
+    jax.eval_shape(traced, *shapes)
+    return answers[0]

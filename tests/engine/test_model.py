@@ -141,7 +141,7 @@ def token_rows(plan, lengths):
         *((name, GEMMA_1, "float32") for name in ("funnel", "query only, two funnels, recovery")),
     ],
 )
-def test_every_backend_gives_what_the_reference_gives(name, config, dtype):
+def test_every_backend_gives_what_the_reference_gives(name, config, dtype, interpreted_triton):
     funnel = FUNNELS[name]
     params, batch, plan, lengths = example(config, funnel, dtype)
     backends = [name for name in BACKENDS if name != "reference"]

@@ -3,12 +3,16 @@
 import jax
 import jax.numpy as jnp
 
-from funnel_kernels import dispatch
+from funnel_kernels import dispatch, triton_calls
 from funnel_kernels.attention import reference, xla
 from funnel_kernels.checks import check_float, check_shape
 from funnel_kernels.errors import InputError
 
-IMPLEMENTATIONS = {"reference": reference.attention, "xla": xla.attention}
+IMPLEMENTATIONS = {
+    "reference": reference.attention,
+    "xla": xla.attention,
+    "triton": triton_calls.implementation("funnel_kernels.attention.triton_gpu", "attention"),
+}
 
 
 def attention(

@@ -3,13 +3,17 @@
 import jax
 import jax.numpy as jnp
 
-from funnel_kernels import dispatch
+from funnel_kernels import dispatch, triton_calls
 from funnel_kernels.checks import check_choice, check_float, check_shape, check_stride
 from funnel_kernels.errors import InputError
 from funnel_kernels.pool import reference
 
 POOLS = ("max", "mean", "first")
-IMPLEMENTATIONS = {"reference": reference.pool_norm, "xla": reference.pool_norm}
+IMPLEMENTATIONS = {
+    "reference": reference.pool_norm,
+    "xla": reference.pool_norm,
+    "triton": triton_calls.implementation("funnel_kernels.pool.triton_gpu", "pool_norm"),
+}
 
 
 def pool_norm(

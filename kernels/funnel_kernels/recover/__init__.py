@@ -2,14 +2,18 @@
 
 import jax
 
-from funnel_kernels import dispatch
+from funnel_kernels import dispatch, triton_calls
 from funnel_kernels.checks import check_choice, check_float, check_shape, check_stride
 from funnel_kernels.errors import InputError
 from funnel_kernels.recover import reference
 
 MODES = ("tile", "sum", "mean", "max")
 SITES = ("before_norm", "after_norm")
-IMPLEMENTATIONS = {"reference": reference.recover_norm, "xla": reference.recover_norm}
+IMPLEMENTATIONS = {
+    "reference": reference.recover_norm,
+    "xla": reference.recover_norm,
+    "triton": triton_calls.implementation("funnel_kernels.recover.triton_gpu", "recover_norm"),
+}
 
 
 def recover_norm(

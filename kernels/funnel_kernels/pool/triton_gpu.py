@@ -1,0 +1,61 @@
+"""`pool_norm` for NVIDIA GPUs, in Triton: one read of `x`, one write of each result.
+
+A program owns some windows whole, so that the mean square of a pooled row is a sum over its own registers.
+"""
+
+import jax
+import triton
+import triton.language as tl
+
+from funnel_kernels import triton_calls
+
+
+def pool_norm(x, real, weight, *, stride, pool, eps):
+    grid, options = launch(x.shape[0] // stride, x.shape[1], stride, pool, eps)
+    result = jax.ShapeDtypeStruct((x.shape[0] // stride, x.shape[1]), x.dtype)
+    return triton_calls.call(pool_norm_kernel, x, real, weight, out_shape=(result, result), grid=grid, **options)
+
+
+def launch(windows, width, stride, pool, eps):
+    """The grid, and everything that is fixed when the kernel is compiled."""
+    block_width = triton.next_power_of_2(width)
+    block_windows = triton_calls.rows_per_program(block_width)
+    options = {
+        "windows": windows, "width": width, "stride": stride, "pool": pool, "eps": eps,
+        "block_windows": block_windows, "block_width": block_width,
+        "num_warps": triton_calls.warps(block_windows * block_width), "num_stages": 1,
+    }  # fmt: skip
+    return (triton.cdiv(windows, block_windows),), options
+
+
+@triton.jit
+def pool_norm_kernel(
+    x_ptr, real_ptr, weight_ptr, pooled_ptr, normed_ptr,
+    windows: tl.constexpr, width: tl.constexpr, stride: tl.constexpr, pool: tl.constexpr, eps: tl.constexpr,
+    block_windows: tl.constexpr, block_width: tl.constexpr,
+):  # fmt: skip
+    window = tl.program_id(0) * block_windows + tl.arange(0, block_windows)
+    column = tl.arange(0, block_width)
+    inside = window < windows
+    pooled = tl.full([block_windows, block_width], float("-inf") if pool == "max" else 0.0, tl.float32)
+    count = tl.zeros([block_windows], tl.int32)
+    for i in tl.static_range(stride):
+        row = window.to(tl.int64) * stride + i
+        real = tl.load(real_ptr + row, mask=inside, other=0) != 0
+        needed = (real & (count == 0) if pool == "first" else real)[:, None] & (column < width)[None, :]
+        x = tl.load(x_ptr + row[:, None] * width + column[None, :], mask=needed, other=0.0).to(tl.float32)
+        if pool == "max":
+            pooled = tl.where(needed, tl.maximum(pooled, x), pooled)
+        else:
+            pooled += x
+        count += real.to(tl.int32)
+    if pool == "mean":
+        pooled = pooled / tl.maximum(count, 1).to(tl.float32)[:, None]
+    pooled = tl.where((count > 0)[:, None] & (column < width)[None, :], pooled, 0.0)
+
+    weight = tl.load(weight_ptr + column, mask=column < width, other=0.0).to(tl.float32)
+    normed = pooled * tl.rsqrt(tl.sum(pooled * pooled, 1) / width + eps)[:, None] * (1.0 + weight)[None, :]
+    at = window.to(tl.int64)[:, None] * width + column[None, :]
+    there = inside[:, None] & (column < width)[None, :]
+    tl.store(pooled_ptr + at, pooled.to(pooled_ptr.dtype.element_ty), mask=there)
+    tl.store(normed_ptr + at, normed.to(normed_ptr.dtype.element_ty), mask=there)

@@ -1,0 +1,66 @@
+"""`recover_norm` for NVIDIA GPUs, in Triton: one read of `short` and of `full`, one write of the result.
+
+A program owns some short rows and makes all full-length rows of their windows, so that no short row is read twice.
+"""
+
+import jax
+import triton
+import triton.language as tl
+
+from funnel_kernels import triton_calls
+
+
+def recover_norm(short, full, weight, *, stride, mode, site, eps):
+    grid, options = launch(short.shape[0], short.shape[1], stride, mode, site, eps)
+    result = jax.ShapeDtypeStruct((short.shape[0] * stride, short.shape[1]), short.dtype)
+    full = short if mode == "tile" else full  # a pointer that is not read
+    return triton_calls.call(recover_norm_kernel, short, full, weight, out_shape=result, grid=grid, **options)
+
+
+def launch(rows, width, stride, mode, site, eps):
+    """The grid, and everything that is fixed when the kernel is compiled."""
+    block_width = triton.next_power_of_2(width)
+    block_rows = triton_calls.rows_per_program(block_width)
+    options = {
+        "rows": rows, "width": width, "stride": stride,
+        "mode": mode, "norm_first": mode == "tile" or site == "after_norm",  # tiling and norm commute
+        "eps": eps, "block_rows": block_rows, "block_width": block_width,
+        "num_warps": triton_calls.warps(block_rows * block_width), "num_stages": 1,
+    }  # fmt: skip
+    return (triton.cdiv(rows, block_rows),), options
+
+
+@triton.jit
+def recover_norm_kernel(
+    short_ptr, full_ptr, weight_ptr, out_ptr,
+    rows: tl.constexpr, width: tl.constexpr, stride: tl.constexpr, mode: tl.constexpr, norm_first: tl.constexpr,
+    eps: tl.constexpr, block_rows: tl.constexpr, block_width: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
+    column = tl.arange(0, block_width)
+    there = (row < rows)[:, None] & (column < width)[None, :]
+    factor = 1.0 + tl.load(weight_ptr + column, mask=column < width, other=0.0).to(tl.float32)
+    short = tl.load(short_ptr + row.to(tl.int64)[:, None] * width + column[None, :], mask=there, other=0.0).to(
+        tl.float32
+    )
+    if norm_first:
+        short = rms_norm(short, factor, width, eps)
+    for i in tl.static_range(stride):
+        at = (row.to(tl.int64) * stride + i)[:, None] * width + column[None, :]
+        out = short
+        if mode != "tile":
+            full = tl.load(full_ptr + at, mask=there, other=0.0).to(tl.float32)
+            if norm_first:
+                full = rms_norm(full, factor, width, eps)
+            out = tl.maximum(short, full) if mode == "max" else short + full
+            if mode == "mean":
+                out = out * 0.5
+            if not norm_first:
+                out = rms_norm(out, factor, width, eps)
+        tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def rms_norm(x, factor, width: tl.constexpr, eps: tl.constexpr):
+    """Of rows whose columns beyond `width` are 0."""
+    return x * tl.rsqrt(tl.sum(x * x, 1) / width + eps)[:, None] * factor[None, :]

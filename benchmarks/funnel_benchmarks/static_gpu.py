@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from funnel_engine import preset
@@ -35,6 +36,7 @@ from funnel_kernels.recover import triton_gpu as recover
 
 ROWS = 65_536
 EPS = 1e-6
+HOPPER = 90  # whose block sizes AMD gets
 STRIDES = (2, 4)
 POINTERS = {"bfloat16": "*bf16", "float32": "*fp32"}
 # What a program may have of shared memory, in bytes (CUDA C++ programming guide, table of compute capabilities; AMD
@@ -64,14 +66,15 @@ class Compiled(NamedTuple):
     problem: str
 
 
-def variants() -> Iterator[Variant]:
-    """What every preset needs, each once: both dtypes, all pools, recoveries and sites."""
+def variants(target: str) -> Iterator[Variant]:
+    """What every preset needs on a target, each once: both dtypes, all pools, recoveries and sites."""
+    capability = TARGETS[target].arch if TARGETS[target].backend == "cuda" else HOPPER
     shapes = sorted({(c.num_heads, c.num_kv_heads, c.head_dim, c.query_scale, c.softcap or 0.0) for c in configs()})
     widths = sorted({config.hidden_size for config in configs()})
     for dtype, pointer in POINTERS.items():
         for heads, kv_heads, head_dim, scale, softcap in shapes:
             _, options = attention.launch(
-                ROWS, ROWS, jnp.dtype(dtype), heads, kv_heads, head_dim, scale, softcap or None
+                ROWS, ROWS, jnp.dtype(dtype), heads, kv_heads, head_dim, scale, softcap or None, capability
             )
             pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), pointer)
             pointers |= dict.fromkeys(("lo_ptr", "hi_ptr"), "*i32")
@@ -100,6 +103,7 @@ def compile_for(variant: Variant, target: str) -> Compiled:
     """Compiles one variant; what goes wrong is in `problem`."""
     options = dict(variant.options)
     launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
+    launch["enable_fp_fusion"] = True  # as jax-triton asks
     names = variant.kernel.arg_names
     signature = {name: variant.pointers.get(name, "constexpr") for name in names}
     # JAX's arrays start at multiples of 16 bytes and more, and jax-triton tells the compiler so.
@@ -119,12 +123,18 @@ def compile_for(variant: Variant, target: str) -> Compiled:
 def used_on_nvidia(program: Any, target: str) -> tuple[int, int]:
     """Registers and spilled bytes, which ptxas tells."""
     capability = TARGETS[target].arch
-    ptxas = triton.knobs.nvidia.ptxas_blackwell if capability >= 100 else triton.knobs.nvidia.ptxas
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.ptx"
         file.write_text(program.asm["ptx"])
         name = f"sm_{capability}" + ("a" if capability >= 90 else "")
-        command = [ptxas.path, "-v", f"--gpu-name={name}", str(file), "-o", str(file.with_suffix(".cubin"))]
+        command = [
+            get_ptxas(capability).path,
+            "-v",
+            f"--gpu-name={name}",
+            str(file),
+            "-o",
+            str(file.with_suffix(".cubin")),
+        ]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     registers, stores, loads = (
         int(match[1]) if (match := re.search(pattern, report)) else 0
@@ -155,7 +165,10 @@ def main(json_file: Path | None, only: str, targets: tuple[str, ...]) -> None:
     if json_file:
         check_writable(json_file, (".json",))
     jobs = [
-        (variant, target) for variant in variants() if variant.name.startswith(only) for target in targets or SHARED
+        (variant, target)
+        for target in targets or SHARED
+        for variant in variants(target)
+        if variant.name.startswith(only)
     ]
     console = Console(stderr=True)
     bar = track(jobs, "Compiling", console=console, transient=True, disable=not console.is_terminal)

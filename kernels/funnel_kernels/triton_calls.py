@@ -22,7 +22,7 @@ def implementation(module: str, name: str) -> Callable[..., Any]:
     """
 
     def served(*arrays: Any, **options: Any) -> Any:
-        check_device()
+        capability()
         try:
             function = getattr(importlib.import_module(module), name)
         except ImportError as error:
@@ -33,16 +33,21 @@ def implementation(module: str, name: str) -> Callable[..., Any]:
 
 
 @functools.cache
-def check_device() -> None:
-    """Raises `NotImplementedError` unless JAX runs on an NVIDIA GPU that is new enough."""
+def capability() -> int:
+    """The compute capability of the GPU that JAX runs on, e.g. 90 for Hopper.
+
+    Raises:
+        NotImplementedError: there is none, or one that is too old.
+    """
     device = jax.devices()[0]
     if device.platform != "gpu":
         raise NotImplementedError(
             f"JAX runs on {device.platform}; on a machine with an NVIDIA GPU, install jax[cuda13]"
         )
-    capability = round(10 * float(device.compute_capability))
-    if capability < OLDEST:
-        raise NotImplementedError(f"the GPU has compute capability {capability / 10}; the kernels need {OLDEST / 10}")
+    found = round(10 * float(device.compute_capability))
+    if found < OLDEST:
+        raise NotImplementedError(f"the GPU has compute capability {found / 10}; the kernels need {OLDEST / 10}")
+    return found
 
 
 def call(kernel: Any, *arrays: jax.Array, out_shape: Any, grid: tuple[int, ...], **options: Any) -> Any:

@@ -25,7 +25,7 @@ def run(*arguments, before=""):
 
 
 def test_every_preset_is_covered_and_nothing_twice():
-    variants = list(static_gpu.variants())
+    variants = list(static_gpu.variants("sm_80"))
     names = [variant.name for variant in variants]
     assert len(set(names)) == len(names)
     for name in PRESETS:
@@ -49,7 +49,7 @@ def test_a_kernel_of_each_op_compiles_for_hopper(tmp_path, name):
 @pytest.mark.parametrize(
     ("target", "damage", "problem", "status"),
     [
-        ("sm_90", "static_gpu.SHARED['sm_90'] = 1", "needs 2,048 bytes of shared memory; sm_90 has 1", 1),
+        ("sm_90", "static_gpu.SHARED['sm_90'] = 1", "bytes of shared memory; sm_90 has 1", 1),
         ("sm_90", "static_gpu.EPS = 'none'", "does not compile", 1),
         ("sm_90", "static_gpu.USED['cuda'] = lambda *_: (255, 84)", "spills 84 bytes", 1),
         ("gfx942", "static_gpu.USED['hip'] = lambda *_: (255, 84)", "spills 84 bytes", 0),
@@ -58,4 +58,5 @@ def test_a_kernel_of_each_op_compiles_for_hopper(tmp_path, name):
 def test_a_problem_is_named_and_fails_only_for_nvidia(target, damage, problem, status):
     done = run("--only", ONE_OF_EACH[1], "--target", target, before=damage)
     assert (done.returncode, done.stderr) == (status, "")
-    assert f"{target}: {ONE_OF_EACH[1]}: {problem}" in done.stdout
+    start = f"{target}: {ONE_OF_EACH[1]}: "
+    assert [problem in line for line in done.stdout.splitlines() if line.startswith(start)] == [True]

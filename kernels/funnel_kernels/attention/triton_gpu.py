@@ -21,17 +21,18 @@ def attention(q, k, v, lo, hi, *, heads, kv_heads, scale, softcap):
     head_dim = q.shape[1] // heads
     if head_dim > WIDEST:
         raise NotImplementedError(f"heads are {head_dim} wide; its registers hold at most {WIDEST}")
-    grid, options = launch(q.shape[0], k.shape[0], q.dtype, heads, kv_heads, head_dim, scale, softcap)
+    capability = triton_calls.capability()
+    grid, options = launch(q.shape[0], k.shape[0], q.dtype, heads, kv_heads, head_dim, scale, softcap, capability)
     return triton_calls.call(
         attention_kernel, q, k, v, lo, hi, out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype), grid=grid, **options
     )
 
 
-def launch(rows, keys, dtype, heads, kv_heads, head_dim, scale, softcap):
+def launch(rows, keys, dtype, heads, kv_heads, head_dim, scale, softcap, capability):
     """The grid, and everything that is fixed when the kernel is compiled."""
     group = heads // kv_heads
     block_d = max(16, triton.next_power_of_2(head_dim))  # the least that the matrix units take
-    block_q, block_k, warps, stages = block_sizes(block_d, dtype)
+    block_q, block_k, warps, stages = block_sizes(block_d, dtype, capability)
     block_q = min(block_q, max(16, triton.next_power_of_2(rows * group)))
     options = {
         "rows": rows, "keys": keys, "group": group, "kv_heads": kv_heads, "head_dim": head_dim,
@@ -43,11 +44,15 @@ def launch(rows, keys, dtype, heads, kv_heads, head_dim, scale, softcap):
     return (triton.cdiv(rows * group, block_q) * kv_heads,), options
 
 
-def block_sizes(block_d, dtype):
-    """Queries and keys a block, warps, pipeline stages: what shared memory holds of `block_d` wide rows."""
-    if dtype == jnp.float32:
-        return (64, 32, 4, 2) if block_d < 256 else (32, 32, 4, 2)
-    return {128: (128, 64, 8, 3), 256: (128, 32, 8, 2)}.get(block_d, (128, 64, 4, 3))
+def block_sizes(block_d, dtype, capability):
+    """Queries and keys a block, warps, pipeline stages: what registers and shared memory hold of rows this wide."""
+    if (
+        dtype == jnp.float32
+    ):  # three products of TF32 each; at 256 their operands spill some 100 bytes whatever the block
+        return (16, 32, 4, 2) if block_d == 256 else (32, 32, 4, 2)
+    if block_d == 256:
+        return (128, 32, 8, 2) if capability >= 90 else (64, 64, 8, 2)
+    return (128, 64, 8, 3) if block_d == 128 else (128, 64, 4, 3)
 
 
 @triton.jit

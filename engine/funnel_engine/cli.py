@@ -5,6 +5,7 @@ import io
 import json
 import os
 import platform
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
@@ -226,15 +227,24 @@ def embed(
     console = Console(stderr=True)
     starts = range(0, len(lines), TEXTS_PER_CALL)
     bar = track(starts, "Embedding", console=console, transient=True, disable=not console.is_terminal)
-    parts = [
-        engine.embed(
-            lines[start : start + TEXTS_PER_CALL],
-            normalize=normalize, truncate_dim=truncate_dim, prompt_name=prompt_name, truncate=truncate,
-        )
-        for start in bar
-    ]  # fmt: skip
+    parts = []
+    for start in bar:
+        try:
+            parts.append(
+                engine.embed(
+                    lines[start : start + TEXTS_PER_CALL],
+                    normalize=normalize, truncate_dim=truncate_dim, prompt_name=prompt_name, truncate=truncate,
+                )
+            )  # fmt: skip
+        except InputError as error:  # the engine counts from 0 within a call
+            raise InputError(name_line(str(error), start)) from error
     write_vectors(output, np.concatenate(parts))
     click.echo(f"Wrote {len(lines)} vectors of size {parts[0].shape[1]} to {output}")
+
+
+def name_line(message: str, start: int) -> str:
+    """Turns the index of an input within one call into the number of its line; `start` lines were before the call."""
+    return re.sub(r"^input (\d+)", lambda found: f"line {start + int(found[1]) + 1}", message)
 
 
 def write_vectors(output: Path, vectors: np.ndarray) -> None:

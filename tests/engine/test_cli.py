@@ -163,9 +163,16 @@ def test_embed_reads_standard_input(folder, tmp_path):
 def test_embed_cuts_long_texts_only_when_asked(folder, tmp_path):
     output, text = tmp_path / "vectors.npy", "tokens " * 3000
     refused = run("embed", folder / "model", "-o", output, input=text)
-    assert_refused(refused, "has 3001 tokens, more than the limit of 2048", "truncate")
+    assert_refused(refused, "line 1 has 3001 tokens, more than the limit of 2048", "truncate")
     assert run("embed", folder / "model", "-o", output, "--truncate", input=text).exit_code == 0
     np.testing.assert_allclose(np.load(output), Engine.load(folder / "model").embed("tokens " * 2047), atol=1e-5)
+
+
+def test_a_bad_line_is_named_by_its_number(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("funnel_engine.cli.TEXTS_PER_CALL", 2)
+    lines = ["a", "small", "funnel", "tokens " * 3000, "of"]
+    result = run("embed", folder / "model", "-o", tmp_path / "v.npy", input="\n".join(lines))
+    assert_refused(result, "Error: line 4 has 3001 tokens")
 
 
 def test_mistakes_are_one_line_and_status_2(folder, tmp_path):

@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 demo: $(VENV)/installed-bench
 	$(BIN)/funnel demo --output demo
 
-test: $(VENV)/installed-test
+test: $(VENV)/installed-test $(VENV)/lowering
 	$(MAKE) --no-print-directory lint
 	$(BIN)/pytest -n 2 --dist worksteal
 
@@ -23,6 +23,12 @@ clean:
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
+
+# What jax.export needs to lower for CUDA, in a folder of its own: beside JAX it would be loaded by every process.
+$(VENV)/lowering: $(VENV)/installed-test
+	version=$$($(BIN)/python -c 'import jax; print(jax.__version__)') && \
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $@ jax-cuda13-plugin==$$version jax-triton==0.3.1
+	touch $@
 
 $(VENV)/installed-%: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --upgrade pip

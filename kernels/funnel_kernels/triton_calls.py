@@ -60,7 +60,9 @@ def call(kernel: Any, *arrays: jax.Array, out_shape: Any, grid: tuple[int, ...],
     """
     import jax_triton
 
-    return jax_triton.triton_call(*arrays, kernel=kernel, out_shape=out_shape, grid=grid, **options)
+    return jax_triton.triton_call(
+        *arrays, kernel=kernel, out_shape=out_shape, grid=grid, compute_capability=capability(), **options
+    )
 
 
 def rows_per_program(block_width: int) -> int:

@@ -15,8 +15,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
-from rich.console import Console
-from rich.progress import track
 
 from funnel_engine.backends import served_by
 from funnel_engine.checkpoints.native import read_checkpoint
@@ -265,6 +263,9 @@ class Engine:
             jobs += [(task, rows, count) for task in tasks for count in counts]
             if self.head.task == "tag" and self.plan.output_stride == 1:
                 jobs.append(("tag", rows, 0))
+        from rich.console import Console  # imported here: a serving process needs neither
+        from rich.progress import track
+
         console = Console(stderr=True)
         hidden = not (progress and console.is_terminal)
         with ThreadPoolExecutor(os.cpu_count()) as pool:

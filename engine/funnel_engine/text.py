@@ -6,12 +6,13 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
-
-from tokenizers import Tokenizer
+from typing import TYPE_CHECKING, Any
 
 from funnel_engine.config import check_positive
 from funnel_kernels.errors import CheckpointError, ConfigError, FunnelError, InputError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 # A tokenizer is a function: texts -> the ids of each, without begin or end of sequence.
 Tokenize = Callable[[Sequence[str]], list[list[int]]]
@@ -79,8 +80,10 @@ def read_tokenizer_json(file: Path) -> Tokenize:
     return tokenize
 
 
-def load_tokenizer_json(file: Path) -> Tokenizer:
+def load_tokenizer_json(file: Path) -> "Tokenizer":
     """A tokenizer that neither pads nor truncates, whatever the file says."""
+    from tokenizers import Tokenizer  # imported here: an engine that is given ids needs no tokenizer
+
     check_file(file)
     with raising(CheckpointError, f"{file} is not a tokenizer that the tokenizers library reads", FETCH_AGAIN):
         tokenizer = Tokenizer.from_file(str(file))

@@ -10,15 +10,16 @@ import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from typing import TYPE_CHECKING
 
 from funnel_engine.checkpoints.files import to_path
 from funnel_engine.checkpoints.formats import read_source
 from funnel_engine.checkpoints.native import MANIFEST, synchronize, write_checkpoint
 from funnel_engine.weights import DTYPES, check_dtype, count_parameters, expected_shapes
 from funnel_kernels.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 
 def convert(
@@ -152,8 +153,11 @@ def publish(new: Path, destination: Path, old: Path | None) -> None:
     synchronize(destination.parent)
 
 
-def progress_bar() -> Progress:
+def progress_bar() -> "Progress":
     """Bytes written, speed and time left, on standard error if that is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),

@@ -11,15 +11,16 @@ from is as in transformers 5:
 """
 
 from pathlib import Path
-from typing import Any
-
-from tokenizers import Tokenizer
+from typing import TYPE_CHECKING, Any
 
 from funnel_engine.checkpoints.architectures import is_embedding_gemma
 from funnel_engine.checkpoints.files import decode, optional_file, read_json
 from funnel_engine.config import ModelConfig
 from funnel_engine.text import REPAIR, TextConfig, load_sentencepiece, load_tokenizer_json, raising
 from funnel_kernels.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 TOKENIZER_JSON = "tokenizer.json"
 SENTENCEPIECE = "tokenizer.model"
@@ -65,7 +66,7 @@ def find_tokenizer(
     return TextConfig(begin, end), file
 
 
-def added_by(tokenizer: Tokenizer, file: Path) -> tuple[int | None, int | None]:
+def added_by(tokenizer: "Tokenizer", file: Path) -> tuple[int | None, int | None]:
     """The ids that the post-processor of a tokenizer.json puts before and after every text."""
     readings = []
     for probe in PROBES:
@@ -83,7 +84,7 @@ def added_by(tokenizer: Tokenizer, file: Path) -> tuple[int | None, int | None]:
 
 
 def check_flags(
-    tokenizer: Tokenizer, file: Path, directory: Path, fields: dict[str, Any], added: tuple[int | None, int | None]
+    tokenizer: "Tokenizer", file: Path, directory: Path, fields: dict[str, Any], added: tuple[int | None, int | None]
 ) -> None:
     """Raises `CheckpointError` if tokenizer_config.json says something else of the ids that a tokenizer.json adds."""
     where = str(directory / CONFIG)

@@ -5,14 +5,24 @@ Nothing here imports Triton before a GPU is known to be there.
 
 import functools
 import importlib
+import importlib.metadata
+import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 
+from funnel_kernels import tuning
+
 OLDEST = 80  # compute capability of Ampere, the first with bfloat16
 INSTALL = "run: pip install 'funnel-engine[triton]'"
+PACKAGES = {  # the least version of each, and the first that is too new; the extra "triton" says the same
+    "triton": ((3, 6), (4,)),
+    "jax-triton": ((0, 3, 1), (0, 3, 2)),
+}
 ELEMENTS = 8192  # that a program of a row-wise kernel holds at once
+
+Sizes = TypeVar("Sizes", bound=tuple[Any, ...])
 
 
 def implementation(module: str, name: str) -> Callable[..., Any]:
@@ -23,11 +33,8 @@ def implementation(module: str, name: str) -> Callable[..., Any]:
 
     def served(*arrays: Any, **options: Any) -> Any:
         capability()
-        try:
-            function = getattr(importlib.import_module(module), name)
-        except ImportError as error:
-            raise NotImplementedError(f"{error.name or error} is missing; {INSTALL}") from error
-        return function(*arrays, **options)
+        check_packages()
+        return getattr(importlib.import_module(module), name)(*arrays, **options)
 
     return served
 
@@ -44,10 +51,36 @@ def capability() -> int:
         raise NotImplementedError(
             f"JAX runs on {device.platform}; on a machine with an NVIDIA GPU, install jax[cuda13]"
         )
+    if not re.fullmatch(r"\d+\.\d+", device.compute_capability):
+        raise NotImplementedError(
+            f"{device.device_kind} is no NVIDIA GPU (its architecture is {device.compute_capability})"
+        )
     found = round(10 * float(device.compute_capability))
     if found < OLDEST:
-        raise NotImplementedError(f"the GPU has compute capability {found / 10}; the kernels need {OLDEST / 10}")
+        raise NotImplementedError(
+            f"{device.device_kind} has compute capability {found / 10}; the kernels need {OLDEST / 10} or newer"
+        )
     return found
+
+
+@functools.cache
+def check_packages() -> None:
+    """Raises `NotImplementedError` unless Triton and jax-triton are installed in versions that fit."""
+    for package, (least, too_new) in PACKAGES.items():
+        try:
+            found = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError as error:
+            raise NotImplementedError(f"{package} is not installed; {INSTALL}") from error
+        version = tuple(int(number) for number in re.findall(r"\d+", found)[:3])
+        if not least <= version < too_new:
+            bounds = [".".join(map(str, bound)) for bound in (least, too_new)]
+            raise NotImplementedError(
+                f"{package} {found} is installed; the kernels need at least {bounds[0]}, below {bounds[1]}; {INSTALL}"
+            )
+    try:
+        importlib.import_module("jax_triton")
+    except Exception as error:  # whatever a package raises that does not fit JAX or its CUDA plugin
+        raise NotImplementedError(f"jax-triton cannot be imported ({error}); {INSTALL}") from error
 
 
 def call(kernel: Any, *arrays: jax.Array, out_shape: Any, grid: tuple[int, ...], **options: Any) -> Any:
@@ -65,11 +98,26 @@ def call(kernel: Any, *arrays: jax.Array, out_shape: Any, grid: tuple[int, ...],
     )
 
 
-def rows_per_program(block_width: int) -> int:
-    """How many rows a program of a row-wise kernel takes, so that narrow rows do not leave it idle."""
-    return max(1, min(64, ELEMENTS // block_width))
+def tuned(kind: type[Sizes], op: str, width: int, dtype: Any) -> Sizes | None:
+    """The sizes that the tuning table of this device has for an op, or None."""
+    sizes = tuning.find(tuning.Key(op, width, str(dtype)))
+    return None if sizes is None else kind(**sizes)
 
 
-def warps(elements: int) -> int:
-    """How many warps hold so many float32 elements in registers."""
-    return max(1, min(16, elements // 1024))
+class RowSizes(NamedTuple):
+    """Rows and warps of a program of a row-wise kernel."""
+
+    block_rows: int
+    warps: int
+
+
+def row_sizes(op: str, width: int, dtype: Any) -> RowSizes:
+    """From the tuning table, or by the rule."""
+    block_width = 1 << (width - 1).bit_length()
+    return tuned(RowSizes, op, block_width, dtype) or row_rule(block_width)
+
+
+def row_rule(block_width: int) -> RowSizes:
+    """So many rows that narrow ones do not leave a program idle, and warps whose registers hold them in float32."""
+    rows = max(1, min(64, ELEMENTS // block_width))
+    return RowSizes(rows, max(1, min(16, rows * block_width // 1024)))

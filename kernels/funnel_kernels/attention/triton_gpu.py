@@ -6,6 +6,8 @@ between the smallest `lo` and the largest `hi` of its rows with an online softma
 that some row sees in part.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import triton
@@ -17,42 +19,55 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 WIDEST = 256  # head dim
 
 
-def attention(q, k, v, lo, hi, *, heads, kv_heads, scale, softcap):
+class Sizes(NamedTuple):
+    """Queries (over all heads of a group) and keys a block, warps a program, stages of the load pipeline."""
+
+    block_q: int
+    block_k: int
+    warps: int
+    stages: int
+
+
+def attention(q, k, v, lo, hi, *, heads, kv_heads, scale, softcap, sizes=None):
+    """See `funnel_kernels.attention`; `sizes` are those of the tuning table or the rule below unless given."""
     head_dim = q.shape[1] // heads
     if head_dim > WIDEST:
         raise NotImplementedError(f"heads are {head_dim} wide; its registers hold at most {WIDEST}")
     capability = triton_calls.capability()
-    grid, options = launch(q.shape[0], k.shape[0], q.dtype, heads, kv_heads, head_dim, scale, softcap, capability)
+    block_d = padded(head_dim)
+    sizes = sizes or triton_calls.tuned(Sizes, "attention", block_d, q.dtype) or rule(block_d, q.dtype, capability)
+    grid, options = launch(q.shape[0], k.shape[0], q.dtype, heads, kv_heads, head_dim, scale, softcap, sizes)
     return triton_calls.call(
         attention_kernel, q, k, v, lo, hi, out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype), grid=grid, **options
     )
 
 
-def launch(rows, keys, dtype, heads, kv_heads, head_dim, scale, softcap, capability):
+def padded(head_dim):
+    return max(16, triton.next_power_of_2(head_dim))  # the least that the matrix units take
+
+
+def launch(rows, keys, dtype, heads, kv_heads, head_dim, scale, softcap, sizes):
     """The grid, and everything that is fixed when the kernel is compiled."""
     group = heads // kv_heads
-    block_d = max(16, triton.next_power_of_2(head_dim))  # the least that the matrix units take
-    block_q, block_k, warps, stages = block_sizes(block_d, dtype, capability)
+    block_q, block_k, warps, stages = sizes
     block_q = min(block_q, max(16, triton.next_power_of_2(rows * group)))
     options = {
         "rows": rows, "keys": keys, "group": group, "kv_heads": kv_heads, "head_dim": head_dim,
         "scale": scale, "softcap": softcap or 0.0,
-        "block_q": block_q, "block_k": block_k, "block_d": block_d,
+        "block_q": block_q, "block_k": block_k, "block_d": padded(head_dim),
         "precision": "tf32x3" if dtype == jnp.float32 else "tf32",
         "num_warps": warps, "num_stages": stages,
     }  # fmt: skip
     return (triton.cdiv(rows * group, block_q) * kv_heads,), options
 
 
-def block_sizes(block_d, dtype, capability):
-    """Queries and keys a block, warps, pipeline stages: what registers and shared memory hold of rows this wide."""
-    if (
-        dtype == jnp.float32
-    ):  # three products of TF32 each; at 256 their operands spill some 100 bytes whatever the block
-        return (16, 32, 4, 2) if block_d == 256 else (32, 32, 4, 2)
+def rule(block_d, dtype, capability):
+    """Sizes whose tiles fit the registers and the shared memory."""
+    if dtype == jnp.float32:  # three products of TF32 each; at 256 their operands spill 100 bytes whatever the block
+        return Sizes(16, 32, 4, 2) if block_d == 256 else Sizes(32, 32, 4, 2)
     if block_d == 256:
-        return (128, 32, 8, 2) if capability >= 90 else (64, 64, 8, 2)
-    return (128, 64, 8, 3) if block_d == 128 else (128, 64, 4, 3)
+        return Sizes(128, 32, 8, 2) if capability >= 90 else Sizes(64, 64, 8, 2)
+    return Sizes(128, 64, 8, 3) if block_d == 128 else Sizes(128, 64, 4, 3)
 
 
 @triton.jit

@@ -10,22 +10,22 @@ import triton.language as tl
 from funnel_kernels import triton_calls
 
 
-def pool_norm(x, real, weight, *, stride, pool, eps):
-    grid, options = launch(x.shape[0] // stride, x.shape[1], stride, pool, eps)
+def pool_norm(x, real, weight, *, stride, pool, eps, sizes=None):
+    """See `funnel_kernels.pool`; `sizes` are those of the tuning table or the common rule unless given."""
+    sizes = sizes or triton_calls.row_sizes("pool_norm", x.shape[1], x.dtype)
+    grid, options = launch(x.shape[0] // stride, x.shape[1], stride, pool, eps, sizes)
     result = jax.ShapeDtypeStruct((x.shape[0] // stride, x.shape[1]), x.dtype)
     return triton_calls.call(pool_norm_kernel, x, real, weight, out_shape=(result, result), grid=grid, **options)
 
 
-def launch(windows, width, stride, pool, eps):
+def launch(windows, width, stride, pool, eps, sizes):
     """The grid, and everything that is fixed when the kernel is compiled."""
-    block_width = triton.next_power_of_2(width)
-    block_windows = triton_calls.rows_per_program(block_width)
     options = {
         "windows": windows, "width": width, "stride": stride, "pool": pool, "eps": eps,
-        "block_windows": block_windows, "block_width": block_width,
-        "num_warps": triton_calls.warps(block_windows * block_width), "num_stages": 1,
+        "block_windows": sizes.block_rows, "block_width": triton.next_power_of_2(width),
+        "num_warps": sizes.warps, "num_stages": 1,
     }  # fmt: skip
-    return (triton.cdiv(windows, block_windows),), options
+    return (triton.cdiv(windows, sizes.block_rows),), options
 
 
 @triton.jit

@@ -10,24 +10,24 @@ import triton.language as tl
 from funnel_kernels import triton_calls
 
 
-def recover_norm(short, full, weight, *, stride, mode, site, eps):
-    grid, options = launch(short.shape[0], short.shape[1], stride, mode, site, eps)
+def recover_norm(short, full, weight, *, stride, mode, site, eps, sizes=None):
+    """See `funnel_kernels.recover`; `sizes` are those of the tuning table or the common rule unless given."""
+    sizes = sizes or triton_calls.row_sizes("recover_norm", short.shape[1], short.dtype)
+    grid, options = launch(short.shape[0], short.shape[1], stride, mode, site, eps, sizes)
     result = jax.ShapeDtypeStruct((short.shape[0] * stride, short.shape[1]), short.dtype)
     full = short if mode == "tile" else full  # a pointer that is not read
     return triton_calls.call(recover_norm_kernel, short, full, weight, out_shape=result, grid=grid, **options)
 
 
-def launch(rows, width, stride, mode, site, eps):
+def launch(rows, width, stride, mode, site, eps, sizes):
     """The grid, and everything that is fixed when the kernel is compiled."""
-    block_width = triton.next_power_of_2(width)
-    block_rows = triton_calls.rows_per_program(block_width)
     options = {
         "rows": rows, "width": width, "stride": stride,
         "mode": mode, "norm_first": mode == "tile" or site == "after_norm",  # tiling and norm commute
-        "eps": eps, "block_rows": block_rows, "block_width": block_width,
-        "num_warps": triton_calls.warps(block_rows * block_width), "num_stages": 1,
+        "eps": eps, "block_rows": sizes.block_rows, "block_width": triton.next_power_of_2(width),
+        "num_warps": sizes.warps, "num_stages": 1,
     }  # fmt: skip
-    return (triton.cdiv(rows, block_rows),), options
+    return (triton.cdiv(rows, sizes.block_rows),), options
 
 
 @triton.jit

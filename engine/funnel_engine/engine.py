@@ -36,6 +36,7 @@ from funnel_engine.packing import (
 )
 from funnel_engine.text import TextConfig, Tokenize, read_tokenizer
 from funnel_engine.weights import DTYPES, check_dtype, expected_shapes, nest
+from funnel_engine.xla_options import compiler_options
 from funnel_kernels import dispatch
 from funnel_kernels.errors import CheckpointError, ConfigError, InputError
 
@@ -395,14 +396,15 @@ class Engine:
             one_token = np.zeros(1, np.int32), np.array([0, 1], np.int32)
             batch = jax.tree.map(shape_of, pack(self.plan, *one_token, rows))  # any sequence: only shapes matter
             encoder = partial(forward, config=self.config, funnel=self.funnel, backend=self.backend)
-            return jax.jit(encoder).lower(self.params, batch).compile()
+            return jax.jit(encoder).lower(self.params, batch).compile(compiler_options(jax.default_backend()))
         width, dtype = self.config.hidden_size, self.params["embedding"].dtype
         hidden = jax.ShapeDtypeStruct((rows // self.plan.output_stride, width), dtype)
         per_sequence = jax.ShapeDtypeStruct((sequences,), np.int32)
         function, integers = HEAD_PROGRAMS[name]
         options = {"head": self.head} | ({"backend": self.backend} if name == "embed" else {})
         arguments = [hidden] + [per_sequence] * integers
-        return jax.jit(partial(function, **options)).lower(self.head_params, *arguments).compile()
+        lowered = jax.jit(partial(function, **options)).lower(self.head_params, *arguments)
+        return lowered.compile(compiler_options(jax.default_backend()))
 
     def _count(self, **counts: float) -> None:
         with self._lock:

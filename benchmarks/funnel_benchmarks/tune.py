@@ -1,0 +1,286 @@
+"""Finds the fastest block sizes of the Triton kernels on this GPU, and writes them into its tuning table.
+
+    python -m funnel_benchmarks.tune
+
+Every candidate runs on the same random data, is held against the `xla` backend, and is timed in turns with the others;
+the median decides. The table, `funnel_kernels/tuned/DEVICE.json`, is written after each op, width and dtype, and keeps
+the entries that are not measured again. An engine that is loaded afterwards uses it.
+"""
+
+import importlib.metadata
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+from funnel_benchmarks.statistics import Spread, quartiles
+from funnel_engine import preset
+from funnel_engine.output_files import check_writable, write_text
+from funnel_engine.presets import PRESETS
+from funnel_kernels import attention, pool_norm, recover_norm, triton_calls, tuning
+from funnel_kernels.errors import BackendUnavailable, FunnelError
+
+PACKAGES = ("jax", "jaxlib", "triton")
+HEADS = 8  # that share one key/value head
+TOKENS = 32_768  # of an attention, in sequences of LENGTH
+LENGTH = 2048
+ROWS = 65_536  # before pooling, or after recovery
+STRIDE = 2
+SAMPLE_SECONDS = 0.02  # at least, of enqueued calls
+ROUNDS = 7  # in each, every candidate is sampled once
+ATTENTION_SIZES = {  # queries, keys, warps, stages
+    "bfloat16": ((64, 128), (32, 64, 128), (4, 8), (2, 3, 4)),
+    "float32": ((16, 32, 64), (16, 32, 64), (4, 8), (1, 2)),
+}
+TOLERANCE = {"bfloat16": 1e-2, "float32": 1e-3}  # relative error that a candidate may have
+
+
+class Problem(NamedTuple):
+    """One entry of the table to be found.
+
+    Attributes:
+        key: what the entry is for.
+        shape: what it is measured on, in words.
+        arrays: the inputs.
+        make: block sizes -> the op with them.
+        expected: the op of the `xla` backend.
+        candidates: block sizes to try.
+    """
+
+    key: tuning.Key
+    shape: str
+    arrays: tuple[jax.Array, ...]
+    make: Callable[[Any], Callable[..., Any]]
+    expected: Callable[..., Any]
+    candidates: Sequence[Any]
+
+
+class Timing(NamedTuple):
+    """What became of a candidate: seconds a call, or why it is none."""
+
+    sizes: Any
+    seconds: Spread | None
+    problem: str
+
+
+def problems() -> Iterator[tuple[tuning.Key, Callable[[], Problem]]]:
+    """Attention for every head dim of the presets and both row-wise ops for every width, in both dtypes."""
+    configs = [preset(name) for name in PRESETS]
+    for dtype in TOLERANCE:
+        for head_dim in sorted({config.head_dim for config in configs}):
+            yield tuning.Key("attention", head_dim, dtype), partial(attention_problem, head_dim, dtype)
+        for width in sorted({1 << (config.hidden_size - 1).bit_length() for config in configs}):
+            yield tuning.Key("pool_norm", width, dtype), partial(pool_problem, width, dtype)
+            yield tuning.Key("recover_norm", width, dtype), partial(recover_problem, width, dtype)
+
+
+def attention_problem(head_dim: int, dtype: str) -> Problem:
+    from funnel_kernels.attention import triton_gpu
+
+    generator = np.random.default_rng(0)
+    q, k, v = (random_array(generator, (TOKENS, heads * head_dim), dtype) for heads in (HEADS, 1, 1))
+    lo = jnp.arange(TOKENS, dtype=jnp.int32) // LENGTH * LENGTH
+    options: dict[str, Any] = {"heads": HEADS, "kv_heads": 1, "scale": head_dim**-0.5, "softcap": None}
+    return Problem(
+        tuning.Key("attention", triton_gpu.padded(head_dim), dtype),
+        f"{TOKENS // LENGTH} x {LENGTH} tokens, {HEADS} heads of {head_dim} on 1",
+        (q, k, v, lo, lo + LENGTH),
+        lambda sizes: lambda *arrays: triton_gpu.attention(*arrays, sizes=sizes, **options),
+        lambda *arrays: attention(*arrays, backend="xla", **options),
+        [triton_gpu.Sizes(*sizes) for sizes in itertools.product(*ATTENTION_SIZES[dtype])],
+    )
+
+
+def pool_problem(width: int, dtype: str) -> Problem:
+    from funnel_kernels.pool import triton_gpu
+
+    generator = np.random.default_rng(0)
+    options: dict[str, Any] = {"stride": STRIDE, "pool": "max", "eps": 1e-6}
+    real = jnp.asarray(generator.random(ROWS) < 0.9)
+    return Problem(
+        tuning.Key("pool_norm", width, dtype),
+        f"{ROWS} x {width}, stride {STRIDE}, max",
+        (random_array(generator, (ROWS, width), dtype), real, random_array(generator, (width,), dtype)),
+        lambda sizes: lambda *arrays: triton_gpu.pool_norm(*arrays, sizes=sizes, **options),
+        lambda *arrays: pool_norm(*arrays, backend="xla", **options),
+        row_candidates(width),
+    )
+
+
+def recover_problem(width: int, dtype: str) -> Problem:
+    from funnel_kernels.recover import triton_gpu
+
+    generator = np.random.default_rng(0)
+    options: dict[str, Any] = {"stride": STRIDE, "mode": "sum", "site": "before_norm", "eps": 1e-6}
+    shapes = ((ROWS // STRIDE, width), (ROWS, width), (width,))
+    return Problem(
+        tuning.Key("recover_norm", width, dtype),
+        f"{ROWS} x {width}, stride {STRIDE}, sum",
+        tuple(random_array(generator, shape, dtype) for shape in shapes),
+        lambda sizes: lambda *arrays: triton_gpu.recover_norm(*arrays, sizes=sizes, **options),
+        lambda *arrays: recover_norm(*arrays, backend="xla", **options),
+        row_candidates(width),
+    )
+
+
+def row_candidates(width: int) -> list[triton_calls.RowSizes]:
+    """Blocks of 1,024 to 32,768 elements, at 1 to 16 warps, 4 to 64 elements a thread."""
+    return [
+        triton_calls.RowSizes(rows, warps)
+        for rows, warps in itertools.product((1, 2, 4, 8, 16, 32, 64), (1, 2, 4, 8, 16))
+        if 1024 <= rows * width <= 32768 and 4 <= rows * width / (32 * warps) <= 64
+    ]
+
+
+def random_array(generator: np.random.Generator, shape: tuple[int, ...], dtype: str) -> jax.Array:
+    return jnp.asarray(generator.standard_normal(shape, np.float32), dtype)
+
+
+def measure(problem: Problem, advance: Callable[[], object]) -> list[Timing]:
+    """Times every candidate that compiles and is right, in turns; fastest first, then those that are none.
+
+    Args:
+        advance: called once for each candidate, when it is compiled.
+    """
+    expected = jax.tree.map(to_float64, jax.jit(problem.expected)(*problem.arrays))
+    calls: dict[Any, Callable[[], object]] = {}
+    failures = []
+    for sizes in problem.candidates:
+        try:
+            program = jax.jit(problem.make(sizes)).lower(*problem.arrays).compile()
+            error = relative_error(program(*problem.arrays), expected)
+        except Exception as failure:  # a compiler that has run out of registers or shared memory raises anything
+            failures.append(Timing(sizes, None, f"does not run: {str(failure).strip().splitlines()[0]:.200}"))
+        else:
+            if error <= TOLERANCE[problem.key.dtype]:
+                calls[sizes] = lambda program=program: program(*problem.arrays)  # type: ignore[misc]
+            else:
+                failures.append(Timing(sizes, None, f"is wrong: relative error {error:.1e}"))
+        advance()
+    counts = {sizes: calls_per_sample(call) for sizes, call in calls.items()}
+    samples: dict[Any, list[float]] = {sizes: [] for sizes in calls}
+    for _ in range(ROUNDS):
+        for sizes, call in calls.items():
+            samples[sizes].append(seconds_per_call(call, counts[sizes]))
+    timings = [Timing(sizes, quartiles(taken), "") for sizes, taken in samples.items()]
+    return sorted(timings, key=microseconds) + failures
+
+
+def to_float64(array: jax.Array) -> np.ndarray:
+    return np.asarray(array).astype(np.float64)
+
+
+def relative_error(results: Any, expected: Any) -> float:
+    """The largest ||result - expected|| / ||expected|| over the op's results; NaN is infinite."""
+    errors = jax.tree.map(
+        lambda result, wanted: np.linalg.norm(to_float64(result) - wanted) / np.linalg.norm(wanted), results, expected
+    )
+    return max(float(np.nan_to_num(error, nan=np.inf)) for error in jax.tree.leaves(errors))
+
+
+def calls_per_sample(call: Callable[[], object]) -> int:
+    seconds_per_call(call, 2)  # warm
+    return max(1, round(SAMPLE_SECONDS / seconds_per_call(call, 2)))
+
+
+def seconds_per_call(call: Callable[[], object], count: int) -> float:
+    """Enqueues `count` calls, which the device runs one after another, and waits for the last."""
+    start = time.perf_counter()
+    for _ in range(count):
+        result = call()
+    jax.block_until_ready(result)
+    return (time.perf_counter() - start) / count
+
+
+def entry(problem: Problem, timings: Sequence[Timing]) -> dict[str, Any]:
+    """The fastest candidate as an entry of the table, with the times of the next best and the number of all."""
+    best, *others = [timing for timing in timings if timing.seconds]
+    return {
+        **problem.key._asdict(),
+        "sizes": best.sizes._asdict(),
+        "microseconds": microseconds(best),
+        "shape": problem.shape,
+        "candidates": len(timings),
+        "next": [[*timing.sizes, microseconds(timing)] for timing in others[:4]],
+    }
+
+
+def microseconds(timing: Timing) -> float:
+    assert timing.seconds
+    return round(1e6 * timing.seconds.median, 2)
+
+
+def merge(file: Path, found: dict[str, Any], device_kind: str) -> None:
+    """Writes an entry into a table in the place of the one with the same key, if there is one."""
+    kept = json.loads(file.read_text(encoding="utf-8"))["entries"] if file.exists() else []
+    entries = [other for other in kept if any(other[field] != found[field] for field in tuning.Key._fields)] + [found]
+    entries.sort(key=lambda one: [one[field] for field in tuning.Key._fields])
+    table = {
+        "device": device_kind,
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "entries": entries,
+    }
+    write_text(file, json.dumps(table, indent=1) + "\n")
+
+
+@click.command()
+@click.option(
+    "--op", multiple=True, type=click.Choice(["attention", "pool_norm", "recover_norm"]), help="Default: all."
+)
+@click.option("--dtype", multiple=True, type=click.Choice(list(TOLERANCE)), help="Default: both.")
+@click.option("--width", multiple=True, type=int, help="Head dim or model width, a power of two. Default: all.")
+@click.option("--table", type=click.Path(path_type=Path, dir_okay=False), help="Default: the one that engines read.")
+def main(op: tuple[str, ...], dtype: tuple[str, ...], width: tuple[int, ...], table: Path | None) -> None:
+    """Find the fastest block sizes of the Triton kernels on this GPU."""
+    try:
+        triton_calls.capability()
+        triton_calls.check_packages()
+    except NotImplementedError as refusal:
+        raise click.ClickException(f"nothing to tune: {refusal}") from refusal
+    device_kind = jax.devices()[0].device_kind
+    file = table or tuning.table_file(device_kind)
+    tuning.TUNED.mkdir(exist_ok=True)
+    try:
+        check_writable(file, (".json",))
+        for key, make in problems():
+            if (
+                key.op in (op or (key.op,))
+                and key.width in (width or (key.width,))
+                and key.dtype in (dtype or (key.dtype,))
+            ):
+                tune(make(), file, device_kind)
+    except FunnelError as error:
+        raise click.ClickException(str(error)) from error
+
+
+def tune(problem: Problem, file: Path, device_kind: str) -> None:
+    """Measures one problem, prints what was found, and writes it.
+
+    Raises:
+        BackendUnavailable: no candidate runs and is right.
+    """
+    console = Console(stderr=True)
+    name = " ".join(map(str, problem.key))
+    steps = track(problem.candidates, name, console=console, transient=True, disable=not console.is_terminal)
+    timings = measure(problem, iter(steps).__next__)
+    if not timings[0].seconds:
+        raise BackendUnavailable(f"{name}: no candidate runs and is right; the first {timings[0].problem}")
+    found = entry(problem, timings)
+    merge(file, found, device_kind)
+    sizes = ", ".join(f"{key} {value}" for key, value in found["sizes"].items())
+    click.echo(f"{name}: {sizes}: {found['microseconds']:,} us; best of {len(timings)}")
+
+
+if __name__ == "__main__":
+    main()

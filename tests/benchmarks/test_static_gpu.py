@@ -1,13 +1,16 @@
-"""`static_gpu`: real compilation for GPUs that are not here, in a process of its own without the interpreter."""
+"""`static_gpu`: real compilation for GPUs that are not here, in processes of their own without the interpreter."""
 
+import collections
 import json
 import os
 import subprocess
 import sys
 
 import pytest
+from click.testing import CliRunner
 
 from funnel_benchmarks import static_gpu
+from funnel_benchmarks.static_gpu import Compiled
 from funnel_engine import preset
 from funnel_engine.presets import PRESETS
 
@@ -16,47 +19,194 @@ ONE_OF_EACH = (
     "pool_norm mean, stride 2, width 640, bfloat16",
     "recover_norm max, after_norm, stride 2, width 640, bfloat16",
 )
+SPILLS = """
+variant = next(it for it in static_gpu.variants("{0}") if it.name == "pool_norm max, stride 2, width 5376, float32")
+crowded = variant._replace(options=variant.options | {{"num_warps": 1}})
+print(static_gpu.problem("{0}", static_gpu.compile_for("{0}", crowded)))
+"""
+
+
+def python(code):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", f"from funnel_benchmarks import static_gpu\n{code}"]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
 
 
 def run(*arguments, before=""):
-    code = f"from funnel_benchmarks import static_gpu\n{before}\nstatic_gpu.main({list(arguments)!r})"
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    return python(f"{before}\nstatic_gpu.main({[*arguments, '--jobs', '2']!r})")
 
 
-def test_every_preset_is_covered_and_nothing_twice():
-    variants = list(static_gpu.variants("sm_80"))
-    names = [variant.name for variant in variants]
-    assert len(set(names)) == len(names)
+@pytest.fixture
+def invoke(monkeypatch):
+    """Calls the command here, with what compiles taken from a table: name and target -> result."""
+    monkeypatch.setattr(static_gpu.triton.knobs.runtime, "interpret", False)
+
+    def call(*arguments, found=None):
+        monkeypatch.setattr(static_gpu, "compile_all", lambda work, jobs: found)
+        return CliRunner().invoke(static_gpu.main, arguments)
+
+    return call
+
+
+# What is compiled.
+
+
+@pytest.mark.parametrize("sample", [False, True])
+@pytest.mark.parametrize("target", static_gpu.SHARED)
+def test_nothing_is_compiled_twice(target, sample):
+    variants = list(static_gpu.variants(target, sample))
+    assert len({variant.name for variant in variants}) == len(variants)
+    programs = {(it.op, tuple(it.pointers.items()), tuple(sorted(it.options.items()))) for it in variants}
+    assert len(programs) == len(variants)
+
+
+def test_every_preset_is_covered():
+    names = {variant.name for variant in static_gpu.variants("sm_80")}
     for name in PRESETS:
         config = preset(name)
-        heads = f"attention {config.num_heads}/{config.num_kv_heads} heads of {config.head_dim}, softcap "
-        assert sum(found.startswith(heads) for found in names) >= 2  # both dtypes
-        assert f"pool_norm max, stride 2, width {config.hidden_size}, bfloat16" in names
-        assert f"recover_norm sum, after_norm, stride 4, width {config.hidden_size}, float32" in names
+        heads = f"attention {config.num_heads}/{config.num_kv_heads} heads of {config.head_dim}"
+        softcap, width = config.softcap or 0, config.hidden_size
+        for dtype in ("bfloat16", "float32"):
+            assert f"{heads}, softcap {softcap:g}, {dtype}" in names
+            for mode in ("max", "mean", "first"):
+                assert f"pool_norm {mode}, stride 2, width {width}, {dtype}" in names
+            assert f"recover_norm tile, before_norm, stride 2, width {width}, {dtype}" in names
+            for mode in ("sum", "mean", "max"):
+                for site in ("before_norm", "after_norm"):
+                    assert f"recover_norm {mode}, {site}, stride 2, width {width}, {dtype}" in names
+        assert any(f"stride 4, width {width}, " in found for found in names)
+    for option in ("pool_norm first", "recover_norm max, after_norm"):
+        assert any(found.startswith(f"{option}, stride 4, ") for found in names)
+
+
+def test_a_sample_has_every_width_option_and_shape_of_attention():
+    everything, sample = (list(static_gpu.variants("sm_90", sample)) for sample in (False, True))
+    assert len(sample) < len(everything) / 4
+    for op in ("pool_norm", "recover_norm"):
+        seen = [collections.Counter(), collections.Counter()]
+        for counter, variants in zip(seen, (everything, sample), strict=True):
+            for it in (variant for variant in variants if variant.op == op):
+                before, _, after = it.details.partition("width ")
+                counter.update([after.split(",")[0], (before, after.partition(",")[2])])
+        assert set(seen[0]) == set(seen[1])
+    shapes = [
+        {
+            tuple(it.options[name] for name in ("group", "head_dim", "softcap", "precision"))
+            for it in variants
+            if it.op == "attention"
+        }
+        for variants in (everything, sample)
+    ]
+    assert shapes[0] == shapes[1]
+
+
+def test_a_running_mean_is_read_as_float32_whatever_the_model_is():
+    (variant,) = (
+        it
+        for it in static_gpu.variants("sm_90")
+        if it.name == "recover_norm sum, before_norm, stride 2, width 640, bfloat16 with float32"
+    )
+    assert variant.pointers == {"short_ptr": "*bf16", "full_ptr": "*fp32", "weight_ptr": "*bf16", "out_ptr": "*bf16"}
+
+
+# What the compilers say.
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_a_kernel_of_each_op_compiles_for_hopper(tmp_path, name):
     done = run("--only", name, "--target", "sm_90", "--json", str(tmp_path / "static.json"))
     assert done.returncode == 0, done.stdout + done.stderr
-    (result,) = json.loads((tmp_path / "static.json").read_text())["kernels"]
-    assert (result["variant"], result["target"], result["problem"], result["spilled"]) == (name, "sm_90", "", 0)
-    assert 16 <= result["registers"] <= 255
-    assert result["shared"] <= static_gpu.SHARED["sm_90"]
+    written = json.loads((tmp_path / "static.json").read_text())
+    assert written["problems"] == {}
+    assert written["triton"] == static_gpu.triton.__version__
+    ((found, targets),) = written["kernels"].items()
+    assert found == name
+    assert set(targets) == {"sm_90"}
+    registers, shared, spilled = targets["sm_90"]
+    assert 16 <= registers <= 255
+    assert 0 < shared <= static_gpu.SHARED["sm_90"]
+    assert spilled == 0
+
+
+@pytest.mark.slow
+def test_a_sample_of_all_kernels_compiles_without_spills_for_every_nvidia_target():
+    done = run("--sample", *(f"--target={target}" for target in ("sm_80", "sm_90", "sm_100")))
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
+    rows = [line.strip("│ ").split() for line in done.stdout.splitlines() if "sm_" in line]
+    assert [(row[0], row[-1]) for row in rows] == 3 * [("attention", "0"), ("pool_norm", "0"), ("recover_norm", "0")]
+
+
+@pytest.mark.parametrize("target", ["sm_80", "gfx942"])
+def test_spills_are_found(target):
+    done = python(SPILLS.format(target))
+    assert done.returncode == 0, done.stderr
+    first, number, last = done.stdout.split()
+    assert (first, last) == ("spills", "bytes")
+    assert int(number) >= 100
+
+
+def test_what_does_not_compile_is_named_and_ends_with_status_1():
+    done = run("--only", ONE_OF_EACH[1], "--target", "sm_90", before="static_gpu.EPS = 'none'")
+    assert (done.returncode, done.stderr) == (1, "")
+    assert f"sm_90: {ONE_OF_EACH[1]}: does not compile: " in done.stdout
+
+
+def test_a_program_that_ptxas_refuses_is_an_error():
+    with pytest.raises(ValueError, match="ptxas"):
+        static_gpu.used_on_nvidia(".version 8.0\n.target sm_90a\n.address_size 64\nnonsense", "sm_90")
 
 
 @pytest.mark.parametrize(
-    ("target", "damage", "problem", "status"),
+    ("compiled", "problem"),
     [
-        ("sm_90", "static_gpu.SHARED['sm_90'] = 1", "bytes of shared memory; sm_90 has 1", 1),
-        ("sm_90", "static_gpu.EPS = 'none'", "does not compile", 1),
-        ("sm_90", "static_gpu.USED['cuda'] = lambda *_: (255, 84)", "spills 84 bytes", 1),
-        ("gfx942", "static_gpu.USED['hip'] = lambda *_: (255, 84)", "spills 84 bytes", 0),
+        (Compiled(255, 232_448, 0), ""),
+        (Compiled(255, 232_449, 0), "needs 232,449 bytes of shared memory; sm_90 has 232,448"),
+        (Compiled(255, 1024, 84), "spills 84 bytes"),
+        (Compiled(0, 0, 0, "does not compile: no"), "does not compile: no"),
     ],
 )
-def test_a_problem_is_named_and_fails_only_for_nvidia(target, damage, problem, status):
-    done = run("--only", ONE_OF_EACH[1], "--target", target, before=damage)
-    assert (done.returncode, done.stderr) == (status, "")
-    start = f"{target}: {ONE_OF_EACH[1]}: "
-    assert [problem in line for line in done.stdout.splitlines() if line.startswith(start)] == [True]
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_a_problem_is_named_and_fails_only_for_nvidia(invoke, tmp_path, target, compiled, problem):
+    if target == "gfx942":
+        compiled = compiled._replace(shared=compiled.shared - 232_448 + 65_536 if compiled.shared > 2**16 else 64)
+        problem = problem.replace("232,449", "65,537").replace("232,448", "65,536").replace("sm_90", "gfx942")
+    file = tmp_path / "static.json"
+    done = invoke(
+        "--json", str(file), found={(ONE_OF_EACH[0], "sm_80"): Compiled(9, 9, 0), ("pool_norm", target): compiled}
+    )
+    assert done.exit_code == (1 if problem and target == "sm_90" else 0)
+    lines = done.stdout.splitlines()
+    assert [line for line in lines if line.startswith(target)] == (
+        [f"{target}: pool_norm: {problem}"] if problem else []
+    )
+    written = json.loads(file.read_text())
+    assert written["problems"] == ({f"{target}: pool_norm": problem} if problem else {})
+    assert written["kernels"] == {
+        ONE_OF_EACH[0]: {"sm_80": [9, 9, 0]}, "pool_norm": {target: list(compiled[:3])},
+    }  # fmt: skip
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "sort"], "--only='sort' begins the name of no kernel; they begin with attention or pool_norm or"),
+        (["--json", "results.csv"], "'results.csv' must end in .json"),
+        (["--json", "no/such/folder.json"], "is not a directory; make it first"),
+        (["--jobs", "0"], "0 is not in the range x>=1"),
+        (["--target", "sm_70"], "'sm_70' is not one of 'sm_80'"),
+    ],
+)
+def test_mistakes_are_named_and_end_with_status_2(invoke, arguments, message):
+    done = invoke(*arguments)
+    assert done.exit_code == 2
+    assert message in done.stderr
+
+
+def test_the_interpreter_is_refused(invoke, monkeypatch):
+    monkeypatch.setattr(static_gpu.triton.knobs.runtime, "interpret", True)
+    done = invoke()
+    assert done.exit_code == 2
+    assert "TRITON_INTERPRET=1 replaces Triton's compiler, which is wanted here; unset it" in done.stderr

@@ -1,0 +1,40 @@
+"""What a funnel saves: the funneled engine against the same engine without it, in turns, and against the ideal."""
+
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+
+from funnel_benchmarks.accelerator.bench import NO_FUNNEL, Bench
+from funnel_benchmarks.accelerator.measure import in_turns, spread
+from funnel_benchmarks.accelerator.tables import Cell, Row
+from funnel_benchmarks.statistics import quartiles, ratio
+from funnel_engine import FunnelConfig
+from funnel_engine.flops import ideal_ratio
+
+GOAL = 0.97  # ideal ratio over measured ratio
+
+
+def cells(bench: Bench) -> Iterator[Cell]:
+    for layer in bench.sizes.funnel_layers:  # both batches of a layer run in one compiled program
+        for sequences, tokens in bench.sizes.batches:
+            name = f"{sequences} x {tokens} tokens, after layer {layer}"
+            yield name, partial(measure, bench, sequences, tokens, layer)
+
+
+def measure(bench: Bench, sequences: int, tokens: int, layer: int) -> Row:
+    lengths, funnel = np.full(sequences, tokens, np.int32), FunnelConfig.after(layer)
+    without, with_funnel = (bench.sampler(bench.embedding(lengths, each)) for each in (NO_FUNNEL, funnel))
+    baseline, funneled = in_turns(without, with_funnel, bench.sizes.repeats)
+    measured = ratio(quartiles(funneled), quartiles(baseline))
+    ideal = ideal_ratio(bench.sizes.config, funnel, lengths)
+    return {
+        "batch": f"{sequences} x {tokens}",
+        "layer": layer,
+        "seconds": spread(funneled),
+        "baseline_seconds": spread(baseline),
+        "ratio": measured._asdict(),
+        "ideal_ratio": ideal,
+        "efficiency": ideal / measured.median,
+        "goal": GOAL,
+    }

@@ -1,0 +1,40 @@
+"""What a token of ragged sequences costs, against a token of equal ones.
+
+Both batches have the same number of tokens, which is a bucket's size: what rounding up to a bucket costs is not in it.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+
+from funnel_benchmarks.accelerator.bench import Bench
+from funnel_benchmarks.accelerator.layouts import up_to
+from funnel_benchmarks.accelerator.measure import in_turns, spread
+from funnel_benchmarks.accelerator.tables import Cell, Row
+from funnel_benchmarks.lengths import draw
+from funnel_benchmarks.statistics import quartiles
+
+NAMES = ("conll", "passage")
+GOAL = 0.85  # of the equal lengths' rate
+
+
+def cells(bench: Bench) -> Iterator[Cell]:
+    for name in NAMES:
+        yield name, partial(measure, bench, name)
+
+
+def measure(bench: Bench, name: str) -> Row:
+    equal, tokens = bench.equal_lengths, bench.sizes.tokens
+    ragged = up_to(tokens, draw(name, tokens, bench.seed))
+    of_equal, of_ragged = (bench.sampler(bench.embedding(lengths)) for lengths in (equal, ragged))
+    equal_samples, samples = in_turns(of_equal, of_ragged, bench.sizes.repeats)
+    rates = [tokens / quartiles(each).median for each in (samples, equal_samples)]
+    return {
+        "sequences": len(ragged),
+        "tokens": tokens,
+        "seconds": spread(samples),
+        "equal_seconds": spread(equal_samples),
+        "tokens_per_second": rates[0],
+        "equal_tokens_per_second": rates[1],
+        "share": rates[0] / rates[1],
+        "goal": GOAL,
+    }

@@ -19,7 +19,7 @@ def machine_facts() -> dict[str, Any]:
         "cpu": cpu_model(),
         "cores": usable_cores(),
         "memory_gb": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "devices": [device.device_kind for device in jax.devices()],
         "python": platform.python_version(),
         "jax": jax.__version__,

@@ -11,7 +11,7 @@ from rich.progress import track
 
 from funnel_engine import HeadConfig, ModelConfig, preset
 from funnel_engine.checkpoints.native import read_checkpoint
-from funnel_engine.engine import to_device
+from funnel_engine.sharding import to_device
 from funnel_engine.weights import check_dtype, expected_shapes, random_array
 
 

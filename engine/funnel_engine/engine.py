@@ -5,7 +5,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from os import PathLike
@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
+from jax.sharding import Mesh
 
 from funnel_engine.backends import served_by
 from funnel_engine.checkpoints.native import read_checkpoint
@@ -22,7 +23,7 @@ from funnel_engine.config import FunnelConfig, ModelConfig, check_positive
 from funnel_engine.flops import ideal_ratio
 from funnel_engine.heads import HeadConfig, class_logits, head_shapes, sentence_vectors, sequence_logits
 from funnel_engine.inputs import Ragged, holds_texts, read_inputs
-from funnel_engine.model import forward
+from funnel_engine.model import Params, forward
 from funnel_engine.packing import (
     Ints,
     Spans,
@@ -32,15 +33,16 @@ from funnel_engine.packing import (
     sequence_bucket,
     sequence_buckets,
     spans,
-    split,
 )
+from funnel_engine.sharding import DeviceMesh, OneDevice, batch_shapes
 from funnel_engine.text import TextConfig, Tokenize, read_tokenizer
-from funnel_engine.weights import DTYPES, check_dtype, expected_shapes, nest
+from funnel_engine.weights import DTYPES, check_dtype, expected_shapes
 from funnel_engine.xla_options import compiler_options
 from funnel_kernels import dispatch
 from funnel_kernels.errors import CheckpointError, ConfigError, InputError
 
 Program = Callable[..., jax.Array]
+Head = Callable[[jax.Array, list[Ragged], list[Spans]], jax.Array]  # the encoder's rows of a group -> its results
 
 # task -> (what runs on the encoder's rows, how many integers per sequence it reads)
 HEAD_PROGRAMS: dict[str, tuple[Program, int]] = {
@@ -82,23 +84,28 @@ class Engine:
         text: TextConfig = TextConfig(),
         max_batch_tokens: int = 16384,
         compilation_cache: str | PathLike[str] | None = None,
+        dtype: str | None = None,
+        mesh: Mesh | None = None,
     ):
-        """Puts weights on the device; most callers want `Engine.load`.
+        """Puts weights on the device, or on those of a mesh; most callers want `Engine.load`.
 
         Args:
             config: the architecture.
             head: what stands on top of the encoder.
             weights: arrays by the names and of the shapes that `weights.expected_shapes` gives, all float32 or all
-                bfloat16. JAX arrays are used as they are, so engines can share them.
+                bfloat16. Without a mesh, JAX arrays are used as they are, so engines can share them.
             funnel: where and how the token axis is pooled.
             backend: "auto", "triton", "xla" or "reference", see `funnel_kernels.dispatch`.
             tokenizer: makes ids of texts; None takes token ids only.
             text: what else is done to a text: begin and end of sequence, prompts, length limit.
             max_batch_tokens: tokens of the largest batch, and of the longest sequence.
             compilation_cache: directory in which compiled programs outlive the process (a setting of the process).
+            dtype: "bfloat16" or "float32", which the weights are cast to; None keeps theirs.
+            mesh: devices to run on, see `sharding`: those along its axis "model" share the layers, those along "data"
+                run a batch each. None runs on JAX's default device.
 
         Raises:
-            ConfigError: options that contradict the model or each other.
+            ConfigError: options that contradict the model or each other, or a mesh that does not divide the model.
             CheckpointError: weights that are missing, unknown, misshapen or of another dtype.
             BackendUnavailable: no such backend here.
         """
@@ -108,7 +115,10 @@ class Engine:
             raise ConfigError(f"max_batch_tokens={max_batch_tokens} is beyond the limit of {MAX_BATCH_TOKENS} (2**24)")
         if not isinstance(funnel, FunnelConfig):
             raise ConfigError(f"funnel={funnel!r} must be a FunnelConfig; no funnel is FunnelConfig()")
+        if dtype is not None:
+            check_dtype(dtype)
         self.plan = make_plan(config, funnel)
+        self.devices = OneDevice(config) if mesh is None else DeviceMesh(mesh, config)
         check_weights(weights, config, head)
         if compilation_cache is not None:
             keep_compiled_programs(Path(compilation_cache))
@@ -116,7 +126,7 @@ class Engine:
         self.tokenizer, self.text = tokenizer, text
         self.max_length = min(config.max_positions, text.max_tokens or max_batch_tokens, max_batch_tokens)
         self.buckets = row_buckets(self.plan, max_batch_tokens)
-        self.params = nest({name: jax.device_put(weight) for name, weight in weights.items()}, config, funnel)
+        self.params = self.devices.place(weights, funnel, dtype or str(weights["embedding"].dtype))
         self.head_params = {name: self.params[name] for name in head_shapes(config.hidden_size, head)}
         self._programs: dict[tuple[str, int, int], Future[Program]] = {}
         self._lock = threading.Lock()  # guards the programs and the counters
@@ -135,6 +145,7 @@ class Engine:
         max_batch_tokens: int = 16384,
         compilation_cache: str | PathLike[str] | None = None,
         verify: bool = False,
+        mesh: Mesh | None = None,
     ) -> "Engine":
         """Loads a checkpoint that `convert` has written.
 
@@ -151,8 +162,6 @@ class Engine:
             CheckpointError: the directory is not a whole checkpoint.
             ConfigError, BackendUnavailable: as `Engine`.
         """
-        if dtype is not None:
-            check_dtype(dtype)
         checkpoint = read_checkpoint(path, verify=verify)
         config, head = checkpoint.config, checkpoint.head
         if attention is not None:
@@ -162,13 +171,15 @@ class Engine:
         return cls(
             config,
             head,
-            {name: to_device(weight, dtype or checkpoint.dtype) for name, weight in checkpoint.weights.items()},
+            checkpoint.weights,
             funnel=funnel,
             backend=backend,
             tokenizer=read_tokenizer(checkpoint.tokenizer_file) if checkpoint.tokenizer_file else None,
             text=checkpoint.manifest.text,
             max_batch_tokens=max_batch_tokens,
             compilation_cache=compilation_cache,
+            dtype=dtype,
+            mesh=mesh,
         )
 
     def embed(
@@ -202,7 +213,7 @@ class Engine:
         ragged = self._read(inputs, truncate, prompt_name)
         vectors = np.empty((len(ragged.lengths), width), np.float32)
         for order, _, result in self._run(ragged, self._embed_rows):
-            vectors[order] = np.asarray(result)[: len(order)]
+            vectors[order] = result[: len(order)]
         vectors = vectors[:, :truncate_dim]
         if normalize:
             vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
@@ -222,7 +233,7 @@ class Engine:
         ragged = self._read(inputs, truncate)
         logits = np.empty((len(ragged.lengths), len(self.head.labels)), np.float32)
         for order, _, result in self._run(ragged, self._classify_rows):
-            logits[order] = np.asarray(result)[: len(order)]
+            logits[order] = result[: len(order)]
         return logits
 
     def tag(self, inputs: Any, *, truncate: bool = False) -> list[np.ndarray]:
@@ -248,7 +259,7 @@ class Engine:
         Raises:
             InputError: inputs that cannot be run.
         """
-        return self._split_rows(inputs, truncate, lambda rows, ragged, sequences: rows)
+        return self._split_rows(inputs, truncate, lambda rows, batches, where: rows)
 
     def warmup(self, progress: bool = True) -> None:
         """Compiles the programs of every bucket, so that no later call compiles.
@@ -285,7 +296,7 @@ class Engine:
         config, lengths = self.config, np.full(1, min(512, self.max_length), np.int32)
         ratio = ideal_ratio(config, self.funnel, lengths)
         dtype = str(self.params["embedding"].dtype)
-        served = served_by(config, self.funnel, dtype, self.backend)
+        served = served_by(self.devices.config, self.funnel, dtype, self.backend)
         return "\n".join(
             [
                 f"model        {config.family}, {config.num_layers} layers of width {config.hidden_size}, "
@@ -294,7 +305,7 @@ class Engine:
                 f"head         pooling {self.head.pooling}, {len(self.head.dense)} dense layers, "
                 f"task {self.head.task or 'none'}",
                 *(f"{op:<13}{answer}" for op, answer in served.items()),
-                f"devices      {', '.join(str(device) for device in jax.devices())}",
+                f"devices      {self.devices}",
                 f"buckets      {len(self.buckets)} from {self.buckets[0]} to {self.buckets[-1]} rows",
                 f"limits       {self.max_length} tokens a sequence",
             ]
@@ -314,59 +325,63 @@ class Engine:
             vocab_size=self.config.vocab_size, max_length=self.max_length, truncate=truncate,
         )  # fmt: skip
 
-    def _run(self, ragged: Ragged, head: Callable[..., jax.Array]) -> Iterator[tuple[Ints, Spans, jax.Array]]:
+    def _run(self, ragged: Ragged, head: Head) -> Iterator[tuple[Ints, Spans, np.ndarray]]:
         """Runs all batches; yields each one's sequence indices, its output rows, and the head's result.
 
         The next batch is packed and dispatched before the last one's result is handed out, so that the device does
-        not wait for the host.
+        not wait for the host. Over a mesh, what runs at once is a group of batches, one bucket for all of them.
         """
-        pending = None
+        pending: Iterable[tuple[Ints, Spans, np.ndarray]] = ()
         running: list[jax.Array] = []
         try:
-            for order in split(self.plan, ragged.lengths, self.buckets[-1]):
-                batch = ragged.take(order)
-                spent = int(self.plan.rows_needed(batch.lengths).sum())
+            for group in self.devices.groups(self.plan, ragged.lengths, self.buckets):
+                batches = [ragged.take(order) for order in group]
+                spent = max(int(self.plan.rows_needed(batch.lengths).sum()) for batch in batches)
                 rows = next(bucket for bucket in self.buckets if bucket >= spent)
-                packed = pack(self.plan, batch.ids, batch.offsets, rows)
+                packed = self.devices.stack([pack(self.plan, batch.ids, batch.offsets, rows) for batch in batches])
                 running.append(self._program("forward", rows, 0)(self.params, packed))
-                self._count(batches=1, padding_rows=rows - len(batch.ids))
-                where = spans(self.plan, batch.lengths, self.plan.output_stride)
-                running.append(head(running[-1], batch, where))
-                if pending is not None:
-                    yield pending
-                pending = order, where, running[-1]
+                tokens = sum(len(batch.ids) for batch in batches)
+                self._count(batches=len(batches), padding_rows=self.devices.data * rows - tokens)
+                where = [spans(self.plan, batch.lengths, self.plan.output_stride) for batch in batches]
+                running.append(head(running[-1], batches, where))
+                yield from pending
+                pending = zip(group, where, self.devices.unstack(running[-1]), strict=False)  # devices left over: last
                 running = running[-2:]
             self._count(calls=1, sequences=len(ragged.lengths), tokens=len(ragged.ids))
-            assert pending is not None  # there is at least one sequence
-            yield pending
+            yield from pending
         finally:
             jax.block_until_ready(running)  # an interrupted caller must not free weights that are being read
 
-    def _split_rows(self, inputs: Any, truncate: bool, head: Callable[..., jax.Array]) -> list[np.ndarray]:
+    def _split_rows(self, inputs: Any, truncate: bool, head: Head) -> list[np.ndarray]:
         ragged = self._read(inputs, truncate)
         results: list[np.ndarray] = [np.empty(0)] * len(ragged.lengths)
         for order, where, result in self._run(ragged, head):
-            rows = np.asarray(result).astype(np.float32)
+            rows = result.astype(np.float32)
             for index, first, count in zip(order, where.first, where.rows, strict=True):
                 results[index] = rows[first : first + count]
         return results
 
-    def _embed_rows(self, rows: jax.Array, batch: Ragged, where: Spans) -> jax.Array:
-        sequences = sequence_bucket(len(where.first))
-        first, count = (np.zeros(sequences, np.int32) for _ in range(2))
-        first[: len(where.first)], count[: len(where.rows)] = where
-        program = self._program("embed", rows.shape[0] * self.plan.output_stride, sequences)
-        return program(self.head_params, rows, first, count)
+    def _embed_rows(self, rows: jax.Array, batches: list[Ragged], where: list[Spans]) -> jax.Array:
+        return self._run_head("embed", rows, where)
 
-    def _classify_rows(self, rows: jax.Array, batch: Ragged, where: Spans) -> jax.Array:
-        stride = self.plan.output_stride
-        token = last_tokens(batch, self.config.pad_token_id)
-        at = np.zeros(sequence_bucket(len(token)), np.int32)
-        at[: len(token)] = where.first + (token + self.plan.offset(stride)) // stride
-        return self._program("classify", rows.shape[0] * stride, len(at))(self.head_params, rows, at)
+    def _classify_rows(self, rows: jax.Array, batches: list[Ragged], where: list[Spans]) -> jax.Array:
+        stride, reads = self.plan.output_stride, []
+        for batch, (first, _) in zip(batches, where, strict=True):
+            token = last_tokens(batch, self.config.pad_token_id)
+            reads.append((first + (token + self.plan.offset(stride)) // stride,))
+        return self._run_head("classify", rows, reads)
 
-    def _tag_rows(self, rows: jax.Array, batch: Ragged, where: Spans) -> jax.Array:
-        return self._program("tag", rows.shape[0], 0)(self.head_params, rows)
+    def _tag_rows(self, rows: jax.Array, batches: list[Ragged], where: list[Spans]) -> jax.Array:
+        return self._program("tag", rows.shape[-2], 0)(self.head_params, rows)
+
+    def _run_head(self, task: str, rows: jax.Array, reads: Sequence[tuple[Ints, ...]]) -> jax.Array:
+        """Runs a head on the encoder's rows; `reads` has for every batch the integers of each of its sequences."""
+        sequences = sequence_bucket(max(len(integers[0]) for integers in reads))
+        padded = np.zeros((len(reads), len(reads[0]), sequences), np.int32)
+        for batch, integers in zip(padded, reads, strict=True):
+            batch[:, : len(integers[0])] = integers
+        program = self._program(task, rows.shape[-2] * self.plan.output_stride, sequences)
+        return program(self.head_params, rows, *self.devices.stack([tuple(batch) for batch in padded]))
 
     def _program(self, name: str, rows: int, sequences: int) -> Program:
         """The compiled program of a bucket; the first caller that needs it compiles it, the others wait."""
@@ -393,18 +408,22 @@ class Engine:
 
     def _compile(self, name: str, rows: int, sequences: int) -> Program:
         if name == "forward":
-            one_token = np.zeros(1, np.int32), np.array([0, 1], np.int32)
-            batch = jax.tree.map(shape_of, pack(self.plan, *one_token, rows))  # any sequence: only shapes matter
-            encoder = partial(forward, config=self.config, funnel=self.funnel, backend=self.backend)
-            return jax.jit(encoder).lower(self.params, batch).compile(compiler_options(jax.default_backend()))
+            encoder = partial(
+                forward, config=self.devices.config, funnel=self.funnel, backend=self.backend, axis=self.devices.axis
+            )
+            return self._compiled(encoder, self.params, batch_shapes(self.plan, rows))
         width, dtype = self.config.hidden_size, self.params["embedding"].dtype
         hidden = jax.ShapeDtypeStruct((rows // self.plan.output_stride, width), dtype)
         per_sequence = jax.ShapeDtypeStruct((sequences,), np.int32)
         function, integers = HEAD_PROGRAMS[name]
         options = {"head": self.head} | ({"backend": self.backend} if name == "embed" else {})
-        arguments = [hidden] + [per_sequence] * integers
-        lowered = jax.jit(partial(function, **options)).lower(self.head_params, *arguments)
-        return lowered.compile(compiler_options(jax.default_backend()))
+        return self._compiled(partial(function, **options), self.head_params, hidden, *[per_sequence] * integers)
+
+    def _compiled(self, function: Program, params: Params, *shapes: Any) -> Program:
+        """`function(params, *arrays)` of one batch's arrays, compiled for what the devices run at once."""
+        spread = jax.jit(self.devices.spread(function, params))
+        lowered = spread.lower(params, *self.devices.shapes(shapes))
+        return self.devices.queued(lowered.compile(compiler_options(jax.default_backend())))
 
     def _count(self, **counts: float) -> None:
         with self._lock:
@@ -425,10 +444,6 @@ def last_tokens(batch: Ragged, pad_token_id: int | None) -> Ints:
         return batch.lengths - 1
     within = np.arange(len(batch.ids), dtype=np.int32) - np.repeat(batch.offsets[:-1], batch.lengths)
     return np.maximum.reduceat(np.where(batch.ids != pad_token_id, within, 0), batch.offsets[:-1])
-
-
-def shape_of(array: np.ndarray) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(array.shape, array.dtype)
 
 
 def describe_funnel(funnel: FunnelConfig) -> str:
@@ -467,8 +482,3 @@ def keep_compiled_programs(directory: Path) -> None:
     jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax_cache.reset_cache()  # a directory that was in use before stays so otherwise
-
-
-def to_device(weight: np.ndarray, dtype: str) -> jax.Array:
-    """Casts and transfers one weight; on the CPU a weight that needs no cast stays where the file is mapped."""
-    return jax.device_put(weight if str(weight.dtype) == dtype else weight.astype(DTYPES[dtype]))

@@ -22,7 +22,13 @@ ROWS_PER_BLOCK = 1024  # of the MLP, see `in_blocks`
 
 
 def forward(
-    params: Params, batch: Batch, *, config: ModelConfig, funnel: FunnelConfig, backend: str = "auto"
+    params: Params,
+    batch: Batch,
+    *,
+    config: ModelConfig,
+    funnel: FunnelConfig,
+    backend: str = "auto",
+    axis: str | None = None,
 ) -> jax.Array:
     """Runs the encoder on a packed batch.
 
@@ -31,6 +37,8 @@ def forward(
         batch: N packed rows, made by `packing.pack` with the plan of the same `config` and `funnel`.
         config, funnel: the architecture and its funnel.
         backend: which implementation runs the ops, see `funnel_kernels.dispatch`.
+        axis: inside a `jax.shard_map`, the mesh axis along which devices share the heads and the MLP's width; `config`
+            and `params` are then one device's, see `sharding`.
 
     Returns:
         [N / funnel.output_stride, hidden_size] rows after the final norm, in the dtype of the weights. Rows that hold
@@ -46,7 +54,8 @@ def forward(
     source = recovery.source if recovery else None
     steps = layer_steps(config, funnel)
 
-    x = params["embedding"][batch.ids] * jnp.asarray(config.hidden_size**0.5, dtype)  # [N, D], the residual stream
+    x = gather_columns(params["embedding"][batch.ids], axis)  # [N, D], the residual stream
+    x = x * jnp.asarray(config.hidden_size**0.5, dtype)
     full: Any = x if source else None  # full-length activations kept for the recovery: one buffer
     full_layers = 0  # how many layers' outputs it holds
     rotations = {
@@ -84,12 +93,12 @@ def forward(
             heads=config.num_heads, kv_heads=config.num_kv_heads,
             scale=config.query_scale, softcap=config.softcap, backend=backend,
         )  # fmt: skip
-        update = project(attended, weights["attention_output"])
+        update = total(project(attended, weights["attention_output"]), axis, dtype)
         if config.post_norms:
             update = rms_norm(update, weights["attention_output_norm"], eps)
         x = (x + update).astype(dtype)
 
-        x = in_blocks(partial(mlp, weights, config), x)
+        x = in_blocks(partial(mlp, weights, config, axis), x)
 
         # What the recovery needs of the full-length layers, in one buffer.
         if source and step.query_stride == 1:
@@ -106,12 +115,12 @@ def forward(
     )  # fmt: skip
 
 
-def mlp(weights: Params, config: ModelConfig, x: jax.Array) -> jax.Array:
+def mlp(weights: Params, config: ModelConfig, axis: str | None, x: jax.Array) -> jax.Array:
     """`x + down(gelu(gate(x)) * up(x))` with its norms: GeGLU (arXiv:2002.05202), the tanh approximation of gelu."""
     normed = rms_norm(x, weights["mlp_input_norm"], config.norm_eps).astype(x.dtype)
     gate, up = jnp.split(project(normed, weights["gate_up"]), 2, axis=1)
     hidden = (jax.nn.gelu(gate, approximate=True) * up).astype(x.dtype)
-    update = project(hidden, weights["down"])
+    update = total(project(hidden, weights["down"]), axis, x.dtype)
     if config.post_norms:
         update = rms_norm(update, weights["mlp_output_norm"], config.norm_eps)
     return (x + update).astype(x.dtype)
@@ -147,6 +156,19 @@ def project(x: jax.Array, weight: jax.Array) -> jax.Array:
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     dimensions = (((1,), (1,)), ((), ()))
     return jax.lax.dot_general(x, weight, dimensions, precision=precision, preferred_element_type=jnp.float32)
+
+
+def gather_columns(x: jax.Array, axis: str | None) -> jax.Array:
+    """Every device's columns side by side, [N, D / T] -> [N, D]; without an axis they are all here."""
+    return x if axis is None else jax.lax.all_gather(x, axis, axis=1, tiled=True)
+
+
+def total(update: jax.Array, axis: str | None, dtype: jnp.dtype) -> jax.Array:
+    """The sum of every device's share of an update, [N, D]; without an axis the update is whole.
+
+    It is summed in the dtype of the activations: in float32 twice as much would travel between devices.
+    """
+    return update if axis is None else jax.lax.psum(update.astype(dtype), axis)
 
 
 def split_columns(qkv: jax.Array, config: ModelConfig) -> list[jax.Array]:

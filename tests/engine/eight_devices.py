@@ -1,0 +1,295 @@
+"""Engines over meshes of simulated devices give what one device gives. Run by `test_sharding.py`, or by hand:
+
+    XLA_FLAGS="--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0" \\
+    pytest tests/engine/eight_devices.py
+
+The second flag makes XLA compile these programs three times as fast.
+"""
+
+import dataclasses
+import functools
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import numpy as np
+import pytest
+import transformers
+from jax.sharding import Mesh
+
+from funnel_engine import ConfigError, Engine, FunnelConfig, HeadConfig, convert
+from funnel_engine.config import Rope
+from funnel_engine.heads import DenseConfig
+from funnel_engine.packing import make_plan, pack, spans
+from funnel_engine.sharding import DeviceMesh, abstract_forward
+from funnel_engine.weights import expected_shapes
+from hugging_face_models import build, gemma3
+from tiny_models import CONFIG, make_engine, random_ids
+
+# heads, key/value heads, norms and softcap as the models of the family have them
+GROUPED = dataclasses.replace(CONFIG, hidden_size=32)  # Gemma 2: 4 heads, 2 key/value heads, post-norms, softcap
+MULTI_QUERY = dataclasses.replace(GROUPED, num_kv_heads=1, softcap=None, post_norms=False)
+MULTI_HEAD = dataclasses.replace(GROUPED, num_kv_heads=4, softcap=None, qk_norm=True, full_rope=Rope(1e6, 8.0))
+MODELS = {
+    "grouped, funnel": (GROUPED, FunnelConfig((1, 3), recovery="sum_max")),
+    "multi-query, pooled queries": (MULTI_QUERY, FunnelConfig((1, 2), pool_query_only=True)),
+    "grouped, two funnels of pooled queries": (
+        dataclasses.replace(GROUPED, qk_norm=True),
+        FunnelConfig((2, 1, 2), pool_query_only=True, recovery="mean_last", recovery_site="after_norm"),
+    ),
+    "multi-head, no funnel": (MULTI_HEAD, FunnelConfig()),
+}
+MESHES = {
+    "model 2": {"model": 2},
+    "model 4": {"model": 4},
+    "data 2": {"data": 2},
+    "data 2, model 2": {"data": 2, "model": 2},
+    "data 8": {"data": 8},
+}
+POOLED = HeadConfig(
+    pooling="attention",
+    pooler=True,
+    dense=(DenseConfig(20, 32, True, "tanh"),),
+    task="classify",
+    labels=("a", "b", "c"),
+)
+TAGGER = HeadConfig(task="tag", labels=("O", "B", "I"), classifier_bias=True)
+RAGGED = [11, 23, 1, 13]  # one batch of 64 rows, on one device
+
+
+def mesh_of(**sizes: int) -> Mesh:
+    shape = tuple(sizes.values())
+    return Mesh(np.array(jax.devices()[: np.prod(shape)]).reshape(shape), tuple(sizes))
+
+
+def assert_close(got, expected, atol=1e-5):
+    assert len(got) == len(expected)
+    for a, b in zip(got, expected, strict=True):
+        assert a.shape == b.shape
+        np.testing.assert_allclose(a, b, atol=atol)
+
+
+@functools.cache
+def on_one_device(name):
+    config, funnel = MODELS[name]
+    return make_engine(HeadConfig(), config, funnel=funnel).hidden_states(random_ids(RAGGED))
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_mesh_gives_what_one_device_gives(name, mesh):
+    config, funnel = MODELS[name]
+    engine = make_engine(HeadConfig(), config, funnel=funnel, mesh=mesh_of(**MESHES[mesh]))
+    assert_close(engine.hidden_states(random_ids(RAGGED)), on_one_device(name))
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_every_backend_runs_over_a_mesh(backend):
+    config, funnel = MODELS["grouped, funnel"]
+    ids = random_ids([5, 20])
+    one = make_engine(HeadConfig(), config, funnel=funnel)
+    many = make_engine(HeadConfig(), config, funnel=funnel, backend=backend, mesh=mesh_of(data=2, model=2))
+    assert_close(many.hidden_states(ids), one.hidden_states(ids))
+    assert f"attention    {backend}" in many.describe()
+
+
+def test_rows_in_blocks():
+    """On a CPU the MLP of more than 1024 rows is a loop over blocks of rows, with a sum in each."""
+    config = dataclasses.replace(MULTI_QUERY, max_positions=1300)
+    one, many = (
+        make_engine(HeadConfig(), config, max_batch_tokens=1300, mesh=mesh) for mesh in (None, mesh_of(model=4))
+    )
+    assert_close(many.hidden_states(random_ids([1300])), one.hidden_states(random_ids([1300])))
+
+
+@functools.cache
+def with_heads(**sizes: int) -> Engine:
+    config, funnel = MODELS["multi-query, pooled queries"]
+    return make_engine(POOLED, config, funnel=funnel, mesh=mesh_of(**sizes) if sizes else None)
+
+
+@pytest.mark.parametrize("mesh", ["data 2, model 2", "data 8"])
+@pytest.mark.parametrize("lengths", [[7], [9, 3, 64], [5, 64, 1, 33, 17, 2, 50, 8, 21, 40, 64, 64, 13, 30] * 3])
+def test_embed_and_classify(lengths, mesh):
+    """Fewer batches than devices along "data", about as many, and more."""
+    ids = random_ids(lengths)
+    one, many = with_heads(), with_heads(**MESHES[mesh])
+    assert_close(many.embed(ids), one.embed(ids))
+    assert_close(many.embed(ids, normalize=False, truncate_dim=7), one.embed(ids, normalize=False, truncate_dim=7))
+    padded = [np.append(sequence, [0, 0])[:64] for sequence in ids]
+    assert_close(many.classify(padded), one.classify(padded))
+
+
+@pytest.mark.parametrize("mesh", ["data 2, model 2", "data 8"])
+def test_tag(mesh):
+    config, funnel = MODELS["grouped, funnel"]
+    ids = random_ids(RAGGED * 2)
+    one, many = (make_engine(TAGGER, config, funnel=funnel, mesh=mesh) for mesh in (None, mesh_of(**MESHES[mesh])))
+    assert_close(many.tag(ids), one.tag(ids))
+
+
+def test_few_sequences_are_spread_over_all_devices():
+    """32 sequences that one batch would hold: a batch of four on each of eight devices, in the smallest bucket."""
+    many = make_engine(HeadConfig(), GROUPED, mesh=mesh_of(data=8), max_batch_tokens=1024)
+    many.embed(random_ids([16] * 32))
+    stats = many.stats()
+    assert (stats["batches"], stats["padding_rows"], stats["compilations"]) == (8, 0, 2)
+
+
+def test_batches_are_as_large_as_one_round_needs_and_no_sequence_is_lost():
+    devices = DeviceMesh(mesh_of(data=4, model=2), GROUPED)
+    plan = make_plan(GROUPED, FunnelConfig.after(1))
+    buckets = (16, 32, 48, 64)
+    generator = np.random.default_rng(5)
+    for count in (1, 3, 4, 5, 40):
+        for _ in range(20):
+            lengths = generator.integers(1, 64, count).astype(np.int32)
+            groups = devices.groups(plan, lengths, buckets)
+            batches = [batch for group in groups for batch in group]
+            assert sorted(np.concatenate(batches)) == list(range(count))
+            rows = [int(plan.rows_needed(lengths[batch]).sum()) for batch in batches]
+            assert max(rows) <= 64
+            assert all(len(group) == 4 for group in groups[:-1])
+            assert 1 <= len(groups[-1]) <= 4
+            # The largest bucket would need as many rounds, and has at most two batches that would fit into one.
+            assert len(groups) <= -(-(2 * sum(rows) // 64 + 1) // 4)
+            if max(rows) <= 32:
+                assert len(groups) == 1 or sum(rows) > 4 * 16
+
+
+def test_counters_count_what_was_asked_for_and_rows_of_idle_devices():
+    many = make_engine(HeadConfig(), GROUPED, mesh=mesh_of(data=4))
+    many.embed(random_ids([64, 60, 30]))  # three batches side by side, the fourth device has none
+    stats = many.stats()
+    assert (stats["calls"], stats["sequences"], stats["tokens"], stats["batches"]) == (1, 3, 154, 3)
+    assert stats["padding_rows"] == 4 * 64 - 154
+
+
+def test_nothing_compiles_after_warmup():
+    config, funnel = MODELS["grouped, funnel"]
+    many = make_engine(POOLED, config, funnel=funnel, mesh=mesh_of(data=2, model=2), max_batch_tokens=24)
+    many.warmup(progress=False)
+    compiled = many.stats()["compilations"]
+    assert compiled >= 3 * len(many.buckets)
+    for lengths in ([1], [24], [1] * 30, [5, 24, 3, 3, 9], [2] * 7):
+        ids = random_ids(lengths)
+        many.embed(ids), many.classify(ids), many.hidden_states(ids)
+    stats = many.stats()
+    assert stats["compilations"] == compiled
+    assert stats["compilations_after_warmup"] == 0
+
+
+@pytest.mark.parametrize(
+    ("config", "model", "copies"), [(GROUPED, 2, 1), (GROUPED, 4, 2), (MULTI_QUERY, 2, 2), (MULTI_HEAD, 4, 1)]
+)
+def test_a_device_holds_its_share_of_the_weights_and_no_more(config, model, copies):
+    """`copies`: how many devices along "model" hold the same key/value head."""
+    many = make_engine(POOLED, config, mesh=mesh_of(data=2, model=model))
+    split = ("attention_output", "gate_up", "down", "embedding")
+    expected = 0
+    for name, shape in expected_shapes(config, POOLED).items():
+        leaf = name.split(".")[-1]
+        if leaf == "qkv":
+            heads = config.num_heads / model + 2 * config.num_kv_heads * copies / model
+            expected += 4 * heads * config.head_dim * config.hidden_size
+        else:
+            expected += 4 * np.prod(shape) / (model if leaf in split else 1)
+    held = dict.fromkeys(jax.devices()[: 2 * model], 0)
+    for weight in jax.tree.leaves(many.params):
+        for shard in weight.addressable_shards:
+            held[shard.device] += shard.data.nbytes
+    assert set(held.values()) == {expected}
+
+
+def test_describe_names_the_mesh():
+    text = make_engine(HeadConfig(), GROUPED, mesh=mesh_of(model=2, data=4)).describe()
+    order = ", ".join(str(jax.devices()[index]) for index in (0, 4, 1, 5, 2, 6, 3, 7))
+    assert f"devices      data 4 x model 2: {order}\n" in text
+
+
+@pytest.mark.parametrize(
+    ("mesh", "dtype", "atol"),
+    [
+        (jax.make_mesh((4, 2), ("data", "model")), None, 0.03),
+        (jax.make_mesh((6,), ("model",)), "float32", 1e-5),
+    ],
+)
+def test_a_checkpoint_is_loaded_over_a_mesh(tmp_path, mesh, dtype, atol):
+    """From the mapped file, cast on the way if need be; meshes as JAX makes them."""
+    build(transformers.Gemma3TextModel, gemma3(use_bidirectional_attention=True)).save_pretrained(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "model", dtype="bfloat16")
+    one, many = (Engine.load(tmp_path / "model", dtype=dtype, max_batch_tokens=64, mesh=m) for m in (None, mesh))
+    assert {str(weight.dtype) for weight in jax.tree.leaves(many.params)} == {dtype or "bfloat16"}
+    ids = random_ids([12, 3, 30])
+    assert_close(many.embed(ids), one.embed(ids), atol)
+
+
+def test_threads_that_share_devices_do_not_wait_for_each_other_forever():
+    """Two engines, whose devices are in different order, called from many threads."""
+    one = make_engine(HeadConfig(), GROUPED)
+    meshes = mesh_of(data=2, model=2), Mesh(np.array(jax.devices()[3::-1]), ("model",))
+    engines = [make_engine(HeadConfig(), GROUPED, mesh=mesh) for mesh in meshes]
+    calls = [random_ids([9, 4], seed) for seed in range(200)]
+    with ThreadPoolExecutor(32) as pool:
+        results = [pool.map(engine.embed, calls) for engine in engines]
+    for ids, *vectors in zip(calls, *results, strict=True):
+        for vector in vectors:
+            assert_close(vector, one.embed(ids))
+
+
+def test_one_program_is_queued_at_a_time_whatever_the_mesh():
+    inside, most = 0, 0
+
+    def program(pause):
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        time.sleep(pause)
+        inside -= 1
+
+    programs = [DeviceMesh(mesh, GROUPED).queued(program) for mesh in (mesh_of(model=4), mesh_of(data=8))]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda index: programs[index % 2](0.002), range(24)))
+    assert most == 1
+
+
+@pytest.mark.parametrize("name", ["grouped, funnel", "multi-query, pooled queries"])
+def test_compiled_ahead_from_shapes_alone(name):
+    """Two sums a layer and the embedding's rows are all that travels; the arguments are those of an engine."""
+    config, funnel = MODELS[name]
+    program, params, batch = abstract_forward(mesh_of(data=2, model=4), config, funnel, rows=72, dtype="float32")
+    compiled = program.lower(params, batch).compile()
+    collectives = re.findall(r" (all-[a-z]+|reduce-scatter|collective-[a-z]+)(?:-start)?\(", compiled.as_text())
+    assert sorted(collectives) == ["all-gather"] + ["all-reduce"] * 2 * config.num_layers
+
+    many = make_engine(HeadConfig(), config, funnel=funnel, mesh=mesh_of(data=2, model=4))
+    facts = functools.partial(jax.tree.map, lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding))
+    assert facts(params) == facts(many.params)
+    ids, offsets = np.concatenate(random_ids(RAGGED)), np.cumsum([0, *RAGGED]).astype(np.int32)
+    packed = pack(many.plan, ids, offsets, 72)
+    rows = np.asarray(
+        compiled(many.params, jax.tree.map(lambda array: np.stack([np.zeros_like(array), array]), packed))
+    )
+    assert rows.shape == (2, 72 // funnel.output_stride, config.hidden_size)
+    for first, count, expected in zip(
+        *spans(many.plan, np.array(RAGGED), funnel.output_stride), on_one_device(name), strict=True
+    ):
+        assert_close(rows[1, first : first + count], expected)
+
+
+def test_a_mesh_that_does_not_fit():
+    with pytest.raises(ConfigError, match="the mesh has 8 devices along 'model', which does not divide num_heads=4"):
+        make_engine(HeadConfig(), GROUPED, mesh=mesh_of(model=8))
+    with pytest.raises(ConfigError, match="the mesh has 3 devices along 'model', which does not divide num_heads=4"):
+        make_engine(HeadConfig(), GROUPED, mesh=mesh_of(data=2, model=3))
+    with pytest.raises(ConfigError, match="which does not divide hidden_size=30"):
+        make_engine(HeadConfig(), dataclasses.replace(GROUPED, hidden_size=30), mesh=mesh_of(data=2, model=4))
+    with pytest.raises(ConfigError, match="mesh axis 'tensor' is unknown; name the axes of a mesh 'data' or 'model'"):
+        make_engine(HeadConfig(), GROUPED, mesh=mesh_of(data=2, tensor=2))
+
+
+def test_devices_of_another_process_are_refused(monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    with pytest.raises(ConfigError, match=r"devices of other processes, e\.g\. .*0; .* mesh of jax.local_devices"):
+        make_engine(HeadConfig(), GROUPED, mesh=mesh_of(data=2))

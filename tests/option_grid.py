@@ -154,6 +154,7 @@ HEADS = {
     "head dim 2": {"head_dim": 2},
     "head dim 10": {"head_dim": 10},
     "head dim 64": {"head_dim": 64},
+    "head dim 80": {"head_dim": 80},
     "head dim 128": {"heads": 4, "kv_heads": 2, "head_dim": 128},
     "head dim 256": {"heads": 4, "kv_heads": 1, "head_dim": 256},
 }

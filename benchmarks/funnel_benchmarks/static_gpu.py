@@ -2,15 +2,21 @@
 
     python -m funnel_benchmarks.static_gpu --json static-gpu.json
 
-Exit status 1 if a kernel for an NVIDIA target does not compile, spills registers, or needs more shared memory than its
-target has. AMD's gfx942 is reported apart and decides nothing.
+A kernel goes the way that jax-triton and XLA take it: Triton makes PTX, and the `ptxas` that Triton ships makes machine
+code of it. No cache is read. Exit status 1 if a kernel for an NVIDIA target does not compile, spills registers, or
+needs more shared memory than its target has. AMD's gfx942 is reported apart and decides nothing.
 """
 
 import collections
+import concurrent.futures
+import itertools
 import json
+import multiprocessing
+import os
 import re
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,24 +27,34 @@ import triton
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
-from triton.compiler import ASTSource
+from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+from triton.compiler import ASTSource, make_backend
 
 from funnel_engine import preset
+from funnel_engine.config import RECOVERIES
 from funnel_engine.output_files import check_writable, write_text
 from funnel_engine.presets import PRESETS
 from funnel_kernels.attention import triton_gpu as attention
+from funnel_kernels.errors import FunnelError, InputError
 from funnel_kernels.pool import POOLS
 from funnel_kernels.pool import triton_gpu as pool
-from funnel_kernels.recover import MODES, SITES
+from funnel_kernels.recover import SITES
 from funnel_kernels.recover import triton_gpu as recover
+from funnel_kernels.triton_calls import row_rule
 
 ROWS = 65_536
 EPS = 1e-6
 HOPPER = 90  # whose block sizes AMD gets
 STRIDES = (2, 4)
 POINTERS = {"bfloat16": "*bf16", "float32": "*fp32"}
+KERNELS = {
+    "attention": attention.attention_kernel,
+    "pool_norm": pool.pool_norm_kernel,
+    "recover_norm": recover.recover_norm_kernel,
+}
+MACHINE_CODE = ("cubin", "hsaco")  # Triton's last stages
 # What a program may have of shared memory, in bytes (CUDA C++ programming guide, table of compute capabilities; AMD
 # CDNA 3 instruction set, section 2.2).
 SHARED = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
@@ -49,152 +65,260 @@ TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
 class Variant(NamedTuple):
     """One kernel with everything that is fixed when it is compiled: types of its pointers, and options."""
 
-    name: str
-    kernel: Any
+    op: str
+    details: str
     pointers: dict[str, str]
     options: dict[str, Any]
 
+    @property
+    def name(self) -> str:
+        return f"{self.op} {self.details}"
+
 
 class Compiled(NamedTuple):
-    """What a variant uses on a target: bytes of shared memory, registers a thread, bytes of registers spilled."""
+    """What a variant uses on a target: registers a thread, bytes of shared memory, bytes of registers spilled.
 
-    variant: str
-    target: str
-    shared: int
+    `error` is empty where it compiles.
+    """
+
     registers: int
+    shared: int
     spilled: int
-    problem: str
+    error: str = ""
 
 
-def variants(target: str) -> Iterator[Variant]:
-    """What every preset needs on a target, each once: both dtypes, all pools, recoveries and sites."""
-    capability = TARGETS[target].arch if TARGETS[target].backend == "cuda" else HOPPER
-    shapes = sorted({(c.num_heads, c.num_kv_heads, c.head_dim, c.query_scale, c.softcap or 0.0) for c in configs()})
+def variants(target: str, sample: bool = False) -> Iterator[Variant]:
+    """What every preset needs on a target, each once: both dtypes, all pools, recoveries and sites.
+
+    The row-wise kernels come in every width with all options at stride 2; of other strides, and in a sample of stride 2
+    too, there are as few as show each width and each combination of options. Attention comes in every shape; in a
+    sample, of shapes that differ in constants alone there is one.
+    """
     widths = sorted({config.hidden_size for config in configs()})
-    for dtype, pointer in POINTERS.items():
-        for heads, kv_heads, head_dim, scale, softcap in shapes:
-            _, options = attention.launch(
-                ROWS, ROWS, jnp.dtype(dtype), heads, kv_heads, head_dim, scale, softcap or None, capability
-            )
-            pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), pointer)
-            pointers |= dict.fromkeys(("lo_ptr", "hi_ptr"), "*i32")
-            name = f"attention {heads}/{kv_heads} heads of {head_dim}, softcap {softcap:g}, {dtype}"
-            yield Variant(name, attention.attention_kernel, pointers, options)
-        for width in widths:
-            for stride in STRIDES:
-                for mode in POOLS:
-                    _, options = pool.launch(ROWS // stride, width, stride, mode, EPS)
-                    pointers = dict.fromkeys(("x_ptr", "weight_ptr", "pooled_ptr", "normed_ptr"), pointer)
-                    name = f"pool_norm {mode}, stride {stride}, width {width}, {dtype}"
-                    yield Variant(name, pool.pool_norm_kernel, pointers | {"real_ptr": "*i1"}, options)
-                for mode in MODES:
-                    for site in SITES:
-                        _, options = recover.launch(ROWS // stride, width, stride, mode, site, EPS)
-                        pointers = dict.fromkeys(("short_ptr", "full_ptr", "weight_ptr", "out_ptr"), pointer)
-                        name = f"recover_norm {mode}, {site}, stride {stride}, width {width}, {dtype}"
-                        yield Variant(name, recover.recover_norm_kernel, pointers, options)
+    recoveries = dict.fromkeys(
+        (recovery.mode, site, dtype, "float32" if recovery.source == "mean" else dtype)
+        for recovery, site, dtype in itertools.product(RECOVERIES.values(), SITES, POINTERS)
+        if recovery.mode != "tile" or site == SITES[0]  # where it is the same program
+    )
+    yield from attention_variants(target, sample)
+    for width, ((mode, dtype), stride) in row_wise(widths, list(itertools.product(POOLS, POINTERS)), sample):
+        yield pool_variant(width, mode, dtype, stride)
+    for width, ((mode, site, dtype, full), stride) in row_wise(widths, list(recoveries), sample):
+        yield recover_variant(width, mode, site, dtype, full, stride)
 
 
 def configs() -> Iterator[Any]:
     return map(preset, PRESETS)
 
 
-def compile_for(variant: Variant, target: str) -> Compiled:
-    """Compiles one variant; what goes wrong is in `problem`."""
-    options = dict(variant.options)
-    launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
-    launch["enable_fp_fusion"] = True  # as jax-triton asks
-    names = variant.kernel.arg_names
-    signature = {name: variant.pointers.get(name, "constexpr") for name in names}
-    # JAX's arrays start at multiples of 16 bytes and more, and jax-triton tells the compiler so.
-    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in variant.pointers}
-    source = ASTSource(variant.kernel, signature, constexprs=options, attrs=aligned)
+def row_wise(widths: list[int], options: list[Any], sample: bool) -> Iterator[tuple[int, tuple[Any, int]]]:
+    """Widths with (option, stride)."""
+    if sample:
+        return few(widths, list(itertools.product(options, STRIDES)))
+    usual, *others = STRIDES
+    return itertools.chain(
+        itertools.product(widths, itertools.product(options, [usual])),
+        few(widths, list(itertools.product(options, others))),
+    )
+
+
+def few(first: list[Any], second: list[Any]) -> Iterator[tuple[Any, Any]]:
+    """Pairs that have each element of two lists at least once."""
+    pairs = zip(itertools.cycle(first), itertools.cycle(second), strict=True)
+    return itertools.islice(pairs, max(len(first), len(second)))
+
+
+def attention_variants(target: str, sample: bool) -> Iterator[Variant]:
+    on_amd = TARGETS[target].backend == "hip"
+    capability = HOPPER if on_amd else TARGETS[target].arch
+    shapes = sorted({(c.num_heads, c.num_kv_heads, c.head_dim, c.query_scale, c.softcap or 0.0) for c in configs()})
+    if sample:  # heads that share a key, head dim and softcap shape the program
+        shapes = list({(shape[0] // shape[1], shape[2], shape[4]): shape for shape in shapes}.values())
+    for dtype, (heads, kv_heads, head_dim, scale, softcap) in itertools.product(POINTERS, shapes):
+        sizes = attention.rule(attention.padded(head_dim), jnp.dtype(dtype), capability)
+        _, options = attention.launch(
+            ROWS, ROWS, jnp.dtype(dtype), heads, kv_heads, head_dim, scale, softcap or None, sizes
+        )
+        if on_amd:  # which has no TF32
+            options["precision"] = "ieee"
+        pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), POINTERS[dtype])
+        pointers |= dict.fromkeys(("lo_ptr", "hi_ptr"), "*i32")
+        details = f"{heads}/{kv_heads} heads of {head_dim}, softcap {softcap:g}, {dtype}"
+        yield Variant("attention", details, pointers, options)
+
+
+def pool_variant(width: int, mode: str, dtype: str, stride: int) -> Variant:
+    sizes = row_rule(triton.next_power_of_2(width))
+    _, options = pool.launch(ROWS // stride, width, stride, mode, EPS, sizes)
+    pointers = dict.fromkeys(("x_ptr", "weight_ptr", "pooled_ptr", "normed_ptr"), POINTERS[dtype])
+    details = f"{mode}, stride {stride}, width {width}, {dtype}"
+    return Variant("pool_norm", details, pointers | {"real_ptr": "*i1"}, options)
+
+
+def recover_variant(width: int, mode: str, site: str, dtype: str, full: str, stride: int) -> Variant:
+    """`full` is the dtype of the full-length activations: a running mean is float32 whatever the model."""
+    sizes = row_rule(triton.next_power_of_2(width))
+    _, options = recover.launch(ROWS // stride, width, stride, mode, site, EPS, sizes)
+    pointers = dict.fromkeys(("short_ptr", "weight_ptr", "out_ptr"), POINTERS[dtype])
+    details = f"{mode}, {site}, stride {stride}, width {width}, {dtype}"
+    details += f" with {full}" if full != dtype else ""
+    return Variant("recover_norm", details, pointers | {"full_ptr": POINTERS[full]}, options)
+
+
+def compile_for(target: str, variant: Variant) -> Compiled:
+    """Compiles one variant as jax-triton asks Triton to."""
+    constants = dict(variant.options)
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages")} | {"enable_fp_fusion": True}
+    kernel = KERNELS[variant.op]
+    signature = {name: variant.pointers.get(name, "constexpr") for name in kernel.arg_names}
+    # JAX's arrays start at multiples of 16 bytes and more.
+    aligned = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in variant.pointers}
+    metadata: dict[str, Any] = {}
     try:
-        program = triton.compile(source, target=TARGETS[target], options=launch)
-    except Exception as error:  # the compiler raises anything
-        return Compiled(variant.name, target, 0, 0, 0, f"does not compile: {str(error).strip().splitlines()[-1]}")
-    registers, spilled = USED[TARGETS[target].backend](program, target)
-    problem = f"spills {spilled} bytes" if spilled else ""
-    if program.metadata.shared > SHARED[target]:
-        problem = f"needs {program.metadata.shared:,} bytes of shared memory; {target} has {SHARED[target]:,}"
-    return Compiled(variant.name, target, program.metadata.shared, registers, spilled, problem)
+        source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
+        assembly = assemble(source, TARGETS[target], options, metadata)
+        registers, spilled = USED[TARGETS[target].backend](assembly, target)
+    except Exception as error:  # the compilers raise anything
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return Compiled(0, 0, 0, f"does not compile: {lines[-1]}")
+    return Compiled(registers, metadata["shared"], spilled)
 
 
-def used_on_nvidia(program: Any, target: str) -> tuple[int, int]:
-    """Registers and spilled bytes, which ptxas tells."""
+def assemble(source: ASTSource, target: GPUTarget, options: dict[str, Any], metadata: dict[str, Any]) -> str:
+    """Runs Triton's stages up to the assembly, which is text. They write what they find out into `metadata`."""
+    backend = make_backend(target)
+    settings = backend.parse_options(options)
+    metadata.update(vars(settings))
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    stages: dict[str, Callable[..., Any]] = {}
+    backend.add_stages(stages, settings, source.language)
+    functions = backend.get_codegen_implementation(settings)
+    program = source.make_ir(target, settings, functions, backend.get_module_map(), context)
+    for name, stage in stages.items():
+        if name not in MACHINE_CODE:
+            program = stage(program, metadata)
+    return program
+
+
+def used_on_nvidia(ptx: str, target: str) -> tuple[int, int]:
+    """Registers and spilled bytes, which ptxas tells.
+
+    Raises:
+        ValueError: ptxas refuses the program.
+    """
     capability = TARGETS[target].arch
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "kernel.ptx"
-        file.write_text(program.asm["ptx"])
-        name = f"sm_{capability}" + ("a" if capability >= 90 else "")
-        command = [
-            get_ptxas(capability).path,
-            "-v",
-            f"--gpu-name={name}",
-            str(file),
-            "-o",
-            str(file.with_suffix(".cubin")),
-        ]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [get_ptxas(capability).path, "-v", f"--gpu-name={sm_arch_from_capability(capability)}", file.name]
+        done = subprocess.run([*command, "-o", os.devnull], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise ValueError(done.stderr)
     registers, stores, loads = (
-        int(match[1]) if (match := re.search(pattern, report)) else 0
+        int(match[1]) if (match := re.search(pattern, done.stderr)) else 0
         for pattern in (r"Used (\d+) registers", r"(\d+) bytes spill stores", r"(\d+) bytes spill loads")
     )
     return registers, max(stores, loads)
 
 
-def used_on_amd(program: Any, target: str) -> tuple[int, int]:
+def used_on_amd(assembly: str, target: str) -> tuple[int, int]:
     """Vector registers and spilled bytes, which stand in the assembly's metadata."""
-    text = program.asm["amdgcn"]
     registers, spilled = (
-        int(match[1]) if (match := re.search(pattern, text)) else 0
+        int(match[1]) if (match := re.search(pattern, assembly)) else 0
         for pattern in (r"\.vgpr_count:\s+(\d+)", r"\.vgpr_spill_count:\s+(\d+)")
     )
     return registers, 4 * spilled
 
 
-USED: dict[str, Callable[[Any, str], tuple[int, int]]] = {"cuda": used_on_nvidia, "hip": used_on_amd}
+USED: dict[str, Callable[[str, str], tuple[int, int]]] = {"cuda": used_on_nvidia, "hip": used_on_amd}
+
+
+def problem(target: str, compiled: Compiled) -> str:
+    """What is wrong with a kernel on a target, or nothing."""
+    if compiled.shared > SHARED[target]:
+        return f"needs {compiled.shared:,} bytes of shared memory; {target} has {SHARED[target]:,}"
+    return compiled.error or (f"spills {compiled.spilled} bytes" if compiled.spilled else "")
+
+
+Results = dict[tuple[str, str], Compiled]  # by variant and target
 
 
 @click.command()
 @click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="File to write.")
 @click.option("--only", default="", help="Only variants whose name begins so, e.g. attention.")
 @click.option("--target", "targets", multiple=True, type=click.Choice(list(SHARED)), help="Default: all.")
-def main(json_file: Path | None, only: str, targets: tuple[str, ...]) -> None:
+@click.option(
+    "--sample", is_flag=True, help="Fewer variants, with each width, attention shape and option at least once."
+)
+@click.option("--jobs", type=click.IntRange(min=1), help="Processes that compile. Default: one for each core.")
+def main(json_file: Path | None, only: str, targets: tuple[str, ...], sample: bool, jobs: int | None) -> None:
     """Compile every Triton kernel that the presets need, without a GPU."""
-    if json_file:
-        check_writable(json_file, (".json",))
-    jobs = [
-        (variant, target)
-        for target in targets or SHARED
-        for variant in variants(target)
-        if variant.name.startswith(only)
-    ]
-    console = Console(stderr=True)
-    bar = track(jobs, "Compiling", console=console, transient=True, disable=not console.is_terminal)
-    results = [compile_for(*job) for job in bar]
-    if json_file:
-        rows = [result._asdict() for result in results]
-        write_text(json_file, json.dumps({"triton": triton.__version__, "kernels": rows}, indent=1) + "\n")
+    try:
+        if json_file:
+            check_writable(json_file, (".json",))
+        if triton.knobs.runtime.interpret:
+            raise InputError("TRITON_INTERPRET=1 replaces Triton's compiler, which is wanted here; unset it")
+        work = [
+            (target, variant)
+            for target in targets or SHARED
+            for variant in variants(target, sample)
+            if variant.name.startswith(only)
+        ]
+        if not work:
+            raise InputError(f"--only={only!r} begins the name of no kernel; they begin with {' or '.join(KERNELS)}")
+        results = compile_all(work, jobs or multiprocessing.cpu_count())
+        if json_file:
+            write_text(json_file, as_json(results))
+    except FunnelError as error:
+        raise click.UsageError(str(error)) from error
     print_summary(results)
-    if any(result.problem for result in results if TARGETS[result.target].backend == "cuda"):
+    if any(problem(target, compiled) for (_, target), compiled in results.items() if TARGETS[target].backend == "cuda"):
         raise SystemExit(1)
 
 
-def print_summary(results: list[Compiled]) -> None:
+def compile_all(work: list[tuple[str, Variant]], jobs: int) -> Results:
+    """Each variant for its target, in processes of their own: most of a compiler's time is under Python's lock."""
+    console = Console(stderr=True)
+    # Starting afresh, because JAX's threads do not survive a fork.
+    with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        compiled = pool.map(compile_for, *zip(*work, strict=True))
+        bar = track(compiled, "Compiling", len(work), console=console, transient=True, disable=not console.is_terminal)
+        return {(variant.name, target): found for (target, variant), found in zip(work, bar, strict=True)}
+
+
+def as_json(results: Results) -> str:
+    """One line for each variant: on each target registers, shared memory, spilled bytes. Problems apart."""
+    rows: dict[str, dict[str, list[int]]] = collections.defaultdict(dict)
+    for (name, target), compiled in results.items():
+        rows[name][target] = [compiled.registers, compiled.shared, compiled.spilled]
+    head = {
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "triton": triton.__version__,
+        "columns": ["registers a thread", "bytes of shared memory", "bytes spilled"],
+        "problems": {
+            f"{target}: {name}": text for (name, target), it in results.items() if (text := problem(target, it))
+        },
+    }
+    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items())
+    return f'{json.dumps(head, indent=1)[:-2]},\n "kernels": {{\n{lines}\n }}\n}}\n'
+
+
+def print_summary(results: Results) -> None:
     """The largest figures of each op on each target, and every problem."""
     groups: dict[tuple[str, str], list[Compiled]] = collections.defaultdict(list)
-    for result in results:
-        groups[result.variant.split()[0], result.target].append(result)
+    for (name, target), compiled in results.items():
+        groups[name.split()[0], target].append(compiled)
     table = Table("op", "target", "kernels", "shared memory", "registers", "problems")
     for (op, target), group in groups.items():
-        most = [max(getattr(result, name) for result in group) for name in ("shared", "registers")]
-        problems = sum(bool(result.problem) for result in group)
-        table.add_row(op, target, str(len(group)), f"{most[0]:,}", str(most[1]), str(problems))
+        shared, registers = max(it.shared for it in group), max(it.registers for it in group)
+        problems = sum(bool(problem(target, it)) for it in group)
+        table.add_row(op, target, str(len(group)), f"{shared:,}", str(registers), str(problems))
     Console().print(table)
-    for result in results:
-        if result.problem:
-            click.echo(f"{result.target}: {result.variant}: {result.problem}")
+    for (name, target), compiled in results.items():
+        if text := problem(target, compiled):
+            click.echo(f"{target}: {name}: {text}")
 
 
 if __name__ == "__main__":

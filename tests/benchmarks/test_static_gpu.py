@@ -19,10 +19,10 @@ ONE_OF_EACH = (
     "pool_norm mean, stride 2, width 640, bfloat16",
     "recover_norm max, after_norm, stride 2, width 640, bfloat16",
 )
-SPILLS = """
-variant = next(it for it in static_gpu.variants("{0}") if it.name == "pool_norm max, stride 2, width 5376, float32")
-crowded = variant._replace(options=variant.options | {{"num_warps": 1}})
-print(static_gpu.problem("{0}", static_gpu.compile_for("{0}", crowded)))
+CROWDED = """
+variant = next(it for it in static_gpu.variants("sm_80") if it.name == "pool_norm max, stride 2, width 5376, float32")
+crowded = variant._replace(options=variant.options | {"num_warps": 1})
+print(static_gpu.problem("sm_80", static_gpu.compile_for("sm_80", crowded)))
 """
 
 
@@ -132,17 +132,28 @@ def test_a_kernel_of_each_op_compiles_for_hopper(tmp_path, name):
 def test_a_sample_of_all_kernels_compiles_without_spills_for_every_nvidia_target():
     done = run("--sample", *(f"--target={target}" for target in ("sm_80", "sm_90", "sm_100")))
     assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
-    rows = [line.strip("│ ").split() for line in done.stdout.splitlines() if "sm_" in line]
+    rows = [line.replace("│", "").split() for line in done.stdout.splitlines() if "sm_" in line]
     assert [(row[0], row[-1]) for row in rows] == 3 * [("attention", "0"), ("pool_norm", "0"), ("recover_norm", "0")]
 
 
-@pytest.mark.parametrize("target", ["sm_80", "gfx942"])
-def test_spills_are_found(target):
-    done = python(SPILLS.format(target))
+def test_8192_numbers_in_the_registers_of_one_warp_spill():
+    done = python(CROWDED)
     assert done.returncode == 0, done.stderr
     first, number, last = done.stdout.split()
     assert (first, last) == ("spills", "bytes")
     assert int(number) >= 100
+
+
+def test_registers_and_spills_on_amd_stand_in_the_assembly():
+    metadata = "    .vgpr_count:     128\n    .vgpr_spill_count: 3\n"
+    assert static_gpu.used_on_amd(f"  .sgpr_spill_count: 9\n{metadata}", "gfx942") == (128, 12)
+
+
+def test_a_kernel_compiles_for_amd():
+    done = run("--only", ONE_OF_EACH[1], "--target", "gfx942")
+    assert (done.returncode, done.stderr) == (0, "")
+    (row,) = (line.replace("│", "").split() for line in done.stdout.splitlines() if "gfx942" in line)
+    assert (row[:3], row[-1]) == (["pool_norm", "gfx942", "1"], "0")
 
 
 def test_what_does_not_compile_is_named_and_ends_with_status_1():

@@ -49,13 +49,16 @@ def padded(head_dim):
 def launch(rows, keys, dtype, heads, kv_heads, head_dim, scale, softcap, sizes):
     """The grid, and everything that is fixed when the kernel is compiled."""
     group = heads // kv_heads
+    block_d = padded(head_dim)
+    # A float32 product is three of TF32. Their operands fill the registers unless wide rows are taken part by part.
+    precision = "tf32x3" if dtype == jnp.float32 else "tf32"
+    chunk = 32 if dtype == jnp.float32 and block_d > 64 else block_d
     block_q, block_k, warps, stages = sizes
     block_q = min(block_q, max(16, triton.next_power_of_2(rows * group)))
     options = {
         "rows": rows, "keys": keys, "group": group, "kv_heads": kv_heads, "head_dim": head_dim,
         "scale": scale, "softcap": softcap or 0.0,
-        "block_q": block_q, "block_k": block_k, "block_d": padded(head_dim),
-        "precision": "tf32x3" if dtype == jnp.float32 else "tf32",
+        "block_q": block_q, "block_k": block_k, "block_d": block_d, "chunk": chunk, "precision": precision,
         "num_warps": warps, "num_stages": stages,
     }  # fmt: skip
     return (triton.cdiv(rows * group, block_q) * kv_heads,), options
@@ -63,8 +66,8 @@ def launch(rows, keys, dtype, heads, kv_heads, head_dim, scale, softcap, sizes):
 
 def rule(block_d, dtype, capability):
     """Sizes whose tiles fit the registers and the shared memory."""
-    if dtype == jnp.float32:  # three products of TF32 each; at 256 their operands spill 100 bytes whatever the block
-        return Sizes(16, 32, 4, 2) if block_d == 256 else Sizes(32, 32, 4, 2)
+    if dtype == jnp.float32:
+        return Sizes(32, 32, 8, 2) if block_d >= 128 else Sizes(32, 32, 4, 2)
     if block_d == 256:
         return Sizes(128, 32, 8, 2) if capability >= 90 else Sizes(64, 64, 8, 2)
     return Sizes(128, 64, 8, 3) if block_d == 128 else Sizes(128, 64, 4, 3)
@@ -75,7 +78,7 @@ def attention_kernel(
     q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, out_ptr,
     rows: tl.constexpr, keys: tl.constexpr, group: tl.constexpr, kv_heads: tl.constexpr, head_dim: tl.constexpr,
     scale: tl.constexpr, softcap: tl.constexpr,
-    block_q: tl.constexpr, block_k: tl.constexpr, block_d: tl.constexpr, precision: tl.constexpr,
+    block_q: tl.constexpr, block_k: tl.constexpr, block_d: tl.constexpr, chunk: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
     blocks: tl.constexpr = (rows * group + block_q - 1) // block_q
     kv_head = tl.program_id(0) // blocks
@@ -96,25 +99,27 @@ def attention_kernel(
         rest = last
 
     column = tl.arange(0, block_d)
-    at = (row.to(tl.int64) * (kv_heads * group) + kv_head * group + member)[:, None] * head_dim + column[None, :]
+    begins = (row.to(tl.int64) * (kv_heads * group) + kv_head * group + member) * head_dim
+    at = begins[:, None] + column[None, :]
     there = inside[:, None] & (column < head_dim)[None, :]
     q = tl.load(q_ptr + at, mask=there, other=0.0)
+    q_ptr += tl.where(inside, begins, 0)
     out = tl.zeros([block_q, block_d], tl.float32)
     total = tl.zeros([block_q], tl.float32)
     peak = tl.full([block_q], float("-inf"), tl.float32)
     k_ptr += kv_head * head_dim
     v_ptr += kv_head * head_dim
     out, total, peak = attend(
-        q, out, total, peak, k_ptr, v_ptr, lo, hi, first, whole,
-        keys, kv_heads * head_dim, head_dim, scale, softcap, block_k, block_d, precision, True,
+        q, q_ptr, out, total, peak, k_ptr, v_ptr, lo, hi, first, whole,
+        keys, kv_heads * head_dim, head_dim, scale, softcap, block_k, block_d, chunk, precision, True,
     )  # fmt: skip
     out, total, peak = attend(
-        q, out, total, peak, k_ptr, v_ptr, lo, hi, whole, rest,
-        keys, kv_heads * head_dim, head_dim, scale, softcap, block_k, block_d, precision, False,
+        q, q_ptr, out, total, peak, k_ptr, v_ptr, lo, hi, whole, rest,
+        keys, kv_heads * head_dim, head_dim, scale, softcap, block_k, block_d, chunk, precision, False,
     )  # fmt: skip
     out, total, peak = attend(
-        q, out, total, peak, k_ptr, v_ptr, lo, hi, rest, last,
-        keys, kv_heads * head_dim, head_dim, scale, softcap, block_k, block_d, precision, True,
+        q, q_ptr, out, total, peak, k_ptr, v_ptr, lo, hi, rest, last,
+        keys, kv_heads * head_dim, head_dim, scale, softcap, block_k, block_d, chunk, precision, True,
     )  # fmt: skip
     out = tl.where(some[:, None], out / tl.where(some, total, 1.0)[:, None], 0.0)
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=there)
@@ -122,20 +127,34 @@ def attention_kernel(
 
 @triton.jit
 def attend(
-    q, out, total, peak, k_ptr, v_ptr, lo, hi, begin, end,
+    q, q_ptr, out, total, peak, k_ptr, v_ptr, lo, hi, begin, end,
     keys: tl.constexpr, stride: tl.constexpr, head_dim: tl.constexpr,
     scale: tl.constexpr, softcap: tl.constexpr,
-    block_k: tl.constexpr, block_d: tl.constexpr, precision: tl.constexpr, masked: tl.constexpr,
+    block_k: tl.constexpr, block_d: tl.constexpr, chunk: tl.constexpr, precision: tl.constexpr, masked: tl.constexpr,
 ):  # fmt: skip
-    """Takes the key blocks from `begin` to `end` into an online softmax: sums, and the peak they are relative to."""
+    """Takes the key blocks from `begin` to `end` into an online softmax: sums, and the peak they are relative to.
+
+    `q` holds the rows of queries and `q_ptr` points to where they begin: with a `chunk` that is narrower than the rows,
+    queries and keys are loaded part by part.
+    """
     column = tl.arange(0, block_d)
     for start in range(begin, end, block_k):
         key = start + tl.arange(0, block_k)
         at = key.to(tl.int64)[:, None] * stride + column[None, :]
         there = (key < keys)[:, None] & (column < head_dim)[None, :]
         plain: tl.constexpr = not masked and block_d == head_dim
-        k = tl.load(k_ptr + at) if plain else tl.load(k_ptr + at, mask=there, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision=precision)
+        if chunk == block_d:
+            k = tl.load(k_ptr + at) if plain else tl.load(k_ptr + at, mask=there, other=0.0)
+            scores = tl.dot(q, tl.trans(k), input_precision=precision)
+        else:
+            scores = tl.zeros([q.shape[0], block_k], tl.float32)
+            for c in range(0, head_dim, chunk):
+                part = c + tl.arange(0, chunk)
+                needed = (part < head_dim)[None, :]
+                some_q = tl.load(q_ptr[:, None] + part[None, :], mask=needed, other=0.0)
+                some_k_ptr = k_ptr + key.to(tl.int64)[:, None] * stride + part[None, :]
+                some_k = tl.load(some_k_ptr, mask=(key < keys)[:, None] & needed, other=0.0)
+                scores = tl.dot(some_q, tl.trans(some_k), scores, input_precision=precision)
         if softcap > 0.0:  # tanh by the base-2 exponential, which the hardware has
             scores = softcap - 2 * softcap / (tl.exp2(scores * (2 * LOG2_E * scale / softcap)) + 1)
             scores = scores * LOG2_E

@@ -98,7 +98,10 @@ def forward(
             update = rms_norm(update, weights["attention_output_norm"], eps)
         x = (x + update).astype(dtype)
 
-        x = in_blocks(partial(mlp, weights, config, axis), x)
+        feed_forward = partial(mlp, weights, config, axis)
+        x = jax.lax.platform_dependent(
+            x, cpu=partial(in_blocks, partial(feed_forward, jnp.float32)), default=partial(feed_forward, dtype)
+        )
 
         # What the recovery needs of the full-length layers, in one buffer.
         if source and step.query_stride == 1:
@@ -115,10 +118,16 @@ def forward(
     )  # fmt: skip
 
 
-def mlp(weights: Params, config: ModelConfig, axis: str | None, x: jax.Array) -> jax.Array:
-    """`x + down(gelu(gate(x)) * up(x))` with its norms: GeGLU (arXiv:2002.05202), the tanh approximation of gelu."""
+def mlp(weights: Params, config: ModelConfig, axis: str | None, wide: jnp.dtype, x: jax.Array) -> jax.Array:
+    """`x + down(gelu(gate(x)) * up(x))` with its norms: GeGLU (arXiv:2002.05202), the tanh approximation of gelu.
+
+    `wide` is the dtype of gate and up, the largest arrays of all. On a CPU float32 costs nothing; an accelerator must
+    write and read them, so there they are rounded to the dtype of the activations, as transformers does everywhere.
+    """
     normed = rms_norm(x, weights["mlp_input_norm"], config.norm_eps).astype(x.dtype)
-    gate, up = jnp.split(project(normed, weights["gate_up"]), 2, axis=1)
+    gate_up = project(normed, weights["gate_up"], wide)
+    # Split first: XLA would widen the whole before it is written.
+    gate, up = (half.astype(jnp.float32) for half in jnp.split(gate_up, 2, axis=1))
     hidden = (jax.nn.gelu(gate, approximate=True) * up).astype(x.dtype)
     update = total(project(hidden, weights["down"]), axis, x.dtype)
     if config.post_norms:
@@ -131,17 +140,12 @@ def in_blocks(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.A
 
     The MLP's hidden rows are many times wider than its input. In blocks they stay in a CPU's cache, and their memory
     does not grow with N. On two cores a layer of Gemma 2B on 4096 rows runs at 337 GFLOP/s so, and at 296 in one block.
-    An accelerator has no such cache and wants large products: there it is one block.
+    An accelerator has no such cache and wants large products.
     """
-    blocks = -(-x.shape[0] // ROWS_PER_BLOCK)
+    rows = x.shape[0]
+    blocks = -(-rows // ROWS_PER_BLOCK)
     if blocks == 1:
         return function(x)
-    return jax.lax.platform_dependent(x, cpu=partial(one_after_another, function, blocks), default=function)
-
-
-def one_after_another(function: Callable[[jax.Array], jax.Array], blocks: int, x: jax.Array) -> jax.Array:
-    """`function` of each block of rows, written in place of its input."""
-    rows = x.shape[0]
     size = -(-rows // blocks)
 
     def update(block: jax.Array, x: jax.Array) -> jax.Array:
@@ -151,11 +155,11 @@ def one_after_another(function: Callable[[jax.Array], jax.Array], blocks: int, x
     return jax.lax.fori_loop(0, blocks, update, jnp.pad(x, ((0, blocks * size - rows), (0, 0))))[:rows]
 
 
-def project(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """`x @ weight.T` of `[N, in]` and `[out, in]`, in float32: accumulated, and handed on without rounding."""
+def project(x: jax.Array, weight: jax.Array, result: jnp.dtype = jnp.float32) -> jax.Array:
+    """`x @ weight.T` of `[N, in]` and `[out, in]`, accumulated in float32 and, unless told otherwise, not rounded."""
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     dimensions = (((1,), (1,)), ((), ()))
-    return jax.lax.dot_general(x, weight, dimensions, precision=precision, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(x, weight, dimensions, precision=precision, preferred_element_type=result)
 
 
 def gather_columns(x: jax.Array, axis: str | None) -> jax.Array:
@@ -177,9 +181,26 @@ def split_columns(qkv: jax.Array, config: ModelConfig) -> list[jax.Array]:
     return jnp.split(qkv, (q_width, q_width + kv_width), axis=1)
 
 
+def per_head(function: Callable[..., jax.Array], x: jax.Array, head_dim: int, *tables: jax.Array) -> jax.Array:
+    """Applies a function to every head of `[N, heads * d]`; it gets `[..., d]`, and tables of N rows that fit.
+
+    A view of the heads is free, except on a TPU, where it moves all of x: there each head is cut out by itself.
+    """
+
+    def together(x: jax.Array) -> jax.Array:
+        heads = x.reshape(x.shape[0], -1, head_dim)
+        return function(heads, *(table[:, None] for table in tables)).reshape(x.shape)
+
+    def one_by_one(x: jax.Array) -> jax.Array:
+        heads = jnp.split(x, x.shape[1] // head_dim, axis=1)
+        return jnp.concatenate([function(head, *tables) for head in heads], axis=1)
+
+    return jax.lax.platform_dependent(x, tpu=one_by_one, default=together)
+
+
 def head_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     """RMSNorm of every head of `[N, heads * d]` by itself, with `weight` [d] (Gemma 3's query and key norms)."""
-    return rms_norm(x.reshape(x.shape[0], -1, weight.shape[0]), weight, eps).reshape(x.shape)
+    return per_head(lambda head: rms_norm(head, weight, eps), x, weight.shape[0])
 
 
 def rotation(rope: Rope, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -197,10 +218,12 @@ def rotation(rope: Rope, head_dim: int, positions: jax.Array) -> tuple[jax.Array
 
 def rotate(x: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotates every head of `[N, heads * d]`, pairing the halves of a head; float32."""
-    cos, sin = (table[:, None, :] for table in cos_sin)
-    half = cos.shape[-1]
-    first, second = jnp.split(x.reshape(x.shape[0], -1, 2 * half), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).reshape(x.shape)
+
+    def turn(head: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+        first, second = jnp.split(head, 2, axis=-1)
+        return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+    return per_head(turn, x, 2 * cos_sin[0].shape[1], *cos_sin)
 
 
 def keep(source: str, kept: jax.Array, x: jax.Array, layers: int) -> jax.Array:

@@ -8,6 +8,7 @@ import functools
 import re
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -141,7 +142,7 @@ def token_rows(plan, lengths):
         *((name, GEMMA_1, "float32") for name in ("funnel", "query only, two funnels, recovery")),
     ],
 )
-def test_every_backend_gives_what_the_reference_gives(name, config, dtype, interpreted_triton):
+def test_every_backend_gives_what_the_reference_gives(name, config, dtype, interpreted_triton, interpreted_pallas):
     funnel = FUNNELS[name]
     params, batch, plan, lengths = example(config, funnel, dtype)
     backends = [name for name in BACKENDS if name != "reference"]
@@ -204,6 +205,55 @@ def test_in_blocks_is_the_function_of_every_row(rows):
 
     np.testing.assert_array_equal(in_blocks(function, jnp.asarray(x)), 2 * x + 1)
     assert seen == [rows // -(-rows // 1024) + (rows % -(-rows // 1024) > 0)]  # near-equal blocks of at most 1024 rows
+
+
+# What differs between platforms: `jax.lax.platform_dependent` takes another branch.
+
+
+def result_on(platform, monkeypatch, config, dtype, rows=40):
+    """The forward pass as it is for a platform, computed on the CPU."""
+
+    def take(*arrays, default, **branches):
+        return branches.get(platform, default)(*arrays)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", take)
+    funnel = FunnelConfig.after(1, recovery="mean_last")
+    ids = np.random.default_rng(3).integers(0, config.vocab_size, rows, np.int32)
+    batch = pack(make_plan(config, funnel), ids, np.array([0, rows // 3, rows], np.int32), rows + 2)
+    params = nest(random_weights(config, HeadConfig(), dtype, seed=4), config, funnel)
+    program = jax.jit(functools.partial(forward, config=config, funnel=funnel, backend="reference"))
+    return np.asarray(program(params, batch), np.float64)[:rows]
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("config", [SMALL, GEMMA_1], ids=["head norms", "plain"])
+def test_every_platform_computes_the_same(platform, monkeypatch, config):
+    for dtype, tolerance in (("float32", 1e-6), ("bfloat16", 2**-6)):
+        ours = result_on("cpu", monkeypatch, config, dtype)
+        theirs = result_on(platform, monkeypatch, config, dtype)
+        assert np.linalg.norm(ours - theirs) <= tolerance * np.linalg.norm(ours)
+        assert dtype == "float32" or (ours != theirs).any()  # gate and up are rounded there
+
+
+def test_a_tpu_gets_its_heads_cut_out_and_the_mlp_in_one_block():
+    halves_of_heads = "tensor<3000x6x16xf32>"
+    on_tpu, on_gpu, on_cpu = (export_for(platform, 3000) for platform in ("tpu", "cuda", "cpu"))
+    assert halves_of_heads in on_gpu
+    assert halves_of_heads not in on_tpu
+    assert "tensor<3000x1280xf32>" in on_tpu  # gate and up of all rows
+    assert "tensor<3000x1280xf32>" in on_gpu
+    assert "tensor<3000x1280xf32>" not in on_cpu
+
+
+def export_for(platform, rows):
+    funnel = FunnelConfig()
+    batch = pack(make_plan(MODEL, funnel), np.array([1], np.int32), np.array([0, 1], np.int32), rows)
+    flat = {
+        name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in expected_shapes(MODEL, HeadConfig()).items()
+    }
+    params = jax.eval_shape(lambda flat: nest(flat, MODEL, funnel), flat)
+    encoder = jax.jit(functools.partial(forward, config=MODEL, funnel=funnel, backend="reference"))
+    return jax.export.export(encoder, platforms=[platform])(params, batch).mlir_module()
 
 
 # RoPE: the tables have to follow the single-precision arithmetic of transformers.

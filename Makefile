@@ -27,7 +27,7 @@ $(BIN)/python:
 # What jax.export needs to lower for CUDA, in a folder of its own: beside JAX it would be loaded by every process.
 $(VENV)/lowering: $(VENV)/installed-test
 	version=$$($(BIN)/python -c 'import jax; print(jax.__version__)') && \
-	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $@ jax-cuda13-plugin==$$version jax-triton==0.3.1
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $@ jax-cuda13-plugin==$$version jax-triton==0.3.1 libtpu==0.0.51
 	touch $@
 
 $(VENV)/installed-%: pyproject.toml | $(BIN)/python

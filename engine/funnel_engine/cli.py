@@ -196,7 +196,7 @@ def doctor(as_json: bool) -> None:
 @click.option("--truncate", is_flag=True, help="Cut the end off texts that are too long, instead of refusing them.")
 @click.option("--normalize/--no-normalize", default=True, show_default=True, help="Scale vectors to length 1.")
 @click.option("--attention", type=click.Choice(ATTENTIONS), help="Default: what the checkpoint says.")
-@click.option("--backend", default="auto", show_default=True, help="auto, triton, xla or reference.")
+@click.option("--backend", default="auto", show_default=True, help=f"auto, {', '.join(dispatch.BACKENDS)}.")
 @funnel_options
 def embed(
     checkpoint: Path,

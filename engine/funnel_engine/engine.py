@@ -95,7 +95,7 @@ class Engine:
             weights: arrays by the names and of the shapes that `weights.expected_shapes` gives, all float32 or all
                 bfloat16. Without a mesh, JAX arrays are used as they are, so engines can share them.
             funnel: where and how the token axis is pooled.
-            backend: "auto", "triton", "xla" or "reference", see `funnel_kernels.dispatch`.
+            backend: "auto", "triton", "tpu", "xla" or "reference", see `funnel_kernels.dispatch`.
             tokenizer: makes ids of texts; None takes token ids only.
             text: what else is done to a text: begin and end of sequence, prompts, length limit.
             max_batch_tokens: tokens of the largest batch, and of the longest sequence.

@@ -14,10 +14,11 @@ from funnel_kernels.errors import BackendUnavailable
 
 BACKENDS = {
     "triton": "NVIDIA GPUs of compute capability 8.0 and newer: kernels in Triton",
+    "tpu": "TPUs v4, v5e, v5p, v6e and 7x: kernels in Pallas",
     "xla": "anywhere: portable jax.numpy, block by block",
     "reference": "anywhere: the specification, dense and slow; served only when asked for by name",
 }
-AUTO = ("triton", "xla")  # best first
+AUTO = ("triton", "tpu", "xla")  # best first
 
 Implementations = Mapping[str, Callable[..., Any]]
 

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from funnel_kernels import dispatch, triton_calls
+from funnel_kernels import dispatch, pallas_calls, triton_calls
 from funnel_kernels.checks import check_choice, check_float, check_shape, check_stride
 from funnel_kernels.errors import InputError
 from funnel_kernels.pool import reference
@@ -13,6 +13,7 @@ IMPLEMENTATIONS = {
     "reference": reference.pool_norm,
     "xla": reference.pool_norm,
     "triton": triton_calls.implementation("funnel_kernels.pool.triton_gpu", "pool_norm"),
+    "tpu": pallas_calls.implementation("funnel_kernels.pool.pallas_tpu", "pool_norm"),
 }
 
 

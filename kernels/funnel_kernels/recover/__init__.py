@@ -2,7 +2,7 @@
 
 import jax
 
-from funnel_kernels import dispatch, triton_calls
+from funnel_kernels import dispatch, pallas_calls, triton_calls
 from funnel_kernels.checks import check_choice, check_float, check_shape, check_stride
 from funnel_kernels.errors import InputError
 from funnel_kernels.recover import reference
@@ -13,6 +13,7 @@ IMPLEMENTATIONS = {
     "reference": reference.recover_norm,
     "xla": reference.recover_norm,
     "triton": triton_calls.implementation("funnel_kernels.recover.triton_gpu", "recover_norm"),
+    "tpu": pallas_calls.implementation("funnel_kernels.recover.pallas_tpu", "recover_norm"),
 }
 
 

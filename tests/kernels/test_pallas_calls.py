@@ -6,19 +6,22 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from funnel_kernels import BackendUnavailable, attention, dispatch, pallas_calls
+from funnel_kernels import BackendUnavailable, attention, dispatch, pallas_calls, triton_calls
 from funnel_kernels.attention import IMPLEMENTATIONS
 
 
 @pytest.fixture(autouse=True)
 def nothing_remembered():
     pallas_calls.generation.cache_clear()
+    triton_calls.capability.cache_clear()
     yield
     pallas_calls.generation.cache_clear()
+    triton_calls.capability.cache_clear()
 
 
 def device(monkeypatch, platform, kind):
-    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(platform=platform, device_kind=kind)])
+    fake = types.SimpleNamespace(platform=platform, device_kind=kind, compute_capability="7.5")
+    monkeypatch.setattr(jax, "devices", lambda: [fake])
 
 
 @pytest.mark.parametrize(

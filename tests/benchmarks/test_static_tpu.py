@@ -1,5 +1,6 @@
 """`static_tpu`: what the compiler dumped is read right, and real compilation for TPUs that are not here."""
 
+import dataclasses
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import click
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from click.testing import CliRunner
 
 from funnel_benchmarks import static_tpu
 from funnel_benchmarks.static_tpu import Compiled, Variant
-from funnel_engine import preset
+from funnel_engine import FunnelConfig, preset
 from funnel_engine.presets import PRESETS
 from funnel_kernels import InputError, pallas_calls
 from option_grid import normal
@@ -74,6 +76,30 @@ def test_the_figures_of_a_dump(tmp_path):
     assert static_tpu.read_dump(tmp_path, "pool_norm.1", tile_rows=256) == {
         "vmem": 0x9000 + 0xC0000, "bundles": 278, "tiles": 2.0, "matrix_share": 0.5, "spills": 3, "loops": (10, 20),
     }  # fmt: skip
+
+
+class Unreadable:
+    """A compiled program with operations that this jaxlib cannot print."""
+
+    def as_text(self):
+        raise jax.errors.JaxRuntimeError("INTERNAL: async-update instruction should have 1 operands but sees 3")
+
+
+def test_a_program_that_cannot_be_printed_has_a_kernel_but_no_traffic():
+    variant = Variant("pool_norm max, stride 2", lambda device: None, 256)
+    assert static_tpu.kernel_name(Unreadable(), variant) == "pool_norm.1"
+    assert static_tpu.moved(Unreadable()) == 0
+
+
+def test_the_least_traffic_of_a_small_model():
+    config = dataclasses.replace(
+        preset("gemma-2b"), layer_types=("full", "full"), hidden_size=10, num_heads=2, num_kv_heads=1, head_dim=4,
+        intermediate_size=7,
+    )  # fmt: skip
+    weights = 2 * (10 + 16 * 10 + 10 * 8 + 10 + 14 * 10 + 10 * 7)
+    activations = 2 * 10 + 2 * 16 + 8 + 14  # residual stream, q, k and v before and after RoPE, attention, gate and up
+    for funnel, rows in ((FunnelConfig(), 100 + 100), (FunnelConfig.after(1), 100 + 50)):
+        assert static_tpu.least_traffic(config, funnel, 100) == 2 * weights + 2 * 2 * rows * activations
 
 
 # ----------------------------------------------------------------------------------------------------- variants

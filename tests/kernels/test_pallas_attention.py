@@ -29,7 +29,8 @@ def plain_interpreter(monkeypatch):
     monkeypatch.setattr(pallas_calls, "INTERPRET", True)
 
 
-@pytest.mark.parametrize("case", ATTENTION_CASES.values(), ids=ATTENTION_CASES.keys())
+# Every third case: the simulated TPU runs them all, with smaller blocks.
+@pytest.mark.parametrize("case", [*ATTENTION_CASES.values()][::3], ids=[*ATTENTION_CASES][::3])
 def test_agrees_with_the_reference_in_the_plain_interpreter(plain_interpreter, case):
     arrays, options = case.arrays(), case.options()
     out = jax.jit(lambda *arrays: attention(*arrays, backend="tpu", **options))(*arrays)

@@ -70,7 +70,7 @@ def rule(block_d, dtype, capability):
         return Sizes(32, 32, 8, 2) if block_d >= 128 else Sizes(32, 32, 4, 2)
     if block_d == 256:
         return Sizes(128, 32, 8, 2) if capability >= 90 else Sizes(64, 64, 8, 2)
-    return Sizes(128, 64, 8, 3) if block_d == 128 else Sizes(128, 64, 4, 3)
+    return Sizes(128, 64, 8, 3)
 
 
 @triton.jit

@@ -254,3 +254,82 @@ RECOVER_CASES = {
         for windows, width in ((1, 1), (257, 7), (37, 48), (64, 640), (129, 1152))
     },
 }
+
+
+# ------------------------------------------------------------------------------------------------------ add_norm
+
+
+@dataclasses.dataclass(frozen=True)
+class AddNormCase:
+    """`update` says what is added: nothing, an update, or the norm of one."""
+
+    update: str
+    dtype: str = "float32"
+    update_dtype: str = "float32"
+    rows: int = 37
+    width: int = 128
+
+    def arrays(self) -> tuple[np.ndarray | None, ...]:
+        """x, update, weight and update_weight; x and the update differ in size, so that each counts."""
+        dtype, update_dtype = jnp.dtype(self.dtype), jnp.dtype(self.update_dtype)
+        x, update = 3 * normal(13, self.rows, self.width), normal(14, self.rows, self.width) + 0.5
+        weight, update_weight = 0.3 * normal(15, 2, self.width)
+        return (
+            x.astype(dtype),
+            None if self.update == "none" else update.astype(update_dtype),
+            weight.astype(dtype),
+            update_weight.astype(dtype) if self.update == "normed" else None,
+        )
+
+
+ADD_NORM_CASES = {
+    **{
+        f"{update}, {dtype}, update {update_dtype}": AddNormCase(update, dtype, update_dtype)
+        for update in ("none", "plain", "normed")
+        for dtype, update_dtype in (("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16"))
+        if update != "none" or update_dtype == dtype
+    },
+    **{
+        f"{update}, {rows} rows of width {width}, {dtype}": AddNormCase(update, dtype, rows=rows, width=width)
+        for update in ("none", "plain", "normed")
+        for dtype in DTYPES
+        for rows, width in ((1, 1), (257, 7), (37, 48), (65, 1152))
+    },
+}
+
+
+# -------------------------------------------------------------------------------------------------------- linear
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearCase:
+    """A product, or with `gated` a gate and what it gates: twice as many rows of weights."""
+
+    rows: int
+    in_features: int
+    out_features: int
+    dtype: str = "float32"
+    add: bool = False
+    gated: bool = False
+
+    def arrays(self) -> tuple[np.ndarray | None, ...]:
+        """x, weight and what is added (None without); the products are of the size of what is added."""
+        dtype = jnp.dtype(self.dtype)
+        x = normal(10, self.rows, self.in_features)
+        weight = normal(11, self.out_features * (1 + self.gated), self.in_features) / self.in_features**0.5
+        add = normal(12, self.rows, self.out_features).astype(dtype) if self.add else None
+        return x.astype(dtype), weight.astype(dtype), add
+
+
+LINEAR_SIZES = ((1, 1, 1), (1, 64, 128), (3, 7, 5), (16, 256, 320), (129, 96, 65), (130, 48, 600), (300, 640, 64))
+LINEAR_CASES = {
+    f"{'x'.join(map(str, size))}, {dtype}{', add' if add else ''}": LinearCase(*size, dtype, add=add)
+    for size in LINEAR_SIZES
+    for dtype in DTYPES
+    for add in (False, True)
+}
+GATED_CASES = {
+    f"{'x'.join(map(str, size))}, {dtype}": LinearCase(*size, dtype, gated=True)
+    for size in LINEAR_SIZES
+    for dtype in DTYPES
+}

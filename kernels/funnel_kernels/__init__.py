@@ -1,7 +1,9 @@
 """The ops of a funnel encoder on packed rows: one folder each, whose reference.py is the specification."""
 
+from funnel_kernels.add_norm import add_norm
 from funnel_kernels.attention import attention
 from funnel_kernels.errors import BackendUnavailable, CheckpointError, ConfigError, FunnelError, InputError
+from funnel_kernels.linear import PackedWeight, Weight, gated_linear, linear, prepare
 from funnel_kernels.norm import rms_norm
 from funnel_kernels.pool import pool_norm
 from funnel_kernels.recover import recover_norm
@@ -12,8 +14,14 @@ __all__ = [
     "ConfigError",
     "FunnelError",
     "InputError",
+    "PackedWeight",
+    "Weight",
+    "add_norm",
     "attention",
+    "gated_linear",
+    "linear",
     "pool_norm",
+    "prepare",
     "recover_norm",
     "rms_norm",
 ]

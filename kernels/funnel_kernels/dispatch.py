@@ -15,10 +15,11 @@ from funnel_kernels.errors import BackendUnavailable
 BACKENDS = {
     "triton": "NVIDIA GPUs of compute capability 8.0 and newer: kernels in Triton",
     "tpu": "TPUs v4, v5e, v5p, v6e and 7x: kernels in Pallas",
+    "cpu": "x86-64 CPUs with AVX2 and newer: kernels in C++, matrix products by oneDNN",
     "xla": "anywhere: portable jax.numpy, block by block",
     "reference": "anywhere: the specification, dense and slow; served only when asked for by name",
 }
-AUTO = ("triton", "tpu", "xla")  # best first
+AUTO = ("triton", "tpu", "cpu", "xla")  # best first
 
 Implementations = Mapping[str, Callable[..., Any]]
 
@@ -67,9 +68,13 @@ def attempt(
 
 
 def explain(
-    implementations: Implementations, backend: str, *shapes: jax.ShapeDtypeStruct, **options: Any
+    implementations: Implementations, backend: str, *shapes: Any, **options: Any
 ) -> tuple[str | None, dict[str, str]]:
-    """Which backend would serve arrays of these shapes (or None), and why those before it would not. Runs nothing."""
+    """Which backend would serve arrays of these shapes (or None), and why those before it would not. Runs nothing.
+
+    Args:
+        shapes: `jax.ShapeDtypeStruct`, trees of them, or None where there is no array.
+    """
     answers = []
 
     def traced(*arrays: jax.Array) -> Any:

@@ -59,7 +59,7 @@ def test_an_error_inside_an_implementation_is_not_a_refusal():
 @pytest.mark.parametrize("backend", ["XLA", "cuda", "", "numpy"])
 def test_a_backend_that_does_not_exist_is_refused_by_every_op(backend):
     rows, weight, bounds = jnp.ones((2, 4)), jnp.ones(4), jnp.zeros(2, jnp.int32)
-    message = f"backend '{backend}' does not exist in this build; choose one of auto, triton, tpu, xla, reference"
+    message = f"backend '{backend}' does not exist in this build; choose one of auto, triton, tpu, cpu, xla, reference"
     calls = [
         lambda: attention(rows, rows, rows, bounds, bounds, heads=2, kv_heads=2, scale=1.0, backend=backend),
         lambda: pool_norm(rows, bounds == 0, weight, stride=2, pool="max", eps=1e-6, backend=backend),

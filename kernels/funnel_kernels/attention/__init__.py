@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from funnel_kernels import dispatch, pallas_calls, triton_calls
+from funnel_kernels import dispatch, native_calls, pallas_calls, triton_calls
 from funnel_kernels.attention import reference, xla
 from funnel_kernels.checks import check_float, check_shape
 from funnel_kernels.errors import InputError
@@ -13,6 +13,7 @@ IMPLEMENTATIONS = {
     "xla": xla.attention,
     "triton": triton_calls.implementation("funnel_kernels.attention.triton_gpu", "attention"),
     "tpu": pallas_calls.implementation("funnel_kernels.attention.pallas_tpu", "attention"),
+    "cpu": native_calls.implementation("funnel_kernels.attention.native_cpu", "attention"),
 }
 
 

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from funnel_kernels import dispatch, pallas_calls, triton_calls
+from funnel_kernels import dispatch, native_calls, pallas_calls, triton_calls
 from funnel_kernels.checks import check_choice, check_float, check_shape, check_stride
 from funnel_kernels.errors import InputError
 from funnel_kernels.pool import reference
@@ -14,6 +14,7 @@ IMPLEMENTATIONS = {
     "xla": reference.pool_norm,
     "triton": triton_calls.implementation("funnel_kernels.pool.triton_gpu", "pool_norm"),
     "tpu": pallas_calls.implementation("funnel_kernels.pool.pallas_tpu", "pool_norm"),
+    "cpu": native_calls.implementation("funnel_kernels.pool.native_cpu", "pool_norm"),
 }
 
 

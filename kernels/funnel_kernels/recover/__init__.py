@@ -2,7 +2,7 @@
 
 import jax
 
-from funnel_kernels import dispatch, pallas_calls, triton_calls
+from funnel_kernels import dispatch, native_calls, pallas_calls, triton_calls
 from funnel_kernels.checks import check_choice, check_float, check_shape, check_stride
 from funnel_kernels.errors import InputError
 from funnel_kernels.recover import reference
@@ -14,6 +14,7 @@ IMPLEMENTATIONS = {
     "xla": reference.recover_norm,
     "triton": triton_calls.implementation("funnel_kernels.recover.triton_gpu", "recover_norm"),
     "tpu": pallas_calls.implementation("funnel_kernels.recover.pallas_tpu", "recover_norm"),
+    "cpu": native_calls.implementation("funnel_kernels.recover.native_cpu", "recover_norm"),
 }
 
 

@@ -1,0 +1,98 @@
+"""The kernels for CPUs that are written in C++: XLA FFI handlers, registered with JAX when they can run here.
+
+    funnel_native.problem()            # why they cannot, or None
+    jax.ffi.ffi_call("funnel_linear", ...)
+
+The compiled module is `_handlers` (bindings/native). It is left out where no C++ compiler was found at installation.
+"""
+
+import ctypes
+import functools
+import importlib
+import importlib.metadata
+from pathlib import Path
+from types import ModuleType
+
+import jax
+import numpy as np
+
+UNIT = 64  # output features that are packed together (kUnit in bindings/native/linear.h)
+ONEDNN = "onednn-cpu-gomp"  # its wheel puts the library below the environment's prefix
+
+
+@functools.cache
+def problem() -> str | None:
+    """Why the kernels cannot run on this machine; None if they can, and then they are registered."""
+    try:
+        module = handlers()
+    except ImportError as error:
+        return str(error)
+    if module.instruction_set() == "none":
+        return "this processor has no AVX2"
+    for name, handler in module.handlers().items():
+        jax.ffi.register_ffi_target(name, handler, platform="cpu")
+    return None
+
+
+@functools.cache
+def handlers() -> ModuleType:
+    """The compiled module.
+
+    Raises:
+        ImportError: it was not built, or oneDNN is missing; the message says what to do.
+    """
+    reason = Path(__file__).with_name("not_built.txt")
+    try:
+        preload_onednn()
+        return importlib.import_module("funnel_native._handlers")
+    except ModuleNotFoundError as error:
+        why = reason.read_text().strip() if reason.exists() else "it is not there"
+        raise ImportError(
+            f"the compiled module was not built ({why}); install a C++17 compiler and install funnel-engine again"
+        ) from error
+    except (ImportError, OSError) as error:
+        raise ImportError(f"the compiled module cannot be loaded: {error}") from error
+
+
+def preload_onednn() -> None:
+    """Loads oneDNN from its wheel, so that the module needs no path of a library."""
+    try:
+        files = importlib.metadata.files(ONEDNN) or []
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ImportError(f"oneDNN is not installed; run: pip install {ONEDNN}") from error
+    libraries = [str(file.locate()) for file in files if file.name == "libdnnl.so.3"]
+    if not libraries:
+        raise ImportError(f"the package {ONEDNN} holds no libdnnl.so.3; install it again")
+    ctypes.CDLL(libraries[0])
+
+
+def pack(weight: np.ndarray, parts: int = 1) -> np.ndarray:
+    """Lays a weight out for oneDNN's products: [out_features, in_features] -> [packed elements], the same dtype.
+
+    Args:
+        weight: float32 or bfloat16, with rows one after another.
+        parts: how many matrices of the same size it is made of; each is packed by itself.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    is_bfloat16 = str(weight.dtype) == "bfloat16"
+    if weight.ndim != 2 or not (is_bfloat16 or weight.dtype == np.float32) or not weight.flags.c_contiguous:
+        raise ValueError(f"a weight is a contiguous matrix of float32 or bfloat16, not {weight.dtype} {weight.shape}")
+    if not weight.size or weight.shape[0] % parts:
+        raise ValueError(f"a weight of shape {weight.shape} cannot be packed in {parts} parts")
+    module, rows = handlers(), weight.shape[0] // parts
+    size = module.packed_size(rows, weight.shape[1], is_bfloat16)
+    packed = aligned_empty(parts * size, weight.dtype)
+    for part in range(parts):
+        source, target = weight[part * rows :], packed[part * size :]
+        module.pack(source.ctypes.data, rows, weight.shape[1], is_bfloat16, target.ctypes.data)
+    return packed
+
+
+def aligned_empty(size: int, dtype: np.dtype) -> np.ndarray:
+    """A vector that JAX can use in place: it starts at a cache line."""
+    line = 64
+    memory = np.empty(size * dtype.itemsize + line, np.uint8)
+    start = -memory.ctypes.data % line
+    return memory[start : start + size * dtype.itemsize].view(dtype)

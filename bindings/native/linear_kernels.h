@@ -1,0 +1,22 @@
+// What follows a matrix product while its tile is still in the cache.
+#pragma once
+
+#include <stdint.h>
+
+#include "instruction_set.h"
+
+namespace funnel {
+
+// out = tile + add, rounded to the dtype of out.
+//
+// tile: [rows, columns] float32, `tile_stride` elements from row to row. add: the same shape or null, out: the same
+// shape; both with `stride` elements from row to row, bfloat16 if told so and else float32.
+FUNNEL_KERNEL(void, store_product, const float* tile, int64_t tile_stride, int64_t rows, int64_t columns,
+              const void* add, bool add_is_bfloat16, void* out, bool out_is_bfloat16, int64_t stride)
+
+// out = gelu(gate) * up with the tanh approximation of gelu (arXiv:1606.08415), in float32 and rounded once; shapes and
+// strides as in store_product.
+FUNNEL_KERNEL(void, store_gated, const float* gate, const float* up, int64_t tile_stride, int64_t rows,
+              int64_t columns, void* out, bool out_is_bfloat16, int64_t stride)
+
+}  // namespace funnel

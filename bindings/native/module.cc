@@ -1,0 +1,34 @@
+// The Python module funnel_native._handlers.
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+
+#include "handlers.h"
+#include "instruction_set.h"
+#include "linear.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_handlers, module) {
+  module.def("handlers", [] {
+    py::dict all;
+    for (const auto& handlers : {funnel::attention_handlers(), funnel::linear_handlers(), funnel::rows_handlers()}) {
+      for (const auto& [name, handler] : handlers) all[py::str(name)] = py::capsule(reinterpret_cast<void*>(handler));
+    }
+    return all;
+  });
+  module.def("instruction_set", &funnel::instruction_set_name);
+  module.def("limit_instruction_set", &funnel::limit_instruction_set, py::arg("name"));
+  module.def("no_product", &funnel::no_product, py::arg("is_bfloat16"));
+  module.def("packed_size", &funnel::packed_size, py::arg("out_features"), py::arg("in_features"),
+             py::arg("is_bfloat16"));
+  // Addresses, because NumPy's buffers do not know bfloat16; funnel_native.pack checks the arrays.
+  module.def(
+      "pack",
+      [](uintptr_t weight, int64_t out_features, int64_t in_features, bool is_bfloat16, uintptr_t packed) {
+        funnel::pack(reinterpret_cast<const void*>(weight), out_features, in_features, is_bfloat16,
+                     reinterpret_cast<void*>(packed));
+      },
+      py::arg("weight"), py::arg("out_features"), py::arg("in_features"), py::arg("is_bfloat16"), py::arg("packed"),
+      py::call_guard<py::gil_scoped_release>());
+}

@@ -1,0 +1,221 @@
+#include "rows_kernels.h"
+
+#include "simd.h"
+
+namespace funnel::FUNNEL_INSTRUCTION_SET {
+namespace {
+
+// Vectors of a row that are summed side by side: an addition takes four cycles, and two can start in each.
+constexpr int kSums = 8;
+
+// In the functions below, value_at(j, count) makes the vector of a row that starts at column j. Only the first `count`
+// of its lanes are in the row; the others are 0. Functions are passed and captured by value: a store of bfloat16 could
+// change what a reference points to, and every loop would read its pointers anew.
+
+template <typename Value>
+float inverse_rms(int64_t width, float eps, Value value_at) {
+  Floats sums[kSums];
+  for (int i = 0; i < kSums; ++i) sums[i] = Floats{};  // an initializer would be a call that clears memory
+  int64_t j = 0;
+  for (; j + kSums * kLanes <= width; j += kSums * kLanes) {
+    for (int i = 0; i < kSums; ++i) {
+      const Floats value = value_at(j + i * kLanes, kLanes);
+      sums[i] += value * value;
+    }
+  }
+  for (; j < width; j += kLanes) {
+    const Floats value = value_at(j, width - j);
+    sums[0] += value * value;
+  }
+  for (int i = 1; i < kSums; ++i) sums[0] += sums[i];
+  float sum = 0;
+  for (int lane = 0; lane < kLanes; ++lane) sum += sums[0][lane];
+  return 1 / __builtin_sqrtf(sum / static_cast<float>(width) + eps);
+}
+
+template <typename Element, typename Value>
+void store_row(Element* to, int64_t width, Value value_at) {
+  int64_t j = 0;
+  for (; j + kLanes <= width; j += kLanes) store(to + j, value_at(j, kLanes));
+  if (j < width) store_some(to + j, value_at(j, width - j), width - j);
+}
+
+template <typename Element, typename Value>
+void store_normed(Element* to, int64_t width, float inverse, const float* factor, Value value_at) {
+  store_row(to, width,
+            [=](int64_t j, int64_t count) { return value_at(j, count) * inverse * load_some(factor + j, count); });
+}
+
+// Functions as types, so that they are inlined.
+struct Sum {
+  Floats operator()(Floats a, Floats b) const { return a + b; }
+};
+struct Mean {
+  Floats operator()(Floats a, Floats b) const { return (a + b) * 0.5f; }
+};
+struct Maximum {
+  Floats operator()(Floats a, Floats b) const { return maximum(a, b); }
+};
+
+// A row as a function of the column.
+template <typename Element>
+auto columns_of(const Element* row) {
+  return [row](int64_t j, int64_t count) { return load_some(row + j, count); };
+}
+
+template <typename Element>
+void norm_as(const Norm& all, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    const auto x = columns_of(static_cast<const Element*>(all.x) + row * all.width);
+    store_normed(static_cast<Element*>(all.normed) + row * all.width, all.width, inverse_rms(all.width, all.eps, x),
+                 all.factor, x);
+  }
+}
+
+template <typename Element, typename Update>
+void add_norm_as(const AddNorm& all, int64_t begin, int64_t end) {
+  const int64_t width = all.width;
+  for (int64_t row = begin; row < end; ++row) {
+    const auto x = columns_of(static_cast<const Element*>(all.x) + row * width);
+    const auto update = columns_of(static_cast<const Update*>(all.update) + row * width);
+    Element* sum = static_cast<Element*>(all.sum) + row * width;
+    if (all.update_factor == nullptr) {
+      store_row(sum, width, [=](int64_t j, int64_t count) { return x(j, count) + update(j, count); });
+    } else {
+      const float inverse = inverse_rms(width, all.eps, update);
+      store_row(sum, width, [=](int64_t j, int64_t count) {
+        return x(j, count) + update(j, count) * inverse * load_some(all.update_factor + j, count);
+      });
+    }
+    const auto rounded = columns_of<Element>(sum);
+    store_normed(static_cast<Element*>(all.normed) + row * width, width, inverse_rms(width, all.eps, rounded),
+                 all.factor, rounded);
+  }
+}
+
+// The pooled row is made twice, for its sum of squares and for its norm, from rows that are then in the cache: a buffer
+// for its float32 values would gain nothing.
+template <typename Element, typename Pooled>
+void store_pooled(const PoolNorm& all, int64_t window, Pooled pooled_at) {
+  Element* pooled = static_cast<Element*>(all.pooled) + window * all.width;
+  const float inverse = inverse_rms(all.width, all.eps, [=](int64_t j, int64_t count) {
+    const Floats value = pooled_at(j, count);
+    store_some(pooled + j, value, count);
+    return value;
+  });
+  store_normed(static_cast<Element*>(all.normed) + window * all.width, all.width, inverse, all.factor, pooled_at);
+}
+
+template <typename Element>
+void pool_norm_as(const PoolNorm& all, int64_t begin, int64_t end) {
+  const int64_t width = all.width, stride = all.stride;
+  for (int64_t window = begin; window < end; ++window) {
+    const Element* rows = static_cast<const Element*>(all.x) + window * stride * width;
+    const uint8_t* real = all.real + window * stride;
+    int64_t first = 0, count_real = 0;
+    while (first < stride && !real[first]) ++first;
+    for (int64_t row = first; row < stride; ++row) count_real += real[row] != 0;
+    // Calls combine(so far, row) for the real rows after the first, and gives the last.
+    const auto over_rows = [=](int64_t j, int64_t count, auto combine) {
+      Floats value = load_some(rows + first * width + j, count);
+      for (int64_t row = first + 1; row < stride; ++row) {
+        if (real[row]) value = combine(value, load_some(rows + row * width + j, count));
+      }
+      return value;
+    };
+    if (count_real == 0) {
+      store_pooled<Element>(all, window, [](int64_t, int64_t) { return Floats{}; });
+    } else if (all.pool == Pool::first) {
+      store_pooled<Element>(all, window, columns_of(rows + first * width));
+    } else if (all.pool == Pool::max) {
+      store_pooled<Element>(all, window, [=](int64_t j, int64_t count) { return over_rows(j, count, Maximum{}); });
+    } else {
+      const float divisor = static_cast<float>(count_real);
+      store_pooled<Element>(all, window, [=](int64_t j, int64_t count) {
+        return over_rows(j, count, Sum{}) / divisor;
+      });
+    }
+  }
+}
+
+template <typename Element, typename Full, typename Combine>
+void combine_norm_as(const RecoverNorm& all, int64_t begin, int64_t end, Combine combine) {
+  const int64_t width = all.width;
+  for (int64_t window = begin; window < end; ++window) {
+    const auto tiled = columns_of(static_cast<const Element*>(all.short_rows) + window * width);
+    const float tiled_inverse = all.after_norm ? inverse_rms(width, all.eps, tiled) : 1;
+    for (int64_t row = window * all.stride; row < (window + 1) * all.stride; ++row) {
+      const auto full = columns_of(static_cast<const Full*>(all.full) + row * width);
+      Element* out = static_cast<Element*>(all.out) + row * width;
+      if (all.after_norm) {
+        const float full_inverse = inverse_rms(width, all.eps, full);
+        store_row(out, width, [=](int64_t j, int64_t count) {
+          const Floats factor = load_some(all.factor + j, count);
+          return combine(tiled(j, count) * tiled_inverse * factor, full(j, count) * full_inverse * factor);
+        });
+      } else {
+        const auto combined = [=](int64_t j, int64_t count) { return combine(tiled(j, count), full(j, count)); };
+        store_normed(out, width, inverse_rms(width, all.eps, combined), all.factor, combined);
+      }
+    }
+  }
+}
+
+// Tiling and norm commute, and there is nothing to combine.
+template <typename Element>
+void tile_norm_as(const RecoverNorm& all, int64_t begin, int64_t end) {
+  for (int64_t window = begin; window < end; ++window) {
+    const auto tiled = columns_of(static_cast<const Element*>(all.short_rows) + window * all.width);
+    const float inverse = inverse_rms(all.width, all.eps, tiled);
+    for (int64_t row = window * all.stride; row < (window + 1) * all.stride; ++row) {
+      store_normed(static_cast<Element*>(all.out) + row * all.width, all.width, inverse, all.factor, tiled);
+    }
+  }
+}
+
+template <typename Element, typename Full>
+void recover_norm_as(const RecoverNorm& all, int64_t begin, int64_t end) {
+  switch (all.mode) {
+    case Mode::tile:
+      return tile_norm_as<Element>(all, begin, end);
+    case Mode::sum:
+      return combine_norm_as<Element, Full>(all, begin, end, Sum{});
+    case Mode::mean:
+      return combine_norm_as<Element, Full>(all, begin, end, Mean{});
+    case Mode::max:
+      return combine_norm_as<Element, Full>(all, begin, end, Maximum{});
+  }
+}
+
+}  // namespace
+
+void make_factor(const void* weight, bool is_bfloat16, int64_t width, float* factor) {
+  choose(is_bfloat16, [&](auto element) {
+    const auto columns = columns_of(static_cast<const decltype(element)*>(weight));
+    store_row(factor, width, [=](int64_t j, int64_t count) { return 1.0f + columns(j, count); });
+  });
+}
+
+void norm(const Norm& all, int64_t begin, int64_t end) {
+  choose(all.is_bfloat16, [&](auto element) { norm_as<decltype(element)>(all, begin, end); });
+}
+
+void add_norm(const AddNorm& all, int64_t begin, int64_t end) {
+  choose(all.is_bfloat16, [&](auto element) {
+    choose(all.update_is_bfloat16,
+           [&](auto update) { add_norm_as<decltype(element), decltype(update)>(all, begin, end); });
+  });
+}
+
+void pool_norm(const PoolNorm& all, int64_t begin, int64_t end) {
+  choose(all.is_bfloat16, [&](auto element) { pool_norm_as<decltype(element)>(all, begin, end); });
+}
+
+void recover_norm(const RecoverNorm& all, int64_t begin, int64_t end) {
+  choose(all.is_bfloat16, [&](auto element) {
+    choose(all.full_is_bfloat16,
+           [&](auto full) { recover_norm_as<decltype(element), decltype(full)>(all, begin, end); });
+  });
+}
+
+}  // namespace funnel::FUNNEL_INSTRUCTION_SET

@@ -1,0 +1,14 @@
+"""`add_norm` for CPUs, in C++ (bindings/native/rows_kernels.h): a row is read once, and so is its update."""
+
+import jax
+
+from funnel_kernels import native_calls
+
+
+def add_norm(x, update, weight, update_weight, *, eps):
+    """See `funnel_kernels.add_norm`."""
+    result = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    if update is None:
+        return x, native_calls.call("funnel_norm", result, x, weight, eps=float(eps))
+    weights = (weight,) if update_weight is None else (weight, update_weight)
+    return native_calls.call("funnel_add_norm", (result, result), x, update, *weights, eps=float(eps))

@@ -1,0 +1,15 @@
+"""Attention on CPUs in C++ (bindings/native/attention.cc): blocked, with an online softmax in float32.
+
+bfloat16 is multiplied in pairs where the processor can (AVX512-BF16), and otherwise widened to float32.
+"""
+
+import jax
+
+from funnel_kernels import native_calls
+
+
+def attention(q, k, v, lo, hi, *, heads, kv_heads, scale, softcap):
+    return native_calls.call(
+        "funnel_attention", jax.ShapeDtypeStruct(q.shape, q.dtype), q, k, v, lo, hi,
+        heads=heads, kv_heads=kv_heads, scale=float(scale), softcap=float(softcap or 0.0),
+    )  # fmt: skip

@@ -1,0 +1,104 @@
+"""Matrix products with a model's weights, fused with what follows them."""
+
+from typing import Any
+
+import jax
+
+from funnel_kernels import dispatch, native_calls, pallas_calls, triton_calls
+from funnel_kernels.checks import check_float, check_shape
+from funnel_kernels.errors import InputError
+from funnel_kernels.linear import reference, xla
+from funnel_kernels.linear.packed import PackedWeight, Weight, prepare
+
+__all__ = ["PackedWeight", "Weight", "gated_linear", "linear", "prepare"]
+
+# On GPUs and TPUs the products are XLA's: it calls cuBLAS there, or drives the matrix unit itself.
+IMPLEMENTATIONS = {
+    "reference": reference.linear,
+    "xla": xla.linear,
+    "triton": triton_calls.implementation("funnel_kernels.linear.xla", "linear"),
+    "tpu": pallas_calls.implementation("funnel_kernels.linear.xla", "linear"),
+    "cpu": native_calls.implementation("funnel_kernels.linear.native_cpu", "linear"),
+}
+GATED_IMPLEMENTATIONS = {
+    "reference": reference.gated_linear,
+    "xla": xla.gated_linear,
+    "triton": triton_calls.implementation("funnel_kernels.linear.xla", "gated_linear"),
+    "tpu": pallas_calls.implementation("funnel_kernels.linear.xla", "gated_linear"),
+    "cpu": native_calls.implementation("funnel_kernels.linear.native_cpu", "gated_linear"),
+}
+
+
+def linear(
+    x: jax.Array,  # [N, in]
+    weight: Weight,  # [out, in]
+    add: jax.Array | None = None,  # [N, out]
+    *,
+    backend: str = "auto",
+) -> jax.Array:  # [N, out], float32, or with `add` its dtype
+    """`x @ weight.T`, accumulated in float32; with `add` the sum of both, rounded once.
+
+    Args:
+        x: float32 or bfloat16.
+        weight: in the dtype of `x`, as `prepare` gives it for the backend.
+        add: in the dtype of `x`, e.g. the residual stream.
+        backend: see `funnel_kernels.dispatch`.
+
+    Raises:
+        InputError: shapes or dtypes that do not fit together.
+        BackendUnavailable: the backend does not serve this call.
+    """
+    check_product(x, weight)
+    check_parts(weight, 1)
+    if add is not None:
+        check_float("add", add, ndim=2, dtype=x.dtype)
+        check_shape("add", add, (x.shape[0], weight.shape[0]))
+    return dispatch.serve("linear", IMPLEMENTATIONS, backend, x, weight, add)
+
+
+def gated_linear(
+    x: jax.Array,  # [N, in]
+    weight: Weight,  # [2 * out, in]
+    *,
+    backend: str = "auto",
+) -> jax.Array:  # [N, out], dtype of x
+    """`gelu(x @ gate.T) * (x @ up.T)`: GeGLU (arXiv:2002.05202), the tanh approximation of gelu.
+
+    Products, gelu and gate are float32, and the result is rounded once. On an accelerator both products are rounded
+    to the dtype of `x` first, because they are the largest arrays that its memory has to pass.
+
+    Args:
+        x: float32 or bfloat16.
+        weight: the rows of gate and then those of up, as `prepare` gives it for the backend with `parts=2`.
+        backend: see `funnel_kernels.dispatch`.
+
+    Raises:
+        InputError: shapes or dtypes that do not fit together.
+        BackendUnavailable: the backend does not serve this call.
+    """
+    check_product(x, weight)
+    check_parts(weight, 2)
+    if weight.shape[0] % 2:
+        raise InputError(f"weight has {weight.shape[0]} rows; those of gate and up together are an even number")
+    return dispatch.serve("gated_linear", GATED_IMPLEMENTATIONS, backend, x, weight)
+
+
+def check_product(x: jax.Array, weight: Any) -> None:
+    """Raises `InputError` unless `x` [N, in] can be multiplied with `weight` [out, in]."""
+    check_float("x", x, ndim=2)
+    if isinstance(weight, PackedWeight):
+        if weight.dtype != x.dtype:
+            raise InputError(f"weight is packed as {weight.dtype} where {x.dtype} is needed; cast it before packing")
+    else:
+        check_float("weight", weight, ndim=2, dtype=x.dtype)
+    check_shape("weight", weight, (weight.shape[0], x.shape[1]))
+    if not x.shape[0] or not x.shape[1] or not weight.shape[0]:
+        raise InputError(f"x {x.shape} and weight {weight.shape} need at least one row and one column each")
+
+
+def check_parts(weight: Any, parts: int) -> None:
+    """Raises `InputError` if `weight` is packed in another number of parts."""
+    if isinstance(weight, PackedWeight) and weight.parts != parts:
+        raise InputError(
+            f"weight is packed in {weight.parts} parts, this product needs {parts}: prepare(parts={parts})"
+        )

@@ -1,0 +1,78 @@
+"""Weights in the layout that the products of backend "cpu" read."""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from funnel_kernels import dispatch, native_calls
+
+Weight = Any  # jax.Array [out_features, in_features] | PackedWeight
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["packed"], meta_fields=["shape", "parts"])
+@dataclasses.dataclass(frozen=True)
+class PackedWeight:
+    """A weight [out_features, in_features] as oneDNN wants it. JAX takes it as a tree of one array.
+
+    Attributes:
+        packed: the elements in oneDNN's order, one vector.
+        shape: of the weight.
+        parts: how many matrices of the same size are packed one after another: 2 are a gate and what it gates.
+    """
+
+    packed: Any
+    shape: tuple[int, int]
+    parts: int = 1
+
+    @property
+    def dtype(self) -> Any:
+        return self.packed.dtype
+
+    def __getitem__(self, rows: slice) -> "PackedWeight":
+        """Some of its output features, without unpacking: both ends on a multiple of `funnel_native.UNIT`, or the end.
+
+        Raises:
+            ValueError: they are not, or the weight has several parts.
+        """
+        from funnel_native import UNIT
+
+        first, last, _ = rows.indices(self.shape[0])
+        if self.parts > 1 or first % UNIT or (last % UNIT and last != self.shape[0]):
+            raise ValueError(f"rows {first} to {last} of a packed weight {self.shape} cannot be taken by themselves")
+        row_elements = self.packed.shape[0] // (-(-self.shape[0] // UNIT) * UNIT)
+        end = -(-last // UNIT) * UNIT
+        return PackedWeight(self.packed[first * row_elements : end * row_elements], (last - first, self.shape[1]))
+
+
+def prepare(weight: Any, *, parts: int = 1, backend: str = "auto") -> Weight:
+    """A weight [out_features, in_features] as `linear`, or with 2 parts `gated_linear`, of a backend wants it.
+
+    That is a `PackedWeight` where the kernels for CPUs serve, a copy that replaces the weight; elsewhere the weight
+    itself, and one that is packed stays as it is.
+
+    Raises:
+        BackendUnavailable: no such backend.
+    """
+    if isinstance(weight, PackedWeight) or not packs(np.dtype(weight.dtype), backend):
+        return weight
+    import funnel_native
+
+    return PackedWeight(jax.device_put(funnel_native.pack(np.asarray(weight), parts)), weight.shape, parts)
+
+
+def packs(dtype: np.dtype, backend: str) -> bool:
+    """Whether `prepare` packs weights of this dtype for a backend.
+
+    Raises:
+        BackendUnavailable: no such backend.
+    """
+    if "cpu" not in dispatch.candidates(backend):
+        return False
+    try:
+        native_calls.check_product(dtype)
+    except NotImplementedError:
+        return False
+    return True

@@ -1,0 +1,70 @@
+"""Calling the C++ kernels for CPUs through XLA's foreign function interface, and whether that is possible here."""
+
+import contextlib
+import contextvars
+import functools
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+THREADS = contextvars.ContextVar("threads", default=0)
+
+
+@contextlib.contextmanager
+def use_threads(count: int) -> Iterator[None]:
+    """Kernels that are traced inside run on at most `count` threads of XLA's pool; 0 stands for all of them."""
+    token = THREADS.set(count)
+    try:
+        yield
+    finally:
+        THREADS.reset(token)
+
+
+def implementation(module: str, name: str) -> Callable[..., Any]:
+    """The function `name` of a module, which raises `NotImplementedError` where the kernels cannot run."""
+
+    def served(*arrays: Any, **options: Any) -> Any:
+        check_runs()
+        return getattr(importlib.import_module(module), name)(*arrays, **options)
+
+    return served
+
+
+@functools.cache
+def check_runs() -> None:
+    """Raises `NotImplementedError` unless JAX runs on a CPU for which the kernels were built."""
+    platform = jax.devices()[0].platform
+    if platform != "cpu":
+        raise NotImplementedError(f"JAX runs on {platform}")
+    try:
+        import funnel_native
+    except ImportError as error:
+        raise NotImplementedError("the package funnel_native is not installed") from error
+    if problem := funnel_native.problem():
+        raise NotImplementedError(problem)
+
+
+@functools.cache
+def check_product(dtype: np.dtype) -> None:
+    """Raises `NotImplementedError` unless oneDNN has a fast product of this dtype here."""
+    check_runs()
+    import funnel_native
+
+    if problem := funnel_native.handlers().no_product(str(dtype) == "bfloat16"):
+        raise NotImplementedError(problem)
+
+
+def call(target: str, out_shape: Any, *arrays: jax.Array, **attributes: int | float | bool) -> Any:
+    """Runs a handler of bindings/native on arrays.
+
+    Args:
+        target: the name that it is registered under.
+        out_shape: `jax.ShapeDtypeStruct` of the result, or a tuple of them.
+        attributes: its numbers; it gets integers as int64, floats as float32, and `threads` besides.
+    """
+    kinds = {bool: np.bool_, int: np.int64, float: np.float32}
+    typed = {name: kinds[type(value)](value) for name, value in attributes.items()}
+    return jax.ffi.ffi_call(target, out_shape)(*arrays, **typed, threads=np.int64(THREADS.get()))

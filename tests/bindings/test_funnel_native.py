@@ -1,0 +1,117 @@
+"""Where the kernels in C++ cannot run, the package says why, and everything else runs without them."""
+
+import importlib.metadata
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import funnel_native
+from funnel_engine.cli import main
+from funnel_kernels import BackendUnavailable, native_calls
+from tiny_models import make_engine
+
+CACHES = (funnel_native.problem, funnel_native.handlers, native_calls.check_runs, native_calls.check_product)
+REASON = Path(funnel_native.__file__).with_name("not_built.txt")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def forgetful():
+    """What was found out before is forgotten, and what is found out here is too."""
+    for cache in CACHES:
+        cache.cache_clear()
+    yield
+    for cache in CACHES:
+        cache.cache_clear()
+
+
+@pytest.fixture
+def unbuilt(forgetful, monkeypatch):
+    monkeypatch.setitem(sys.modules, "funnel_native._handlers", None)
+
+
+def test_here_they_run():
+    assert funnel_native.problem() is None
+
+
+def test_a_module_that_was_not_built(unbuilt):
+    assert "the compiled module was not built (it is not there); install a C++17 compiler" in funnel_native.problem()
+    REASON.write_text("No CMAKE_CXX_COMPILER could be found.\n")
+    try:
+        for cache in CACHES:
+            cache.cache_clear()
+        assert "was not built (No CMAKE_CXX_COMPILER could be found.)" in funnel_native.problem()
+    finally:
+        REASON.unlink()
+
+
+def test_without_them_auto_runs_on_xla_and_doctor_says_why(unbuilt):
+    engine = make_engine()
+    assert engine.embed([[1, 2, 3]]).shape == (1, 24)
+    for line in ("linear", "attention", "pool_norm", "recover_norm"):
+        assert f"\n{line:<13}xla" in engine.describe()
+    with pytest.raises(BackendUnavailable, match="cpu: the compiled module was not built"):
+        make_engine(backend="cpu").embed([[1, 2, 3]])
+    facts = json.loads(CliRunner().invoke(main, ["doctor", "--json"]).output)
+    assert "not cpu: the compiled module was not built" in facts["attention"]
+
+
+def test_onednn_is_missing(forgetful, monkeypatch):
+    def files(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "files", files)
+    assert "oneDNN is not installed; run: pip install onednn-cpu-gomp" in funnel_native.problem()
+    funnel_native.problem.cache_clear()
+    funnel_native.handlers.cache_clear()
+    monkeypatch.setattr(importlib.metadata, "files", lambda name: [])
+    assert "holds no libdnnl.so.3; install it again" in funnel_native.problem()
+
+
+def test_a_processor_without_avx2(forgetful, monkeypatch):
+    monkeypatch.setattr(funnel_native.handlers(), "instruction_set", lambda: "none")
+    assert funnel_native.problem() == "this processor has no AVX2"
+
+
+def test_on_another_platform_they_refuse(forgetful, monkeypatch):
+    monkeypatch.setattr("jax.devices", lambda: [type("Device", (), {"platform": "gpu"})])
+    with pytest.raises(NotImplementedError, match="JAX runs on gpu"):
+        native_calls.check_runs()
+
+
+@pytest.mark.slow
+def test_installing_without_a_compiler_leaves_them_out_and_says_so(tmp_path):
+    """`setup.py` as pip runs it, with a compiler that fails."""
+    build = [
+        sys.executable,
+        "setup.py",
+        "build_ext",
+        "--build-lib",
+        tmp_path / "lib",
+        "--build-temp",
+        tmp_path / "temp",
+    ]
+    environment = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "CXX": "/bin/false", "CC": "/bin/false"}
+    done = subprocess.run(build, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "The kernels for CPUs are left out:" in done.stderr
+    reason = (tmp_path / "lib" / "funnel_native" / "not_built.txt").read_text()
+    assert "/bin/false" in reason or "compiler" in reason
+
+
+@pytest.mark.parametrize(
+    "source", sorted((ROOT / "bindings" / "native").glob("*_kernels.cc")), ids=lambda path: path.name
+)
+def test_no_kernel_brings_functions_of_the_standard_library(source, tmp_path):
+    """The linker keeps one copy of an inline function: were it one of a kernel's, older machines could not run it."""
+    built = tmp_path / "kernels.o"
+    flags = ["-std=c++17", "-O2", "-mavx2", "-mfma", "-DFUNNEL_INSTRUCTION_SET=avx2"]
+    subprocess.run(["g++", *flags, "-c", source, "-o", built], check=True)
+    symbols = subprocess.run(["nm", "-C", built], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert any("T funnel::avx2::" in line for line in symbols)
+    assert not [line for line in symbols if re.search(r" [WwVvu] ", line)]

@@ -1,0 +1,65 @@
+"""The kernels in C++, built with AddressSanitizer and UndefinedBehaviorSanitizer: the whole grid, and wrong calls.
+
+Whatever a sanitizer finds ends the process, so that the tests which run inside it fail.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+GRID = ("linear", "attention", "pool_norm", "recover_norm", "add_norm")
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory):
+    """A folder with a package funnel_native whose kernels are built with sanitizers."""
+    folder = tmp_path_factory.mktemp("sanitized")
+    package = folder / "funnel_native"
+    shutil.copytree(ROOT / "bindings" / "funnel_native", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    configure = [
+        "cmake", "-S", ROOT, "-B", folder / "build", "-G", "Ninja", "-DFUNNEL_SANITIZE=ON", "-DCMAKE_BUILD_TYPE=None",
+        "-DCMAKE_CXX_FLAGS=-O1", f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={package}",
+    ]  # fmt: skip
+    for command in (configure, ["cmake", "--build", folder / "build"]):
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    return folder
+
+
+def run_sanitized(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT / "tests")]),
+        "LD_PRELOAD": runtime.stdout.strip(),  # the sanitizer must come before everything else that is loaded
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1",  # Python itself leaks at exit
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+    return subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_the_grid_and_the_wrong_calls(sanitized):
+    files = [f"tests/kernels/test_{op}.py" for op in GRID]
+    files += sorted(str(path) for path in (ROOT / "tests" / "bindings").glob("test_native_*.py"))
+    done = run_sanitized(sanitized, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", "cpu or native", *files)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert " passed" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_sanitizer_is_there(sanitized):
+    """A write beyond the end of what was allocated, by the very function that packs weights, is found."""
+    code = """
+import numpy as np, funnel_native
+module = funnel_native.handlers()
+assert str(funnel_native.__file__).startswith({folder!r})
+weight, packed = np.ones((64, 256), np.float32), np.empty(100, np.float32)
+module.pack(weight.ctypes.data, 64, 256, False, packed.ctypes.data)
+"""
+    done = run_sanitized(sanitized, "-c", code.format(folder=str(sanitized)))
+    assert done.returncode != 0
+    assert "AddressSanitizer: heap-buffer-overflow" in done.stderr

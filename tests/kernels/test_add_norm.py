@@ -1,0 +1,93 @@
+"""`add_norm`: every implementation against float64 loops, and what is refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from funnel_kernels import BackendUnavailable, InputError, add_norm
+from option_grid import ADD_NORM_CASES, BACKENDS, AddNormCase, normal, refuses
+
+ROUNDING = {"float32": 2**-24, "bfloat16": 2**-8}  # the largest relative error of rounding to a dtype
+
+
+def norm(row, weight):
+    return row / np.sqrt(np.mean(row**2) + 1e-6) * (1 + np.asarray(weight, np.float64))
+
+
+def jitted(backend):
+    def run(x, update, weight, update_weight):
+        return add_norm(x, update, weight, update_weight=update_weight, eps=1e-6, backend=backend)
+
+    return jax.jit(run)
+
+
+def within(actual, expected, dtype):
+    """Whether it is one rounding away, after arithmetic in float32."""
+    error = np.abs(np.asarray(actual, np.float64) - expected)
+    return (error <= ROUNDING[dtype] * np.abs(expected) + 2e-6 * np.maximum(np.abs(expected), 1)).all()
+
+
+@pytest.mark.parametrize("case", ADD_NORM_CASES.values(), ids=ADD_NORM_CASES.keys())
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_agrees_with_float64(backend, case):
+    arrays = case.arrays()
+    if refuses("add_norm", backend, case):
+        with pytest.raises(BackendUnavailable, match=f"{backend}: ."):
+            jitted(backend)(*arrays)
+        return
+    total, normed = jitted(backend)(*arrays)
+    assert total.shape == normed.shape == (case.rows, case.width)
+    assert total.dtype == normed.dtype == jnp.dtype(case.dtype)
+    x, update, weight, update_weight = arrays
+    for row in range(case.rows):
+        expected = np.asarray(x[row], np.float64)
+        if update is not None:
+            added = np.asarray(update[row], np.float64)
+            expected = expected + (added if update_weight is None else norm(added, update_weight))
+        assert within(total[row], expected, case.dtype)
+        # The norm reads the sum as it was rounded.
+        assert within(normed[row], norm(np.asarray(total[row], np.float64), weight), case.dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_an_update_x_is_handed_on(backend):
+    x, _, weight, _ = AddNormCase("none", "bfloat16").arrays()
+    total, normed = jitted(backend)(x, None, weight, None)
+    np.testing.assert_array_equal(total, x)
+    np.testing.assert_array_equal(normed, jitted(backend)(x, np.zeros_like(x), weight, None)[1])
+
+
+def valid():
+    return {
+        "x": jnp.asarray(normal(0, 6, 4), jnp.bfloat16), "update": jnp.asarray(normal(1, 6, 4), jnp.float32),
+        "weight": jnp.ones(4), "update_weight": jnp.ones(4), "eps": 1e-6,
+    }  # fmt: skip
+
+
+def test_the_valid_call_that_the_refusals_start_from_is_served():
+    assert [rows.shape for rows in add_norm(**valid())] == [(6, 4), (6, 4)]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"x": jnp.ones((1, 6, 4))}, r"x has shape \(1, 6, 4\); it needs 2 axes"),
+        ({"x": jnp.ones((6, 4), jnp.float16)}, "x is float16; use float32 or bfloat16"),
+        ({"update": jnp.ones(24)}, r"update has shape \(24,\); it needs 2 axes"),
+        ({"update": jnp.ones((5, 4))}, r"update has shape \(5, 4\); here it must be \(6, 4\)"),
+        ({"update": jnp.ones((6, 4), jnp.float16)}, "update is float16; use float32 or bfloat16"),
+        (
+            {"x": jnp.ones((6, 4)), "update": jnp.ones((6, 4), jnp.bfloat16)},
+            "update is bfloat16 where x is float32; cast it",
+        ),
+        ({"update": None}, "update_weight is given without an update to normalise; leave it out"),
+        ({"weight": jnp.ones(6)}, r"weight has shape \(6,\); here it must be \(4,\)"),
+        ({"weight": jnp.ones(4, jnp.float16)}, "weight is float16; use float32 or bfloat16"),
+        ({"update_weight": jnp.ones(6)}, r"update_weight has shape \(6,\); here it must be \(4,\)"),
+        ({"update_weight": jnp.ones((1, 4))}, r"update_weight has shape \(1, 4\); it needs 1 axes"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(changed, message):
+    with pytest.raises(InputError, match=message):
+        add_norm(**(valid() | changed))

@@ -1,0 +1,138 @@
+"""`linear`, `gated_linear` and `prepare`: every implementation against float64, and what is refused."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from funnel_kernels import BackendUnavailable, InputError, PackedWeight, gated_linear, linear, prepare
+from option_grid import BACKENDS, DTYPES, GATED_CASES, LINEAR_CASES, LinearCase
+
+SERVED = [backend for backend in BACKENDS if backend not in ("triton", "tpu")]  # these two are XLA's products
+WIDE_ROUNDING = {"float32": 2**-22, "bfloat16": 2**-8}
+
+
+def exact(*arrays: np.ndarray | None) -> list[np.ndarray | None]:
+    return [None if array is None else np.asarray(array, np.float64) for array in arrays]
+
+
+def check(actual: jax.Array, expected: np.ndarray, size: np.ndarray, rounding: float) -> None:
+    """`size` bounds the sum of the absolute values of everything that was added up."""
+    error = np.abs(np.asarray(actual, np.float64) - expected)
+    allowed = rounding * np.abs(expected) + 2**-20 * size
+    assert (error <= allowed).all(), (error / allowed).max()
+
+
+@pytest.mark.parametrize("case", LINEAR_CASES.values(), ids=LINEAR_CASES.keys())
+@pytest.mark.parametrize("backend", SERVED)
+def test_linear_agrees_with_float64(backend, case):
+    x, weight, add = case.arrays()
+    prepared = prepare(weight, backend=backend)
+    assert isinstance(prepared, PackedWeight) == (backend == "cpu")
+    actual = jax.jit(lambda *arrays: linear(*arrays, backend=backend))(x, prepared, add)
+    exact_x, exact_weight, exact_add = exact(x, weight, add)
+    assert actual.shape == (case.rows, case.out_features)
+    assert actual.dtype == (x.dtype if case.add else jnp.float32)
+    expected = exact_x @ exact_weight.T + (0.0 if exact_add is None else exact_add)
+    size = np.abs(exact_x) @ np.abs(exact_weight.T) + (0.0 if exact_add is None else np.abs(exact_add))
+    check(actual, expected, size, WIDE_ROUNDING[case.dtype] if case.add else 0.0)
+
+
+@pytest.mark.parametrize("case", GATED_CASES.values(), ids=GATED_CASES.keys())
+@pytest.mark.parametrize("backend", SERVED)
+def test_gated_linear_agrees_with_float64(backend, case):
+    x, weight, _ = case.arrays()
+    actual = jax.jit(lambda *arrays: gated_linear(*arrays, backend=backend))(
+        x, prepare(weight, parts=2, backend=backend)
+    )
+    exact_x, exact_weight = exact(x, weight)
+    gate, up = exact_x @ exact_weight[: case.out_features].T, exact_x @ exact_weight[case.out_features :].T
+    inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
+    expected = 0.5 * gate * (1 + np.tanh(inner)) * up
+    assert actual.shape == expected.shape
+    assert actual.dtype == x.dtype
+    sizes = [np.abs(exact_x) @ np.abs(part.T) for part in np.split(exact_weight, 2)]
+    check(actual, expected, (1 + sizes[0]) * (1 + sizes[1]), WIDE_ROUNDING[case.dtype])
+
+
+@pytest.mark.parametrize("backend", ["triton", "tpu"])
+def test_on_accelerators_the_products_are_xlas(backend, interpreted_triton, interpreted_pallas):
+    x, weight, add = LinearCase(16, 24, 40, add=True).arrays()
+    assert prepare(weight, backend=backend) is weight
+    assert (linear(x, weight, add, backend=backend) == linear(x, weight, add, backend="xla")).all()
+    assert (gated_linear(x, weight, backend=backend) == gated_linear(x, weight, backend="xla")).all()
+
+
+def test_large_gates_neither_overflow_nor_vanish():
+    """gelu(x) is x for large x and 0 for very negative ones, where its exponential over- and underflows."""
+    gates = np.array([-1e30, -200.0, -50.0, -20.0, 20.0, 50.0, 200.0, 1e30], np.float32)
+    weight = np.concatenate([gates, np.ones(8, np.float32)])[:, None]
+    for backend in SERVED:
+        out = gated_linear(np.ones((1, 1), np.float32), prepare(weight, parts=2, backend=backend), backend=backend)
+        np.testing.assert_allclose(np.asarray(out)[0], np.maximum(gates, 0), rtol=1e-6, atol=1e-30)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_whole_units_of_a_packed_weight_can_be_taken(dtype):
+    x, weight, _ = LinearCase(5, 48, 300, dtype).arrays()
+    packed = prepare(weight, backend="cpu")
+    for rows in (slice(0, 128), slice(64, 192), slice(256, None), slice(64, 300)):
+        part = packed[rows]
+        assert part.shape == weight[rows].shape
+        assert (linear(x, part, backend="cpu") == linear(x, packed, backend="cpu")[:, rows]).all()
+    for rows in (slice(0, 100), slice(10, 64)):
+        with pytest.raises(ValueError, match="cannot be taken by themselves"):
+            packed[rows]
+    with pytest.raises(ValueError, match="cannot be taken"):
+        prepare(weight, parts=2, backend="cpu")[:64]
+
+
+def test_a_packed_weight_replaces_the_plain_one():
+    """No more memory than the weight, up to the end of the last unit."""
+    for size in ((128, 256), (2560, 2048)):
+        weight = np.zeros(size, jnp.bfloat16)
+        assert prepare(weight, backend="cpu").packed.nbytes == weight.nbytes
+    packed = prepare(np.ones((65, 32), np.float32), backend="cpu")
+    assert prepare(packed, backend="cpu") is packed
+    assert packed.packed.nbytes == 128 * 32 * 4
+
+
+def test_only_backend_cpu_reads_a_packed_weight_and_only_that():
+    x, weight, _ = LinearCase(4, 32, 64).arrays()
+    packed = prepare(weight, backend="cpu")
+    for backend in ("reference", "xla"):
+        with pytest.raises(BackendUnavailable, match=f"{backend}: the weight is packed for backend cpu"):
+            linear(x, packed, backend=backend)
+        with pytest.raises(BackendUnavailable, match="packed for backend cpu"):
+            gated_linear(x, prepare(weight, parts=2, backend="cpu"), backend=backend)
+    with pytest.raises(BackendUnavailable, match="cpu: the weight is not packed"):
+        linear(x, weight, backend="cpu")
+    np.testing.assert_allclose(linear(x, weight), x @ weight.T, rtol=1e-4, atol=1e-5)  # auto goes on to xla
+
+
+def test_what_does_not_fit_is_refused():
+    x, weight, add = LinearCase(4, 32, 64, add=True).arrays()
+    packed = prepare(weight, backend="cpu")
+    half = weight.astype(jnp.bfloat16)
+    for arrays, message in (
+        ((x[None], weight), r"x has shape \(1, 4, 32\)"),
+        ((x.astype(np.float16), weight), "x is float16"),
+        ((x, weight[:, :31]), r"weight has shape \(64, 31\); here it must be \(64, 32\)"),
+        ((x, half), "weight is bfloat16 where float32 is needed"),
+        ((x, prepare(half, backend="cpu")), "packed as bfloat16 where float32"),
+        ((x[:, :16], packed), r"weight has shape \(64, 32\); here it must be \(64, 16\)"),
+        ((x, weight, add[:, :5]), r"add has shape \(4, 5\); here it must be \(4, 64\)"),
+        ((x, weight, add.astype(jnp.bfloat16)), "add is bfloat16 where float32"),
+        ((x[:0], weight), "need at least one row"),
+        ((x, prepare(weight, parts=2, backend="cpu")), "packed in 2 parts, this product needs 1"),
+    ):
+        with pytest.raises(InputError, match=message):
+            linear(*arrays)
+    with pytest.raises(InputError, match="packed in 1 parts, this product needs 2"):
+        gated_linear(x, packed)
+    with pytest.raises(InputError, match="63 rows; those of gate and up together are an even number"):
+        gated_linear(x, weight[:63])
+    with pytest.raises(BackendUnavailable, match="'gpu' does not exist"):
+        prepare(weight, backend="gpu")

@@ -36,9 +36,10 @@ from funnel_engine.packing import (
 )
 from funnel_engine.sharding import DeviceMesh, OneDevice, batch_shapes
 from funnel_engine.text import TextConfig, Tokenize, read_tokenizer
+from funnel_engine.threads import count_threads
 from funnel_engine.weights import DTYPES, check_dtype, expected_shapes
 from funnel_engine.xla_options import compiler_options
-from funnel_kernels import dispatch
+from funnel_kernels import dispatch, native_calls
 from funnel_kernels.errors import CheckpointError, ConfigError, InputError
 
 Program = Callable[..., jax.Array]
@@ -86,6 +87,7 @@ class Engine:
         compilation_cache: str | PathLike[str] | None = None,
         dtype: str | None = None,
         mesh: Mesh | None = None,
+        threads: int | None = None,
     ):
         """Puts weights on the device, or on those of a mesh; most callers want `Engine.load`.
 
@@ -103,6 +105,8 @@ class Engine:
             dtype: "bfloat16" or "float32", which the weights are cast to; None keeps theirs.
             mesh: devices to run on, see `sharding`: those along its axis "model" share the layers, those along "data"
                 run a batch each. None runs on JAX's default device.
+            threads: how many threads the kernels for CPUs use, see `threads.py`; None takes OMP_NUM_THREADS, or else
+                all cores of the process.
 
         Raises:
             ConfigError: options that contradict the model or each other, or a mesh that does not divide the model.
@@ -118,11 +122,12 @@ class Engine:
         if dtype is not None:
             check_dtype(dtype)
         self.plan = make_plan(config, funnel)
-        self.devices = OneDevice(config) if mesh is None else DeviceMesh(mesh, config)
+        self.devices = OneDevice(config, backend) if mesh is None else DeviceMesh(mesh, config)
         check_weights(weights, config, head)
         if compilation_cache is not None:
             keep_compiled_programs(Path(compilation_cache))
         self.config, self.head, self.funnel, self.backend = config, head, funnel, backend
+        self.threads = count_threads(threads)
         self.tokenizer, self.text = tokenizer, text
         self.max_length = min(config.max_positions, text.max_tokens or max_batch_tokens, max_batch_tokens)
         self.buckets = row_buckets(self.plan, max_batch_tokens)
@@ -146,6 +151,7 @@ class Engine:
         compilation_cache: str | PathLike[str] | None = None,
         verify: bool = False,
         mesh: Mesh | None = None,
+        threads: int | None = None,
     ) -> "Engine":
         """Loads a checkpoint that `convert` has written.
 
@@ -180,6 +186,7 @@ class Engine:
             compilation_cache=compilation_cache,
             dtype=dtype,
             mesh=mesh,
+            threads=threads,
         )
 
     def embed(
@@ -296,7 +303,9 @@ class Engine:
         config, lengths = self.config, np.full(1, min(512, self.max_length), np.int32)
         ratio = ideal_ratio(config, self.funnel, lengths)
         dtype = str(self.params["embedding"].dtype)
-        served = served_by(self.devices.config, self.funnel, dtype, self.backend)
+        served = served_by(
+            self.devices.config, self.funnel, dtype, self.backend, over_mesh=isinstance(self.devices, DeviceMesh)
+        )
         return "\n".join(
             [
                 f"model        {config.family}, {config.num_layers} layers of width {config.hidden_size}, "
@@ -422,8 +431,9 @@ class Engine:
     def _compiled(self, function: Program, params: Params, *shapes: Any) -> Program:
         """`function(params, *arrays)` of one batch's arrays, compiled for what the devices run at once."""
         spread = jax.jit(self.devices.spread(function, params))
-        lowered = spread.lower(params, *self.devices.shapes(shapes))
-        return self.devices.queued(lowered.compile(compiler_options(jax.default_backend())))
+        with native_calls.use_threads(self.threads):
+            lowered = spread.lower(params, *self.devices.shapes(shapes))
+        return self.devices.queued(lowered.compile(compiler_options(jax.default_backend(), self.threads)))
 
     def _count(self, **counts: float) -> None:
         with self._lock:

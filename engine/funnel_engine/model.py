@@ -1,8 +1,8 @@
 """The forward pass of a funneled Gemma encoder: one pure function, read from top to bottom.
 
-Weights are matrices `[out, in]` as Hugging Face and safetensors have them, used in place: `q`, `k` and `v` are one
-matrix, gate and up another. The layers are a Python loop over a list, not a scan over stacked weights, because a scan
-copies every layer's weights out of the stack at run time.
+Weights are matrices `[out, in]` as Hugging Face and safetensors have them: `q`, `k` and `v` are one matrix, gate and up
+another. A backend may have them in a layout of its own (`funnel_kernels.linear.prepare`). The layers are a Python loop
+over a list, not a scan over stacked weights, because a scan copies every layer's weights out of the stack at run time.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from funnel_engine.config import RECOVERIES, FunnelConfig, ModelConfig, Rope, layer_steps
 from funnel_engine.packing import Batch
-from funnel_kernels import attention, pool_norm, recover_norm, rms_norm
+from funnel_kernels import Weight, add_norm, attention, gated_linear, linear, pool_norm, recover_norm, rms_norm
 
 Params = Mapping[str, Any]  # names and shapes: `weights.expected_shapes`
 
@@ -65,24 +65,25 @@ def forward(
         if stride in (step.query_stride, step.key_stride)
     }
 
-    for weights, step in zip(params["layers"], steps, strict=True):
-        # Pooling, and the norm before attention.
+    # What comes before each sub-layer is the norm of the residual stream, made together with the stream itself.
+    layers = params["layers"]
+    x, normed = add_norm(x, None, layers[0]["attention_input_norm"], eps=eps, backend=backend)
+    next_norms = [*(weights["attention_input_norm"] for weights in layers[1:]), params["final_norm"]]
+
+    for weights, step, next_norm in zip(layers, steps, next_norms, strict=True):
+        unpooled = normed
         if step.pool > 1:
-            unpooled = x
             real = batch.levels[step.query_stride // step.pool].real
             x, normed = pool_norm(
                 x, real, weights["attention_input_norm"], stride=step.pool, pool=funnel.pool, eps=eps, backend=backend
             )
-        else:
-            normed = rms_norm(x, weights["attention_input_norm"], eps).astype(dtype)
 
         # Attention: queries from the (pooled) rows, keys and values from those or from the unpooled ones.
         if step.key_stride == step.query_stride:
-            q, k, v = split_columns(project(normed, weights["qkv"]), config)
+            q, k, v = split_columns(linear(normed, weights["qkv"], backend=backend), config)
         else:
-            k_normed = rms_norm(unpooled, weights["attention_input_norm"], eps).astype(dtype)
-            q = project(normed, weights["q"])
-            k, v = jnp.split(project(k_normed, weights["kv"]), 2, axis=1)
+            q = linear(normed, weights["q"], backend=backend)
+            k, v = jnp.split(linear(unpooled, weights["kv"], backend=backend), 2, axis=1)
         if config.qk_norm:
             q, k = head_norm(q, weights["query_norm"], eps), head_norm(k, weights["key_norm"], eps)
         q = rotate(q, rotations[step.query_stride, step.layer_type])
@@ -93,15 +94,15 @@ def forward(
             heads=config.num_heads, kv_heads=config.num_kv_heads,
             scale=config.query_scale, softcap=config.softcap, backend=backend,
         )  # fmt: skip
-        update = total(project(attended, weights["attention_output"]), axis, dtype)
-        if config.post_norms:
-            update = rms_norm(update, weights["attention_output_norm"], eps)
-        x = (x + update).astype(dtype)
-
-        feed_forward = partial(mlp, weights, config, axis)
-        x = jax.lax.platform_dependent(
-            x, cpu=partial(in_blocks, partial(feed_forward, jnp.float32)), default=partial(feed_forward, dtype)
+        post_norm = weights["attention_output_norm"] if config.post_norms else None
+        x, normed = add_product(
+            x, attended, weights["attention_output"], post_norm, weights["mlp_input_norm"], eps, axis, backend
         )
+
+        feed_forward = partial(mlp, weights, next_norm, config, axis, backend)
+        x, normed = jax.lax.platform_dependent(
+            x, normed, cpu=partial(in_blocks, feed_forward), default=feed_forward
+        )  # fmt: skip
 
         # What the recovery needs of the full-length layers, in one buffer.
         if source and step.query_stride == 1:
@@ -109,7 +110,7 @@ def forward(
             full = keep(source, full, x, full_layers)
 
     if recovery is None:
-        return rms_norm(x, params["final_norm"], eps).astype(dtype)
+        return normed
     if source == "mean" and full_layers:
         full = full / full_layers
     return recover_norm(
@@ -118,48 +119,64 @@ def forward(
     )  # fmt: skip
 
 
-def mlp(weights: Params, config: ModelConfig, axis: str | None, wide: jnp.dtype, x: jax.Array) -> jax.Array:
-    """`x + down(gelu(gate(x)) * up(x))` with its norms: GeGLU (arXiv:2002.05202), the tanh approximation of gelu.
+def mlp(
+    weights: Params,
+    next_norm: jax.Array,
+    config: ModelConfig,
+    axis: str | None,
+    backend: str,
+    x: jax.Array,  # [N, D]
+    normed: jax.Array,  # [N, D]
+) -> tuple[jax.Array, jax.Array]:  # [N, D] each
+    """`x + down(gelu(gate(normed)) * up(normed))`, and the norm that the next layer begins with."""
+    hidden = gated_linear(normed, weights["gate_up"], backend=backend)
+    post_norm = weights["mlp_output_norm"] if config.post_norms else None
+    return add_product(x, hidden, weights["down"], post_norm, next_norm, config.norm_eps, axis, backend)
 
-    `wide` is the dtype of gate and up, the largest arrays of all. On a CPU float32 costs nothing; an accelerator must
-    write and read them, so there they are rounded to the dtype of the activations, as transformers does everywhere.
+
+def add_product(
+    x: jax.Array,  # [N, D], the residual stream
+    rows: jax.Array,  # [N, in]
+    weight: Weight,  # [D, in]
+    post_norm: jax.Array | None,  # [D]
+    next_norm: jax.Array,  # [D]
+    eps: float,
+    axis: str | None,
+    backend: str,
+) -> tuple[jax.Array, jax.Array]:  # [N, D] each
+    """The end of a sub-layer: `x + rows @ weight.T`, and its norm with the weight `next_norm`.
+
+    The product is summed over devices, and normalised before it is added if the family does that.
     """
-    normed = rms_norm(x, weights["mlp_input_norm"], config.norm_eps).astype(x.dtype)
-    gate_up = project(normed, weights["gate_up"], wide)
-    # Split first: XLA would widen the whole before it is written.
-    gate, up = (half.astype(jnp.float32) for half in jnp.split(gate_up, 2, axis=1))
-    hidden = (jax.nn.gelu(gate, approximate=True) * up).astype(x.dtype)
-    update = total(project(hidden, weights["down"]), axis, x.dtype)
-    if config.post_norms:
-        update = rms_norm(update, weights["mlp_output_norm"], config.norm_eps)
-    return (x + update).astype(x.dtype)
+    if post_norm is None and axis is None:
+        return add_norm(linear(rows, weight, add=x, backend=backend), None, next_norm, eps=eps, backend=backend)
+    update = total(linear(rows, weight, backend=backend), axis, x.dtype)
+    return add_norm(x, update, next_norm, update_weight=post_norm, eps=eps, backend=backend)
 
 
-def in_blocks(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    """Replaces rows by a function of them, in blocks of near-equal size, one after another; [N, D] -> [N, D].
+Rows = tuple[jax.Array, ...]  # [N, D] each
+
+
+def in_blocks(function: Callable[..., Rows], *arrays: jax.Array) -> Rows:
+    """Replaces rows of arrays by a function of them, in blocks of near-equal size, one after another.
 
     The MLP's hidden rows are many times wider than its input. In blocks they stay in a CPU's cache, and their memory
     does not grow with N. On two cores a layer of Gemma 2B on 4096 rows runs at 337 GFLOP/s so, and at 296 in one block.
     An accelerator has no such cache and wants large products.
     """
-    rows = x.shape[0]
+    rows = arrays[0].shape[0]
     blocks = -(-rows // ROWS_PER_BLOCK)
     if blocks == 1:
-        return function(x)
+        return function(*arrays)
     size = -(-rows // blocks)
 
-    def update(block: jax.Array, x: jax.Array) -> jax.Array:
-        taken = jax.lax.dynamic_slice_in_dim(x, block * size, size)
-        return jax.lax.dynamic_update_slice_in_dim(x, function(taken), block * size, axis=0)
+    def update(block: jax.Array, arrays: Rows) -> Rows:
+        taken = [jax.lax.dynamic_slice_in_dim(array, block * size, size) for array in arrays]
+        replaced = zip(arrays, function(*taken), strict=True)
+        return tuple(jax.lax.dynamic_update_slice_in_dim(array, new, block * size, axis=0) for array, new in replaced)
 
-    return jax.lax.fori_loop(0, blocks, update, jnp.pad(x, ((0, blocks * size - rows), (0, 0))))[:rows]
-
-
-def project(x: jax.Array, weight: jax.Array, result: jnp.dtype = jnp.float32) -> jax.Array:
-    """`x @ weight.T` of `[N, in]` and `[out, in]`, accumulated in float32 and, unless told otherwise, not rounded."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    dimensions = (((1,), (1,)), ((), ()))
-    return jax.lax.dot_general(x, weight, dimensions, precision=precision, preferred_element_type=result)
+    padded = tuple(jnp.pad(array, ((0, blocks * size - rows), (0, 0))) for array in arrays)
+    return tuple(array[:rows] for array in jax.lax.fori_loop(0, blocks, update, padded))
 
 
 def gather_columns(x: jax.Array, axis: str | None) -> jax.Array:

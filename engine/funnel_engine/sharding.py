@@ -28,11 +28,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from funnel_engine.checkpoints.safetensors_file import release
 from funnel_engine.config import FunnelConfig, ModelConfig
 from funnel_engine.heads import HeadConfig
 from funnel_engine.model import Params, forward
 from funnel_engine.packing import Ints, Plan, make_plan, pack, split
-from funnel_engine.weights import DTYPES, check_dtype, expected_shapes, nest
+from funnel_engine.weights import DTYPES, check_dtype, expected_shapes, nest, prepare_weight
+from funnel_kernels import PackedWeight, Weight
 from funnel_kernels.errors import ConfigError
 
 Tree = Any  # a pytree of arrays
@@ -52,14 +54,15 @@ class OneDevice:
     data = 1
     axis: str | None = None
 
-    def __init__(self, config: ModelConfig):
-        self.config = config
+    def __init__(self, config: ModelConfig, backend: str):
+        self.config, self.backend = config, backend
 
     def groups(self, plan: Plan, lengths: Ints, buckets: Sequence[int]) -> list[list[Ints]]:
         return [[batch] for batch in split(plan, lengths, buckets[-1])]
 
     def place(self, weights: Params, funnel: FunnelConfig, dtype: str) -> dict[str, Any]:
-        return nest({name: to_device(weight, dtype) for name, weight in weights.items()}, self.config, funnel)
+        """Each weight is replaced as soon as it is on the device, so that host memory holds one of them twice."""
+        return map_weights(partial(to_device, dtype=dtype, backend=self.backend), nest(weights, self.config, funnel))
 
     def stack(self, batches: Sequence[Tree]) -> Tree:
         return batches[0]
@@ -127,6 +130,9 @@ class DeviceMesh:
                 f"the mesh has devices of other processes, e.g. {foreign[0]}; an engine runs in one process, so make "
                 "the mesh of jax.local_devices()"
             )
+
+        if packed := [name for name, weight in weights.items() if isinstance(weight, PackedWeight)]:
+            raise ConfigError(f"{packed[0]} is packed for one device and cannot be divided; give the weight itself")
 
         def put(name: str, weight: Any) -> jax.Array:
             cut, shards = self.cuts.get(name), []
@@ -282,13 +288,18 @@ def share(config: ModelConfig, devices: int) -> ModelConfig:
 
 def map_weights(function: Callable[[str, Any], Any], tree: dict[str, Any]) -> dict[str, Any]:
     """Replaces every weight of a tree by a function of its name and itself."""
-    mapped: dict[str, Any] = jax.tree.map_with_path(lambda path, weight: function(path[-1].key, weight), tree)
+    mapped: dict[str, Any] = jax.tree.map_with_path(
+        lambda path, weight: function(path[-1].key, weight), tree, is_leaf=lambda node: isinstance(node, PackedWeight)
+    )
     return mapped
 
 
-def to_device(weight: np.ndarray, dtype: str) -> jax.Array:
-    """Casts and transfers one weight; on the CPU a weight that needs no cast stays where the file is mapped."""
-    return jax.device_put(weight if str(weight.dtype) == dtype else weight.astype(DTYPES[dtype]))
+def to_device(name: str, weight: Any, dtype: str, backend: str) -> Weight:
+    """Casts, prepares and transfers one weight. On a CPU, one that needs none of it stays where its file is mapped."""
+    prepared = prepare_weight(name, weight, dtype, backend)
+    if prepared is not weight and isinstance(weight, np.ndarray):
+        release(weight)
+    return jax.device_put(prepared)
 
 
 def abstract_forward(

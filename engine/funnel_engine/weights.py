@@ -12,10 +12,13 @@ import numpy as np
 
 from funnel_engine.config import FunnelConfig, ModelConfig, check_option, layer_steps
 from funnel_engine.heads import HeadConfig, head_shapes
+from funnel_kernels import PackedWeight, Weight, prepare
 from funnel_kernels.errors import ConfigError
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 Shapes = dict[str, tuple[int, ...]]
+# The matrices that rows are multiplied with, and how many matrices each is made of.
+PRODUCTS = {"qkv": 1, "q": 1, "kv": 1, "attention_output": 1, "gate_up": 2, "down": 1}
 
 
 def check_dtype(dtype: str) -> None:
@@ -70,6 +73,23 @@ def nest(flat: Mapping[str, Any], config: ModelConfig, funnel: FunnelConfig) -> 
             qkv = layer.pop("qkv")
             layer |= {"q": qkv[:q_width], "kv": qkv[q_width:]}
     return tree
+
+
+def prepare_weight(name: str, weight: Any, dtype: str, backend: str) -> Weight:
+    """One weight, cast and in the layout that the products of a backend read (`funnel_kernels.linear.prepare`).
+
+    Args:
+        name: in the flat table or the tree.
+
+    Raises:
+        ConfigError: it is packed already, in another dtype.
+    """
+    if str(weight.dtype) != dtype:
+        if isinstance(weight, PackedWeight):
+            raise ConfigError(f"{name} is packed as {weight.dtype}; cast it to {dtype} before it is prepared")
+        weight = weight.astype(DTYPES[dtype])
+    leaf = name.rpartition(".")[2]
+    return prepare(weight, parts=PRODUCTS[leaf], backend=backend) if leaf in PRODUCTS else weight
 
 
 def random_weights(config: ModelConfig, head: HeadConfig, dtype: str, seed: int) -> dict[str, np.ndarray]:

@@ -14,7 +14,14 @@ OPTIONS: dict[str, dict[str, str | bool]] = {
 }
 
 
-def compiler_options(platform: str) -> dict[str, str | bool]:
-    """The options for a platform of JAX ("cpu", "gpu", "tpu"), less those that the user has set in `XLA_FLAGS`."""
+def compiler_options(platform: str, threads: int = 0) -> dict[str, str | bool]:
+    """The options for a platform of JAX ("cpu", "gpu", "tpu"), less those that the user has set in `XLA_FLAGS`.
+
+    Args:
+        threads: of an engine on a CPU, see `threads.py`. XLA's own operations know only one thread or all of them.
+    """
     named = set(re.findall(r"--(\w+)", os.environ.get("XLA_FLAGS", "")))
-    return {name: value for name, value in OPTIONS.get(platform, {}).items() if name not in named}
+    options = OPTIONS.get(platform, {})
+    if platform == "cpu" and threads == 1:
+        options = options | {"xla_cpu_multi_thread_eigen": False}
+    return {name: value for name, value in options.items() if name not in named}

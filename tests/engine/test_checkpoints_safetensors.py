@@ -14,7 +14,13 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from funnel_engine.checkpoints.safetensors_file import MAX_HEADER_BYTES, map_tensors, read_header, write_tensors
+from funnel_engine.checkpoints.safetensors_file import (
+    MAX_HEADER_BYTES,
+    map_tensors,
+    read_header,
+    release,
+    write_tensors,
+)
 from funnel_kernels import CheckpointError
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -237,3 +243,23 @@ def test_any_file_is_read_whole_or_refused(fuzzed, content):
             if tensor.shape:
                 read = tensor.read((), 0, tensor.shape[0])
                 assert read.tobytes() == content[tensor.start :][: tensor.size]
+
+
+def resident_bytes() -> int:
+    """Of this process's memory, what is mapped from files and present."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssFile")]
+    return 1024 * int(line.split()[1])
+
+
+def test_memory_of_a_mapped_tensor_can_be_let_go_and_reads_the_same_again(tmp_path):
+    values = np.random.default_rng(3).standard_normal((3, 2**20)).astype(np.float32)
+    path = tmp_path / "weights.safetensors"
+    safetensors.numpy.save_file({"a": values[0], "b": values[1:]}, path)
+    mapped = map_tensors(path, read_header(path))
+    total = sum(float(array.sum()) for array in mapped.values())  # reads all of it
+    before = resident_bytes()
+    release(mapped["b"])
+    assert before - resident_bytes() > 0.95 * values[1:].nbytes
+    assert total == sum(float(array.sum()) for array in mapped.values())
+    release(values)  # not mapped: nothing happens
+    np.testing.assert_array_equal(mapped["b"], values[1:])

@@ -19,7 +19,8 @@ from funnel_engine.heads import HeadConfig
 from funnel_engine.model import forward, in_blocks, rotate, rotation
 from funnel_engine.packing import make_plan, pack, spans
 from funnel_engine.presets import preset
-from funnel_engine.weights import DTYPES, expected_shapes, nest, random_weights
+from funnel_engine.sharding import map_weights
+from funnel_engine.weights import DTYPES, expected_shapes, nest, prepare_weight, random_weights
 from funnel_kernels import BackendUnavailable, ConfigError
 from funnel_kernels.dispatch import BACKENDS
 
@@ -146,11 +147,10 @@ def test_every_backend_gives_what_the_reference_gives(name, config, dtype, inter
     config = dataclasses.replace(config, hidden_size=128)  # rows of whole registers, as the kernels for TPUs need
     funnel = FUNNELS[name]
     params, batch, plan, lengths = example(config, funnel, dtype)
-    backends = [name for name in BACKENDS if name != "reference"]
-    results = [
-        np.asarray(run(params, batch, config=config, funnel=funnel, backend=backend))
-        for backend in ("reference", *backends)
-    ]
+    results = []
+    for backend in ("reference", *(name for name in BACKENDS if name != "reference")):
+        prepared = map_weights(functools.partial(prepare_weight, dtype=dtype, backend=backend), params)
+        results.append(np.asarray(run(prepared, batch, config=config, funnel=funnel, backend=backend)))
     for result in results:
         assert result.dtype == DTYPES[dtype]
         assert result.shape == (len(batch.ids) // funnel.output_stride, config.hidden_size)
@@ -197,14 +197,16 @@ def test_what_does_not_fit_is_refused():
 
 @pytest.mark.parametrize("rows", [1, 1024, 1025, 2500])
 def test_in_blocks_is_the_function_of_every_row(rows):
-    x = np.random.default_rng(rows).standard_normal((rows, 3)).astype(np.float32)
+    x, y = np.random.default_rng(rows).standard_normal((2, rows, 3)).astype(np.float32)
     seen = []
 
-    def function(block):
-        seen.append(block.shape[0])
-        return 2 * block + 1
+    def function(x, y):
+        seen.append(x.shape[0])
+        return 2 * x + y, y + 1
 
-    np.testing.assert_array_equal(in_blocks(function, jnp.asarray(x)), 2 * x + 1)
+    new_x, new_y = in_blocks(function, jnp.asarray(x), jnp.asarray(y))
+    np.testing.assert_array_equal(new_x, 2 * x + y)
+    np.testing.assert_array_equal(new_y, y + 1)
     assert seen == [rows // -(-rows // 1024) + (rows % -(-rows // 1024) > 0)]  # near-equal blocks of at most 1024 rows
 
 
@@ -222,7 +224,7 @@ def result_on(platform, monkeypatch, config, dtype, rows=40):
     ids = np.random.default_rng(3).integers(0, config.vocab_size, rows, np.int32)
     batch = pack(make_plan(config, funnel), ids, np.array([0, rows // 3, rows], np.int32), rows + 2)
     params = nest(random_weights(config, HeadConfig(), dtype, seed=4), config, funnel)
-    program = jax.jit(functools.partial(forward, config=config, funnel=funnel, backend="reference"))
+    program = jax.jit(functools.partial(forward, config=config, funnel=funnel, backend="xla"))
     return np.asarray(program(params, batch), np.float64)[:rows]
 
 

@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import math
+import mmap
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -125,6 +126,19 @@ def map_tensors(path: Path, tensors: Mapping[str, StoredTensor]) -> dict[str, np
         name: data[tensor.start : tensor.start + tensor.size].view(tensor.dtype).reshape(tensor.shape)
         for name, tensor in tensors.items()
     }
+
+
+def release(array: np.ndarray) -> None:
+    """Lets go of the memory behind an array of `map_tensors` that has been copied; reading it again reads the file."""
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if not isinstance(base, mmap.mmap):
+        return
+    start = array.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data
+    first, last = -(-start // mmap.PAGESIZE), (start + array.nbytes) // mmap.PAGESIZE  # its neighbours may be in use
+    if first < last and hasattr(mmap, "MADV_DONTNEED"):
+        base.madvise(mmap.MADV_DONTNEED, first * mmap.PAGESIZE, (last - first) * mmap.PAGESIZE)
 
 
 def write_tensors(

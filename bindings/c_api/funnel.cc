@@ -1,0 +1,354 @@
+// funnel.h: checks what C callers hand in, keeps the table of open engines, and passes calls on to Python.
+
+#include "funnel.h"
+
+#include <algorithm>
+#include <cstring>
+#include <exception>
+#include <initializer_list>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <unordered_map>
+
+#include "interpreter.h"
+#include "status.h"
+
+namespace funnel_c_api {
+namespace {
+
+struct Engine {
+  Reference host;    // module funnel_engine.c_host
+  Reference python;  // funnel_engine.Engine
+  funnel_info info;
+
+  ~Engine() {
+    if (Py_IsInitialized()) {
+      const InterpreterLock lock;
+      host = Reference();
+      python = Reference();
+    } else {  // the host has stopped its Python, and the objects are gone
+      host.forget();
+      python.forget();
+    }
+  }
+};
+
+using EnginePtr = std::shared_ptr<Engine>;
+
+// The open engines by handle. Handles are numbers that are never used twice, so that a closed one is known as such. A
+// call shares the engine that it runs on, so closing it meanwhile frees nothing that is in use.
+class Table {
+ public:
+  funnel_engine* add(EnginePtr engine) {
+    std::lock_guard<std::mutex> guard(mutex_);
+    engines_.emplace(++last_, std::move(engine));
+    return reinterpret_cast<funnel_engine*>(last_);
+  }
+
+  Status find(const funnel_engine* handle, EnginePtr* engine) { return look_up(handle, engine, /*remove=*/false); }
+  Status remove(const funnel_engine* handle, EnginePtr* engine) { return look_up(handle, engine, /*remove=*/true); }
+
+ private:
+  Status look_up(const funnel_engine* handle, EnginePtr* engine, bool remove) {
+    const auto number = reinterpret_cast<uintptr_t>(handle);
+    std::lock_guard<std::mutex> guard(mutex_);
+    if (number == 0 || number > last_) {
+      return {FUNNEL_INVALID_ARGUMENT, "engine is " + std::string(number == 0 ? "NULL" : "no handle") +
+                                           "; give one that funnel_open has returned"};
+    }
+    const auto found = engines_.find(number);
+    if (found == engines_.end()) return {FUNNEL_CLOSED, "the engine was closed; open another one"};
+    *engine = found->second;
+    if (remove) engines_.erase(found);
+    return {};
+  }
+
+  std::mutex mutex_;  // never held while waiting for the interpreter's lock
+  std::unordered_map<uintptr_t, EnginePtr> engines_;
+  uintptr_t last_ = 0;
+};
+
+Table& table() {
+  static Table& only = *new Table;  // never destroyed: threads may call until the process ends
+  return only;
+}
+
+Status invalid(std::string message) { return {FUNNEL_INVALID_ARGUMENT, std::move(message)}; }
+
+// Copies a message into the caller's buffer, cut between two characters of UTF-8 if it is too long.
+void write_error(const char* message, char* error, size_t error_size) {
+  if (error == nullptr || error_size == 0) return;
+  size_t length = std::strlen(message);
+  if (length >= error_size) {
+    length = error_size - 1;
+    while (length > 0 && (static_cast<unsigned char>(message[length]) & 0xC0) == 0x80) --length;
+  }
+  std::memcpy(error, message, length);
+  error[length] = '\0';
+}
+
+// Runs the body of an exported function, so that neither a C++ exception nor a status without its message gets out.
+template <typename Body>
+funnel_status answer(char* error, size_t error_size, Body body) {
+  try {
+    const Status status = body();
+    write_error(status.message.c_str(), error, error_size);
+    return status.code;
+  } catch (const std::exception& exception) {
+    write_error(exception.what(), error, error_size);
+    return FUNNEL_INTERNAL;
+  }
+}
+
+// `body(engine)` of an open engine, in an interpreter that runs.
+template <typename Body>
+Status with_engine(const funnel_engine* handle, Body body) {
+  EnginePtr engine;
+  const Status status = table().find(handle, &engine);
+  if (!status.ok()) return status;
+  if (!Py_IsInitialized()) return {FUNNEL_PYTHON, "the host has stopped the interpreter; start a new process"};
+  return body(*engine);
+}
+
+// A struct's size is known if it ends after one of its fields.
+Status check_struct_size(const char* name, size_t size, std::initializer_list<size_t> known) {
+  if (std::find(known.begin(), known.end(), size) != known.end()) return {};
+  return invalid(std::string(name) + ".struct_size is " + std::to_string(size) +
+                 ", which this version of the library does not know; set it to sizeof(" + name + "), " +
+                 std::to_string(*(known.end() - 1)) + " here");
+}
+
+Status read_options(const funnel_options* given, funnel_options* options) {
+  if (given == nullptr) return invalid("options is NULL; give a funnel_options with a checkpoint");
+  const Status status =
+      check_struct_size("funnel_options", given->struct_size,
+                        {offsetof(funnel_options, python), offsetof(funnel_options, options), sizeof(funnel_options)});
+  if (!status.ok()) return status;
+  *options = FUNNEL_OPTIONS_INIT;
+  std::memcpy(options, given, given->struct_size);
+  if (options->checkpoint == nullptr) return invalid("checkpoint is NULL; give a directory that funnel convert wrote");
+  return {};
+}
+
+// What a caller hands in: see funnel.h.
+struct Sequences {
+  const int32_t* ids;
+  const int32_t* offsets;
+  int32_t count;
+
+  int32_t tokens() const { return offsets[count]; }
+};
+
+// Checks the offsets, and with them how many ids may be read. Of the ids it reads none.
+Status check_sequences(const Sequences& sequences, int32_t max_length) {
+  if (sequences.ids == nullptr || sequences.offsets == nullptr) {
+    return invalid(std::string(sequences.ids == nullptr ? "ids" : "offsets") + " is NULL; give token ids and offsets");
+  }
+  if (sequences.count < 1) {
+    return invalid("count is " + std::to_string(sequences.count) + "; give at least one sequence");
+  }
+  const int32_t* offsets = sequences.offsets;
+  if (offsets[0] != 0) return invalid("offsets[0] is " + std::to_string(offsets[0]) + "; it must be 0");
+  for (int32_t b = 0; b < sequences.count; ++b) {
+    const int64_t length = int64_t{offsets[b + 1]} - offsets[b];
+    if (length < 0) {
+      return invalid("offsets[" + std::to_string(b + 1) + "] is " + std::to_string(offsets[b + 1]) +
+                     ", less than the " + std::to_string(offsets[b]) + " before it; offsets must grow");
+    }
+    if (length == 0) {
+      return {FUNNEL_INPUT, "sequence " + std::to_string(b) + " is empty; give at least one token id"};
+    }
+    if (length > max_length) {
+      return {FUNNEL_INPUT, "sequence " + std::to_string(b) + " has " + std::to_string(length) +
+                                " tokens, more than the limit of " + std::to_string(max_length) +
+                                "; shorten it, or raise max_batch_tokens if the model allows more"};
+    }
+  }
+  return {};
+}
+
+Status check_output(const float* out, size_t out_floats, int32_t rows, int32_t width) {
+  const uint64_t needed = uint64_t{static_cast<uint32_t>(rows)} * static_cast<uint32_t>(width);
+  if (out == nullptr && needed > 0) {
+    return invalid("out is NULL; give memory for " + std::to_string(needed) + " floats");
+  }
+  if (out_floats >= needed) return {};
+  return {FUNNEL_BUFFER_TOO_SMALL, "out has room for " + std::to_string(out_floats) + " floats, but the result has " +
+                                       std::to_string(rows) + " x " + std::to_string(width) + " = " +
+                                       std::to_string(needed) + "; give a larger buffer"};
+}
+
+Reference view(const void* data, size_t values, int flags) {
+  auto* bytes = const_cast<char*>(static_cast<const char*>(data));  // PyBUF_READ keeps Python from writing
+  return Reference(PyMemoryView_FromMemory(bytes, static_cast<Py_ssize_t>(values * 4), flags));
+}
+
+// Calls `function(engine, ids, offsets, extra..., out)` of the host; `out` has rows x width floats.
+template <typename... Extra>
+Status run(const Engine& engine, const char* function, const char* format, const Sequences& sequences, float* out,
+           int32_t rows, int32_t width, Extra... extra) {
+  const InterpreterLock lock;
+  const size_t count = static_cast<size_t>(sequences.count), tokens = static_cast<size_t>(sequences.tokens());
+  const Reference ids = view(sequences.ids, tokens, PyBUF_READ);
+  const Reference offsets = view(sequences.offsets, count + 1, PyBUF_READ);
+  const Reference result = view(out, static_cast<size_t>(rows) * static_cast<size_t>(width), PyBUF_WRITE);
+  if (!ids || !offsets || !result) return raised(engine.host.get());
+  const Reference done(PyObject_CallMethod(engine.host.get(), function, format, engine.python.get(), ids.get(),
+                                           offsets.get(), extra..., result.get()));
+  return done ? Status{} : raised(engine.host.get());
+}
+
+Status open(const funnel_options* given, funnel_engine** handle) {
+  if (handle == nullptr) return invalid("engine is NULL; give a place for the handle");
+  *handle = nullptr;
+  funnel_options options;
+  Status status = read_options(given, &options);
+  if (!status.ok()) return status;
+  status = start_interpreter(options.python);
+  if (!status.ok()) return status;
+  auto engine = std::make_shared<Engine>();
+  {
+    const InterpreterLock lock;
+    status = import_host(&engine->host);
+    if (!status.ok()) return status;
+    const Reference opened(
+        PyObject_CallMethod(engine->host.get(), "open_engine", "yy", options.checkpoint, options.options));
+    funnel_info& info = engine->info;
+    PyObject* python;
+    if (!opened || !PyArg_ParseTuple(opened.get(), "O(iiiii)", &python, &info.embedding_size, &info.labels,
+                                     &info.max_length, &info.vocabulary_size, &info.task)) {
+      return raised(engine->host.get());
+    }
+    Py_INCREF(python);
+    engine->python = Reference(python);
+  }
+  *handle = table().add(std::move(engine));
+  return {};
+}
+
+Status warmup(const Engine& engine) {
+  const InterpreterLock lock;
+  const Reference done(PyObject_CallMethod(engine.host.get(), "warmup", "O", engine.python.get()));
+  return done ? Status{} : raised(engine.host.get());
+}
+
+Status get_info(const Engine& engine, funnel_info* info) {
+  if (info == nullptr) return invalid("info is NULL; give a funnel_info with its struct_size");
+  const Status status = check_struct_size("funnel_info", info->struct_size, {sizeof(funnel_info)});
+  if (!status.ok()) return status;
+  *info = engine.info;
+  info->struct_size = sizeof(funnel_info);
+  return {};
+}
+
+Status embed(const Engine& engine, const Sequences& sequences, int32_t normalize, int32_t truncate_dim, float* out,
+             size_t out_floats) {
+  const int32_t size = engine.info.embedding_size;
+  if (truncate_dim < 0 || truncate_dim > size) {
+    return invalid("truncate_dim is " + std::to_string(truncate_dim) + "; give 1 ... " + std::to_string(size) +
+                   ", or 0 for the whole vector");
+  }
+  Status status = check_sequences(sequences, engine.info.max_length);
+  if (!status.ok()) return status;
+  const int32_t width = truncate_dim == 0 ? size : truncate_dim;
+  status = check_output(out, out_floats, sequences.count, width);
+  if (!status.ok()) return status;
+  return run(engine, "embed", "OOOiiO", sequences, out, sequences.count, width, static_cast<int>(normalize),
+             static_cast<int>(truncate_dim));
+}
+
+// Classification writes one row of logits a sequence, tagging one a token.
+Status label(const Engine& engine, const char* function, const Sequences& sequences, bool per_token, float* out,
+             size_t out_floats) {
+  Status status = check_sequences(sequences, engine.info.max_length);
+  if (!status.ok()) return status;
+  const int32_t rows = per_token ? sequences.tokens() : sequences.count;
+  status = check_output(out, out_floats, rows, engine.info.labels);
+  if (!status.ok()) return status;
+  return run(engine, function, "OOOO", sequences, out, rows, engine.info.labels);
+}
+
+Status stats(const Engine& engine, char* json, size_t json_size, size_t* needed) {
+  const InterpreterLock lock;
+  const Reference text(PyObject_CallMethod(engine.host.get(), "stats", "O", engine.python.get()));
+  char* bytes;
+  Py_ssize_t length;
+  if (!text || PyBytes_AsStringAndSize(text.get(), &bytes, &length) != 0) return raised(engine.host.get());
+  const size_t size = static_cast<size_t>(length) + 1;
+  if (needed != nullptr) *needed = size;
+  if (json == nullptr && json_size > 0) return invalid("json is NULL but json_size is " + std::to_string(json_size));
+  if (json_size < size) {
+    return {FUNNEL_BUFFER_TOO_SMALL, "json has room for " + std::to_string(json_size) + " bytes, but the text needs " +
+                                         std::to_string(size) + "; give a larger buffer"};
+  }
+  std::memcpy(json, bytes, size);
+  return {};
+}
+
+Status close(const funnel_engine* handle) {
+  EnginePtr engine;  // freed here, after the table's lock, unless a call still shares it
+  return table().remove(handle, &engine);
+}
+
+}  // namespace
+}  // namespace funnel_c_api
+
+using namespace funnel_c_api;  // the exported functions only pass on
+
+int32_t funnel_api_version(void) { return FUNNEL_API_VERSION; }
+
+const char* funnel_version(void) { return FUNNEL_VERSION; }
+
+funnel_status funnel_open(const funnel_options* options, funnel_engine** engine, char* error, size_t error_size) {
+  return answer(error, error_size, [&] { return open(options, engine); });
+}
+
+funnel_status funnel_warmup(funnel_engine* engine, char* error, size_t error_size) {
+  return answer(error, error_size, [&] { return with_engine(engine, warmup); });
+}
+
+funnel_status funnel_get_info(funnel_engine* engine, funnel_info* info, char* error, size_t error_size) {
+  return answer(error, error_size, [&] {
+    return with_engine(engine, [&](const Engine& open) { return get_info(open, info); });
+  });
+}
+
+funnel_status funnel_embed(funnel_engine* engine, const int32_t* ids, const int32_t* offsets, int32_t count,
+                           int32_t normalize, int32_t truncate_dim, float* out, size_t out_floats, char* error,
+                           size_t error_size) {
+  return answer(error, error_size, [&] {
+    return with_engine(engine, [&](const Engine& open) {
+      return embed(open, {ids, offsets, count}, normalize, truncate_dim, out, out_floats);
+    });
+  });
+}
+
+funnel_status funnel_classify(funnel_engine* engine, const int32_t* ids, const int32_t* offsets, int32_t count,
+                              float* out, size_t out_floats, char* error, size_t error_size) {
+  return answer(error, error_size, [&] {
+    return with_engine(engine, [&](const Engine& open) {
+      return label(open, "classify", {ids, offsets, count}, /*per_token=*/false, out, out_floats);
+    });
+  });
+}
+
+funnel_status funnel_tag(funnel_engine* engine, const int32_t* ids, const int32_t* offsets, int32_t count, float* out,
+                         size_t out_floats, char* error, size_t error_size) {
+  return answer(error, error_size, [&] {
+    return with_engine(engine, [&](const Engine& open) {
+      return label(open, "tag", {ids, offsets, count}, /*per_token=*/true, out, out_floats);
+    });
+  });
+}
+
+funnel_status funnel_stats(funnel_engine* engine, char* json, size_t json_size, size_t* needed, char* error,
+                           size_t error_size) {
+  return answer(error, error_size, [&] {
+    return with_engine(engine, [&](const Engine& open) { return stats(open, json, json_size, needed); });
+  });
+}
+
+funnel_status funnel_close(funnel_engine* engine, char* error, size_t error_size) {
+  return answer(error, error_size, [&] { return close(engine); });
+}

@@ -188,7 +188,7 @@ def measure(suite: Suite, model: Model, json_file: Path | None, plot_file: Path 
         show("\n".join(lines))
 
     check_memory(suite.config, suite.head, suite.dtype, suite.rows(FunnelConfig()))
-    weights = model.load(console)
+    weights = model.load(console, suite.backend)
     with progress_bar(console, total=len(suite.layers) * (1 + suite.repeats)) as advance:
         result = run_suite(suite, weights, on_result=on_result, advance=advance)
     show("\n".join(table.conclusion(result)))

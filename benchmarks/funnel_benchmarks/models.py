@@ -3,8 +3,8 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import track
@@ -23,7 +23,7 @@ class Model:
         name: what reports call it.
         weights: where they are from: "random" or the checkpoint's name.
         dtype: of weights and activations.
-        load: puts the weights on the device; names and shapes are those of `weights.expected_shapes`.
+        load: puts the weights on the device, as a backend wants them; names are those of `weights.expected_shapes`.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Model:
     config: ModelConfig
     head: HeadConfig
     dtype: str
-    load: Callable[[Console], Mapping[str, jax.Array]]
+    load: Callable[[Console, str], Mapping[str, Any]]
 
 
 def preset_model(name: str, dtype: str | None) -> Model:
@@ -44,11 +44,11 @@ def preset_model(name: str, dtype: str | None) -> Model:
     check_dtype(dtype)
     config, head = dataclasses.replace(preset(name), attention="bidirectional"), HeadConfig()
 
-    def load(console: Console) -> dict[str, jax.Array]:
+    def load(console: Console, backend: str) -> dict[str, Any]:
         generator = np.random.default_rng(0)
         shapes = expected_shapes(config, head).items()
         bar = track(shapes, "Making weights", console=console, transient=True, disable=not console.is_terminal)
-        return {name: jax.device_put(random_array(generator, shape, dtype)) for name, shape in bar}
+        return {name: to_device(name, random_array(generator, shape, dtype), dtype, backend) for name, shape in bar}
 
     return Model(name, "random", config, head, dtype, load)
 
@@ -64,10 +64,10 @@ def checkpoint_model(directory: Path, dtype: str | None) -> Model:
     dtype = dtype or checkpoint.dtype
     check_dtype(dtype)
 
-    def load(console: Console) -> dict[str, jax.Array]:
+    def load(console: Console, backend: str) -> dict[str, Any]:
         weights = checkpoint.weights.items()
         bar = track(weights, "Loading weights", console=console, transient=True, disable=not console.is_terminal)
-        return {name: to_device(weight, dtype) for name, weight in bar}
+        return {name: to_device(name, weight, dtype, backend) for name, weight in bar}
 
     name = directory.resolve().name
     return Model(name, name, checkpoint.config, checkpoint.head, dtype, load)

@@ -46,6 +46,23 @@ def test_attention_without_a_mask_is_full_attention():
     torch.testing.assert_close(out, (weights @ v).transpose(1, 2))
 
 
+def test_a_mask_hides_no_later_token():
+    import torch
+    import transformers
+
+    config = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    config |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    torch.manual_seed(0)
+    model = hugging_face.make_model(transformers, {"attention": "sdpa", "config": config})
+    mask = torch.tensor([[1, 1, 1, 0]])
+    with torch.inference_mode():
+        first, other = (
+            model(input_ids=torch.tensor([ids]), attention_mask=mask).last_hidden_state[0, 0]
+            for ids in ([5, 6, 7, 0], [5, 6, 8, 0])
+        )
+    assert (first - other).abs().max() > 1e-4
+
+
 def test_what_is_not_installed_is_named(bench):
     with pytest.raises(LeftOut, match="flash_attn is not installed"):
         peer.run_peer(bench, "flash_attention_2", "cpu")

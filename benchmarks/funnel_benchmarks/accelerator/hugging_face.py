@@ -37,16 +37,11 @@ def main() -> None:
 
 def measure(torch: Any, transformers: Any, task: dict[str, Any]) -> list[float]:
     """Seconds of each of `samples` forward passes, from ids on the device to sentence vectors on the host."""
-    if task["attention"] == ATTENTIONS[0]:
-        transformers.AttentionInterface.register(ATTENTIONS[0], attention_without_mask)
-    config = transformers.GemmaConfig(
-        **task["config"], use_bidirectional_attention=True, use_cache=False, attn_implementation=task["attention"]
-    )
     torch.manual_seed(0)
     torch.set_default_dtype(getattr(torch, task["dtype"]))
     with torch.device(task["device"]):
-        model = transformers.GemmaModel(config).eval()
-        ids = torch.randint(0, config.vocab_size, (task["sequences"], task["tokens"]))
+        model = make_model(transformers, task)
+        ids = torch.randint(0, model.config.vocab_size, (task["sequences"], task["tokens"]))
     compiled = torch.compile(model, dynamic=False)
 
     def seconds() -> float:
@@ -58,6 +53,17 @@ def measure(torch: Any, transformers: Any, task: dict[str, Any]) -> list[float]:
     for _ in range(WARM_UPS):
         seconds()
     return [seconds() for _ in range(task["samples"])]
+
+
+def make_model(transformers: Any, task: dict[str, Any]) -> Any:
+    """A bidirectional Gemma with random weights, as PyTorch's defaults for dtype and device are."""
+    if task["attention"] == ATTENTIONS[0]:
+        transformers.AttentionInterface.register(ATTENTIONS[0], attention_without_mask)
+    config = transformers.GemmaConfig(
+        **task["config"], use_bidirectional_attention=True, use_cache=False, attn_implementation=task["attention"]
+    )
+    config.is_causal = False  # without it a mask that transformers makes is causal, and compiled it always makes one
+    return transformers.GemmaModel(config).eval()
 
 
 def attention_without_mask(

@@ -1,0 +1,80 @@
+"""A peer in a process of its own, seen from ours: it sleeps until a sample is asked for."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any
+
+import numpy as np
+
+from funnel_benchmarks.accelerator.tables import LeftOut
+from funnel_benchmarks.cpu import peer_process
+from funnel_kernels.errors import FunnelError
+
+
+class Peer:
+    """Runs `module.make(task)` in another process (see `peer_process`), from `with` to the end of its block.
+
+    Attributes:
+        facts: what the module says about itself, e.g. versions.
+        result: what the peer's call returned.
+    """
+
+    def __init__(self, module: ModuleType, **task: Any):
+        """Args: `task` is plain JSON, and means what the module says."""
+        self.module, self.task = module.__name__, task
+
+    def __enter__(self) -> "Peer":
+        """Waits until the peer has compiled and run.
+
+        Raises:
+            LeftOut: something that it needs is not installed.
+            FunnelError: it failed.
+        """
+        self.errors = tempfile.TemporaryFile()
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "result.npy"
+            command = [sys.executable, "-m", peer_process.__name__, self.module, json.dumps(self.task), str(file)]
+            pipe = subprocess.PIPE
+            self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.errors, text=True)
+            try:
+                self.facts: dict[str, Any] = json.loads(self.answer())
+                if "left_out" in self.facts:
+                    raise LeftOut(self.facts["left_out"])
+                self.result = np.load(file)
+            except BaseException:
+                self.close()
+                raise
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def sample(self) -> float:
+        """Seconds of one call. Raises `FunnelError` if the peer failed."""
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it has ended, which there is an answer to
+        return float(self.answer())
+
+    def answer(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            self.process.wait()
+            self.errors.seek(0)
+            words = self.errors.read().decode(errors="replace").strip()
+            raise FunnelError(f"the peer {self.module} failed: {words[-400:]}")
+        return line
+
+    def close(self) -> None:
+        """Ends the process, whatever it is doing."""
+        self.process.kill()
+        self.process.communicate()
+        self.errors.close()

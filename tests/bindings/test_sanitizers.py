@@ -31,10 +31,14 @@ def sanitized(tmp_path_factory):
 
 
 def run_sanitized(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    # The sanitizer must be there before everything else, and with it the library whose exceptions it watches.
+    runtimes = [
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT / "tests")]),
-        "LD_PRELOAD": runtime.stdout.strip(),  # the sanitizer must come before everything else that is loaded
+        "LD_PRELOAD": " ".join(runtimes),
         "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1",  # Python itself leaks at exit
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
@@ -45,20 +49,22 @@ def run_sanitized(folder: Path, *command: str) -> subprocess.CompletedProcess[st
 def test_the_grid_and_the_wrong_calls(sanitized):
     files = [f"tests/kernels/test_{op}.py" for op in GRID]
     files += sorted(str(path) for path in (ROOT / "tests" / "bindings").glob("test_native_*.py"))
-    done = run_sanitized(sanitized, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", "cpu or native", *files)
+    done = run_sanitized(
+        sanitized, "-m", "pytest", "-x", "-s", "-p", "no:cacheprovider", "-k", "cpu or native", *files
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert " passed" in done.stdout
 
 
 @pytest.mark.slow
 def test_the_sanitizer_is_there(sanitized):
-    """A write beyond the end of what was allocated, by the very function that packs weights, is found."""
+    """A weight that is smaller than it is said to be, given to the very function that packs it, is found."""
     code = """
 import numpy as np, funnel_native
 module = funnel_native.handlers()
 assert str(funnel_native.__file__).startswith({folder!r})
-weight, packed = np.ones((64, 256), np.float32), np.empty(100, np.float32)
-module.pack(weight.ctypes.data, 64, 256, False, packed.ctypes.data)
+weight, packed = np.ones((1, 100), np.float32), np.empty(64 * 256, np.float32)
+module.pack(weight.ctypes.data, 1, 256, False, packed.ctypes.data)
 """
     done = run_sanitized(sanitized, "-c", code.format(folder=str(sanitized)))
     assert done.returncode != 0

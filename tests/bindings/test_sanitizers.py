@@ -49,9 +49,7 @@ def run_sanitized(folder: Path, *command: str) -> subprocess.CompletedProcess[st
 def test_the_grid_and_the_wrong_calls(sanitized):
     files = [f"tests/kernels/test_{op}.py" for op in GRID]
     files += sorted(str(path) for path in (ROOT / "tests" / "bindings").glob("test_native_*.py"))
-    done = run_sanitized(
-        sanitized, "-m", "pytest", "-x", "-s", "-p", "no:cacheprovider", "-k", "cpu or native", *files
-    )
+    done = run_sanitized(sanitized, "-m", "pytest", "-x", "-s", "-p", "no:cacheprovider", "-k", "cpu or native", *files)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert " passed" in done.stdout
 

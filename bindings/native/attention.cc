@@ -62,7 +62,7 @@ int64_t tile_rows(const Attention& call, int64_t threads) {
 
 void run(ffi::ThreadPool& pool, int64_t threads, Attention& call, bool is_bfloat16) {
   const AttentionKernels kernels = FUNNEL_BEST(attention_kernels)(is_bfloat16);
-  if (threads <= 0) threads = pool.num_threads();
+  threads = sane_threads(threads);
 
   // Rows that nobody sees, such as the padding at the end of a batch, are not packed.
   int64_t first = call.keys, last = 0;

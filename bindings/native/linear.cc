@@ -184,34 +184,45 @@ struct Product {
   bool is_bfloat16;
 };
 
+// How a product is cut into tiles: near-equal numbers of rows, and so many columns that every thread gets some tiles.
+struct Tiling {
+  int64_t row_tiles, tile_rows, all_units, tile_units, column_tiles;
+
+  Tiling(int64_t rows, int64_t out_features, const Weights& weights, int64_t threads)
+      : row_tiles((rows + kTileRows - 1) / kTileRows),
+        tile_rows((rows + row_tiles - 1) / row_tiles),
+        all_units(units_of(out_features)),
+        tile_units(static_cast<int64_t>(weights.layouts.size())) {
+    while (tile_units > 1 && row_tiles * (all_units / tile_units) < kTilesPerThread * sane_threads(threads)) {
+      --tile_units;
+    }
+    column_tiles = (all_units + tile_units - 1) / tile_units;
+  }
+};
+
 // Runs `follow(tiles, row, rows, column, columns, tile_stride)` on every tile of the products of x with each part of
 // the weights. tiles[part] is the float32 product of these rows and columns, `tile_stride` elements from row to row.
 template <typename Follow>
 ffi::Error by_tiles(ffi::ThreadPool& pool, int64_t threads, const Product& product, const Follow& follow) {
   try {
-    if (threads <= 0) threads = pool.num_threads();
     const Weights& weights = weights_of(product.in_features, product.is_bfloat16);
+    const Tiling cut(product.rows, product.out_features, weights, threads);
     const int64_t element = product.is_bfloat16 ? 2 : 4;
-    const int64_t all_units = units_of(product.out_features);
-    const int64_t row_tiles = (product.rows + kTileRows - 1) / kTileRows;
-    const int64_t tile_rows = (product.rows + row_tiles - 1) / row_tiles;
-    int64_t tile_units = static_cast<int64_t>(weights.layouts.size());
-    while (tile_units > 1 && row_tiles * (all_units / tile_units) < kTilesPerThread * threads) --tile_units;
-    const int64_t column_tiles = (all_units + tile_units - 1) / tile_units;
     std::atomic<bool> failed{false};
 
     // Neighbouring indices share columns: weights are read from memory once for all rows.
-    parallel_for(pool, threads, row_tiles * column_tiles, [&](int64_t index) {
+    parallel_for(pool, threads, cut.row_tiles * cut.column_tiles, [&](int64_t index) {
       try {
         OneThread one_thread;
-        const int64_t row = index % row_tiles * tile_rows, unit = index / row_tiles * tile_units;
-        const int64_t rows = std::min(tile_rows, product.rows - row), units = std::min(tile_units, all_units - unit);
+        const int64_t row = index % cut.row_tiles * cut.tile_rows, unit = index / cut.row_tiles * cut.tile_units;
+        const int64_t rows = std::min(cut.tile_rows, product.rows - row);
+        const int64_t units = std::min(cut.tile_units, cut.all_units - unit);
         const int64_t column = unit * kUnit, columns = std::min(units * kUnit, product.out_features - column);
         const TileProduct& tile = tile_product(rows, units, product.in_features, product.is_bfloat16);
         void* scratchpad = thread_buffer(kScratchpad, tile.scratchpad_bytes());
         const float* tiles[kMostParts] = {};
         for (int64_t part = 0; part < product.parts; ++part) {
-          const int64_t first = (part * all_units + unit) * weights.unit_elements;
+          const int64_t first = (part * cut.all_units + unit) * weights.unit_elements;
           auto* result = static_cast<float*>(thread_buffer(part, sizeof(float) * rows * units * kUnit));
           tile.run(static_cast<const char*>(product.x) + row * product.in_features * element,
                    static_cast<const char*>(product.weights) + first * element, result, scratchpad);
@@ -303,6 +314,15 @@ ffi::Error gated_linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w
 
 int64_t packed_size(int64_t out_features, int64_t in_features, bool is_bfloat16) {
   return units_of(out_features) * weights_of(in_features, is_bfloat16).unit_elements;
+}
+
+void prepare_product(int64_t rows, int64_t out_features, int64_t in_features, bool is_bfloat16, int64_t threads) {
+  const Tiling cut(rows, out_features, weights_of(in_features, is_bfloat16), threads);
+  for (const int64_t tile_rows : {cut.tile_rows, rows - (cut.row_tiles - 1) * cut.tile_rows}) {
+    for (const int64_t units : {cut.tile_units, cut.all_units - (cut.column_tiles - 1) * cut.tile_units}) {
+      tile_product(tile_rows, units, in_features, is_bfloat16);
+    }
+  }
 }
 
 void pack(const void* weight, int64_t out_features, int64_t in_features, bool is_bfloat16, void* packed) {

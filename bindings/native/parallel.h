@@ -12,8 +12,13 @@
 
 namespace funnel {
 
-// Runs body(i) for every i in [0, count), each once, on the calling thread and on up to `threads` - 1 of the pool's;
-// 0 threads stands for as many as the pool has. Returns when all are done. A body must not throw.
+constexpr int64_t kMostThreads = 1024;
+
+// A number of threads that a call asks for, made sane.
+inline int64_t sane_threads(int64_t threads) { return std::clamp<int64_t>(threads, 1, kMostThreads); }
+
+// Runs body(i) for every i in [0, count), each once, on the calling thread and on up to `threads` - 1 of the pool's.
+// Returns when all are done. A body must not throw.
 //
 // Indices are handed out one after another, so bodies that take longer do not hold up the rest. A thread of the pool
 // that comes late finds nothing left to do and never touches `body`: the caller does not wait for it, so it does not
@@ -25,8 +30,7 @@ void parallel_for(xla::ffi::ThreadPool& pool, int64_t threads, int64_t count, co
     std::mutex mutex;
     std::condition_variable all_done;
   };
-  if (threads <= 0) threads = pool.num_threads();
-  const int64_t helpers = std::min(threads, count) - 1;
+  const int64_t helpers = std::min(sane_threads(threads), count) - 1;
   if (helpers <= 0) {
     for (int64_t i = 0; i < count; ++i) body(i);
     return;

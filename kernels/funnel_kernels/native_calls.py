@@ -4,6 +4,7 @@ import contextlib
 import contextvars
 import functools
 import importlib
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +16,7 @@ THREADS = contextvars.ContextVar("threads", default=0)
 
 @contextlib.contextmanager
 def use_threads(count: int) -> Iterator[None]:
-    """Kernels that are traced inside run on at most `count` threads of XLA's pool; 0 stands for all of them."""
+    """Kernels that are traced inside run on at most `count` threads; 0 stands for one for each core of the process."""
     token = THREADS.set(count)
     try:
         yield
@@ -47,6 +48,11 @@ def check_runs() -> None:
         raise NotImplementedError(problem)
 
 
+def threads() -> int:
+    """How many threads a kernel that is traced now will run on."""
+    return THREADS.get() or len(os.sched_getaffinity(0))
+
+
 @functools.cache
 def check_product(dtype: np.dtype) -> None:
     """Raises `NotImplementedError` unless oneDNN has a fast product of this dtype here."""
@@ -67,4 +73,4 @@ def call(target: str, out_shape: Any, *arrays: jax.Array, **attributes: int | fl
     """
     kinds = {bool: np.bool_, int: np.int64, float: np.float32}
     typed = {name: kinds[type(value)](value) for name, value in attributes.items()}
-    return jax.ffi.ffi_call(target, out_shape)(*arrays, **typed, threads=np.int64(THREADS.get()))
+    return jax.ffi.ffi_call(target, out_shape)(*arrays, **typed, threads=np.int64(threads()))

@@ -146,3 +146,27 @@ except Exception as error:
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "oneDNN has no blocked product of bfloat16 for this processor" in done.stdout
+
+
+def test_a_program_that_is_compiled_has_made_all_its_products():
+    """oneDNN writes down what it makes: a compiled program that is called makes nothing more."""
+    code = """
+import sys, jax, jax.numpy as jnp, numpy as np
+from funnel_kernels import gated_linear, linear, prepare
+weight = np.ones((1000, 96), jnp.bfloat16)
+down, gate_up = prepare(weight, backend="cpu"), prepare(weight, parts=2, backend="cpu")
+for rows in (1, 16, 300):  # one tile, and tiles of different sizes
+    x = jax.ShapeDtypeStruct((rows, 96), jnp.bfloat16)
+    both = jax.jit(lambda x: (linear(x, down, backend="cpu"), gated_linear(x, gate_up, backend="cpu")))
+    program = both.lower(x).compile()
+    if sys.argv[1] == "call":
+        jax.block_until_ready(program(np.ones(x.shape, x.dtype)))
+"""
+    made = {}
+    for what in ("compile", "call"):
+        environment = os.environ | {"ONEDNN_VERBOSE": "2"}
+        done = subprocess.run([sys.executable, "-c", code, what], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        made[what] = done.stdout.count("create:cache_miss,cpu,matmul")
+        assert ("exec,cpu,matmul" in done.stdout) == (what == "call")
+    assert made["call"] == made["compile"] > 10

@@ -178,7 +178,7 @@ def test_presets_are_bidirectional_and_random():
 def test_checkpoints_keep_their_attention_and_can_be_cast(checkpoint):
     model = checkpoint_model(checkpoint, None)
     assert (model.name, model.dtype, model.config.attention) == ("tiny", "bfloat16", "causal")
-    kept, cast = (checkpoint_model(checkpoint, dtype).load(commands.Console()) for dtype in (None, "float32"))
+    kept, cast = (checkpoint_model(checkpoint, dtype).load(commands.Console(), "xla") for dtype in (None, "float32"))
     assert {str(weight.dtype) for weight in kept.values()} == {"bfloat16"}
     assert {str(weight.dtype) for weight in cast.values()} == {"float32"}
     np.testing.assert_array_equal(np.asarray(kept["embedding"], np.float32), np.asarray(cast["embedding"]))
@@ -188,7 +188,7 @@ def test_random_weights_of_a_preset_have_the_engine_s_shapes(monkeypatch):
     from tiny_models import CONFIG
 
     monkeypatch.setattr(models, "preset", lambda name: CONFIG)
-    loaded = preset_model("tiny", "float32").load(commands.Console())
+    loaded = preset_model("tiny", "float32").load(commands.Console(), "xla")
     expected = random_weights(CONFIG, HeadConfig(), "float32", seed=0)
     assert loaded.keys() == expected.keys()
     for name, weight in expected.items():

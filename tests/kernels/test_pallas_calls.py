@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from funnel_kernels import BackendUnavailable, attention, dispatch, pallas_calls, triton_calls
+from funnel_kernels import BackendUnavailable, attention, dispatch, native_calls, pallas_calls, triton_calls
 from funnel_kernels.attention import IMPLEMENTATIONS
 
 
@@ -14,9 +14,11 @@ from funnel_kernels.attention import IMPLEMENTATIONS
 def nothing_remembered():
     pallas_calls.generation.cache_clear()
     triton_calls.capability.cache_clear()
+    native_calls.check_runs.cache_clear()
     yield
     pallas_calls.generation.cache_clear()
     triton_calls.capability.cache_clear()
+    native_calls.check_runs.cache_clear()
 
 
 def device(monkeypatch, platform, kind):
@@ -36,21 +38,26 @@ def test_generations_by_the_names_that_jax_gives_them(monkeypatch, kind, name, m
 
 
 @pytest.mark.parametrize(
-    ("platform", "kind", "reason"),
+    ("platform", "kind", "taken", "reason"),
     [
-        ("cpu", "cpu", r"JAX runs on cpu; on a machine with a TPU, install jax\[tpu\]"),
-        ("gpu", "NVIDIA H200", "JAX runs on gpu"),
-        ("tpu", "TPU v3", "TPU v3 is a TPU that the kernels were never compiled for; known: v4, v5e, v5p, v6e, v7x"),
+        ("cpu", "cpu", "cpu", r"JAX runs on cpu; on a machine with a TPU, install jax\[tpu\]"),
+        ("gpu", "NVIDIA H200", "xla", "JAX runs on gpu"),
+        (
+            "tpu",
+            "TPU v3",
+            "xla",
+            "TPU v3 is a TPU that the kernels were never compiled for; known: v4, v5e, v5p, v6e, v7x",
+        ),
     ],
 )
-def test_a_device_without_kernels_is_named_and_auto_takes_xla(monkeypatch, platform, kind, reason):
+def test_a_device_without_kernels_is_named_and_auto_goes_on(monkeypatch, platform, kind, taken, reason):
     device(monkeypatch, platform, kind)
     with pytest.raises(NotImplementedError, match=reason):
         pallas_calls.generation()
     x, bounds = jnp.ones((4, 128)), jnp.zeros(4, jnp.int32)
     options = {"heads": 1, "kv_heads": 1, "scale": 1.0, "softcap": None}
     name, refusals = dispatch.explain(IMPLEMENTATIONS, "auto", x, x, x, bounds, bounds, **options)
-    assert name == "xla"
+    assert name == taken
     assert refusals["tpu"].startswith(f"JAX runs on {platform}" if platform != "tpu" else kind)
     with pytest.raises(BackendUnavailable, match=reason):
         attention(x, x, x, bounds, bounds, heads=1, kv_heads=1, scale=1.0, backend="tpu")

@@ -7,16 +7,18 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from funnel_kernels import BackendUnavailable, dispatch, pool_norm, triton_calls
+from funnel_kernels import BackendUnavailable, dispatch, native_calls, pool_norm, triton_calls
 from funnel_kernels.pool import IMPLEMENTATIONS as POOL
 
 
 @pytest.fixture(autouse=True)
 def nothing_remembered():
     triton_calls.capability.cache_clear()
+    native_calls.check_runs.cache_clear()
     triton_calls.check_packages.cache_clear()
     yield
     triton_calls.capability.cache_clear()
+    native_calls.check_runs.cache_clear()
     triton_calls.check_packages.cache_clear()
 
 

@@ -10,6 +10,8 @@ import ctypes
 import functools
 import importlib
 import importlib.metadata
+import platform
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -39,8 +41,10 @@ def handlers() -> ModuleType:
     """The compiled module.
 
     Raises:
-        ImportError: it was not built, or oneDNN is missing; the message says what to do.
+        ImportError: it is for other machines, it was not built, or oneDNN is missing; the message says what to do.
     """
+    if (sys.platform, platform.machine()) != ("linux", "x86_64"):
+        raise ImportError(f"the kernels are for Linux on x86-64, and this is {sys.platform} on {platform.machine()}")
     reason = Path(__file__).with_name("not_built.txt")
     try:
         preload_onednn()

@@ -73,6 +73,11 @@ def test_onednn_is_missing(forgetful, monkeypatch):
     assert "holds no libdnnl.so.3; install it again" in funnel_native.problem()
 
 
+def test_a_machine_of_another_kind(forgetful, monkeypatch):
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    assert funnel_native.problem() == "the kernels are for Linux on x86-64, and this is linux on aarch64"
+
+
 def test_a_processor_without_avx2(forgetful, monkeypatch):
     monkeypatch.setattr(funnel_native.handlers(), "instruction_set", lambda: "none")
     assert funnel_native.problem() == "this processor has no AVX2"

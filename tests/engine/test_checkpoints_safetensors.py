@@ -2,6 +2,7 @@
 
 import json
 import math
+import mmap
 import os
 import struct
 from pathlib import Path
@@ -263,3 +264,13 @@ def test_memory_of_a_mapped_tensor_can_be_let_go_and_reads_the_same_again(tmp_pa
     assert total == sum(float(array.sum()) for array in mapped.values())
     release(values)  # not mapped: nothing happens
     np.testing.assert_array_equal(mapped["b"], values[1:])
+
+
+def test_memory_that_may_hold_what_no_file_does_is_never_let_go(tmp_path):
+    path = tmp_path / "values"
+    np.zeros(2**20, np.float32).tofile(path)
+    private, anonymous = np.memmap(path, np.float32, mode="c"), np.frombuffer(mmap.mmap(-1, 2**22), np.float32)
+    for array in (private, np.asarray(private), anonymous):
+        array[:] = 7
+        release(array)
+        assert (array == 7).all()

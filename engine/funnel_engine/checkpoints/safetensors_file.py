@@ -129,16 +129,22 @@ def map_tensors(path: Path, tensors: Mapping[str, StoredTensor]) -> dict[str, np
 
 
 def release(array: np.ndarray) -> None:
-    """Lets go of the memory behind an array of `map_tensors` that has been copied; reading it again reads the file."""
+    """Lets go of the memory behind an array of `map_tensors` that has been copied; reading it again reads the file.
+
+    Any other array is left alone: memory that is mapped to be written to may hold what no file does.
+    """
     base: Any = array
-    while isinstance(base, np.ndarray):
+    while isinstance(base, np.ndarray) and not isinstance(base, np.memmap):
         base = base.base
-    if not isinstance(base, mmap.mmap):
+    if base is None or getattr(base, "mode", None) != "r" or not hasattr(mmap, "MADV_DONTNEED"):
         return
-    start = array.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data
+    whole = base.base
+    while isinstance(whole, np.ndarray):
+        whole = whole.base
+    start = array.ctypes.data - np.frombuffer(whole, np.uint8).ctypes.data
     first, last = -(-start // mmap.PAGESIZE), (start + array.nbytes) // mmap.PAGESIZE  # its neighbours may be in use
-    if first < last and hasattr(mmap, "MADV_DONTNEED"):
-        base.madvise(mmap.MADV_DONTNEED, first * mmap.PAGESIZE, (last - first) * mmap.PAGESIZE)
+    if first < last:
+        whole.madvise(mmap.MADV_DONTNEED, first * mmap.PAGESIZE, (last - first) * mmap.PAGESIZE)
 
 
 def write_tensors(

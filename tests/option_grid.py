@@ -1,23 +1,27 @@
 """The cases that every implementation of an op, the reference included, must get right.
 
 A new backend joins by being in `dispatch.BACKENDS`. What it does not support is declared in `REFUSALS` and must then be
-refused with a reason; everything else must be served and be right.
+refused with a reason; everything else must be served and be right. A simulated TPU takes a second or more for a case,
+most of it compilation: it gets a part of the grid, in which every value of every option occurs (`SIMULATED`).
 
 Nothing here uses the engine: the intervals of packed sequences are spelled out row by row.
 """
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from funnel_kernels import dispatch
 from funnel_kernels.recover import MODES, SITES
 
 BACKENDS = tuple(dispatch.BACKENDS)
 DTYPES = ("float32", "bfloat16")
+EPS = 0.1  # much, so that a norm which leaves it out shows
 # (op, backend) -> whether the backend refuses a case. A pair that is not listed serves every case.
 REFUSALS: dict[tuple[str, str], Callable[[Any], bool]] = {
     (op, "tpu"): lambda case: case.width % 128 != 0 for op in ("pool_norm", "recover_norm")
@@ -26,6 +30,18 @@ REFUSALS: dict[tuple[str, str], Callable[[Any], bool]] = {
 
 def refuses(op: str, backend: str, case: Any) -> bool:
     return REFUSALS.get((op, backend), lambda case: False)(case)
+
+
+def over_the_grid(op: str, backends: Iterable[str] = BACKENDS) -> pytest.MarkDecorator:
+    """Parametrises a test of an op by `backend` and `case`: each backend gets the cases of its part of the grid."""
+    return pytest.mark.parametrize(
+        ("backend", "case"),
+        [
+            pytest.param(backend, case, id=f"{backend}-{name}")
+            for backend in backends
+            for name, case in (SIMULATED if backend == "tpu" else CASES)[op].items()
+        ],
+    )
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
@@ -194,7 +210,7 @@ class PoolCase:
         return x.astype(dtype), real, (0.3 * normal(6, self.width)).astype(dtype)
 
     def options(self) -> dict[str, Any]:
-        return {"stride": self.stride, "pool": self.pool, "eps": 1e-6}
+        return {"stride": self.stride, "pool": self.pool, "eps": EPS}
 
 
 POOL_CASES = {
@@ -234,7 +250,7 @@ class RecoverCase:
         return short.astype(dtype), None if full is None else full.astype(full_dtype), weight
 
     def options(self) -> dict[str, Any]:
-        return {"stride": self.stride, "mode": self.mode, "site": self.site, "eps": 1e-6}
+        return {"stride": self.stride, "mode": self.mode, "site": self.site, "eps": EPS}
 
 
 RECOVER_CASES = {
@@ -327,9 +343,82 @@ LINEAR_CASES = {
     for size in LINEAR_SIZES
     for dtype in DTYPES
     for add in (False, True)
+} | {
+    # More rows than a core's cache holds: the kernels for CPUs work on them in groups, the last of one tile.
+    f"1100x768x200, {dtype}": LinearCase(1100, 768, 200, dtype)
+    for dtype in DTYPES
 }
 GATED_CASES = {
     f"{'x'.join(map(str, size))}, {dtype}": LinearCase(*size, dtype, gated=True)
     for size in LINEAR_SIZES
     for dtype in DTYPES
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadsCase:
+    """A product that is cut into heads: of queries and keys, or of one of them, with norms or without; then values."""
+
+    rows: int
+    in_features: int
+    head_dim: int
+    heads: tuple[int, ...]
+    plain_heads: int
+    dtype: str = "float32"
+    normed: bool = False
+
+    def arrays(self) -> tuple[Any, ...]:
+        """x, weight, cosines, sines and norms; a product is about 1 in size, an angle anything."""
+        dtype = jnp.dtype(self.dtype)
+        out_features = (sum(self.heads) + self.plain_heads) * self.head_dim
+        x = normal(20, self.rows, self.in_features).astype(dtype)
+        weight = (normal(21, out_features, self.in_features) / self.in_features**0.5).astype(dtype)
+        angles = (10 * normal(22, self.rows, self.head_dim // 2)).astype(np.float32)
+        norms = tuple(0.3 * normal(23 + index, self.head_dim).astype(dtype) for index in range(len(self.heads)))
+        return x, weight, np.cos(angles), np.sin(angles), norms if self.normed else None
+
+    def options(self) -> dict[str, Any]:
+        return {"heads": self.heads, "plain_heads": self.plain_heads, "eps": EPS}
+
+
+# Heads of a unit of packed weights, of several, and of less: these the kernels for CPUs cannot cut out of a tile.
+HEADS_CASES = {
+    f"{rows} rows, {'+'.join(map(str, heads))}+{plain} heads of {head_dim}, {dtype}{', normed' if normed else ''}":
+    HeadsCase(rows, in_features, head_dim, heads, plain, dtype, normed)
+    for rows, in_features, head_dim, heads, plain in (
+        (5, 24, 8, (3, 1), 1),
+        (1, 40, 64, (8, 2), 2),
+        (130, 96, 128, (5, 1), 1),
+        (300, 64, 256, (3, 1), 1),
+        (17, 80, 256, (4,), 0),
+        (65, 48, 192, (1,), 1),
+    )
+    for dtype in DTYPES
+    for normed in (False, True)
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------- the whole grid
+
+
+def every(step: int, cases: Mapping[str, Any], first: int = 0) -> dict[str, Any]:
+    return dict(itertools.islice(cases.items(), first, None, step))
+
+
+CASES = {
+    "attention": ATTENTION_CASES,
+    "pool_norm": POOL_CASES,
+    "recover_norm": RECOVER_CASES,
+    "add_norm": ADD_NORM_CASES,
+}
+SIMULATED = {
+    # Each layout with one of the heads: more than the grid has, which varies one of the two at a time.
+    "attention": {
+        f"{layout}, {heads}{', softcap' if index % 3 == 2 else ''}, {DTYPES[index % 2]}": AttentionCase(
+            LAYOUTS[layout], **HEADS[heads], softcap=2.5 if index % 3 == 2 else None, dtype=DTYPES[index % 2]
+        )
+        for index, (layout, heads) in enumerate(zip(LAYOUTS, itertools.cycle(HEADS)))
+    },
+    "pool_norm": every(3, POOL_CASES),
+    "recover_norm": every(7, RECOVER_CASES, first=2),
 }

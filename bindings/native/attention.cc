@@ -2,16 +2,14 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstdlib>
 #include <exception>
 #include <limits>
-#include <memory>
-#include <new>
 #include <string>
 
 #include "attention_kernels.h"
 #include "checks.h"
 #include "handlers.h"
+#include "memory.h"
 #include "parallel.h"
 
 namespace funnel {
@@ -21,33 +19,6 @@ constexpr int64_t kTileRows = 96;        // score rows; with head_dim 256, a til
 constexpr int64_t kLeastTileRows = 24;   // smaller tiles would not keep the vector units busy
 constexpr int64_t kTilesPerThread = 4;   // at least, if tiles do not become too small, so that threads finish together
 constexpr int64_t kKeysPacked = 4 * kKeyStep;  // at once
-constexpr int64_t kLine = 64;
-
-struct Free {
-  void operator()(uint32_t* memory) const { std::free(memory); }
-};
-using Memory = std::unique_ptr<uint32_t, Free>;
-
-// Memory that starts on a cache line.
-Memory allocate(int64_t words) {
-  const size_t bytes = (static_cast<size_t>(words) * sizeof(uint32_t) / kLine + 1) * kLine;
-  Memory memory(static_cast<uint32_t*>(std::aligned_alloc(kLine, bytes)));
-  if (memory == nullptr) throw std::bad_alloc();
-  return memory;
-}
-
-// The calling thread's scratch memory, kept for its next tile; it is as large as the largest tile so far.
-uint32_t* scratch_memory(int64_t words) {
-  thread_local Memory memory;
-  thread_local int64_t size = 0;
-  if (size < words) {
-    size = 0;
-    memory = nullptr;
-    memory = allocate(words);
-    size = words;
-  }
-  return memory.get();
-}
 
 // Query rows of a tile: as many as the cache holds, or fewer if that would leave threads without work.
 int64_t tile_rows(const Attention& call, int64_t threads) {
@@ -76,8 +47,8 @@ void run(ffi::ThreadPool& pool, int64_t threads, Attention& call, bool is_bfloat
   call.first_key = std::min(first, last) / kKeyStep * kKeyStep;
   call.last_key = (last + kKeyStep - 1) / kKeyStep * kKeyStep;
 
-  const Memory packed = allocate(kernels.packed_words(call));
-  call.packed = packed.get();
+  const Memory packed = allocate(sizeof(uint32_t) * kernels.packed_words(call));
+  call.packed = static_cast<uint32_t*>(packed.get());
   const int64_t pieces = (call.last_key - call.first_key + kKeysPacked - 1) / kKeysPacked;
   parallel_for(pool, threads, call.kv_heads * pieces, [&](int64_t index) {
     const int64_t from = call.first_key + index % pieces * kKeysPacked;
@@ -90,7 +61,9 @@ void run(ffi::ThreadPool& pool, int64_t threads, Attention& call, bool is_bfloat
     // The last rows first: under a causal mask they take longest. Neighbours share keys.
     const int64_t row = (tiles - 1 - index % tiles) * rows, count = std::min(rows, call.rows - row);
     try {
-      kernels.attend(call, index / tiles, row, count, scratch_memory(kernels.scratch_words(call, count)));
+      thread_local Scratch scratch;
+      auto* words = scratch.at_least<uint32_t>(kernels.scratch_words(call, count));
+      kernels.attend(call, index / tiles, row, count, words);
     } catch (const std::bad_alloc&) {
       failed = true;
     }

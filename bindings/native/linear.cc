@@ -5,11 +5,9 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
-#include <cstdlib>
 #include <map>
 #include <memory>
 #include <mutex>
-#include <new>
 #include <shared_mutex>
 #include <tuple>
 #include <vector>
@@ -17,8 +15,10 @@
 #include "checks.h"
 #include "handlers.h"
 #include "linear_kernels.h"
+#include "memory.h"
 #include "oneapi/dnnl/dnnl.hpp"
 #include "parallel.h"
+#include "rows_kernels.h"
 
 namespace funnel {
 namespace {
@@ -26,6 +26,8 @@ namespace {
 constexpr int64_t kTileRows = 128;   // with kTileUnits, a tile's float32 result takes 128 KB of a core's cache
 constexpr int64_t kTileUnits = 4;
 constexpr int64_t kTilesPerThread = 4;  // at least, so that threads finish together
+constexpr int64_t kCachedWeights = int64_t{16} << 20;  // bytes of weights that stay in the cache that cores share
+constexpr int64_t kGroupBytes = int64_t{3} << 19;      // of x in a group of tiles, see Tiling
 constexpr int64_t kMostParts = 2;       // products with the same x that one tile needs: a gate and what it gates
 constexpr int64_t kMostFeatures = int64_t{1} << 24;  // so that no size overflows
 constexpr int kScratchpad = kMostParts;  // which of a thread's buffers is oneDNN's; those before it hold tiles
@@ -156,47 +158,49 @@ const TileProduct& tile_product(int64_t rows, int64_t units, int64_t in_features
 
 int64_t units_of(int64_t features) { return (features + kUnit - 1) / kUnit; }
 
-// Memory that a thread keeps, aligned to a cache line.
-void* thread_buffer(int which, size_t bytes) {
-  struct Buffer {
-    void* data = nullptr;
-    size_t size = 0;
-    ~Buffer() { std::free(data); }
-  };
-  thread_local Buffer buffers[kScratchpad + 1];
-  Buffer& buffer = buffers[which];
-  if (buffer.size < bytes) {
-    std::free(buffer.data);
-    buffer.size = (bytes + 4095) / 4096 * 4096;
-    buffer.data = std::aligned_alloc(64, buffer.size);
-    if (buffer.data == nullptr) {
-      buffer.size = 0;
-      throw std::bad_alloc();
-    }
-  }
-  return buffer.data;
-}
-
 struct Product {
   const void* x;        // [rows, in_features]
   const void* weights;  // `parts` packed weights of out_features rows each, one after another
   int64_t rows, in_features, out_features, parts;
+  int64_t step;  // units; a tile has a multiple of them, so that heads are whole
   bool is_bfloat16;
+
+  int64_t element() const { return is_bfloat16 ? 2 : 4; }  // bytes of one
 };
 
-// How a product is cut into tiles: near-equal numbers of rows, and so many columns that every thread gets some tiles.
-struct Tiling {
-  int64_t row_tiles, tile_rows, all_units, tile_units, column_tiles;
+// The most units of a tile that has a multiple of `step`; 0 if it cannot have so many.
+int64_t most_units(const Weights& weights, int64_t step) {
+  return static_cast<int64_t>(weights.layouts.size()) / step * step;
+}
 
-  Tiling(int64_t rows, int64_t out_features, const Weights& weights, int64_t threads)
-      : row_tiles((rows + kTileRows - 1) / kTileRows),
-        tile_rows((rows + row_tiles - 1) / row_tiles),
-        all_units(units_of(out_features)),
-        tile_units(static_cast<int64_t>(weights.layouts.size())) {
-    while (tile_units > 1 && row_tiles * (all_units / tile_units) < kTilesPerThread * sane_threads(threads)) {
-      --tile_units;
+// How a product is cut into tiles: near-equal numbers of rows, and so many columns that every thread gets some tiles.
+//
+// Tiles that follow one another share columns and differ in rows. Weights that no cache holds are so read from memory
+// once for all rows. Where one holds them, rows are taken in groups that stay in a core's own cache from one column to
+// the next: with 768 input features that is a tenth faster on 8192 rows.
+struct Tiling {
+  int64_t row_tiles, tile_rows, all_units, tile_units, column_tiles, group_tiles;
+
+  Tiling(const Product& product, const Weights& weights, int64_t threads)
+      : row_tiles((product.rows + kTileRows - 1) / kTileRows),
+        tile_rows((product.rows + row_tiles - 1) / row_tiles),
+        all_units(units_of(product.out_features)),
+        tile_units(most_units(weights, product.step)) {
+    while (tile_units > product.step &&
+           row_tiles * (all_units / tile_units) < kTilesPerThread * sane_threads(threads)) {
+      tile_units -= product.step;
     }
     column_tiles = (all_units + tile_units - 1) / tile_units;
+    const bool cached = product.parts * all_units * weights.unit_elements * product.element() <= kCachedWeights;
+    const int64_t tile_bytes = tile_rows * product.in_features * product.element();
+    group_tiles = cached ? std::clamp<int64_t>(kGroupBytes / tile_bytes, 1, row_tiles) : row_tiles;
+  }
+
+  // The place of tile `index` among the tiles of rows and of columns.
+  std::pair<int64_t, int64_t> place(int64_t index) const {
+    const int64_t group = index / (group_tiles * column_tiles) * group_tiles, rest = index - group * column_tiles;
+    const int64_t tiles = std::min(group_tiles, row_tiles - group);
+    return {group + rest % tiles, rest / tiles};
   }
 };
 
@@ -206,24 +210,26 @@ template <typename Follow>
 ffi::Error by_tiles(ffi::ThreadPool& pool, int64_t threads, const Product& product, const Follow& follow) {
   try {
     const Weights& weights = weights_of(product.in_features, product.is_bfloat16);
-    const Tiling cut(product.rows, product.out_features, weights, threads);
-    const int64_t element = product.is_bfloat16 ? 2 : 4;
+    if (most_units(weights, product.step) == 0) return invalid("a head does not fit into a tile");
+    const Tiling cut(product, weights, threads);
+    const int64_t element = product.element();
     std::atomic<bool> failed{false};
 
-    // Neighbouring indices share columns: weights are read from memory once for all rows.
     parallel_for(pool, threads, cut.row_tiles * cut.column_tiles, [&](int64_t index) {
       try {
         OneThread one_thread;
-        const int64_t row = index % cut.row_tiles * cut.tile_rows, unit = index / cut.row_tiles * cut.tile_units;
+        const auto [row_tile, column_tile] = cut.place(index);
+        const int64_t row = row_tile * cut.tile_rows, unit = column_tile * cut.tile_units;
         const int64_t rows = std::min(cut.tile_rows, product.rows - row);
         const int64_t units = std::min(cut.tile_units, cut.all_units - unit);
         const int64_t column = unit * kUnit, columns = std::min(units * kUnit, product.out_features - column);
         const TileProduct& tile = tile_product(rows, units, product.in_features, product.is_bfloat16);
-        void* scratchpad = thread_buffer(kScratchpad, tile.scratchpad_bytes());
+        thread_local Scratch scratch[kScratchpad + 1];
+        void* scratchpad = scratch[kScratchpad].at_least<char>(tile.scratchpad_bytes());
         const float* tiles[kMostParts] = {};
         for (int64_t part = 0; part < product.parts; ++part) {
           const int64_t first = (part * cut.all_units + unit) * weights.unit_elements;
-          auto* result = static_cast<float*>(thread_buffer(part, sizeof(float) * rows * units * kUnit));
+          auto* result = scratch[part].at_least<float>(rows * units * kUnit);
           tile.run(static_cast<const char*>(product.x) + row * product.in_features * element,
                    static_cast<const char*>(product.weights) + first * element, result, scratchpad);
           tiles[part] = result;
@@ -259,7 +265,7 @@ bool read_product(const ffi::AnyBuffer& x, const ffi::AnyBuffer& weights, int64_
   }
   const int64_t size = parts * packed_size(out_features, in_features, dtype == ffi::BF16);
   if (!fits("packed weights", weights, dtype, {size}, error)) return false;
-  product = {x.untyped_data(), weights.untyped_data(), rows, in_features, out_features, parts, dtype == ffi::BF16};
+  product = {x.untyped_data(), weights.untyped_data(), rows, in_features, out_features, parts, 1, dtype == ffi::BF16};
   return true;
 }
 
@@ -310,19 +316,110 @@ ffi::Error gated_linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w
                   });
 }
 
+// A norm's factors, 1 + weight, for a weight [width] of float32 or bfloat16.
+bool read_factor(const ffi::AnyBuffer& weight, int64_t width, std::vector<float>& factor, ffi::Error& error) {
+  const auto dtype = weight.element_type() == ffi::BF16 ? ffi::BF16 : ffi::F32;
+  if (!fits("a head's norm", weight, dtype, {width}, error)) return false;
+  factor.resize(width);
+  FUNNEL_BEST(make_factor)(weight.untyped_data(), dtype == ffi::BF16, width, factor.data());
+  return true;
+}
+
+// The heads that one result holds.
+struct Heads {
+  int64_t first, end;         // of all heads
+  std::vector<float> factor;  // of their norm; empty without one
+  bool turned;
+  char* out;  // [rows, end - first, head_dim]
+};
+
+// Reads what becomes of the heads: a result for each count in `turned`, with a norm for each or for none, and then one for
+// the heads that are left as they are, if there are such.
+bool read_heads(ffi::RemainingArgs& norms, ffi::RemainingRets& outs, ffi::Span<const int64_t> turned, int64_t plain,
+                int64_t head_dim, const Product& product, std::vector<Heads>& all, ffi::Error& error) {
+  const size_t results = turned.size() + (plain > 0);
+  if (outs.size() != results || (norms.size() != 0 && norms.size() != turned.size())) {
+    error = invalid("each group of heads needs a result, and a norm if one has it");
+    return false;
+  }
+  const auto dtype = product.is_bfloat16 ? ffi::BF16 : ffi::F32;
+  int64_t first = 0;
+  for (size_t i = 0; i < results; ++i) {
+    const bool turns = i < turned.size();
+    const int64_t count = turns ? turned[i] : plain;
+    auto out = outs.get<ffi::AnyBuffer>(i);
+    if (out.has_error()) return error = out.error(), false;
+    if (!fits("heads", **out, dtype, {product.rows, count * head_dim}, error)) return false;
+    Heads heads{first, first + count, {}, turns, static_cast<char*>((*out)->untyped_data())};
+    if (turns && norms.size() != 0) {
+      const auto norm = norms.get<ffi::AnyBuffer>(i);
+      if (norm.has_error()) return error = norm.error(), false;
+      if (!read_factor(*norm, head_dim, heads.factor, error)) return false;
+    }
+    first = heads.end;
+    all.push_back(std::move(heads));
+  }
+  return true;
+}
+
+ffi::Error project_heads(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weights, ffi::AnyBuffer cos,
+                         ffi::AnyBuffer sin, ffi::RemainingArgs norms, ffi::RemainingRets outs,
+                         ffi::Span<const int64_t> turned, int64_t plain, int64_t head_dim, float eps,
+                         int64_t threads) {
+  ffi::Error error;
+  Product product;
+  if (head_dim < kUnit || head_dim % kUnit != 0 || head_dim > kMostFeatures) {
+    return invalid("heads are products by units: their dimension must be a multiple of " + std::to_string(kUnit));
+  }
+  int64_t heads = 0;
+  for (const int64_t count : turned) heads = count < 1 || heads < 0 || count > kMostFeatures ? -1 : heads + count;
+  if (heads < 0 || plain < 0 || plain > kMostFeatures || heads + plain > kMostFeatures) {
+    return invalid("numbers of heads must be positive, and few");
+  }
+  if (!read_product(x, weights, (heads + plain) * head_dim, 1, product, error)) return error;
+  product.step = head_dim / kUnit;
+  for (const auto* table : {&cos, &sin}) {
+    if (!fits("cosines and sines", *table, ffi::F32, {product.rows, head_dim / 2}, error)) return error;
+  }
+  std::vector<Heads> groups;
+  if (!read_heads(norms, outs, turned, plain, head_dim, product, groups, error)) return error;
+  const auto table = [&](const ffi::AnyBuffer& from, int64_t row) {
+    return static_cast<const float*>(from.untyped_data()) + row * (head_dim / 2);
+  };
+  return by_tiles(pool, threads, product,
+                  [&](const float* const* tiles, int64_t row, int64_t rows, int64_t column, int64_t columns,
+                      int64_t tile_stride) {
+                    for (int64_t head = column / head_dim; head < (column + columns) / head_dim; ++head) {
+                      const Heads* group = groups.data();
+                      while (head >= group->end) ++group;
+                      const int64_t stride = (group->end - group->first) * head_dim;
+                      const int64_t at = row * stride + (head - group->first) * head_dim;
+                      FUNNEL_BEST(store_heads)
+                      (tiles[0] + (head * head_dim - column), tile_stride, rows, head_dim,
+                       group->factor.empty() ? nullptr : group->factor.data(), eps,
+                       group->turned ? table(cos, row) : nullptr, group->turned ? table(sin, row) : nullptr,
+                       group->out + at * (product.is_bfloat16 ? 2 : 4), product.is_bfloat16, stride);
+                    }
+                  });
+}
+
 }  // namespace
 
 int64_t packed_size(int64_t out_features, int64_t in_features, bool is_bfloat16) {
   return units_of(out_features) * weights_of(in_features, is_bfloat16).unit_elements;
 }
 
-void prepare_product(int64_t rows, int64_t out_features, int64_t in_features, bool is_bfloat16, int64_t threads) {
-  const Tiling cut(rows, out_features, weights_of(in_features, is_bfloat16), threads);
+bool prepare_product(int64_t rows, int64_t out_features, int64_t in_features, bool is_bfloat16, int64_t step,
+                     int64_t threads) {
+  const Weights& weights = weights_of(in_features, is_bfloat16);
+  if (most_units(weights, step) == 0) return false;
+  const Tiling cut({nullptr, nullptr, rows, in_features, out_features, 1, step, is_bfloat16}, weights, threads);
   for (const int64_t tile_rows : {cut.tile_rows, rows - (cut.row_tiles - 1) * cut.tile_rows}) {
     for (const int64_t units : {cut.tile_units, cut.all_units - (cut.column_tiles - 1) * cut.tile_units}) {
       tile_product(tile_rows, units, in_features, is_bfloat16);
     }
   }
+  return true;
 }
 
 void pack(const void* weight, int64_t out_features, int64_t in_features, bool is_bfloat16, void* packed) {
@@ -387,7 +484,23 @@ Handlers linear_handlers() {
                              .Ret<ffi::AnyBuffer>()
                              .Attr<int64_t>("out_features")
                              .Attr<int64_t>("threads"));
-  return {{"funnel_linear", linear_handler}, {"funnel_gated_linear", gated_linear_handler}};
+  XLA_FFI_DEFINE_HANDLER(project_heads_handler, project_heads,
+                         ffi::Ffi::Bind()
+                             .Ctx<ffi::ThreadPool>()
+                             .Arg<ffi::AnyBuffer>()
+                             .Arg<ffi::AnyBuffer>()
+                             .Arg<ffi::AnyBuffer>()
+                             .Arg<ffi::AnyBuffer>()
+                             .RemainingArgs()
+                             .RemainingRets()
+                             .Attr<ffi::Span<const int64_t>>("heads")
+                             .Attr<int64_t>("plain_heads")
+                             .Attr<int64_t>("head_dim")
+                             .Attr<float>("eps")
+                             .Attr<int64_t>("threads"));
+  return {{"funnel_linear", linear_handler},
+          {"funnel_gated_linear", gated_linear_handler},
+          {"funnel_project_heads", project_heads_handler}};
 }
 
 }  // namespace funnel

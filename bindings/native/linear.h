@@ -21,7 +21,9 @@ int64_t packed_size(int64_t out_features, int64_t in_features, bool is_bfloat16)
 void pack(const void* weight, int64_t out_features, int64_t in_features, bool is_bfloat16, void* packed);
 
 // Makes what oneDNN needs for a product, so that its first call does not have to: code for each shape of a tile.
-void prepare_product(int64_t rows, int64_t out_features, int64_t in_features, bool is_bfloat16, int64_t threads);
+// `step`: a tile has a multiple of so many units. False if oneDNN's tiles cannot have so many.
+bool prepare_product(int64_t rows, int64_t out_features, int64_t in_features, bool is_bfloat16, int64_t step,
+                     int64_t threads);
 
 // Why oneDNN has no fast product of this dtype on this machine; empty if it has one.
 std::string no_product(bool is_bfloat16);

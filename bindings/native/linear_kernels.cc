@@ -1,6 +1,6 @@
 #include "linear_kernels.h"
 
-#include "simd.h"
+#include "row.h"
 
 namespace funnel::FUNNEL_INSTRUCTION_SET {
 namespace {
@@ -10,13 +10,6 @@ Floats gelu(Floats x) {
   const Floats twice_u = x * (x * x * (2 * 0.7978845608f * 0.044715f) + 2 * 0.7978845608f);
   const Floats result = x / (1.0f + exponential(-twice_u));
   return twice_u < -88.0f ? Floats{} : result;  // where the exponential would overflow
-}
-
-template <typename Out, typename Value>
-void store_row(Out* out, int64_t columns, const Value& value_at) {
-  int64_t j = 0;
-  for (; j + kLanes <= columns; j += kLanes) store(out + j, value_at(j, kLanes));
-  if (j < columns) store_some(out + j, value_at(j, columns - j), columns - j);
 }
 
 template <typename Add, typename Out>
@@ -43,6 +36,37 @@ void store_gated_as(const float* gate, const float* up, int64_t tile_stride, int
   }
 }
 
+template <typename Out, typename Value>
+void store_head(Out* out, int64_t half, const float* cos, const float* sin, Value value_at) {
+  if (cos == nullptr) return store_row(out, 2 * half, value_at);
+  const auto cosines = columns_of(cos), sines = columns_of(sin);
+  store_row(out, half, [=](int64_t j, int64_t count) {
+    return value_at(j, count) * cosines(j, count) - value_at(half + j, count) * sines(j, count);
+  });
+  store_row(out + half, half, [=](int64_t j, int64_t count) {
+    return value_at(half + j, count) * cosines(j, count) + value_at(j, count) * sines(j, count);
+  });
+}
+
+template <typename Out>
+void store_heads_as(const float* tile, int64_t tile_stride, int64_t rows, int64_t head_dim, const float* factor,
+                    float eps, const float* cos, const float* sin, Out* out, int64_t stride) {
+  const int64_t half = head_dim / 2;
+  for (int64_t i = 0; i < rows; ++i, tile += tile_stride, out += stride) {
+    const auto head = columns_of(tile);
+    const float* row_cos = cos ? cos + i * half : nullptr;
+    const float* row_sin = sin ? sin + i * half : nullptr;
+    if (factor == nullptr) {
+      store_head(out, half, row_cos, row_sin, head);
+    } else {
+      const float inverse = inverse_rms(head_dim, eps, head);
+      store_head(out, half, row_cos, row_sin, [=](int64_t j, int64_t count) {
+        return head(j, count) * inverse * load_some(factor + j, count);
+      });
+    }
+  }
+}
+
 }  // namespace
 
 void store_product(const float* tile, int64_t tile_stride, int64_t rows, int64_t columns, const void* add,
@@ -59,6 +83,14 @@ void store_gated(const float* gate, const float* up, int64_t tile_stride, int64_
                  bool out_is_bfloat16, int64_t stride) {
   choose(out_is_bfloat16, [&](auto out_element) {
     store_gated_as(gate, up, tile_stride, rows, columns, static_cast<decltype(out_element)*>(out), stride);
+  });
+}
+
+void store_heads(const float* tile, int64_t tile_stride, int64_t rows, int64_t head_dim, const float* factor, float eps,
+                 const float* cos, const float* sin, void* out, bool out_is_bfloat16, int64_t stride) {
+  choose(out_is_bfloat16, [&](auto out_element) {
+    store_heads_as(tile, tile_stride, rows, head_dim, factor, eps, cos, sin,
+                   static_cast<decltype(out_element)*>(out), stride);
   });
 }
 

@@ -19,4 +19,11 @@ FUNNEL_KERNEL(void, store_product, const float* tile, int64_t tile_stride, int64
 FUNNEL_KERNEL(void, store_gated, const float* gate, const float* up, int64_t tile_stride, int64_t rows,
               int64_t columns, void* out, bool out_is_bfloat16, int64_t stride)
 
+// One attention head of each row: its RMSNorm with `factor` [head_dim], unless that is null, then RoPE, which turns the
+// pairs (j, j + head_dim / 2) by the angles whose cosines and sines are cos, sin [rows, head_dim / 2], unless those are
+// null; in float32 and rounded once. tile: [rows, head_dim]; out likewise, `stride` elements from row to row.
+FUNNEL_KERNEL(void, store_heads, const float* tile, int64_t tile_stride, int64_t rows, int64_t head_dim,
+              const float* factor, float eps, const float* cos, const float* sin, void* out, bool out_is_bfloat16,
+              int64_t stride)
+
 }  // namespace funnel

@@ -23,7 +23,7 @@ PYBIND11_MODULE(_handlers, module) {
   module.def("packed_size", &funnel::packed_size, py::arg("out_features"), py::arg("in_features"),
              py::arg("is_bfloat16"));
   module.def("prepare_product", &funnel::prepare_product, py::arg("rows"), py::arg("out_features"),
-             py::arg("in_features"), py::arg("is_bfloat16"), py::arg("threads"),
+             py::arg("in_features"), py::arg("is_bfloat16"), py::arg("step"), py::arg("threads"),
              py::call_guard<py::gil_scoped_release>());
   // Addresses, because NumPy's buffers do not know bfloat16; funnel_native.pack checks the arrays.
   module.def(

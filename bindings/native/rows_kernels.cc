@@ -1,44 +1,9 @@
 #include "rows_kernels.h"
 
-#include "simd.h"
+#include "row.h"
 
 namespace funnel::FUNNEL_INSTRUCTION_SET {
 namespace {
-
-// Vectors of a row that are summed side by side: an addition takes four cycles, and two can start in each.
-constexpr int kSums = 8;
-
-// In the functions below, value_at(j, count) makes the vector of a row that starts at column j. Only the first `count`
-// of its lanes are in the row; the others are 0. Functions are passed and captured by value: a store of bfloat16 could
-// change what a reference points to, and every loop would read its pointers anew.
-
-template <typename Value>
-float inverse_rms(int64_t width, float eps, Value value_at) {
-  Floats sums[kSums];
-  for (int i = 0; i < kSums; ++i) sums[i] = Floats{};  // an initializer would be a call that clears memory
-  int64_t j = 0;
-  for (; j + kSums * kLanes <= width; j += kSums * kLanes) {
-    for (int i = 0; i < kSums; ++i) {
-      const Floats value = value_at(j + i * kLanes, kLanes);
-      sums[i] += value * value;
-    }
-  }
-  for (; j < width; j += kLanes) {
-    const Floats value = value_at(j, width - j);
-    sums[0] += value * value;
-  }
-  for (int i = 1; i < kSums; ++i) sums[0] += sums[i];
-  float sum = 0;
-  for (int lane = 0; lane < kLanes; ++lane) sum += sums[0][lane];
-  return 1 / __builtin_sqrtf(sum / static_cast<float>(width) + eps);
-}
-
-template <typename Element, typename Value>
-void store_row(Element* to, int64_t width, Value value_at) {
-  int64_t j = 0;
-  for (; j + kLanes <= width; j += kLanes) store(to + j, value_at(j, kLanes));
-  if (j < width) store_some(to + j, value_at(j, width - j), width - j);
-}
 
 template <typename Element, typename Value>
 void store_normed(Element* to, int64_t width, float inverse, const float* factor, Value value_at) {
@@ -56,12 +21,6 @@ struct Mean {
 struct Maximum {
   Floats operator()(Floats a, Floats b) const { return maximum(a, b); }
 };
-
-// A row as a function of the column.
-template <typename Element>
-auto columns_of(const Element* row) {
-  return [row](int64_t j, int64_t count) { return load_some(row + j, count); };
-}
 
 template <typename Element>
 void norm_as(const Norm& all, int64_t begin, int64_t end) {

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 
 from funnel_engine.config import RECOVERIES, FunnelConfig, ModelConfig, Rope, layer_steps
 from funnel_engine.packing import Batch
-from funnel_kernels import Weight, add_norm, attention, gated_linear, linear, pool_norm, recover_norm, rms_norm
+from funnel_kernels import Weight, add_norm, attention, gated_linear, linear, pool_norm, project_heads, recover_norm
 
 Params = Mapping[str, Any]  # names and shapes: `weights.expected_shapes`
 
-ROWS_PER_BLOCK = 1024  # of the MLP, see `in_blocks`
+HIDDEN_PER_BLOCK = 2**24  # numbers between the MLP's products in one block of rows, see `in_blocks`
 
 
 def forward(
@@ -79,20 +79,21 @@ def forward(
             )
 
         # Attention: queries from the (pooled) rows, keys and values from those or from the unpooled ones.
+        norms = (weights["query_norm"], weights["key_norm"]) if config.qk_norm else None
+        heads, kv_heads = config.num_heads, config.num_kv_heads
+        project = partial(project_heads, eps=eps, backend=backend)
         if step.key_stride == step.query_stride:
-            q, k, v = split_columns(linear(normed, weights["qkv"], backend=backend), config)
+            angles = rotations[step.query_stride, step.layer_type]
+            q, k, v = project(normed, weights["qkv"], *angles, norms, heads=(heads, kv_heads), plain_heads=kv_heads)
         else:
-            q = linear(normed, weights["q"], backend=backend)
-            k, v = jnp.split(linear(unpooled, weights["kv"], backend=backend), 2, axis=1)
-        if config.qk_norm:
-            q, k = head_norm(q, weights["query_norm"], eps), head_norm(k, weights["key_norm"], eps)
-        q = rotate(q, rotations[step.query_stride, step.layer_type])
-        k = rotate(k, rotations[step.key_stride, step.layer_type])
+            query_angles, key_angles = (rotations[s, step.layer_type] for s in (step.query_stride, step.key_stride))
+            query_norm, key_norm = ((norm,) for norm in norms) if norms else (None, None)
+            (q,) = project(normed, weights["q"], *query_angles, query_norm, heads=(heads,))
+            k, v = project(unpooled, weights["kv"], *key_angles, key_norm, heads=(kv_heads,), plain_heads=kv_heads)
         lo, hi = batch.intervals[step.query_stride, step.key_stride, step.layer_type]
         attended = attention(
-            q.astype(dtype), k.astype(dtype), v.astype(dtype), lo, hi,
-            heads=config.num_heads, kv_heads=config.num_kv_heads,
-            scale=config.query_scale, softcap=config.softcap, backend=backend,
+            q, k, v, lo, hi,
+            heads=heads, kv_heads=kv_heads, scale=config.query_scale, softcap=config.softcap, backend=backend,
         )  # fmt: skip
         post_norm = weights["attention_output_norm"] if config.post_norms else None
         x, normed = add_product(
@@ -100,9 +101,8 @@ def forward(
         )
 
         feed_forward = partial(mlp, weights, next_norm, config, axis, backend)
-        x, normed = jax.lax.platform_dependent(
-            x, normed, cpu=partial(in_blocks, feed_forward), default=feed_forward
-        )  # fmt: skip
+        blocks = partial(in_blocks, feed_forward, rows_per_block(config))
+        x, normed = jax.lax.platform_dependent(x, normed, cpu=blocks, default=feed_forward)
 
         # What the recovery needs of the full-length layers, in one buffer.
         if source and step.query_stride == 1:
@@ -157,15 +157,21 @@ def add_product(
 Rows = tuple[jax.Array, ...]  # [N, D] each
 
 
-def in_blocks(function: Callable[..., Rows], *arrays: jax.Array) -> Rows:
+def rows_per_block(config: ModelConfig) -> int:
+    """How many rows the MLP takes at a time on a CPU: 1024 of Gemma 2B's, all of a small model's."""
+    return max(1, HIDDEN_PER_BLOCK // config.intermediate_size)
+
+
+def in_blocks(function: Callable[..., Rows], most_rows: int, *arrays: jax.Array) -> Rows:
     """Replaces rows of arrays by a function of them, in blocks of near-equal size, one after another.
 
-    The MLP's hidden rows are many times wider than its input. In blocks they stay in a CPU's cache, and their memory
-    does not grow with N. On two cores a layer of Gemma 2B on 4096 rows runs at 337 GFLOP/s so, and at 296 in one block.
-    An accelerator has no such cache and wants large products.
+    The MLP's hidden rows are many times wider than its input. In blocks their memory does not grow with N, and XLA
+    multiplies faster: a layer of Gemma 2B on 4096 rows runs at 337 GFLOP/s on two cores so, and at 296 in one block.
+    Copying a block's rows in and out costs nothing beside that, unless the MLP is narrow: EmbeddingGemma's takes a
+    third longer in blocks of 1024 rows. An accelerator wants large products.
     """
     rows = arrays[0].shape[0]
-    blocks = -(-rows // ROWS_PER_BLOCK)
+    blocks = -(-rows // most_rows)
     if blocks == 1:
         return function(*arrays)
     size = -(-rows // blocks)
@@ -192,34 +198,6 @@ def total(update: jax.Array, axis: str | None, dtype: jnp.dtype) -> jax.Array:
     return update if axis is None else jax.lax.psum(update.astype(dtype), axis)
 
 
-def split_columns(qkv: jax.Array, config: ModelConfig) -> list[jax.Array]:
-    """[N, (heads + 2 * kv_heads) * d] -> queries, keys and values side by side."""
-    q_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    return jnp.split(qkv, (q_width, q_width + kv_width), axis=1)
-
-
-def per_head(function: Callable[..., jax.Array], x: jax.Array, head_dim: int, *tables: jax.Array) -> jax.Array:
-    """Applies a function to every head of `[N, heads * d]`; it gets `[..., d]`, and tables of N rows that fit.
-
-    A view of the heads is free, except on a TPU, where it moves all of x: there each head is cut out by itself.
-    """
-
-    def together(x: jax.Array) -> jax.Array:
-        heads = x.reshape(x.shape[0], -1, head_dim)
-        return function(heads, *(table[:, None] for table in tables)).reshape(x.shape)
-
-    def one_by_one(x: jax.Array) -> jax.Array:
-        heads = jnp.split(x, x.shape[1] // head_dim, axis=1)
-        return jnp.concatenate([function(head, *tables) for head in heads], axis=1)
-
-    return jax.lax.platform_dependent(x, tpu=one_by_one, default=together)
-
-
-def head_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """RMSNorm of every head of `[N, heads * d]` by itself, with `weight` [d] (Gemma 3's query and key norms)."""
-    return per_head(lambda head: rms_norm(head, weight, eps), x, weight.shape[0])
-
-
 def rotation(rope: Rope, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
     """RoPE's cosines and sines, `[N, head_dim / 2]` float32 each, of positions [N].
 
@@ -231,16 +209,6 @@ def rotation(rope: Rope, head_dim: int, positions: jax.Array) -> tuple[jax.Array
         frequencies = 1.0 / (rope.theta**exponents) / rope.factor
     angles = positions[:, None] * frequencies
     return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates every head of `[N, heads * d]`, pairing the halves of a head; float32."""
-
-    def turn(head: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-        first, second = jnp.split(head, 2, axis=-1)
-        return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-
-    return per_head(turn, x, 2 * cos_sin[0].shape[1], *cos_sin)
 
 
 def keep(source: str, kept: jax.Array, x: jax.Array, layers: int) -> jax.Array:

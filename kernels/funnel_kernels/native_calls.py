@@ -6,6 +6,7 @@ import functools
 import importlib
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -63,14 +64,20 @@ def check_product(dtype: np.dtype) -> None:
         raise NotImplementedError(problem)
 
 
-def call(target: str, out_shape: Any, *arrays: jax.Array, **attributes: int | float | bool) -> Any:
+def call(target: str, out_shape: Any, *arrays: jax.Array, **attributes: int | float | bool | tuple[int, ...]) -> Any:
     """Runs a handler of bindings/native on arrays.
 
     Args:
         target: the name that it is registered under.
         out_shape: `jax.ShapeDtypeStruct` of the result, or a tuple of them.
-        attributes: its numbers; it gets integers as int64, floats as float32, and `threads` besides.
+        attributes: its numbers; it gets integers as int64, floats as float32, tuples as arrays of int64, and `threads`
+            besides.
     """
-    kinds = {bool: np.bool_, int: np.int64, float: np.float32}
+    kinds: dict[type, Callable[[Any], Any]] = {
+        bool: np.bool_,
+        int: np.int64,
+        float: np.float32,
+        tuple: partial(np.array, dtype=np.int64),
+    }
     typed = {name: kinds[type(value)](value) for name, value in attributes.items()}
     return jax.ffi.ffi_call(target, out_shape)(*arrays, **typed, threads=np.int64(threads()))

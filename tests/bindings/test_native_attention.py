@@ -1,6 +1,7 @@
 """Attention in C++ beyond what every backend is tested for: instruction sets, threads, which keys it reads, and calls
 that are wrong."""
 
+import functools
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -14,12 +15,19 @@ from option_grid import AttentionCase, Edges, Packed, Scattered
 TOLERANCE = {"float32": 2**-16, "bfloat16": 2**-6.9}
 
 
-def run(case: AttentionCase, arrays: tuple[np.ndarray, ...] | None = None, threads: int = 0) -> np.ndarray:
+@functools.cache
+def program(case: AttentionCase, threads: int):
+    """Compiled once: its kernels run with the instruction set that is allowed when it is called."""
     with native_calls.use_threads(threads):
         attend = jax.jit(lambda *arrays: attention(*arrays, **case.options(), backend="cpu"))
-        return np.asarray(attend(*(arrays or case.arrays())))
+        return attend.lower(*case.arrays()).compile()
 
 
+def run(case: AttentionCase, arrays: tuple[np.ndarray, ...] | None = None, threads: int = 0) -> np.ndarray:
+    return np.asarray(program(case, threads)(*(arrays or case.arrays())))
+
+
+@functools.cache
 def dense(case: AttentionCase) -> tuple[np.ndarray, np.ndarray]:
     """Float64: the output, and `sum of weight * |v|`, which bounds it."""
     q, k, v, lo, hi = case.arrays()

@@ -1,5 +1,6 @@
 """The products in C++ beyond what every backend is tested for: instruction sets, threads, and calls that are wrong."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -10,22 +11,26 @@ import numpy as np
 import pytest
 
 import funnel_native
-from funnel_kernels import gated_linear, linear, native_calls, prepare
-from option_grid import LinearCase
+from funnel_kernels import gated_linear, linear, native_calls, prepare, project_heads
+from option_grid import HeadsCase, LinearCase
 
 HANDLERS = funnel_native.handlers()
 BEST = HANDLERS.instruction_set()
 
 
-def run(case: LinearCase, threads: int = 0) -> np.ndarray:
+@functools.cache
+def program(case: LinearCase, threads: int):
+    """Compiled once, and its arrays: its kernels run with the instruction set that is allowed when it is called."""
     x, weight, add = case.arrays()
-    prepared = prepare(weight, parts=1 + case.gated, backend="cpu")
+    arrays = (x, prepare(weight, parts=1 + case.gated, backend="cpu"), *(() if add is None else (add,)))
+    product = gated_linear if case.gated else linear
     with native_calls.use_threads(threads):
-        if case.gated:
-            out = jax.jit(lambda x, weight: gated_linear(x, weight, backend="cpu"))(x, prepared)
-        else:
-            out = jax.jit(lambda *arrays: linear(*arrays, backend="cpu"))(x, prepared, add)
-    return np.asarray(out)
+        return jax.jit(lambda *arrays: product(*arrays, backend="cpu")).lower(*arrays).compile(), arrays
+
+
+def run(case: LinearCase, threads: int = 0) -> np.ndarray:
+    compiled, arrays = program(case, threads)
+    return np.asarray(compiled(*arrays))
 
 
 CASES = [
@@ -51,6 +56,36 @@ def test_results_are_equal_to_the_bit_from_run_to_run(case):
     for threads in (1, 2):
         first = run(case, threads)
         assert all((run(case, threads) == first).all() for _ in range(5))
+
+
+HEADS = [
+    HeadsCase(300, 96, 128, (5, 1), 1, dtype, normed) for dtype in ("float32", "bfloat16") for normed in (False, True)
+]
+
+
+def run_heads(case: HeadsCase, threads: int = 0) -> np.ndarray:
+    """All groups side by side."""
+    x, weight, *rest = case.arrays()
+    with native_calls.use_threads(threads):
+        groups = jax.jit(lambda *arrays: project_heads(*arrays, **case.options(), backend="cpu"))(
+            x, prepare(weight, backend="cpu"), *rest
+        )
+    return np.concatenate([np.asarray(group, np.float64) for group in groups], axis=1)
+
+
+@pytest.mark.parametrize("case", HEADS, ids=str)
+def test_every_instruction_set_finishes_heads_alike(instruction_set, case):
+    limited = run_heads(case)
+    HANDLERS.limit_instruction_set(BEST)
+    step = 2**-8 if case.dtype == "bfloat16" else 2**-20
+    assert np.abs(limited - run_heads(case)).max() <= step * np.abs(limited).max()
+
+
+@pytest.mark.parametrize("case", HEADS, ids=str)
+def test_heads_are_equal_to_the_bit_with_any_number_of_threads(case):
+    first = run_heads(case, 1)
+    for threads in (1, 2, 3, 2):
+        assert (run_heads(case, threads) == first).all()
 
 
 def test_many_threads_at_once():
@@ -112,6 +147,59 @@ def test_a_wrong_gated_call_is_an_error_that_says_why(arrays, attributes, messag
     out, x, packed = arrays
     with pytest.raises(Exception, match=message):
         call("funnel_gated_linear", out, x, np.concatenate([packed, packed]), **attributes)
+
+
+TABLE, NORM = np.ones((4, 32), np.float32), np.ones(64, np.float32)
+Q, K = (jax.ShapeDtypeStruct((4, count * 64), jnp.float32) for count in (2, 1))
+PACKED_HEADS = funnel_native.pack(np.ones((256, 32), np.float32))
+BAD_HEADS = {
+    "fewer results than groups": ((Q, K), (), {}, "each group of heads needs a result"),
+    "more results than groups": ((Q, K, K, K), (), {}, "each group of heads needs a result"),
+    "one norm of two": ((Q, K, K), (NORM,), {}, "a norm if one has it"),
+    "a norm of another size": ((Q, K, K), (NORM, NORM[:32]), {}, "a head's norm has shape"),
+    "a norm of integers": ((Q, K, K), (NORM, NORM.astype(np.int32)), {}, "a head's norm has shape"),
+    "results in another order": ((K, Q, K), (), {}, "heads has shape"),
+    "a result of another dtype": ((Q, K, jax.ShapeDtypeStruct(K.shape, jnp.bfloat16)), (), {}, "heads has shape"),
+    "heads of half a unit": ((Q, K, K), (), {"head_dim": np.int64(32)}, "must be a multiple of 64"),
+    "heads of nothing": ((Q, K, K), (), {"head_dim": np.int64(0)}, "must be a multiple of 64"),
+    "negative heads": ((Q, K, K), (), {"heads": np.array([-2, 1])}, "numbers of heads must be positive"),
+    "no heads": ((Q, K, K), (), {"heads": np.array([2, 0])}, "numbers of heads must be positive"),
+    "negative plain heads": ((Q, K, K), (), {"plain_heads": np.int64(-1)}, "numbers of heads must be positive"),
+    "too many heads": ((Q, K, K), (), {"heads": np.array([2**62, 2**62])}, "numbers of heads must be positive"),
+    "more heads than weights": ((Q, K, K), (), {"heads": np.array([3, 1])}, "packed weights has shape"),
+    "weights of narrower heads": (
+        tuple(jax.ShapeDtypeStruct((4, 512), jnp.float32) for _ in range(2)),
+        (),
+        {"head_dim": np.int64(512), "heads": np.array([1]), "plain_heads": np.int64(1)},
+        "packed weights has shape",
+    ),
+}
+
+
+def call_heads(outs, norms=(), table=TABLE, packed=PACKED_HEADS, **attributes):
+    attributes = {
+        "heads": np.array([2, 1]), "plain_heads": np.int64(1), "head_dim": np.int64(64), "eps": np.float32(1e-6),
+        "threads": np.int64(0),
+    } | attributes  # fmt: skip
+    arrays = (X, packed, table, table, *norms)
+    return jax.block_until_ready(jax.ffi.ffi_call("funnel_project_heads", outs)(*arrays, **attributes))
+
+
+@pytest.mark.parametrize(("outs", "norms", "attributes", "message"), BAD_HEADS.values(), ids=BAD_HEADS)
+def test_a_wrong_call_for_heads_is_an_error_that_says_why(outs, norms, attributes, message):
+    with pytest.raises(Exception, match=message):
+        call_heads(outs, norms, **attributes)
+    assert (call_heads((Q, K, K))[2] == 32).all()  # the next call is served
+
+
+def test_heads_that_fit_into_no_tile():
+    outs = tuple(jax.ShapeDtypeStruct((4, 512), jnp.float32) for _ in range(2))
+    sizes = {"head_dim": np.int64(512), "heads": np.array([1]), "plain_heads": np.int64(1)}
+    packed = funnel_native.pack(np.ones((1024, 32), np.float32))
+    with pytest.raises(Exception, match="a head does not fit into a tile"):
+        call_heads(outs, table=np.ones((4, 256), np.float32), packed=packed, **sizes)
+    with pytest.raises(Exception, match="cosines and sines has shape"):
+        call_heads((Q, K, K), table=TABLE[:, :31])
 
 
 def test_what_cannot_be_packed():

@@ -18,7 +18,7 @@ import pytest
 import transformers
 from jax.sharding import Mesh
 
-from funnel_engine import ConfigError, Engine, FunnelConfig, HeadConfig, convert
+from funnel_engine import ConfigError, Engine, FunnelConfig, HeadConfig, convert, model
 from funnel_engine.config import Rope
 from funnel_engine.heads import DenseConfig
 from funnel_engine.packing import make_plan, pack, spans
@@ -116,9 +116,10 @@ def test_every_backend_runs_over_a_mesh(backend):
     assert engine.stats()["batches"] == 2
 
 
-def test_rows_in_blocks():
-    """On a CPU the MLP of more than 1024 rows is a loop over blocks of rows, with a sum in each."""
+def test_rows_in_blocks(monkeypatch):
+    """On a CPU the MLP of many rows is a loop over blocks of rows, with a sum in each."""
     config = dataclasses.replace(MULTI_QUERY, max_positions=1300)
+    monkeypatch.setattr(model, "HIDDEN_PER_BLOCK", 500 * config.intermediate_size // 4)
     one, many = (
         make_engine(HeadConfig(), config, max_batch_tokens=1300, mesh=mesh) for mesh in (None, mesh_of(model=4))
     )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from funnel_kernels import BackendUnavailable, InputError, attention
-from option_grid import ATTENTION_CASES, BACKENDS, DTYPES, AttentionCase, Packed, Scattered, refuses
+from option_grid import BACKENDS, DTYPES, AttentionCase, Packed, Scattered, over_the_grid, refuses
 
 # Largest error as a part of `sum of weight * |v|`, which bounds the output. bfloat16 may round the weights and the
 # result, each by at most 2^-8 of itself.
@@ -38,8 +38,7 @@ def oracle(case):
     return out, size
 
 
-@pytest.mark.parametrize("case", ATTENTION_CASES.values(), ids=ATTENTION_CASES.keys())
-@pytest.mark.parametrize("backend", BACKENDS)
+@over_the_grid("attention")
 def test_agrees_with_float64(backend, case):
     arrays = case.arrays()
     run = jax.jit(lambda *arrays: attention(*arrays, **case.options(), backend=backend))

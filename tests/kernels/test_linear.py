@@ -1,4 +1,4 @@
-"""`linear`, `gated_linear` and `prepare`: every implementation against float64, and what is refused."""
+"""The matrix products and `prepare`: every implementation against float64, and what is refused."""
 
 import math
 
@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from funnel_kernels import BackendUnavailable, InputError, PackedWeight, gated_linear, linear, prepare
-from option_grid import BACKENDS, DTYPES, GATED_CASES, LINEAR_CASES, LinearCase
+from funnel_kernels import BackendUnavailable, InputError, PackedWeight, gated_linear, linear, prepare, project_heads
+from option_grid import BACKENDS, DTYPES, GATED_CASES, HEADS_CASES, LINEAR_CASES, HeadsCase, LinearCase
 
 SERVED = [backend for backend in BACKENDS if backend not in ("triton", "tpu")]  # these two are XLA's products
 WIDE_ROUNDING = {"float32": 2**-22, "bfloat16": 2**-8}
@@ -57,12 +57,49 @@ def test_gated_linear_agrees_with_float64(backend, case):
     check(actual, expected, (1 + sizes[0]) * (1 + sizes[1]), WIDE_ROUNDING[case.dtype])
 
 
+def exact_heads(case: HeadsCase) -> list[np.ndarray]:
+    """Each group of heads, [N, count * d] float64: pairs of a head as complex numbers, turned by multiplication."""
+    x, weight, cos, sin, norms = case.arrays()
+    x, weight, cos, sin = exact(x, weight, cos, sin)
+    product = (x @ weight.T).reshape(case.rows, -1, case.head_dim)
+    first, groups = 0, []
+    for index, count in enumerate(case.heads):
+        group = product[:, first : first + count]
+        first += count
+        if norms is not None:
+            rms = np.sqrt((group**2).sum(-1, keepdims=True) / case.head_dim + case.options()["eps"])
+            group = group / rms * (1 + np.asarray(norms[index], np.float64))
+        pairs = (group[..., : case.head_dim // 2] + 1j * group[..., case.head_dim // 2 :]) * (cos + 1j * sin)[:, None]
+        groups.append(np.concatenate([pairs.real, pairs.imag], axis=-1))
+    if case.plain_heads:
+        groups.append(product[:, first:])
+    return [group.reshape(case.rows, -1) for group in groups]
+
+
+@pytest.mark.parametrize("case", HEADS_CASES.values(), ids=HEADS_CASES.keys())
+@pytest.mark.parametrize("backend", SERVED)
+def test_project_heads_agrees_with_float64(backend, case):
+    x, weight, *rest = case.arrays()
+    results = jax.jit(lambda *arrays: project_heads(*arrays, **case.options(), backend=backend))(
+        x, prepare(weight, backend=backend), *rest
+    )
+    expected = exact_heads(case)
+    assert len(results) == len(expected)
+    for actual, group in zip(results, expected, strict=True):
+        assert actual.shape == group.shape
+        assert actual.dtype == x.dtype
+        check(actual, group, np.full(group.shape, 8.0), WIDE_ROUNDING[case.dtype])
+
+
 @pytest.mark.parametrize("backend", ["triton", "tpu"])
 def test_on_accelerators_the_products_are_xlas(backend, interpreted_triton, interpreted_pallas):
     x, weight, add = LinearCase(16, 24, 40, add=True).arrays()
     assert prepare(weight, backend=backend) is weight
     assert (linear(x, weight, add, backend=backend) == linear(x, weight, add, backend="xla")).all()
     assert (gated_linear(x, weight, backend=backend) == gated_linear(x, weight, backend="xla")).all()
+    case = HeadsCase(5, 24, 8, (3, 1), 1, normed=True)
+    results = [project_heads(*case.arrays(), **case.options(), backend=name) for name in (backend, "xla")]
+    assert all((ours == expected).all() for ours, expected in zip(*results, strict=True))
 
 
 def test_large_gates_neither_overflow_nor_vanish():
@@ -134,5 +171,22 @@ def test_what_does_not_fit_is_refused():
         gated_linear(x, packed)
     with pytest.raises(InputError, match="63 rows; those of gate and up together are an even number"):
         gated_linear(x, weight[:63])
+    x, weight, cos, sin, norms = HeadsCase(4, 32, 64, (2, 1), 1, normed=True).arrays()
+    right = {"heads": (2, 1), "plain_heads": 1, "eps": 1e-6}
+    for arrays, changed, message in (
+        ((x, weight[:-1], cos, sin), {}, "weight has 255 rows where 4 heads of 64 need 256"),
+        ((x, weight, cos, sin), {"plain_heads": 0}, "3 heads of 64 need 192"),
+        ((x, weight, cos[:3], sin), {}, r"cos has shape \(3, 32\); here it must be \(4, 32\)"),
+        ((x, weight, cos, sin[:, 1:]), {}, r"sin has shape \(4, 31\)"),
+        ((x, weight, cos.astype(jnp.bfloat16), sin), {}, "cos is bfloat16 where"),
+        ((x, weight, cos, sin), {"heads": (2, 0), "plain_heads": 2}, r"heads=\(2, 0\) and plain_heads=2: give at"),
+        ((x, weight, cos, sin), {"heads": (5,), "plain_heads": -1}, "none below 1"),
+        ((x, weight, cos, sin), {"heads": ()}, "at least one number of heads"),
+        ((x, weight, cos, sin, norms[:1]), {}, "1 norms are given for 2 groups"),
+        ((x, weight, cos, sin, (norms[0], norms[1][:5])), {}, r"norm has shape \(5,\); here it must be \(64,\)"),
+        ((x, prepare(weight, parts=2, backend="cpu"), cos, sin), {}, "packed in 2 parts"),
+    ):
+        with pytest.raises(InputError, match=message):
+            project_heads(*arrays, **right | changed)
     with pytest.raises(BackendUnavailable, match="'gpu' does not exist"):
         prepare(weight, backend="gpu")

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from funnel_kernels import dispatch, native_calls, pallas_calls, triton_calls
 from funnel_kernels.checks import check_float, check_shape
@@ -10,7 +11,7 @@ from funnel_kernels.errors import InputError
 from funnel_kernels.linear import reference, xla
 from funnel_kernels.linear.packed import PackedWeight, Weight, prepare
 
-__all__ = ["PackedWeight", "Weight", "gated_linear", "linear", "prepare"]
+__all__ = ["PackedWeight", "Weight", "gated_linear", "linear", "prepare", "project_heads"]
 
 # On GPUs and TPUs the products are XLA's: it calls cuBLAS there, or drives the matrix unit itself.
 IMPLEMENTATIONS = {
@@ -26,6 +27,14 @@ GATED_IMPLEMENTATIONS = {
     "triton": triton_calls.implementation("funnel_kernels.linear.xla", "gated_linear"),
     "tpu": pallas_calls.implementation("funnel_kernels.linear.xla", "gated_linear"),
     "cpu": native_calls.implementation("funnel_kernels.linear.native_cpu", "gated_linear"),
+}
+
+HEADS_IMPLEMENTATIONS = {
+    "reference": reference.project_heads,
+    "xla": xla.project_heads,
+    "triton": triton_calls.implementation("funnel_kernels.linear.xla", "project_heads"),
+    "tpu": pallas_calls.implementation("funnel_kernels.linear.xla", "project_heads"),
+    "cpu": native_calls.implementation("funnel_kernels.linear.native_cpu", "project_heads"),
 }
 
 
@@ -81,6 +90,65 @@ def gated_linear(
     if weight.shape[0] % 2:
         raise InputError(f"weight has {weight.shape[0]} rows; those of gate and up together are an even number")
     return dispatch.serve("gated_linear", GATED_IMPLEMENTATIONS, backend, x, weight)
+
+
+def project_heads(
+    x: jax.Array,  # [N, in]
+    weight: Weight,  # [(sum(heads) + plain_heads) * d, in]
+    cos: jax.Array,  # [N, d / 2]
+    sin: jax.Array,  # [N, d / 2]
+    norms: tuple[jax.Array, ...] | None = None,  # [d] each
+    *,
+    heads: tuple[int, ...],
+    plain_heads: int = 0,
+    eps: float,
+    backend: str = "auto",
+) -> tuple[jax.Array, ...]:  # [N, count * d] for each of `heads`, and for `plain_heads` if there are any; dtype of x
+    """Attention's inputs: `x @ weight.T` cut into heads, which RoPE (arXiv:2104.09864) turns, some after their norm.
+
+    A head's pairs (j, j + d / 2) are turned by an angle each. Product, norm and rotation are float32, and the result is
+    rounded once.
+
+    Args:
+        x: float32 or bfloat16.
+        weight: in the dtype of `x`, as `prepare` gives it for the backend.
+        cos, sin: float32, of each row's d / 2 angles.
+        norms: for each of `heads` the zero-centred weight (the factor is `1 + weight`) of an RMSNorm over d before the
+            rotation; None leaves all norms out.
+        heads: how many heads each result has, in the order of the weight's rows: e.g. queries and keys.
+        plain_heads: how many heads come last that are neither normed nor turned: values.
+        eps: added to the mean square, in every norm.
+        backend: see `funnel_kernels.dispatch`.
+
+    Raises:
+        InputError: shapes or dtypes that do not fit together, or numbers of heads that are not positive.
+        BackendUnavailable: the backend does not serve this call.
+    """
+    check_product(x, weight)
+    check_parts(weight, 1)
+    check_float("cos", cos, ndim=2, dtype=jnp.float32)
+    check_float("sin", sin, ndim=2, dtype=jnp.float32)
+    check_shape("cos", cos, (x.shape[0], cos.shape[1]))
+    check_shape("sin", sin, cos.shape)
+    if not heads or min(heads) < 1 or plain_heads < 0:
+        raise InputError(
+            f"heads={heads} and plain_heads={plain_heads}: give at least one number of heads, none below 1"
+        )
+    head_dim, count = 2 * cos.shape[1], sum(heads) + plain_heads
+    if weight.shape[0] != count * head_dim:
+        raise InputError(f"weight has {weight.shape[0]} rows where {count} heads of {head_dim} need {count * head_dim}")
+    if norms is not None:
+        if len(norms) != len(heads):
+            raise InputError(
+                f"{len(norms)} norms are given for {len(heads)} groups of heads; give one for each, or none"
+            )
+        for norm in norms:
+            check_float("norm", norm, ndim=1)
+            check_shape("norm", norm, (head_dim,))
+    return dispatch.serve(
+        "project_heads", HEADS_IMPLEMENTATIONS, backend, x, weight, cos, sin, norms,
+        heads=heads, plain_heads=plain_heads, eps=eps,
+    )  # fmt: skip
 
 
 def check_product(x: jax.Array, weight: Any) -> None:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 import funnel_native
 from funnel_kernels import native_calls
+from funnel_kernels.linear import xla
 from funnel_kernels.linear.packed import PackedWeight
 
 
@@ -21,11 +22,27 @@ def gated_linear(x, weight):
     return native_calls.call("funnel_gated_linear", out, x, packed(weight), out_features=out.shape[1])
 
 
-def prepare(x, weight, out_features):
-    """oneDNN makes code for each shape of a tile: now, while the program is traced, instead of in its first call."""
+def project_heads(x, weight, cos, sin, norms, *, heads, plain_heads, eps):
+    rows, head_dim = x.shape[0], 2 * cos.shape[1]
+    if head_dim % funnel_native.UNIT or not prepare(x, weight, weight.shape[0], head_dim // funnel_native.UNIT):
+        product = linear(x, weight, None)  # tiles would cut heads apart
+        return xla.finish_heads(product, cos, sin, norms, x.dtype, heads=heads, plain_heads=plain_heads, eps=eps)
+    groups = (*heads, plain_heads) if plain_heads else heads
+    outs = tuple(jax.ShapeDtypeStruct((rows, count * head_dim), x.dtype) for count in groups)
+    return native_calls.call(
+        "funnel_project_heads", outs, x, packed(weight), cos, sin, *(norms or ()),
+        heads=heads, plain_heads=plain_heads, head_dim=head_dim, eps=float(eps),
+    )  # fmt: skip
+
+
+def prepare(x, weight, out_features, step=1):
+    """oneDNN makes code for each shape of a tile: now, while the program is traced, instead of in its first call.
+
+    A tile has a multiple of `step` units of output features; False if it cannot have so many.
+    """
     packed(weight)  # refuses what cannot run
     is_bfloat16, threads = str(x.dtype) == "bfloat16", native_calls.threads()
-    funnel_native.handlers().prepare_product(x.shape[0], out_features, x.shape[1], is_bfloat16, threads)
+    return funnel_native.handlers().prepare_product(x.shape[0], out_features, x.shape[1], is_bfloat16, step, threads)
 
 
 def packed(weight):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from funnel_kernels.linear.packed import PackedWeight
+from funnel_kernels.norm import rms_norm
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -18,3 +19,20 @@ def linear(x, weight, add):
 def gated_linear(x, weight):
     gate, up = jnp.split(linear(x, weight, None), 2, axis=1)
     return (jax.nn.gelu(gate, approximate=True) * up).astype(x.dtype)
+
+
+def project_heads(x, weight, cos, sin, norms, *, heads, plain_heads, eps):
+    rows, half = cos.shape
+    all_heads = linear(x, weight, None).reshape(rows, -1, 2 * half)
+    groups, first = [], 0
+    for index, count in enumerate(heads):
+        group = all_heads[:, first : first + count]
+        first += count
+        if norms is not None:
+            group = rms_norm(group, norms[index], eps)
+        left, right = group[..., :half], group[..., half:]
+        turned = (left * cos[:, None] - right * sin[:, None], right * cos[:, None] + left * sin[:, None])
+        groups.append(jnp.concatenate(turned, axis=-1))
+    if plain_heads:
+        groups.append(all_heads[:, first:])
+    return tuple(group.reshape(rows, -1).astype(x.dtype) for group in groups)

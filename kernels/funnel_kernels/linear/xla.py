@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from funnel_kernels.linear.packed import PackedWeight
+from funnel_kernels.norm import rms_norm
 
 
 def linear(x, weight, add):
@@ -23,6 +24,49 @@ def gated(wide, x, weight):
     # Split first: XLA would widen the whole before it is written.
     gate, up = (half.astype(jnp.float32) for half in jnp.split(project(x, weight, wide), 2, axis=1))
     return (jax.nn.gelu(gate, approximate=True) * up).astype(x.dtype)
+
+
+def project_heads(x, weight, cos, sin, norms, *, heads, plain_heads, eps):
+    product = project(x, weight, jnp.float32)
+    return finish_heads(product, cos, sin, norms, x.dtype, heads=heads, plain_heads=plain_heads, eps=eps)
+
+
+def finish_heads(product, cos, sin, norms, dtype, *, heads, plain_heads, eps):
+    """What follows the product of `project_heads`."""
+    head_dim = 2 * cos.shape[1]
+    ends = [head_dim * sum(heads[: i + 1]) for i in range(len(heads))]
+    *groups, plain = jnp.split(product, ends, axis=1)
+
+    def finish(norm, head, cos, sin):
+        return turn(head if norm is None else rms_norm(head, norm, eps), cos, sin).astype(dtype)
+
+    norms = norms or (None,) * len(heads)
+    turned = [per_head(partial(finish, norm), group, cos, sin) for norm, group in zip(norms, groups, strict=True)]
+    return (*turned, plain.astype(dtype)) if plain_heads else tuple(turned)
+
+
+def turn(head, cos, sin):
+    """Rotates the pairs (j, j + d / 2) of heads [..., d] by angles [..., d / 2]."""
+    first, second = jnp.split(head, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def per_head(function, x, *tables):
+    """Applies a function to every head of `[N, heads * d]`; it gets `[..., d]`, and tables [N, d / 2] that fit.
+
+    A view of the heads is free, except on a TPU, where it moves all of x: there each head is cut out by itself.
+    """
+    head_dim = 2 * tables[0].shape[1]
+
+    def together(x):
+        heads = x.reshape(x.shape[0], -1, head_dim)
+        return function(heads, *(table[:, None] for table in tables)).reshape(x.shape)
+
+    def one_by_one(x):
+        heads = jnp.split(x, x.shape[1] // head_dim, axis=1)
+        return jnp.concatenate([function(head, *tables) for head in heads], axis=1)
+
+    return jax.lax.platform_dependent(x, tpu=one_by_one, default=together)
 
 
 def project(x, weight, result):

@@ -1,0 +1,113 @@
+"""Arguments that a call refuses before it touches memory: sequences, ids, buffers, null pointers, missing heads."""
+
+import ctypes
+
+import numpy as np
+import pytest
+
+from c_library import IDS, OFFSETS, WIDTH, Info, Options, floats, pointer, refusal
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"offsets": None}, "INVALID_ARGUMENT: offsets is NULL"),
+        ({"ids": None}, "INVALID_ARGUMENT: ids is NULL"),
+        ({"count": 0}, "INVALID_ARGUMENT: count is 0"),
+        ({"count": -3}, "INVALID_ARGUMENT: count is -3"),
+        ({"offsets": [1, 4, 9, 12]}, r"INVALID_ARGUMENT: offsets\[0\] is 1; it must be 0"),
+        ({"offsets": [-1, 4, 9, 12]}, r"INVALID_ARGUMENT: offsets\[0\] is -1"),
+        ({"offsets": [0, 4, 3, 12]}, r"INVALID_ARGUMENT: offsets\[2\] is 3, less than the 4 before it"),
+        ({"offsets": [0, 4, 9, -12]}, r"INVALID_ARGUMENT: offsets\[3\] is -12"),
+        ({"offsets": [0, -(2**31), 9, 12]}, r"INVALID_ARGUMENT: offsets\[1\] is -2147483648"),
+        ({"offsets": [0, 4, 9, 2**31 - 1]}, "INPUT: sequence 2 has 2147483638 tokens, more than the limit of 16"),
+        ({"offsets": [0, 4, 4, 12]}, "INPUT: sequence 1 is empty"),
+        ({"truncate_dim": -1}, f"INVALID_ARGUMENT: truncate_dim is -1; give 1 ... {WIDTH}, or 0"),
+        ({"truncate_dim": WIDTH + 1}, f"INVALID_ARGUMENT: truncate_dim is {WIDTH + 1}"),
+    ],
+)
+def test_malformed_sequences_are_refused_before_an_id_is_read(library, plain, change, message):
+    """The ids lie at an address that cannot be read."""
+    out = np.full((3, WIDTH + 1), 123, np.float32)
+    arguments = {"ids": ctypes.c_void_p(64), "out": out} | change
+    if isinstance(arguments.get("offsets"), list):
+        arguments["offsets"] = np.array(arguments["offsets"], np.int32)
+    with refusal(message):
+        library.embed(plain, **arguments)
+    np.testing.assert_array_equal(out, 123)
+
+
+@pytest.mark.parametrize("bad", [-1, 101, 2**31 - 1])
+def test_ids_out_of_vocabulary(library, plain, bad):
+    ids = IDS.copy()
+    ids[5] = bad
+    with refusal(f"INPUT: input 1 holds token id {bad}; ids lie in 0 ... 100"):
+        library.embed(plain, ids)
+
+
+def test_short_buffers_are_refused_and_not_written(library, plain, classifier, tagger):
+    for function, handle, size, needed in (
+        ("embed", plain, 3 * WIDTH - 1, f"3 x {WIDTH} = {3 * WIDTH};"),
+        ("classify", classifier, 8, "3 x 3 = 9;"),
+        ("tag", tagger, 47, "12 x 4 = 48;"),
+    ):
+        out = np.full(size, 123, np.float32)
+        before = library.stats(handle)
+        with refusal(rf"BUFFER_TOO_SMALL: out has room for {size} floats, .* {needed}"):
+            library.embed(handle, out=out) if function == "embed" else library.label(function, handle, out)
+        np.testing.assert_array_equal(out, 123)
+        assert library.stats(handle) == before
+
+
+def test_short_memory_for_stats(library, plain):
+    size = ctypes.c_size_t
+    needed = size()
+    with refusal("BUFFER_TOO_SMALL: json has room for 0 bytes, but the text needs "):
+        library.call("stats", plain, None, size(0), ctypes.byref(needed))
+    text = ctypes.create_string_buffer(b"x" * 999)
+    with refusal(f"BUFFER_TOO_SMALL: .*needs {needed.value};"):
+        library.call("stats", plain, text, size(needed.value - 1), None)
+    assert text.value == b"x" * 999
+    with refusal("INVALID_ARGUMENT: json is NULL but json_size is 5"):
+        library.call("stats", plain, None, size(5), None)
+    library.call("stats", plain, text, needed, None)
+    assert len(text.value) + 1 == needed.value
+
+
+def test_null_pointers(library, plain, checkpoints):
+    for function, arguments in (
+        ("warmup", ()),
+        ("get_info", (ctypes.byref(Info(ctypes.sizeof(Info))),)),
+        ("embed", (pointer(IDS), pointer(OFFSETS), 3, 1, 0, *floats(np.empty(100, np.float32)))),
+        ("classify", (pointer(IDS), pointer(OFFSETS), 3, *floats(np.empty(100, np.float32)))),
+        ("tag", (pointer(IDS), pointer(OFFSETS), 3, *floats(np.empty(100, np.float32)))),
+        ("stats", (None, ctypes.c_size_t(0), None)),
+        ("close", ()),
+    ):
+        with refusal("INVALID_ARGUMENT: engine is NULL"):
+            library.call(function, None, *arguments)
+        with refusal("INVALID_ARGUMENT: engine is no handle"):
+            library.call(function, ctypes.c_void_p(2**40), *arguments)
+    with refusal("INVALID_ARGUMENT: info is NULL"):
+        library.call("get_info", plain, None)
+    for function in ("embed", "classify", "tag"):
+        middle = (3, 1, 0) if function == "embed" else (3,)
+        handle = plain if function == "embed" else library.open(checkpoints["classifier"])
+        with refusal("INVALID_ARGUMENT: out is NULL; give memory for "):
+            library.call(function, handle, pointer(IDS), pointer(OFFSETS), *middle, None, ctypes.c_size_t(100))
+    handle = ctypes.c_void_p(1)
+    with refusal("INVALID_ARGUMENT: options is NULL"):
+        library.call("open", None, ctypes.byref(handle))
+    assert not handle
+    with refusal("INVALID_ARGUMENT: engine is NULL"):
+        library.call("open", ctypes.byref(Options(ctypes.sizeof(Options), b"x")), None)
+    with refusal("INVALID_ARGUMENT: checkpoint is NULL"):
+        library.open(None)
+
+
+def test_tasks_that_the_checkpoint_has_no_head_for(library, plain, classifier):
+    out = np.empty(48, np.float32)
+    with refusal("CONFIG: classify needs a classifier"):
+        library.label("classify", plain, out)
+    with refusal("CONFIG: tag needs a classifier"):
+        library.label("tag", classifier, out)

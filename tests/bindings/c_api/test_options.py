@@ -1,0 +1,92 @@
+"""What `funnel_open` takes and refuses: structs of other sizes, options in JSON, checkpoints, interpreters."""
+
+import ctypes
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+
+from c_library import IDS, OFFSETS, Info, Options, refusal
+from funnel_engine import Engine, FunnelConfig
+
+
+def test_options_reach_the_engine(library, checkpoints):
+    options = {
+        "dtype": "bfloat16",
+        "attention": "causal",
+        "pooling": "last",
+        "max_batch_tokens": 14,
+        "backend": "xla",
+        "verify": True,
+        "funnel": {"strides": [1, 2], "pool": "mean", "positions": "last", "keep_first": True},
+    }
+    handle = library.open(checkpoints["plain"], json.dumps(options))
+    funnel = FunnelConfig((1, 2), pool="mean", positions="last", keep_first=True)
+    engine = Engine.load(checkpoints["plain"], **(options | {"funnel": funnel}))
+    np.testing.assert_array_equal(library.embed(handle), engine.embed((IDS, OFFSETS)))
+    info = Info(ctypes.sizeof(Info))
+    library.call("get_info", handle, ctypes.byref(info))
+    assert info.max_length == 14
+    library.close(handle)
+
+
+@pytest.mark.parametrize("size", [0, 8, 12, 23, 33, 40, 2**64 - 1])
+def test_unknown_struct_sizes(library, plain, checkpoints, size):
+    with refusal(rf"INVALID_ARGUMENT: funnel_options.struct_size is {size}, .* 32 here"):
+        library.open(checkpoints["plain"], struct_size=size)
+    info = Info(size, 5, 5, 5, 5, 5)
+    with refusal(rf"INVALID_ARGUMENT: funnel_info.struct_size is {size}, "):
+        library.call("get_info", plain, ctypes.byref(info))
+    assert info.embedding_size == info.task == 5
+
+
+def test_the_options_of_an_older_header_get_defaults(library, checkpoints):
+    """What lies beyond their size is not read."""
+    handle = library.open(checkpoints["plain"], struct_size=24, options="not JSON")
+    library.close(handle)
+    library.close(library.open(checkpoints["plain"], struct_size=16, options="not JSON", python=b"no Python"))
+    library.close(library.open(checkpoints["plain"], options=None))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("{", "CONFIG: options are no JSON"),
+        ("[]", r"CONFIG: options must be a JSON object with some of funnel, backend, .*; it is \[\]"),
+        ('{"beam": 4}', "CONFIG: options has the unknown name 'beam'; choose of funnel, backend, dtype"),
+        ('{"path": "x"}', "CONFIG: options has the unknown name 'path'"),
+        ('{"mesh": [2]}', "CONFIG: options has the unknown name 'mesh'"),
+        ('{"funnel": 2}', "CONFIG: funnel must be a JSON object with some of strides, pool, .*; it is 2"),
+        ('{"funnel": {"stride": 2}}', "CONFIG: funnel has the unknown name 'stride'; choose of strides, pool"),
+        ('{"funnel": {"strides": [0]}}', r"CONFIG: strides\[0\]=0 must be"),
+        ('{"max_batch_tokens": "many"}', "CONFIG: max_batch_tokens='many' must be"),
+        ('{"dtype": "float16"}', "CONFIG: dtype 'float16' is refused"),
+        ('{"backend": "abacus"}', "BACKEND_UNAVAILABLE: backend 'abacus' does not exist"),
+    ],
+)
+def test_options_that_the_engine_refuses(library, checkpoints, options, message):
+    with refusal(f"{message}"):
+        library.open(checkpoints["plain"], options)
+
+
+def test_options_that_are_not_utf8(library, checkpoints):
+    given = Options(ctypes.sizeof(Options), os.fsencode(checkpoints["plain"]), None, b'{"\xff": 1}')
+    with refusal("CONFIG: options are no JSON: .*utf-8"):
+        library.call("open", ctypes.byref(given), ctypes.byref(ctypes.c_void_p()))
+
+
+def test_checkpoints_that_cannot_be_loaded(library, checkpoints, tmp_path):
+    with refusal("CHECKPOINT: .*nowhere.* is not a checkpoint of this engine"):
+        library.open(tmp_path / "nowhere")
+    shutil.copytree(checkpoints["plain"], tmp_path / "cut")
+    weights = tmp_path / "cut" / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with refusal("CHECKPOINT: .*weights.safetensors is truncated"):
+        library.open(tmp_path / "cut")
+
+
+def test_a_host_that_runs_python_cannot_be_given_another(library, checkpoints):
+    with refusal("INVALID_ARGUMENT: python is /usr/bin/python3, but .* was started by the host"):
+        library.open(checkpoints["plain"], python=b"/usr/bin/python3")

@@ -1,0 +1,58 @@
+"""Results through the C API are the engine's, to the bit."""
+
+import ctypes
+import os
+import shutil
+
+import numpy as np
+import pytest
+
+from c_library import IDS, OFFSETS, WIDTH, Info
+
+
+@pytest.mark.parametrize(("normalize", "truncate_dim"), [(1, 0), (0, 0), (1, 7), (0, WIDTH)])
+def test_embed_is_the_engines(library, plain, engines, normalize, truncate_dim):
+    expected = engines["plain"].embed((IDS, OFFSETS), bool(normalize), truncate_dim or None)
+    found = library.embed(plain, normalize=normalize, truncate_dim=truncate_dim)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_classify_and_tag_are_the_engines(library, classifier, tagger, engines):
+    logits = library.label("classify", classifier, np.empty((3, 3), np.float32))
+    np.testing.assert_array_equal(logits, engines["classifier"].classify((IDS, OFFSETS)))
+    logits = library.label("tag", tagger, np.empty((12, 4), np.float32))
+    np.testing.assert_array_equal(logits, np.concatenate(engines["tagger"].tag((IDS, OFFSETS))))
+
+
+def test_a_larger_buffer_is_written_only_as_far_as_the_result_goes(library, plain, engines):
+    out = np.full(3 * WIDTH + 5, 123, np.float32)
+    library.embed(plain, out=out)
+    np.testing.assert_array_equal(out[: 3 * WIDTH].reshape(3, WIDTH), engines["plain"].embed((IDS, OFFSETS)))
+    np.testing.assert_array_equal(out[3 * WIDTH :], 123)
+
+
+def test_info(library, plain, classifier, tagger):
+    for handle, labels, task in ((plain, 0, 0), (classifier, 3, 1), (tagger, 4, 2)):
+        info = Info(ctypes.sizeof(Info))
+        library.call("get_info", handle, ctypes.byref(info))
+        found = info.embedding_size, info.labels, info.max_length, info.vocabulary_size, info.task
+        assert found == (WIDTH, labels, 16, 101, task)
+        assert info.struct_size == ctypes.sizeof(Info)
+
+
+def test_warmup_compiles_all_and_stats_say_so(library, checkpoints):
+    handle = library.open(checkpoints["plain"])
+    library.call("warmup", handle)
+    before = library.stats(handle)
+    assert before["compilations"] >= 2
+    library.embed(handle)
+    after = library.stats(handle)
+    assert after["compilations"] == before["compilations"]
+    assert (after["calls"], after["sequences"], after["tokens"]) == (1, 3, 12)
+    library.close(handle)
+
+
+def test_a_checkpoint_whose_path_is_not_ascii(library, checkpoints, tmp_path):
+    name = os.fsdecode("über-\N{SNOWMAN}".encode() + b"-\xff")  # its last byte is not UTF-8
+    shutil.copytree(checkpoints["plain"], tmp_path / name)
+    library.close(library.open(tmp_path / name))

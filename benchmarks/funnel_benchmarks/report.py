@@ -4,8 +4,9 @@ import base64
 from html import escape
 from typing import Any
 
-from funnel_benchmarks.plot import DARK, LIGHT, render
-from funnel_benchmarks.table import describe_batch, describe_machine, describe_model
+from funnel_benchmarks.latency.plot import describe_kind, render, series
+from funnel_benchmarks.latency.table import compile_seconds, describe_machine, describe_model, describe_peak
+from funnel_benchmarks.plot_style import DARK, LIGHT
 
 NARROW = (4.4, 6.6)  # inches, for a telephone
 
@@ -35,8 +36,8 @@ dd { margin: 0; overflow-wrap: anywhere; }
 """
 
 HOW_TO_READ = (
-    "Layer L means: L full-length layers, then each window of neighbouring token vectors is pooled into one, and all "
-    "later layers work on the shorter sequence. The earlier the funnel, the more work it saves.",
+    "2:1 after L means: L full-length layers, then each pair of neighbouring token vectors is pooled into one, and "
+    "all later layers work on the shorter sequence. The earlier the funnel, the more work it saves.",
     "Ratio is the median latency with the funnel over the median latency of the same engine without it; 0.6 means "
     "that 40 % of the time is saved. Both ran in turns on the same inputs, so each row has a baseline of its own. "
     "Whiskers and ranges are quartiles; those of the ratio are the least and greatest that both latencies' quartiles "
@@ -51,20 +52,19 @@ HOW_TO_READ = (
 
 def render_html(result: dict[str, Any]) -> str:
     """The whole page of a complete result: the picture, the table, how to read it, and the circumstances."""
-    header = result["header"]
+    model = result["options"]["model"]
     paragraphs = "".join(f"<p>{escape(text)}</p>\n" for text in HOW_TO_READ)
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Funnel latency: {escape(header["model"])}</title>
+<title>Funnel latency: {escape(model["name"])}</title>
 <style>{STYLE}</style>
 </head>
 <body>
 <h1>Latency with a funnel, and without</h1>
-<p class="quiet">{escape(describe_model(header))}; {escape(describe_batch(header["lengths"]))};
-{escape(describe_machine(header["machine"]))}</p>
+<p class="quiet">{escape(describe_model(model))}; {escape(describe_machine(result["machine"]))}</p>
 {picture(result)}
 <h2>Figures</h2>
 <div class="scroll">{table(result["rows"])}</div>
@@ -87,9 +87,10 @@ def picture(result: dict[str, Any]) -> str:
     alternatives = "".join(
         f'<source media="{media}" srcset="{data_uri(render(result, "svg", look))}">\n' for media, look in sources
     )
-    described = "Latency ratio and saving over the place of the funnel; the table below has the same figures."
+    kind = escape(describe_kind(series(result["rows"])[0]))
+    described = f"Latency ratio and saving over the place of the funnel ({kind}); the table has the same figures."
     image = f'<img src="{data_uri(render(result, "svg", LIGHT._replace(titled=False)))}" alt="{described}">'
-    return f"<picture>\n{alternatives}{image}\n</picture>"
+    return f'<picture>\n{alternatives}{image}\n</picture>\n<p class="quiet">{kind}</p>'
 
 
 def data_uri(svg: bytes) -> str:
@@ -97,7 +98,7 @@ def data_uri(svg: bytes) -> str:
 
 
 COLUMNS = (
-    ("layer", ""), ("stride", ""), ("ratio", "range"), ("ideal", "ratio"), ("efficiency", "ideal / ratio"),
+    ("funnel", "and batch"), ("ratio", "range"), ("ideal", "ratio"), ("efficiency", "ideal / ratio"),
     ("saving", "%"), ("latency", "ms, quartiles"), ("baseline", "ms, quartiles"), ("tokens/s", ""), ("GFLOP/s", ""),
     ("padding", "%"), ("compiling", "s"),
 )  # fmt: skip
@@ -112,14 +113,13 @@ def table(rows: list[dict[str, Any]]) -> str:
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
     """One row of the table, in the order of `COLUMNS`."""
     return (
-        str(row["layer"]),
-        f"{row['stride']}:1",
+        f"{escape(row['funnel']['name'])}<small>{escape(row['batch']['name'])}</small>",
         spread(row["ratio"], 1, ".3f"),
         f"{row['ideal_ratio']:.3f}",
         f"{row['efficiency']:.3f}",
         f"{row['saving_percent']:.1f}",
-        spread(row["latency"], 1e3, ",.1f"),
-        spread(row["baseline_latency"], 1e3, ",.1f"),
+        spread(row["seconds"], 1e3, ",.1f"),
+        spread(row["baseline_seconds"], 1e3, ",.1f"),
         f"{row['tokens_per_second']:,.0f}",
         f"{row['flops_per_second'] / 1e9:,.1f}",
         f"{100 * row['padding_waste']:.1f}",
@@ -134,30 +134,28 @@ def spread(value: dict[str, float], factor: float, form: str) -> str:
 
 
 def facts(result: dict[str, Any]) -> str:
-    """The header of the result, as a list of terms."""
-    header = result["header"]
-    machine, lengths = header["machine"], header["lengths"]
-    compile_seconds = header["baseline_compile_seconds"] + sum(row["compile_seconds"] for row in result["rows"])
+    """How and where the result was measured, as a list of terms."""
+    options, machine, rows = result["options"], result["machine"], result["rows"]
+    model = options["model"]
     named = {
-        "Model": describe_model(header),
-        "Shape": f"{header['family']}, MLP {header['intermediate_size']:,}, {header['heads']} heads of "
-        f"{header['head_dim']}, {header['kv_heads']} key/value heads",
-        "Weights": header["weights"],
-        "Funnel": f"{header['pool']} pooling, recovery {header['recovery'] or 'none'}",
-        "Lengths": f"{describe_batch(lengths)}; median {lengths['median']:g}",
-        "Padding of the baseline": f"{100 * header['baseline_padding_waste']:.1f} % of the rows",
-        "Method": f"{header['repeats']} times {header['order']} per row, medians of {header['samples_per_row']} runs; "
-        f"random token ids, seed {header['seed']}",
-        "Compilations while timing": str(header["compilations_while_timing"]),
-        "Compiling beforehand": f"{compile_seconds:.1f} s in all",
-        "Peak memory": ", ".join(f"{owner} {peak:.2f} GB" for owner, peak in header["peak_memory_gb"].items()),
-        "Backend": f"{header['backend']}, served by {header['served_by']}",
+        "Model": describe_model(model),
+        "Shape": f"{model['family']}, MLP {model['intermediate_size']:,}, {model['heads']} heads of "
+        f"{model['head_dim']}, {model['kv_heads']} key/value heads",
+        "Weights": model["weights"],
+        "Batches": "; ".join(f"{batch['name']}, median {batch['median']:g}" for batch in options["batches"]),
+        "Padding without a funnel": f"at most {100 * max(row['baseline_padding_waste'] for row in rows):.1f} % of rows",
+        "Method": f"{options['repeats']} times {options['order']} per row, medians of {2 * options['repeats']} runs; "
+        f"random token ids, seed {options['seed']}",
+        "Compilations while timing": "0",
+        "Compiling beforehand": f"{compile_seconds(rows):.1f} s in all",
+        "Peak memory": describe_peak(rows),
+        "Backend": f"{options['backend']}, served by {options['served_by']}",
         "Devices": ", ".join(machine["devices"]),
         "Processor": f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB",
         "System": machine["platform"],
         "Versions": f"Python {machine['python']}, jax {machine['jax']}, jaxlib {machine['jaxlib']}, "
         f"numpy {machine['numpy']}, revision {machine['revision'] or 'unknown'}",
-        "Started": header["started"],
+        "Started": ", ".join([result["started"], *(f"gone on {run['started']}" for run in result["resumed"])]),
     }
     items = "\n".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in named.items())
     return f"<dl>\n{items}\n</dl>"

@@ -15,9 +15,9 @@ import pytest
 
 from funnel_benchmarks.accelerator.__main__ import chosen_parts, main
 from funnel_benchmarks.accelerator.bench import NO_FUNNEL, Bench
+from funnel_benchmarks.accelerator.clock import Clock
 from funnel_benchmarks.accelerator.parts import PARTS
 from funnel_benchmarks.accelerator.sizes import FULL, SMALL
-from funnel_benchmarks.accelerator.tables import Clock
 from funnel_engine.packing import make_plan, row_buckets
 
 ROOTS = ("kernels", "engine", "benchmarks")
@@ -72,11 +72,11 @@ def test_every_part_runs_where_only_jax_is_installed(tmp_path):
     assert run.returncode == 0, run.stdout + run.stderr
     tables = {part: read(out, part) for part in PARTS}
     for part, table in tables.items():
-        assert (table["part"], table["complete"], table["errors"]) == (part, True, [])
+        assert (table["suite"], table["complete"], table["errors"]) == (f"accelerator {part}", True, [])
         assert table["command"].startswith("python -m funnel_benchmarks.accelerator --out results --small")
         assert str(tmp_path) not in json.dumps(table)
         assert table["machine"]["devices"] == ["cpu"]
-        assert table["seed"] == 11
+        assert table["options"] == {"small": True, "seed": 11, "backend": "xla"}
     measured = {part: len(table["rows"]) for part, table in tables.items()}
     assert measured == {
         "check": 11, "ceilings": 2, "attention": 9, "rows": 10, "engine": 1, "funnel": 4, "peer": 0, "latency": 1,
@@ -139,9 +139,9 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path, capsys):
 
 
 def test_a_foreign_file_is_refused_before_anything_is_measured(tmp_path, capsys):
-    (tmp_path / "engine.json").write_text('{"schema": 999, "part": "engine"}')
+    (tmp_path / "engine.json").write_text('{"schema": 999, "suite": "engine"}')
     assert main(["--out", str(tmp_path), "--small", "--only", "ceilings"]) == 2
-    assert "engine.json is no table of schema 1" in capsys.readouterr().err
+    assert "engine.json is no result file of schema 2: schema is 999" in capsys.readouterr().err
     assert not (tmp_path / "ceilings.json").exists()
 
 
@@ -168,7 +168,7 @@ def test_what_raises_is_written_down_and_the_rest_goes_on(tmp_path, capsys, monk
     assert [row["cell"] for row in table["rows"]] == ["first", "third"]
     assert table["errors"] == [
         {"cell": "second", "error": "IndexError: list index out of range"},
-        {"cell": "the rest of the part", "error": "ValueError: between cells"},
+        {"cell": "the rest of the suite", "error": "ValueError: between cells"},
     ]
     assert read(tmp_path, "flags")["complete"]
 
@@ -190,12 +190,12 @@ def test_a_killed_run_keeps_what_it_has_measured(tmp_path):
         command(tmp_path, "--small", "--backend", "xla", "--only", "rows"), stdout=subprocess.PIPE, text=True
     )  # fmt: skip
     with process, contextlib.closing(process.stdout) as output:
-        rows = [line for line in (output.readline() for _ in range(3)) if line.startswith("rows")]
+        rows = [line for line in (output.readline() for _ in range(4)) if re.search(r": [0-9.]+ s$", line)]
         process.send_signal(signal.SIGKILL)
     assert len(rows) == 2
     table = read(tmp_path, "rows")
     assert not table["complete"]
-    assert [row["cell"] for row in table["rows"]][:2] == [re.search("rows +(.*): ", row)[1] for row in rows]
+    assert [row["cell"] for row in table["rows"]][:2] == [re.search("(.*): ", row)[1] for row in rows]
     assert table["rows"][0]["seconds"]["median"] > 0
 
 

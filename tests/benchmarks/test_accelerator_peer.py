@@ -9,9 +9,10 @@ import pytest
 
 from funnel_benchmarks.accelerator import hugging_face
 from funnel_benchmarks.accelerator.bench import Bench
+from funnel_benchmarks.accelerator.clock import Clock
 from funnel_benchmarks.accelerator.parts import peer
 from funnel_benchmarks.accelerator.sizes import SMALL
-from funnel_benchmarks.accelerator.tables import Clock, LeftOut
+from funnel_benchmarks.results import LeftOut
 from funnel_engine import FunnelError
 
 

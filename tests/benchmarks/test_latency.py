@@ -9,32 +9,27 @@ from types import SimpleNamespace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from funnel_benchmarks import latency
-from funnel_benchmarks.latency import Suite, counting_compilations, run_suite
-from funnel_engine import Engine, HeadConfig
+from funnel_benchmarks.latency import suite as latency
+from funnel_benchmarks.latency.suite import Batch, Suite, cells, funnel_name
+from funnel_benchmarks.models import Model
+from funnel_benchmarks.results import Results, read_results
+from funnel_engine import Engine, FunnelConfig, HeadConfig
 from funnel_engine.weights import random_weights
-from funnel_kernels.errors import BackendUnavailable, ConfigError, FunnelError, InputError
+from funnel_kernels.errors import BackendUnavailable, ConfigError, InputError
 from tiny_models import CONFIG
 
 LENGTHS = np.array([5, 3, 8], np.int32)
+EQUAL = np.array([6, 6], np.int32)
 REPEATS = 2
+MODEL = Model("tiny", "random", CONFIG, HeadConfig(), "float32", lambda console, backend: {})
 SUITE = Suite(
-    model="tiny",
-    weights="random",
-    config=CONFIG,
-    head=HeadConfig(),
-    dtype="float32",
-    layers=(1, 2),
-    stride=2,
-    pool="mean",
-    recovery=None,
+    model=MODEL,
+    funnels=(FunnelConfig.after(1, pool="mean"), FunnelConfig.after(2, pool="mean")),
+    batches=(Batch(LENGTHS, "by hand"), Batch(EQUAL)),
     backend="auto",
-    lengths=LENGTHS,
-    lengths_source="by hand",
     repeats=REPEATS,
 )
 
@@ -60,35 +55,48 @@ def weights() -> Mapping[str, jax.Array]:
 
 
 @pytest.fixture(scope="module")
-def run(weights):
-    """One run of the suite: its result, the JSON after each callback, the engines, and how often it advanced."""
-    seen, steps = [], []
+def run(weights, tmp_path_factory):
+    """One run of the suite: its file, the engines, and how often it advanced."""
+    path, steps = tmp_path_factory.mktemp("latency") / "out.json", []
     RecordingEngine.made = []
+    results = Results(path, suite="latency", options=SUITE.options(), machine={})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(latency, "Engine", RecordingEngine)
-        result = run_suite(
-            SUITE, weights, on_result=lambda result: seen.append(json.dumps(result)), advance=lambda: steps.append(1)
-        )
-    return result, [json.loads(text) for text in seen], RecordingEngine.made, len(steps)
+        results.measure_all(cells(SUITE, weights, advance=lambda: steps.append(1)))
+    return read_results(path), RecordingEngine.made, len(steps)
+
+
+def test_there_is_a_row_for_every_funnel_on_every_batch(run):
+    result, _, steps = run
+    assert result["errors"] == []
+    ragged, equal = "3 sequences of 3 to 8 tokens, 16 in all: by hand", "2 x 6 tokens"
+    first, second = "2:1 after 1, pool mean", "2:1 after 2, pool mean"
+    pairs = [(first, ragged), (second, ragged), (first, equal), (second, equal)]
+    assert [row["cell"] for row in result["rows"]] == [f"{funnel}; {batch}" for funnel, batch in pairs]
+    assert [(row["funnel"]["name"], row["batch"]["name"]) for row in result["rows"]] == pairs
+    assert [FunnelConfig(**without_name(row["funnel"])) for row in result["rows"]] == 2 * list(SUITE.funnels)
+    assert steps == 4 * (1 + REPEATS)
+
+
+def without_name(funnel: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in funnel.items() if key != "name"}
 
 
 def test_every_row_has_all_its_figures_and_they_agree(run):
-    result, *_ = run
-    assert [row["layer"] for row in result["rows"]] == [1, 2]
-    for row in result["rows"]:
-        for spread, samples in (("latency", "samples"), ("baseline_latency", "baseline_samples")):
-            assert len(row[samples]) == 2 * REPEATS
-            assert min(row[samples]) > 0
-            assert row[spread]["median"] == pytest.approx(np.median(row[samples]))
-            assert row[spread]["low"] <= row[spread]["median"] <= row[spread]["high"]
-        ratio = row["latency"]["median"] / row["baseline_latency"]["median"]
-        assert row["stride"] == 2
+    for row in run[0]["rows"]:
+        for name in ("seconds", "baseline_seconds"):
+            assert len(row[name]["samples"]) == 2 * REPEATS
+            assert row[name]["median"] == pytest.approx(np.median(row[name]["samples"]))
+            assert row[name]["low"] <= row[name]["median"] <= row[name]["high"]
+        ratio = row["seconds"]["median"] / row["baseline_seconds"]["median"]
         assert row["ratio"]["median"] == pytest.approx(ratio)
         assert row["ratio"]["low"] <= ratio <= row["ratio"]["high"]
         assert row["saving_percent"] == pytest.approx(100 - 100 * ratio)
         assert row["efficiency"] == pytest.approx(row["ideal_ratio"] / ratio)
-        assert row["tokens_per_second"] * row["latency"]["median"] == pytest.approx(16)
+        assert row["tokens_per_second"] * row["seconds"]["median"] == pytest.approx(row["batch"]["tokens"])
         assert row["compile_seconds"] > 0
+        assert row["baseline_compile_seconds"] > 0
+        assert row["peak_memory_gb"]["process"] > 0
 
 
 def test_ratio_is_funnel_over_baseline_on_a_clock_that_says_how_long_each_takes(weights, monkeypatch):
@@ -103,16 +111,16 @@ def test_ratio_is_funnel_over_baseline_on_a_clock_that_says_how_long_each_takes(
     clock = SimpleNamespace(perf_counter=lambda: now[0], strftime=time.strftime, gmtime=time.gmtime)
     monkeypatch.setattr(latency, "Engine", ClockedEngine)
     monkeypatch.setattr(latency, "time", clock)
-    result = run_suite(SUITE, weights, on_result=lambda result: None, advance=lambda: None)
-    assert [row["latency"]["median"] for row in result["rows"]] == [2.0, 3.0]
-    assert [row["baseline_latency"]["median"] for row in result["rows"]] == [4.0, 4.0]
-    assert [row["ratio"]["median"] for row in result["rows"]] == [0.5, 0.75]
-    assert [row["saving_percent"] for row in result["rows"]] == [50.0, 25.0]
+    one_batch = dataclasses.replace(SUITE, batches=SUITE.batches[1:])
+    rows = [measure() for _, measure in cells(one_batch, weights)]
+    assert [row["seconds"]["median"] for row in rows] == [2.0, 3.0]
+    assert [row["baseline_seconds"]["median"] for row in rows] == [4.0, 4.0]
+    assert [row["ratio"]["median"] for row in rows] == [0.5, 0.75]
+    assert [row["saving_percent"] for row in rows] == [50.0, 25.0]
 
 
 def test_flops_and_ideal_ratio_are_those_of_the_funnel(run):
     """Counted by hand for the tiny model: 5, 3 and 8 tokens become 3, 2 and 4 rows; windows of 4 tokens each side."""
-    result, *_ = run
     linear = 2 * 24 * 8 * (4 + 2 * 2 + 4) + 6 * 24 * 40  # FLOPs per row: q, k, v, output; MLP
     pairs = {"full": 25 + 9 + 64, "sliding": 25 + 9 + (64 - 2 * (3 + 2 + 1))}  # 8 tokens: 12 pairs lie 5 or more apart
     pooled_pairs = {"full": 9 + 4 + 16, "sliding": 9 + 4 + (16 - 2)}  # rows 0 and 3 are 6 tokens apart
@@ -122,61 +130,50 @@ def test_flops_and_ideal_ratio_are_those_of_the_funnel(run):
         full_length = sum(16 * linear + 4 * 32 * pairs[kind] for kind in kinds[:layers])
         return full_length + sum(9 * linear + 4 * 32 * pooled_pairs[kind] for kind in kinds[layers:])
 
-    assert result["header"]["baseline_flops"] == flops(3)
-    for row in result["rows"]:
-        assert row["ideal_ratio"] == pytest.approx(flops(row["layer"]) / flops(3))
-        assert row["flops_per_second"] * row["latency"]["median"] == pytest.approx(flops(row["layer"]))
+    for layers, row in zip((1, 2), run[0]["rows"], strict=False):
+        assert row["baseline_flops"] == flops(3)
+        assert row["ideal_ratio"] == pytest.approx(flops(layers) / flops(3))
+        assert row["flops_per_second"] * row["seconds"]["median"] == pytest.approx(flops(layers))
 
 
-def test_the_header_says_what_was_measured(run):
-    header = run[0]["header"]
-    assert (header["model"], header["weights"], header["dtype"], header["pool"]) == (
-        "tiny",
-        "random",
-        "float32",
-        "mean",
-    )
-    assert header["lengths"] == {
-        "source": "by hand", "sequences": 3, "tokens": 16, "shortest": 3, "median": 5.0, "longest": 8,
+def test_the_head_says_what_was_measured(run):
+    options = run[0]["options"]
+    assert options["model"].items() >= {"name": "tiny", "weights": "random", "dtype": "float32", "layers": 3}.items()
+    assert options["batches"][0] == {
+        "name": "3 sequences of 3 to 8 tokens, 16 in all: by hand", "source": "by hand",
+        "sequences": 3, "tokens": 16, "shortest": 3, "median": 5.0, "longest": 8,
     }  # fmt: skip
-    assert header["compilations_while_timing"] == 0
-    assert header["baseline_compile_seconds"] > 0
-    assert header["peak_memory_gb"]["process"] > 0
-    assert header["served_by"] == "cpu"
+    assert [batch["name"] for batch in options["batches"]] == [row["batch"]["name"] for row in run[0]["rows"][::2]]
+    assert (options["repeats"], options["order"], options["backend"]) == (REPEATS, "A B B A", "auto")
+    assert options["served_by"] == "cpu"
+    assert json.loads(json.dumps(options)) == options
 
 
 def test_padding_is_counted(run):
     """Without a funnel the 16 tokens fill 16 rows; with one they need 6 + 4 + 8, in a bucket of 32."""
-    result, *_ = run
-    assert result["header"]["baseline_padding_waste"] == 0
-    assert [row["padding_waste"] for row in result["rows"]] == [0.5, 0.5]
-
-
-def test_results_are_handed_out_as_they_come(run):
-    result, seen, _, steps = run
-    assert [len(each["rows"]) for each in seen] == [0, 1, 2]
-    assert [each["complete"] for each in seen] == [False, False, True]
-    assert seen[-1] == result  # and all of it is plain JSON
-    assert steps == 2 * (1 + REPEATS)
+    rows = run[0]["rows"]
+    assert [row["baseline_padding_waste"] for row in rows] == [0, 0, 0.25, 0.25]  # 12 tokens in a bucket of 16
+    assert [row["padding_waste"] for row in rows[:2]] == [0.5, 0.5]
 
 
 def test_engines_share_weights_and_inputs_and_run_one_packed_call(run, weights):
-    baseline, *funneled = engines = run[2]
-    assert [engine.funnel.strides for engine in engines] == [(), (1, 2), (1, 1, 2)]
-    ids, offsets = baseline.inputs[0]
-    np.testing.assert_array_equal(np.diff(offsets), LENGTHS)
-    assert len(set(ids.tolist())) > 4
+    engines = run[1]
+    assert [engine.funnel.strides for engine in engines] == 2 * [(), (1, 2), (1, 1, 2)]
     buffer = weights["embedding"].unsafe_buffer_pointer()
-    for engine in engines:
-        assert all(each[0] is ids and each[1] is offsets for each in engine.inputs)
-        assert engine.stats()["batches"] == engine.stats()["calls"]
-        assert engine.params["embedding"].unsafe_buffer_pointer() == buffer
     warm = 2
-    assert len(baseline.inputs) == warm + 2 * 2 * REPEATS
-    assert [len(engine.inputs) for engine in funneled] == [warm + 2 * REPEATS] * 2
+    for lengths, (baseline, *funneled) in ((LENGTHS, engines[:3]), (EQUAL, engines[3:])):
+        ids, offsets = baseline.inputs[0]
+        np.testing.assert_array_equal(np.diff(offsets), lengths)
+        assert len(set(ids.tolist())) > 4
+        for engine in (baseline, *funneled):
+            assert all(each[0] is ids and each[1] is offsets for each in engine.inputs)
+            assert engine.stats()["batches"] == engine.stats()["calls"]
+            assert engine.params["embedding"].unsafe_buffer_pointer() == buffer
+        assert len(baseline.inputs) == warm + 2 * 2 * REPEATS
+        assert [len(engine.inputs) for engine in funneled] == [warm + 2 * REPEATS] * 2
 
 
-def test_a_compilation_while_timing_fails_the_run_and_shows_in_the_result(weights, monkeypatch):
+def test_a_compilation_while_timing_fails_the_cell(weights, monkeypatch):
     calls = itertools.count()
 
     class CompilingEngine(Engine):
@@ -186,40 +183,37 @@ def test_a_compilation_while_timing_fails_the_run_and_shows_in_the_result(weight
             return super().embed(inputs, *arguments, **options)
 
     monkeypatch.setattr(latency, "Engine", CompilingEngine)
-    seen = []
-    with pytest.raises(FunnelError, match="programs were compiled while timing layer 1"):
-        run_suite(SUITE, weights, on_result=lambda result: seen.append(json.dumps(result)), advance=lambda: None)
-    last = json.loads(seen[-1])
-    assert last["header"]["compilations_while_timing"] >= 4 * REPEATS
-    assert not last["complete"]
-    assert len(last["rows"]) == 1
+    results = Results(None, suite="latency", options={}, machine={})
+    results.measure_all(itertools.islice(cells(SUITE, weights), 1))
+    assert not results.rows
+    (entry,) = results.content["errors"]
+    assert "programs were compiled while timing" in entry["error"]
 
 
-def test_compilations_are_counted_wherever_they_happen():
-    function = jax.jit(lambda x: jnp.sin(x) * 1.625)
-    with counting_compilations() as compiled:
-        function(np.ones(3, np.float32))
-    assert len(compiled) == 1
-    with counting_compilations() as compiled:
-        function(np.ones(3, np.float32))
-    assert not compiled
-    with counting_compilations() as compiled:
-        function.lower(np.ones(4, np.float32)).compile()
-    assert len(compiled) == 1
-    function(np.ones(5, np.float32))
-    assert len(compiled) == 1  # no longer listening
+@pytest.mark.parametrize(
+    ("funnel", "name"),
+    [
+        (FunnelConfig.after(0), "2:1 after 0"),
+        (FunnelConfig(strides=(1, 1, 2, 1, 3)), "2:1 after 2, 3:1 after 4"),
+        (FunnelConfig.after(2, pool_query_only=True, positions="mid"), "2:1 after 2, pool_query_only, positions mid"),
+        (
+            FunnelConfig.after(1, stride=4, pool="first", recovery="tile", recovery_site="after_norm"),
+            "4:1 after 1, pool first, recovery tile, recovery_site after_norm",
+        ),
+    ],
+)
+def test_a_funnel_is_named_by_its_places_and_by_what_is_not_the_default(funnel, name):
+    assert funnel_name(funnel) == name
 
 
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"stride": 1}, ConfigError, "stride=1 pools nothing"),
+        ({"funnels": (FunnelConfig((1, 1)),)}, ConfigError, r"strides=\(1, 1\) pool nothing"),
         ({"repeats": 0}, ConfigError, "repeats=0"),
-        ({"layers": (1, 3)}, ConfigError, "after layer 2 at the latest"),
-        ({"pool": "median"}, ConfigError, "median"),
-        ({"recovery": "guess"}, ConfigError, "guess"),
+        ({"funnels": (FunnelConfig.after(1), FunnelConfig.after(3))}, ConfigError, "after layer 2 at the latest"),
         ({"backend": "abacus"}, BackendUnavailable, "abacus"),
-        ({"lengths": np.array([65], np.int32)}, InputError, "65 tokens, more than the 64"),
+        ({"batches": (Batch(EQUAL), Batch(np.array([65], np.int32)))}, InputError, "65 tokens, more than the 64"),
     ],
 )
 def test_a_suite_that_cannot_run_is_refused_when_it_is_made(options, error, message):

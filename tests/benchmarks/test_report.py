@@ -1,6 +1,7 @@
 """The plot's marks and the HTML page, from a result made by hand."""
 
 import base64
+import dataclasses
 import io
 import re
 from html.parser import HTMLParser
@@ -13,8 +14,12 @@ import pytest
 from matplotlib.colors import same_color
 from matplotlib.container import BarContainer, ErrorbarContainer
 
-from funnel_benchmarks.plot import DARK, LIGHT, draw, render, require_matplotlib
+from funnel_benchmarks.latency.plot import draw, render
+from funnel_benchmarks.latency.suite import funnel_name
+from funnel_benchmarks.latency.table import conclusion, introduction, row_line
+from funnel_benchmarks.plot_style import DARK, LIGHT, require_matplotlib
 from funnel_benchmarks.report import render_html
+from funnel_engine import FunnelConfig
 from funnel_kernels.errors import ConfigError
 
 LAYERS = (2, 8, 14)
@@ -26,28 +31,38 @@ def spread(low: float, median: float, high: float) -> dict[str, float]:
     return {"low": low, "median": median, "high": high}
 
 
-def make_row(layer: int, ratio: float, ideal: float) -> dict[str, Any]:
+def make_row(strides: tuple[int, ...], ratio: float, ideal: float, **options: Any) -> dict[str, Any]:
+    funnel = FunnelConfig(strides, **options)
     return {
-        "layer": layer,
-        "stride": 2,
-        "latency": spread(0.19 * ratio, 0.2 * ratio, 0.22 * ratio),
-        "baseline_latency": spread(0.198, 0.2, 0.203),
+        "cell": f"{funnel_name(funnel)}; 2 x 512 tokens",
+        "funnel": {"name": funnel_name(funnel), **dataclasses.asdict(funnel)},
+        "batch": BATCH,
+        "seconds": spread(0.19 * ratio, 0.2 * ratio, 0.22 * ratio) | {"samples": [0.2 * ratio] * 4},
+        "baseline_seconds": spread(0.198, 0.2, 0.203) | {"samples": [0.2] * 4},
         "ratio": spread(ratio - 0.02, ratio, ratio + 0.05),
         "saving_percent": 100 * (1 - ratio),
         "ideal_ratio": ideal,
         "efficiency": ideal / ratio,
         "tokens_per_second": 1024 / (0.2 * ratio),
-        "flops_per_second": 3.3e11 + layer * 1e9,
+        "flops_per_second": 3.3e11 + len(strides) * 1e9,
+        "baseline_flops": 66_000_000_000,
         "padding_waste": 0.013,
         "compile_seconds": 1.7,
-        "samples": [0.2 * ratio] * 4,
-        "baseline_samples": [0.2] * 4,
+        "baseline_padding_waste": 0.004,
+        "baseline_compile_seconds": 2.5,
+        "peak_memory_gb": {"process": 0.81 - len(strides) / 100},
     }
 
 
+BATCH = {
+    "name": "2 x 512 tokens", "source": "all equal", "sequences": 2, "tokens": 1024, "shortest": 512, "median": 512.0,
+    "longest": 512,
+}  # fmt: skip
+
+
 def make_result() -> dict[str, Any]:
-    header = {
-        "model": "<tiny & co>",  # must be escaped in HTML
+    model = {
+        "name": "<tiny & co>",  # must be escaped in HTML
         "family": "gemma",
         "layers": 18,
         "hidden_size": 512,
@@ -59,38 +74,44 @@ def make_result() -> dict[str, Any]:
         "parameters": 69_000_000,
         "weights": "random",
         "dtype": "bfloat16",
-        "pool": "max",
-        "recovery": None,
-        "backend": "auto",
-        "served_by": "xla",
-        "lengths": {
-            "source": "all equal", "sequences": 2, "tokens": 1024, "shortest": 512, "median": 512.0, "longest": 512,
-        },
-        "baseline_flops": 66_000_000_000,
-        "repeats": 2,
-        "samples_per_row": 4,
-        "order": "A B B A",
+    }
+    options = {
+        "model": model, "batches": [BATCH], "backend": "auto", "served_by": "xla", "repeats": 2, "order": "A B B A",
         "seed": 0,
-        "started": "2026-01-02T03:04:05Z",
-        "compilations_while_timing": 0,
-        "machine": {
-            "cpu": "Imaginary 9000",
-            "cores": 2,
-            "memory_gb": 25.3,
-            "platform": "Linux",
-            "devices": ["cpu"],
-            "python": "3.11.7",
-            "jax": "0.10.2",
-            "jaxlib": "0.10.2",
-            "numpy": "2.4.6",
-            "revision": None,
-        },
-        "baseline_padding_waste": 0.004,
-        "baseline_compile_seconds": 2.5,
-        "peak_memory_gb": {"process": 0.81},
     }  # fmt: skip
-    rows = [make_row(*figures) for figures in zip(LAYERS, RATIOS, IDEALS, strict=True)]
-    return {"complete": True, "header": header, "rows": rows}
+    machine = {
+        "cpu": "Imaginary 9000",
+        "cores": 2,
+        "memory_gb": 25.3,
+        "platform": "Linux",
+        "devices": ["cpu"],
+        "python": "3.11.7",
+        "jax": "0.10.2",
+        "jaxlib": "0.10.2",
+        "numpy": "2.4.6",
+        "revision": None,
+    }
+    figures = zip(LAYERS, RATIOS, IDEALS, strict=True)
+    rows = [make_row((1,) * layer + (2,), ratio, ideal) for layer, ratio, ideal in figures]
+    return {
+        "schema": 2, "suite": "latency", "started": "2026-01-02T03:04:05Z", "options": options, "machine": machine,
+        "resumed": [], "complete": True, "rows": rows, "left_out": [], "errors": [],
+    }  # fmt: skip
+
+
+def with_other_rows() -> dict[str, Any]:
+    """The same among rows of other kinds, with the first of its own kind before the others."""
+    result = make_result()
+    first, *rest = result["rows"]
+    others = [
+        make_row((1, 1, 4), 0.4, 0.33),
+        make_row((1, 1, 2, 2), 0.4, 0.33),
+        make_row((1, 1, 1, 2), 0.6, 0.5, pool="mean"),
+        make_row((1, 1, 1, 1, 2), 0.6, 0.5, recovery="tile"),
+        make_row((1, 1, 1, 2), 0.6, 0.5) | {"batch": BATCH | {"name": "1 x 4096 tokens"}},
+    ]
+    result["rows"] = [first, *others, *reversed(rest)]
+    return result
 
 
 VOID = {"meta", "img", "source", "link", "br"}
@@ -137,8 +158,9 @@ def legend_of(axes) -> set[str]:
     return {text.get_text() for text in axes.get_legend().get_texts()}
 
 
-def test_the_upper_panel_has_measured_and_ideal_ratios():
-    above, _ = draw(make_result()).axes
+@pytest.mark.parametrize("make", [make_result, with_other_rows])
+def test_the_upper_panel_has_measured_and_ideal_ratios_of_rows_like_the_first(make):
+    above, _ = draw(make()).axes
     (measured,) = [each for each in above.containers if isinstance(each, ErrorbarContainer)]
     points, _, (whiskers,) = measured.lines
     np.testing.assert_allclose(points.get_xydata(), np.transpose([LAYERS, RATIOS]))
@@ -208,24 +230,24 @@ def test_the_png_is_a_picture_with_the_colours_of_its_marks():
 
 def test_the_page_holds_every_row(page):
     head, *rows = page.rows
-    assert [name.split()[0] for name in head[:6]] == ["layer", "stride", "ratio", "ideal", "efficiency", "saving"]
-    assert [row[0].strip() for row in rows] == ["2", "8", "14"]
-    assert [row[2].split() for row in rows] == [
+    assert [name.split()[0] for name in head[:6]] == ["funnel", "ratio", "ideal", "efficiency", "saving", "latency"]
+    assert [row[0].split() for row in rows] == [f"2:1 after {layer} 2 x 512 tokens".split() for layer in LAYERS]
+    assert [row[1].split() for row in rows] == [
         ["0.560", "0.540", "\u2013", "0.610"],
         ["0.730", "0.710", "\u2013", "0.780"],
         ["0.900", "0.880", "\u2013", "0.950"],
     ]
-    assert [row[3].strip() for row in rows] == ["0.550", "0.720", "0.880"]
-    assert [row[4].strip() for row in rows] == ["0.982", "0.986", "0.978"]
-    assert [row[5].strip() for row in rows] == ["44.0", "27.0", "10.0"]
-    assert rows[0][6].split() == ["112.0", "106.4", "\u2013", "123.2"]
-    assert rows[0][7].split() == ["200.0", "198.0", "\u2013", "203.0"]
-    assert [cell.strip() for cell in rows[0][8:]] == ["9,143", "332.0", "1.3", "1.7"]
+    assert [row[2].strip() for row in rows] == ["0.550", "0.720", "0.880"]
+    assert [row[3].strip() for row in rows] == ["0.982", "0.986", "0.978"]
+    assert [row[4].strip() for row in rows] == ["44.0", "27.0", "10.0"]
+    assert rows[0][5].split() == ["112.0", "106.4", "\u2013", "123.2"]
+    assert rows[0][6].split() == ["200.0", "198.0", "\u2013", "203.0"]
+    assert [cell.strip() for cell in rows[0][7:]] == ["9,143", "333.0", "1.3", "1.7"]
     assert all(len(row) == len(head) for row in rows)
 
 
 def test_the_page_states_the_circumstances(page):
-    for fact in ("<tiny & co>", "random", "Imaginary 9000", "jax 0.10.2", "2 times A B B A", "0.81 GB", "7.6 s in all"):
+    for fact in ("<tiny & co>", "random", "Imaginary 9000", "jax 0.10.2", "2 times A B B A", "0.78 GB", "7.6 s in all"):
         assert fact in page.text
 
 
@@ -246,6 +268,32 @@ def test_the_pictures_in_the_page_are_whole_and_in_the_right_colours(page):
     media = [value for name, value in page.attributes if name == "media"]
     assert ["dark" in each for each in media] == [True, False, True]
     assert ["max-width" in each for each in media] == [True, True, False]
+
+
+def test_the_page_says_when_a_run_was_gone_on_with():
+    result = make_result() | {"resumed": [{"started": "2026-02-03T04:05:06Z", "machine": {}, "rows": 1}]}
+    assert "2026-01-02T03:04:05Z, gone on 2026-02-03T04:05:06Z" in Page(render_html(result)).text
+
+
+def test_lines_of_text_have_the_same_figures():
+    result = make_result()
+    head = introduction(result)
+    assert head[0] == "<tiny & co>: 18 layers of width 512, 69 M parameters (random), bfloat16, bidirectional"
+    assert head[1:4] == [
+        "2 x 512 tokens",
+        "cpu; Imaginary 9000, 2 cores; backend auto, served by xla",
+        "medians of 4 runs, funnel and baseline in the order A B B A",
+    ]
+    line = row_line(result["rows"][0])
+    figures = "112.0 106.4 - 123.2 200.0 0.560 0.550 44.0 % 0.982 9,143 333.0"
+    assert line.split("  2:1")[0].split() == figures.split()
+    assert head[-1].index("funnel; batch") == line.index("2:1 after 2")
+    assert conclusion(result)[1:] == [
+        "compiling took 7.6 s beforehand; 0 compilations while timing, where a cell with any fails; padding at most "
+        "1.3 % of rows; peak memory process 0.78 GB",
+        "saved, beside arXiv:2504.02877 (Gemma 2B on a TPU): 44.0 % after layer 2 (paper: 44 %); 2 x 512 tokens",
+    ]
+    assert conclusion(result | {"rows": []}) == []
 
 
 def test_without_matplotlib_there_is_one_line_with_the_remedy(monkeypatch):

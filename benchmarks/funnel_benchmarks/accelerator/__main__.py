@@ -14,11 +14,12 @@ from typing import Any
 import jax
 
 from funnel_benchmarks.accelerator.bench import DTYPE, Bench
+from funnel_benchmarks.accelerator.clock import Clock
 from funnel_benchmarks.accelerator.parts import PARTS
-from funnel_benchmarks.accelerator.report import write_plots, write_report
+from funnel_benchmarks.accelerator.report import TITLES, file_name, read_tables, suite_name, write_plots, write_report
 from funnel_benchmarks.accelerator.sizes import FULL, SMALL
-from funnel_benchmarks.accelerator.tables import Clock, Table, read_tables
 from funnel_benchmarks.machine import machine_facts
+from funnel_benchmarks.results import Results
 from funnel_engine import ConfigError, FunnelConfig, FunnelError
 from funnel_engine.backends import served_by
 from funnel_kernels import dispatch
@@ -68,13 +69,20 @@ def run(options: argparse.Namespace, arguments: Sequence[str], clock_starts: flo
     seed = options.seed if options.seed is not None else time.time_ns() % 2**31
     sizes = SMALL if options.small else FULL
     bench = Bench(sizes, options.backend, seed, Clock(options.minutes, clock_starts))
-    header = facts(bench, options, arguments)
-    print(f"{', '.join(header['machine']['devices'])}; seed {seed}", flush=True)
+    machine = facts_of_machine()
+    print(f"{', '.join(machine['devices'])}; seed {seed}", flush=True)
     failed = False
     for part in parts:
-        table = Table(options.out, part, header)
-        table.measure_all(PARTS[part](bench), bench.clock)
-        failed |= table.failed
+        print(f"{TITLES[part]}:", flush=True)
+        results = Results(
+            options.out / file_name(part),
+            suite=suite_name(part),
+            options={"small": options.small, "seed": seed, "backend": options.backend},
+            machine=machine,
+            facts=facts_of_run(bench, options, arguments),
+        )
+        results.measure_all(bench.clock.within(PARTS[part](bench)))
+        failed |= results.failed
         write_report(options.out, read_tables(options.out, PARTS))
     tables = read_tables(options.out, PARTS)
     write_plots(options.out, tables)
@@ -104,20 +112,20 @@ def make_folder(folder: Path) -> None:
         raise ConfigError(f"--out {folder} cannot be made a folder: {error.strerror}; choose another") from error
 
 
-def facts(bench: Bench, options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, Any]:
-    """What every table says about where and how it was measured."""
+def facts_of_run(bench: Bench, options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, Any]:
+    """What every table says about how it was measured."""
     shown = [options.out.name if argument == str(options.out) else argument for argument in arguments]  # no path
     served = served_by(bench.sizes.config, FunnelConfig(), DTYPE, bench.backend)
     return {
         "command": shlex.join(["python", "-m", "funnel_benchmarks.accelerator", *shown]),
-        "small": options.small,
-        "seed": bench.seed,
-        "backend": bench.backend,
         "served_by": {op: str(answer) for op, answer in served.items()},
-        "machine": machine_facts()
-        | {name: version_of(name) for name in ("triton", "jax-triton")}
-        | {"platform_version": jax.devices()[0].client.platform_version, "driver": nvidia_driver()},
     }
+
+
+def facts_of_machine() -> dict[str, Any]:
+    versions = {name: version_of(name) for name in ("triton", "jax-triton")}
+    driver = {"platform_version": jax.devices()[0].client.platform_version, "driver": nvidia_driver()}
+    return machine_facts() | versions | driver
 
 
 def version_of(package: str) -> str | None:

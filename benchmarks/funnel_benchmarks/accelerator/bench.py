@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from funnel_benchmarks.accelerator.measure import Call, Sample, sampler
+from funnel_benchmarks.accelerator.clock import Clock
 from funnel_benchmarks.accelerator.sizes import Sizes
-from funnel_benchmarks.accelerator.tables import Clock
+from funnel_benchmarks.measure import Call, Sample, sampler
 from funnel_engine import Engine, FunnelConfig, HeadConfig
 from funnel_engine.packing import Ints
 from funnel_engine.weights import expected_shapes

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 from jax.profiler import ProfileData, ProfileOptions
 
-from funnel_benchmarks.accelerator.measure import Call
+from funnel_benchmarks.measure import Call
 
 # A GPU's lines are streams. A TPU's operations stand on one line; its others repeat them by step and by program.
 KERNEL_LINES = re.compile(r"Stream #|XLA Ops$")

@@ -4,7 +4,7 @@ import io
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from funnel_benchmarks.plot import LIGHT, styled
+from funnel_benchmarks.plot_style import LIGHT, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,7 +32,9 @@ def figure_of(table: Table, columns: int, inches: tuple[float, float]) -> tuple[
     figure = Figure(figsize=inches, layout="constrained")
     machine = table["machine"]
     title = f"{', '.join(machine['devices'])}, jax {machine['jax']}, {table['started'][:10]}"
-    figure.suptitle(title + (" (rehearsal sizes)" if table["small"] else ""), x=0.02, ha="left", size="medium")
+    figure.suptitle(
+        title + (" (rehearsal sizes)" if table["options"]["small"] else ""), x=0.02, ha="left", size="medium"
+    )
     return figure, list(figure.subplots(1, columns, sharey=True, squeeze=False)[0])
 
 

@@ -1,12 +1,15 @@
 """Tables -> report.md, which says what was measured, what was left out, and what went wrong; and the plots."""
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from funnel_benchmarks.accelerator.plots import PLOTS, render
+from funnel_benchmarks.results import read_results
 from funnel_engine.output_files import write_bytes, write_text
+from funnel_kernels.errors import InputError
 
 Row = dict[str, Any]
 Table = dict[str, Any]
@@ -145,6 +148,31 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
 }
 
 
+def file_name(part: str) -> str:
+    return f"{part}.json"
+
+
+def suite_name(part: str) -> str:
+    """What the result file of a part calls its suite."""
+    return f"accelerator {part}"
+
+
+def read_tables(folder: Path, parts: Iterable[str]) -> Tables:
+    """The result files of a folder by part, in the order of `parts`.
+
+    Raises:
+        InputError: a file of such a name that no run has written.
+    """
+    tables = {}
+    for part in parts:
+        path = folder / file_name(part)
+        if path.exists():
+            tables[part] = read_results(path)
+            if (suite := tables[part]["suite"]) != suite_name(part):
+                raise InputError(f"{path} is of suite {suite!r}, not {suite_name(part)!r}; remove it")
+    return tables
+
+
 def write_plots(folder: Path, tables: Tables) -> None:
     """Draws what there is to draw; without matplotlib nothing, which the report then says."""
     for file, (part, drawable, figure) in PLOTS.items():
@@ -174,7 +202,7 @@ def summary(tables: Tables) -> list[str]:
     """The device, and every failure."""
     devices = dict.fromkeys(", ".join(table["machine"]["devices"]) for table in tables.values())
     lines = [f"- {device}" for device in devices]
-    if any(table["small"] for table in tables.values()):
+    if any(table["options"]["small"] for table in tables.values()):
         lines.append("- Sizes of a rehearsal: these figures say nothing about speed.")
     wrong = [row for table in tables.values() for row in table["rows"] if not row.get("passed", True)]
     raised = sum(len(table["errors"]) for table in tables.values())
@@ -216,19 +244,24 @@ def check_body(table: Table) -> list[list[str]]:
         ("op", lambda group: group["op"]),
         ("dtype, precision", lambda group: f"{group['dtype']}, {group['precision']}"),
         ("checks", lambda group: str(len(group["rows"]))),
-        ("worst error", lambda group: f"{max(row['error'] for row in group['rows']):.2e}"),
+        ("worst error", lambda group: f"{max(map(error_of, group['rows'])):.2e}"),
         ("limit", lambda group: f"{group['rows'][0]['limit']:g}"),
         ("wrong", lambda group: str(sum(not row["passed"] for row in group["rows"]))),
     )
     lines = [dict(zip(("op", "dtype", "precision"), key, strict=True), rows=rows) for key, rows in groups.items()]
     wrong = [
-        f"- WRONG: {row['cell']}: error {row['error']:.2e} (limit {row['limit']:g})"
+        f"- WRONG: {row['cell']}: error {error_of(row):.2e} (limit {row['limit']:g})"
         f"{'' if row['same_bits_twice'] else ', another result the second time'}"
         f"{'' if row['finite'] else ', not finite'}"
         for row in table["rows"]
         if not row["passed"]
     ]
     return [markdown(columns, lines), *([wrong] if wrong else [])]
+
+
+def error_of(row: Row) -> float:
+    """The error of a check; JSON has no number for one that is not finite."""
+    return math.inf if row["error"] is None else float(row["error"])
 
 
 def engine_columns(tables: Tables) -> tuple[Column, ...]:
@@ -258,7 +291,7 @@ def circumstances(tables: Tables) -> list[list[str]]:
         machine = table["machine"]
         lines = [
             f"- command: `{table['command']}`",
-            f"- seed {table['seed']}, backend {table['backend']}",
+            f"- seed {table['options']['seed']}, backend {table['options']['backend']}",
             *(f"- {op} by {answer}" for op, answer in table["served_by"].items()),
             *(f"- {name}: {show(value)}" for name, value in machine.items()),
         ]

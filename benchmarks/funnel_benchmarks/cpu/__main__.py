@@ -2,18 +2,17 @@
 
 import importlib.metadata
 import tempfile
-import time
 from pathlib import Path
 
 import click
 from rich.console import Console
-from rich.table import Table as Screen
+from rich.table import Table
 
-from funnel_benchmarks.accelerator.tables import Cell, Clock, Row, Table
 from funnel_benchmarks.cpu.bench import BACKEND, Bench
 from funnel_benchmarks.cpu.rows import rows
 from funnel_benchmarks.cpu.sizes import FULL, SMALL
 from funnel_benchmarks.machine import machine_facts
+from funnel_benchmarks.results import Cell, Results, Row
 from funnel_engine import ConfigError, FunnelError
 from funnel_engine.output_files import check_writable
 
@@ -37,17 +36,15 @@ def main(json_file: Path, only: str | None, small: bool, repeats: int) -> None:
             cells = chosen(list(rows(bench)), only)
         except FunnelError as error:
             raise click.ClickException(str(error)) from error
-        header = {
-            "small": small,
-            "repeats": repeats,
-            "order": "A B B A",
-            "backend": BACKEND,
-            "machine": machine_facts() | {package: version_of(package) for package in PACKAGES},
-        }
-        table = Table(json_file.parent, json_file.stem, header)
-        table.measure_all(cells, Clock(float("inf"), time.monotonic()))
-    Console().print(screen(table.content["rows"]))
-    if table.failed:
+        results = Results(
+            json_file,
+            suite="cpu",
+            options={"small": small, "repeats": repeats, "order": "A B B A", "backend": BACKEND},
+            machine=machine_facts() | {package: version_of(package) for package in PACKAGES},
+        )
+        results.measure_all(cells)
+    Console().print(screen(results.rows))
+    if results.failed:
         raise SystemExit(1)
 
 
@@ -74,9 +71,9 @@ def version_of(package: str) -> str | None:
         return None
 
 
-def screen(measured: list[Row]) -> Screen:
+def screen(measured: list[Row]) -> Table:
     """The rows as a table for people."""
-    made = Screen("what: against")
+    made = Table("what: against")
     for title in ("ours ms", "other ms", "measured", "range", "goal"):
         made.add_column(title, justify="right", no_wrap=True)
     for row in measured:

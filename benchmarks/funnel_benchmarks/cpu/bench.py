@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from funnel_benchmarks.accelerator.measure import compiling_nothing, spread
-from funnel_benchmarks.accelerator.tables import Row
-from funnel_benchmarks.cpu.checkpoint import write_random_model
-from funnel_benchmarks.cpu.peer import Peer
 from funnel_benchmarks.cpu.sizes import Sizes
 from funnel_benchmarks.engine_costs import timed
+from funnel_benchmarks.measure import compiling_nothing, spread
 from funnel_benchmarks.models import Model, checkpoint_model
+from funnel_benchmarks.peers.checkpoint import write_random_model
+from funnel_benchmarks.peers.peer import Peer
+from funnel_benchmarks.results import Row
 from funnel_benchmarks.statistics import Spread, interleave, quartiles, ratio
 from funnel_engine import Engine, convert
 from funnel_kernels.errors import FunnelError

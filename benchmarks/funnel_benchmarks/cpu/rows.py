@@ -5,6 +5,7 @@ other, "efficiency" how much of what a funnel can save at best it does save; bot
 memory should stay below it.
 """
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -19,15 +20,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from funnel_benchmarks.accelerator.measure import compiling_nothing
-from funnel_benchmarks.accelerator.tables import Cell, Row
-from funnel_benchmarks.cpu import hugging_face, onednn_product, process_memory, pytorch_product
+from funnel_benchmarks.cpu import onednn_product, process_memory, pytorch_product
 from funnel_benchmarks.cpu.bench import BACKEND, Bench, against, check_same, judged, speedup
-from funnel_benchmarks.cpu.peer import Peer
 from funnel_benchmarks.cpu.sizes import Batch
 from funnel_benchmarks.engine_costs import random_ids, timed
-from funnel_benchmarks.latency import Suite, run_suite
+from funnel_benchmarks.latency import suite as latency
 from funnel_benchmarks.machine import usable_cores
+from funnel_benchmarks.measure import compiling_nothing
+from funnel_benchmarks.peers import hugging_face
+from funnel_benchmarks.peers.batches import make_batches
+from funnel_benchmarks.peers.peer import Peer
+from funnel_benchmarks.results import Cell, Row
 from funnel_benchmarks.statistics import Spread, interleave
 from funnel_engine import Engine, FunnelConfig
 from funnel_engine.checkpoints.native import read_checkpoint
@@ -87,7 +90,7 @@ def embedding(bench: Bench, batch: Batch, order: str, mode: str, attention: str,
         "checkpoint": str(bench.source(batch.model)),
         "mode": mode,
         "attention": attention,
-        "batches": hugging_face.make_batches(batch.lengths, order, bench.sizes.peer_batch),
+        "batches": make_batches(batch.lengths, order, bench.sizes.peer_batch),
         "sequences": [part.tolist() for part in np.split(ids, offsets[1:-1])],
         "cores": usable_cores(),
     }
@@ -157,12 +160,12 @@ def memory(bench: Bench) -> Row:
 def funnel(bench: Bench, layer: int) -> Row:
     """Efficiency of a 2:1 funnel: the ratio of floating-point operations over that of latencies."""
     model, weights = bench.whole
-    suite = Suite(
-        model=model.name, weights="random", config=model.config, head=model.head, dtype=model.dtype,
-        layers=(layer,), stride=2, pool="max", recovery=None, backend=BACKEND,
-        lengths=bench.sizes.funnel_lengths, lengths_source="all equal", repeats=bench.repeats,
+    suite = latency.Suite(
+        model=dataclasses.replace(model, weights="random"), funnels=(FunnelConfig.after(layer),),
+        batches=(latency.Batch(bench.sizes.funnel_lengths),), backend=BACKEND, repeats=bench.repeats,
     )  # fmt: skip
-    (row,) = run_suite(suite, weights, on_result=lambda result: None, advance=lambda: None)["rows"]
+    ((_, measure),) = latency.cells(suite, weights)
+    row = measure()
     ideal, latencies = row["ideal_ratio"], Spread(**row["ratio"])
     efficiency = Spread(ideal / latencies.high, ideal / latencies.median, ideal / latencies.low)
     return row | judged("efficiency", efficiency, FUNNEL_GOAL)

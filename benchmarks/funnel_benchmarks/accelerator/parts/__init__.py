@@ -15,7 +15,7 @@ from funnel_benchmarks.accelerator.parts import (
     ragged,
     rows,
 )
-from funnel_benchmarks.accelerator.tables import Cell
+from funnel_benchmarks.results import Cell
 
 # In order of importance: a run that is short of time measures the first ones.
 PARTS: dict[str, Callable[[Bench], Iterator[Cell]]] = {

@@ -14,9 +14,9 @@ import numpy as np
 from funnel_benchmarks.accelerator import layouts
 from funnel_benchmarks.accelerator.bench import Bench
 from funnel_benchmarks.accelerator.layouts import Layout
-from funnel_benchmarks.accelerator.measure import alone, in_turns, spread
-from funnel_benchmarks.accelerator.tables import Cell, Row, error_text
 from funnel_benchmarks.lengths import draw
+from funnel_benchmarks.measure import alone, in_turns, spread
+from funnel_benchmarks.results import Cell, Row, error_text
 from funnel_benchmarks.statistics import quartiles
 from funnel_engine.packing import Ints
 from funnel_kernels import attention

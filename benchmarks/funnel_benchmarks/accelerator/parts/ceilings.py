@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from funnel_benchmarks.accelerator.bench import Bench
-from funnel_benchmarks.accelerator.measure import alone, spread
-from funnel_benchmarks.accelerator.tables import Cell, Row
+from funnel_benchmarks.measure import alone, spread
+from funnel_benchmarks.results import Cell, Row
 from funnel_benchmarks.statistics import quartiles
 
 copy = jax.jit(jnp.copy)  # a program's result may not be its argument, so XLA copies

@@ -5,6 +5,7 @@ writes shows, and the two must agree to the bit. All options at small shapes are
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ import numpy as np
 from funnel_benchmarks.accelerator import layouts, oracle
 from funnel_benchmarks.accelerator.bench import Bench
 from funnel_benchmarks.accelerator.layouts import Window
-from funnel_benchmarks.accelerator.tables import Cell, Row
+from funnel_benchmarks.results import Cell, Row
 from funnel_kernels import attention, pool_norm, recover_norm
 from funnel_kernels.errors import InputError
 from funnel_kernels.pool import POOLS
@@ -160,7 +161,7 @@ def compare(ours: Callable[..., Any], reference: Callable[..., Any], arrays: lis
         "op": ours.func.__name__ if isinstance(ours, partial) else ours.__name__,
         "dtype": kind.dtype,
         "precision": kind.precision,
-        "error": error,
+        "error": error if math.isfinite(error) else None,  # which JSON has no number for
         "limit": kind.limit,
         "same_bits_twice": same,
         "finite": finite,

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 
 from funnel_benchmarks.accelerator.bench import NO_FUNNEL, Bench
-from funnel_benchmarks.accelerator.measure import Call, in_turns, spread
-from funnel_benchmarks.accelerator.tables import Cell, LeftOut, Row
+from funnel_benchmarks.measure import Call, in_turns, spread
+from funnel_benchmarks.results import Cell, LeftOut, Row
 from funnel_benchmarks.statistics import quartiles, ratio
 from funnel_engine.model import forward
 from funnel_engine.packing import pack

@@ -6,8 +6,8 @@ from functools import partial
 import numpy as np
 
 from funnel_benchmarks.accelerator.bench import NO_FUNNEL, Bench
-from funnel_benchmarks.accelerator.measure import in_turns, spread
-from funnel_benchmarks.accelerator.tables import Cell, Row
+from funnel_benchmarks.measure import in_turns, spread
+from funnel_benchmarks.results import Cell, Row
 from funnel_benchmarks.statistics import quartiles, ratio
 from funnel_engine import FunnelConfig
 from funnel_engine.flops import ideal_ratio

@@ -14,8 +14,8 @@ from funnel_benchmarks.accelerator.device_profile import (
     profile,
     span_nanoseconds,
 )
-from funnel_benchmarks.accelerator.measure import alone, sampler, spread
-from funnel_benchmarks.accelerator.tables import Cell, LeftOut, Row
+from funnel_benchmarks.measure import alone, sampler, spread
+from funnel_benchmarks.results import Cell, LeftOut, Row
 
 GOAL = 0.9  # of the time between the first and the last kernel
 SHOWN = 10  # kernels

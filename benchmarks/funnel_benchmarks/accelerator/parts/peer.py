@@ -14,8 +14,8 @@ import jax
 
 from funnel_benchmarks.accelerator import hugging_face
 from funnel_benchmarks.accelerator.bench import DTYPE, Bench
-from funnel_benchmarks.accelerator.measure import alone, spread
-from funnel_benchmarks.accelerator.tables import Cell, LeftOut, Row
+from funnel_benchmarks.measure import alone, spread
+from funnel_benchmarks.results import Cell, LeftOut, Row
 from funnel_benchmarks.statistics import quartiles, ratio
 from funnel_kernels.errors import FunnelError
 

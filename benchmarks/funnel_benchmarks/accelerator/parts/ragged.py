@@ -8,9 +8,9 @@ from functools import partial
 
 from funnel_benchmarks.accelerator.bench import Bench
 from funnel_benchmarks.accelerator.layouts import up_to
-from funnel_benchmarks.accelerator.measure import in_turns, spread
-from funnel_benchmarks.accelerator.tables import Cell, Row
 from funnel_benchmarks.lengths import draw
+from funnel_benchmarks.measure import in_turns, spread
+from funnel_benchmarks.results import Cell, Row
 from funnel_benchmarks.statistics import quartiles
 
 NAMES = ("conll", "passage")

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from funnel_benchmarks.accelerator.bench import Bench
-from funnel_benchmarks.accelerator.measure import in_turns, spread
-from funnel_benchmarks.accelerator.tables import Cell, Row
+from funnel_benchmarks.measure import in_turns, spread
+from funnel_benchmarks.results import Cell, Row
 from funnel_benchmarks.statistics import quartiles
 from funnel_kernels import pool_norm, recover_norm
 from funnel_kernels.recover import MODES

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from funnel_benchmarks.cpu.sizes import Fields
 from funnel_engine import ModelConfig
 from funnel_engine.checkpoints.safetensors_file import write_tensors
 from funnel_engine.hugging_face_config import read_model_config
+from funnel_engine.presets import Fields
 from funnel_engine.weights import DTYPES, Shapes, random_array
 
 ARCHITECTURES = {"gemma": "GemmaModel", "gemma3_text": "Gemma3TextModel"}

@@ -1,5 +1,6 @@
 """A peer in a process of its own, seen from ours: it sleeps until a sample is asked for."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -10,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from funnel_benchmarks.accelerator.tables import LeftOut
-from funnel_benchmarks.cpu import peer_process
+from funnel_benchmarks.peers import peer_process
+from funnel_benchmarks.results import LeftOut
 from funnel_kernels.errors import FunnelError
 
 
@@ -37,10 +38,11 @@ class Peer:
         self.errors = tempfile.TemporaryFile()
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "result.npy"
-            command = [sys.executable, "-m", peer_process.__name__, self.module, json.dumps(self.task), str(file)]
+            command = [sys.executable, "-m", peer_process.__name__, self.module, str(file)]
             pipe = subprocess.PIPE
             self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.errors, text=True)
             try:
+                self.ask(json.dumps(self.task))
                 self.facts: dict[str, Any] = json.loads(self.answer())
                 if "left_out" in self.facts:
                     raise LeftOut(self.facts["left_out"])
@@ -55,13 +57,14 @@ class Peer:
 
     def sample(self) -> float:
         """Seconds of one call. Raises `FunnelError` if the peer failed."""
-        assert self.process.stdin is not None
-        try:
-            self.process.stdin.write("\n")
-            self.process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it has ended, which there is an answer to
+        self.ask("")
         return float(self.answer())
+
+    def ask(self, line: str) -> None:
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended, which there is an answer to
+            self.process.stdin.write(line + "\n")
+            self.process.stdin.flush()
 
     def answer(self) -> str:
         assert self.process.stdout is not None

@@ -11,9 +11,10 @@ from typing import Any
 
 import jax
 
-from funnel_benchmarks.latency import counting_compilations
 from funnel_benchmarks.statistics import interleave, quartiles
 from funnel_kernels.errors import FunnelError
+
+COMPILATION = "/jax/core/compile/backend_compile_duration"  # JAX reports this event for every program it compiles
 
 Call = Callable[[], Any]
 Sample = Callable[[], float]
@@ -41,10 +42,16 @@ def sampler(call: Call, least_seconds: float) -> Sample:
     return lambda: seconds(calls) / calls
 
 
-def in_turns(first: Sample, second: Sample, repeats: int) -> tuple[list[float], list[float]]:
-    """Samples two calls in the order A B B A, `repeats` times; `2 * repeats` samples of each."""
+def in_turns(
+    first: Sample, second: Sample, repeats: int, advance: Callable[[], object] = lambda: None
+) -> tuple[list[float], list[float]]:
+    """Samples two calls in the order A B B A, `repeats` times; `2 * repeats` samples of each.
+
+    Raises:
+        FunnelError: something was compiled meanwhile.
+    """
     with compiling_nothing():
-        return interleave(first, second, repeats, lambda: None)
+        return interleave(first, second, repeats, advance)
 
 
 def alone(sample: Sample, repeats: int) -> list[float]:
@@ -62,6 +69,22 @@ def compiling_nothing() -> Iterator[None]:
         raise FunnelError(f"{len(compilations)} programs were compiled while timing, where 0 may be; please report it")
 
 
+@contextmanager
+def counting_compilations() -> Iterator[list[float]]:
+    """A list that grows by one for every program that JAX compiles in this process meanwhile."""
+    compiled: list[float] = []
+
+    def listen(event: str, duration_secs: float, **_: object) -> None:
+        if event == COMPILATION:
+            compiled.append(duration_secs)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
 def spread(samples: Sequence[float]) -> dict[str, Any]:
-    """Samples as they stand in a table: quartiles, median, and each one in the order taken."""
+    """Samples as they stand in a result file: quartiles, median, and each one in the order taken."""
     return {**quartiles(samples)._asdict(), "samples": list(samples)}

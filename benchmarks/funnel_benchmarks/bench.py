@@ -1,0 +1,14 @@
+"""The command `funnel bench`: a suite of benchmarks behind each of its subcommands.
+
+A subcommand has a file of its own, which imports at its top nothing that takes long: `--help` loads them all.
+"""
+
+import click
+
+from funnel_benchmarks.compare import compare
+from funnel_benchmarks.latency.command import latency
+
+
+@click.group(commands=[latency, compare])
+def bench() -> None:
+    """Measure how fast the engine is, and compare two measurements."""

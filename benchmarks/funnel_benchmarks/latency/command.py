@@ -1,0 +1,193 @@
+"""The command `funnel bench latency`."""
+
+from pathlib import Path
+
+import click
+import numpy as np
+from click.core import ParameterSource
+from rich.console import Console
+
+from funnel_benchmarks.latency import table
+from funnel_benchmarks.latency.layers import even_layers, parse_layers
+from funnel_benchmarks.latency.plot import render
+from funnel_benchmarks.latency.suite import NO_FUNNEL, SEED, Batch, Suite, cells
+from funnel_benchmarks.latency.sweeps import LENGTHS, QUICK_TOKENS, SWEEPS, TOKENS, sweep_batches, sweep_funnels
+from funnel_benchmarks.lengths import PRESETS as LENGTH_PRESETS
+from funnel_benchmarks.lengths import describe as describe_lengths
+from funnel_benchmarks.lengths import draw
+from funnel_benchmarks.machine import machine_facts
+from funnel_benchmarks.memory import check_memory
+from funnel_benchmarks.models import Model, checkpoint_model, preset_model
+from funnel_benchmarks.plot_style import require_matplotlib
+from funnel_benchmarks.report import render_html
+from funnel_benchmarks.results import Results
+from funnel_engine import FunnelConfig
+from funnel_engine.config import RECOVERIES
+from funnel_engine.output_files import check_writable, write_bytes, write_text
+from funnel_engine.presets import PRESETS
+from funnel_engine.weights import DTYPES
+from funnel_kernels.errors import ConfigError
+from funnel_kernels.pool import POOLS
+
+PLOT_ENDINGS = (".png", ".svg", ".pdf")
+REPEATS = 10
+FILE = click.Path(path_type=Path)
+# What a sweep decides, by the names of the command's parameters.
+DECIDED = {
+    "preset_name": "--preset", "checkpoint": "--checkpoint", "seq_len": "--seq-len", "batch": "--batch",
+    "lengths": "--lengths", "layers": "--layers", "stride": "--stride", "pool": "--pool", "recovery": "--recovery",
+}  # fmt: skip
+
+
+@click.command()
+@click.option("--preset", "preset_name", help=f"Architecture to run with random weights: {', '.join(PRESETS)}.")
+@click.option("--checkpoint", type=FILE, help="Or a folder that `funnel convert` has made.")
+@click.option(
+    "--sweep",
+    type=click.Choice(SWEEPS),
+    help="Or this preset with every kind of funnel: 2:1 and 4:1 after every even layer, two funnels, pooled queries "
+    f"over unpooled keys, every recovery; at {', '.join(map(str, LENGTHS))} tokens a sequence, and as many sequences "
+    f"as make {TOKENS} tokens a batch.",
+)
+@click.option(
+    "--quick",
+    is_flag=True,
+    help=f"The sweep with one sequence of {QUICK_TOKENS} tokens, and one repeat: on two CPU cores a quarter of an hour "
+    "for gemma-2b, and well over an hour for gemma-7b.",
+)
+@click.option(
+    "--seq-len", type=click.IntRange(1, 2**20), default=512, show_default=True, help="Tokens of each sequence."
+)
+@click.option("--batch", type=click.IntRange(1, 2**20), default=128, show_default=True, help="Sequences in the batch.")
+@click.option(
+    "--lengths",
+    help="Draw lengths, whatever --seq-len says: the name of a data set whose lengths are imitated "
+    f"({', '.join(LENGTH_PRESETS)}), or a file with one length a line.",
+)
+@click.option(
+    "--layers",
+    help="How many full-length layers come before the funnel, one row of the result for each; dots carry the last "
+    "step on: 2,4,...,16. Default: every even number.",
+)
+@click.option("--stride", type=int, default=2, show_default=True, help="Tokens that are pooled into one.")
+@click.option("--pool", type=click.Choice(POOLS), default="max", show_default=True, help="How they are pooled.")
+@click.option(
+    "--recovery", type=click.Choice(["none", *RECOVERIES]), default="none", show_default=True,
+    help="How each token gets a row of its own again at the end.",
+)  # fmt: skip
+@click.option(
+    "--dtype",
+    type=click.Choice(list(DTYPES)),
+    help="Of weights and activations. Default: bfloat16, or the checkpoint's.",
+)
+@click.option("--backend", default="auto", show_default=True, help="What runs the kernels; see `funnel doctor`.")
+@click.option(
+    "--repeats", type=click.IntRange(min=1),
+    help=f"How often baseline, funnel, funnel, baseline are run for each row. Default: {REPEATS}, or 1 if --quick.",
+)  # fmt: skip
+@click.option("--json", "json_file", type=FILE, help="Write all figures here, for programs, after every row.")
+@click.option("--resume", is_flag=True, help="Keep the rows that the file of --json has, and measure those it lacks.")
+@click.option("--plot", "plot_file", type=FILE, help=f"Draw the rows like the first here; {', '.join(PLOT_ENDINGS)}.")
+@click.option("--html", "html_file", type=FILE, help="Write a report here that opens in any browser.")
+@click.pass_context
+def latency(
+    context: click.Context,
+    preset_name: str | None,
+    checkpoint: Path | None,
+    sweep: str | None,
+    quick: bool,
+    seq_len: int,
+    batch: int,
+    lengths: str | None,
+    layers: str | None,
+    stride: int,
+    pool: str,
+    recovery: str,
+    dtype: str | None,
+    backend: str,
+    repeats: int | None,
+    json_file: Path | None,
+    resume: bool,
+    plot_file: Path | None,
+    html_file: Path | None,
+) -> None:
+    """Measure how much time a funnel saves.
+
+    Runs one batch with the funnel in each of several places, in turns with the same engine without it, and prints
+    latencies, their ratio and the ratio that the saved operations would allow at best. Exit status 1: a row failed.
+
+    Example: funnel bench latency --preset gemma-2b --batch 4 --layers 2,8,14 --json gemma.json --html gemma.html
+    """
+    for path, endings in ((json_file, (".json",)), (plot_file, PLOT_ENDINGS), (html_file, (".html",))):
+        if path is not None:
+            check_writable(path, endings)
+    if plot_file or html_file:
+        require_matplotlib()
+    if resume and json_file is None:
+        raise ConfigError("--resume goes on with the file of --json; name it")
+    if sweep is not None:
+        for name, option in DECIDED.items():
+            if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+                raise ConfigError(f"--sweep {sweep} says itself what is measured; leave {option} out")
+        model = preset_model(sweep, dtype)
+        funnels, batches = sweep_funnels(model.config.num_layers), sweep_batches(quick)
+    elif quick:
+        raise ConfigError(f"--quick shortens a sweep; give --sweep {' or --sweep '.join(SWEEPS)}")
+    else:
+        model = choose_model(preset_name, checkpoint, dtype)
+        count = model.config.num_layers
+        funnels = tuple(
+            FunnelConfig.after(layer, stride=stride, pool=pool, recovery=None if recovery == "none" else recovery)
+            for layer in (even_layers(count) if layers is None else parse_layers(layers, count))
+        )
+        if lengths is None:
+            batches = (Batch(np.full(batch, seq_len, np.int32)),)
+        else:
+            batches = (Batch(draw(lengths, batch, SEED), describe_lengths(lengths)),)
+    suite = Suite(
+        model=model, funnels=funnels, batches=batches, backend=backend,
+        repeats=repeats or (1 if quick else REPEATS),
+    )  # fmt: skip
+    measure(suite, json_file, resume=resume, plot_file=plot_file, html_file=html_file)
+
+
+def choose_model(preset_name: str | None, checkpoint: Path | None, dtype: str | None) -> Model:
+    if preset_name is not None and checkpoint is None:
+        return preset_model(preset_name, dtype)
+    if checkpoint is not None and preset_name is None:
+        return checkpoint_model(checkpoint, dtype)
+    raise ConfigError("give one of --preset NAME, --checkpoint FOLDER and --sweep NAME, to say which model is measured")
+
+
+def measure(
+    suite: Suite, json_file: Path | None, *, resume: bool, plot_file: Path | None, html_file: Path | None
+) -> None:
+    """Runs the suite, prints each row when it is there, writes the files, and ends the program if a row failed."""
+    console, model = Console(), suite.model
+    results = Results(
+        json_file,
+        suite="latency",
+        options=suite.options(),
+        machine=machine_facts(),
+        resume=resume,
+        show=table.row_line,
+        console=console,
+    )
+    rows = max(suite.rows(NO_FUNNEL, batch) for batch in suite.batches)
+    check_memory(model.config, model.head, model.dtype, rows)
+    for line in table.introduction(results.content):
+        results.tell(line)
+    weights = model.load(console, suite.backend)
+    results.measure_all(cells(suite, weights, advance=lambda: results.advance()), steps=1 + suite.repeats)
+    for line in table.conclusion(results.content):
+        results.tell(line)
+    if results.rows:
+        if plot_file:
+            write_bytes(plot_file, render(results.content, plot_file.suffix[1:]))
+        if html_file:
+            write_text(html_file, render_html(results.content))
+        for what, path in (("figures", json_file), ("plot", plot_file), ("report", html_file)):
+            if path:
+                results.tell(f"{what:<7} {path}")
+    if results.failed:
+        raise SystemExit(1)

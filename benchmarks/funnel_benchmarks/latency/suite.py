@@ -1,0 +1,232 @@
+"""The latency suite: every funnel on every batch, against the same engine without a funnel.
+
+Both run in one process on the same random token ids and the same weights on the device, in the order A B B A, after
+their programs are compiled. What is timed is `Engine.embed`, from token ids on the host to vectors on the host, so
+packing and transfers count and tokenising does not.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from funnel_benchmarks.machine import peak_memory_gb
+from funnel_benchmarks.measure import in_turns, spread
+from funnel_benchmarks.models import Model
+from funnel_benchmarks.results import Cell, Row
+from funnel_benchmarks.statistics import quartiles, ratio
+from funnel_engine import Engine, FunnelConfig
+from funnel_engine.backends import served_by
+from funnel_engine.config import check_positive
+from funnel_engine.flops import forward_flops, ideal_ratio
+from funnel_engine.packing import Ints, make_plan
+from funnel_engine.weights import count_parameters, expected_shapes
+from funnel_kernels import dispatch
+from funnel_kernels.errors import ConfigError, InputError
+
+SEED = 0  # of the token ids
+NO_FUNNEL = FunnelConfig()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Batch:
+    """Sequences that run as one packed call.
+
+    Attributes:
+        lengths: tokens of each sequence, [B].
+        source: where the lengths are from, in words.
+    """
+
+    lengths: Ints
+    source: str = "all equal"
+
+    @property
+    def name(self) -> str:
+        sequences, shortest, longest = len(self.lengths), self.lengths.min(), self.lengths.max()
+        if shortest == longest:
+            return f"{sequences} x {longest} tokens"
+        return f"{sequences} sequences of {shortest} to {longest} tokens, {self.lengths.sum():,} in all: {self.source}"
+
+    def facts(self) -> Row:
+        return {
+            "name": self.name,
+            "source": self.source,
+            "sequences": len(self.lengths),
+            "tokens": int(self.lengths.sum()),
+            "shortest": int(self.lengths.min()),
+            "median": float(np.median(self.lengths)),
+            "longest": int(self.lengths.max()),
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Suite:
+    """What is measured: a cell for every funnel on every batch.
+
+    Attributes:
+        repeats: how often A B B A is run for each cell.
+
+    Raises:
+        ConfigError: a funnel that pools nothing, or that the model cannot have.
+        InputError: a sequence that is longer than the model was made for.
+    """
+
+    model: Model
+    funnels: tuple[FunnelConfig, ...]
+    batches: tuple[Batch, ...]
+    backend: str
+    repeats: int
+
+    def __post_init__(self) -> None:
+        dispatch.check_backend(self.backend)
+        check_positive("repeats", self.repeats)
+        longest = max(batch.lengths.max() for batch in self.batches)
+        if longest > self.model.config.max_positions:
+            raise InputError(
+                f"the longest sequence has {longest} tokens, more than the {self.model.config.max_positions} that "
+                f"{self.model.name} was made for; take shorter sequences"
+            )
+        for funnel in self.funnels:
+            if funnel.total_stride == 1:
+                raise ConfigError(f"strides={funnel.strides} pool nothing; a funnel needs a stride of at least 2")
+            make_plan(self.model.config, funnel)
+
+    def rows(self, funnel: FunnelConfig, batch: Batch) -> int:
+        """Rows of the packed axis that a batch takes."""
+        return int(make_plan(self.model.config, funnel).rows_needed(batch.lengths).sum())
+
+    def options(self) -> Row:
+        """Everything that a cell depends on beside its own funnel, as the head of a result file."""
+        model, config = self.model, self.model.config
+        served = [served_by(config, funnel, model.dtype, self.backend) for funnel in self.funnels]
+        return {
+            "model": {
+                "name": model.name,
+                "weights": model.weights,
+                "dtype": model.dtype,
+                "family": config.family,
+                "layers": config.num_layers,
+                "hidden_size": config.hidden_size,
+                "intermediate_size": config.intermediate_size,
+                "heads": config.num_heads,
+                "kv_heads": config.num_kv_heads,
+                "head_dim": config.head_dim,
+                "attention": config.attention,
+                "parameters": count_parameters(expected_shapes(config, model.head)),
+            },
+            "batches": [batch.facts() for batch in self.batches],
+            "backend": self.backend,
+            "served_by": ", ".join(sorted({answer.backend for ops in served for answer in ops.values()})),
+            "repeats": self.repeats,
+            "order": "A B B A",
+            "seed": SEED,
+        }
+
+
+def funnel_name(funnel: FunnelConfig) -> str:
+    """Its places, and every option that is not the default: "2:1 after 2, 2:1 after 8, recovery tile"."""
+    places = [f"{stride}:1 after {layer}" for layer, stride in enumerate(funnel.strides) if stride > 1]
+    options = {name: value for name, value in vars(funnel).items() if name != "strides"}
+    chosen = [(name, value) for name, value in options.items() if value != getattr(NO_FUNNEL, name)]
+    return ", ".join([*places, *(name if value is True else f"{name} {value}" for name, value in chosen)])
+
+
+def cells(suite: Suite, weights: Mapping[str, Any], *, advance: Callable[[], object] = lambda: None) -> Iterator[Cell]:
+    """The cells of a suite. A row has, beside what `Results` puts there:
+
+        funnel              its `name`, and all its options
+        batch               its `name`, `sequences`, `tokens`, lengths and their source
+        seconds             latency with the funnel, with samples; `baseline_seconds` without
+        ratio               {low, median, high}; low and high are the least and greatest that the quartiles allow
+        saving_percent      100 * (1 - ratio)
+        ideal_ratio         of the floating-point operations; `efficiency` is ideal_ratio / ratio
+        tokens_per_second   with the funnel, as `flops_per_second`; `baseline_flops` is the work without
+        padding_waste       share of the packed rows that hold no token; `baseline_padding_waste` without
+        compile_seconds     beforehand; `baseline_compile_seconds` without the funnel, once for each batch
+        peak_memory_gb      of process and device, since the process began
+
+    Args:
+        weights: by the names of `weights.expected_shapes`, on the device already; all engines share them.
+        advance: called `1 + suite.repeats` times in each cell: after the warm-up and after each A B B A.
+    """
+    for batch in suite.batches:
+        calls = Calls(suite, weights, batch)
+        for funnel in suite.funnels:
+            yield f"{funnel_name(funnel)}; {batch.name}", partial(measure, calls, funnel, advance)
+
+
+def measure(calls: "Calls", funnel: FunnelConfig, advance: Callable[[], object]) -> Row:
+    """Measures one cell.
+
+    Raises:
+        FunnelError: something was compiled while timing, so that the samples are no latencies.
+    """
+    suite, lengths = calls.suite, calls.batch.lengths
+    baseline, time_baseline = calls.baseline
+    engine, time_funnel = calls.prepare(funnel)
+    advance()
+    baseline_samples, samples = in_turns(time_baseline, time_funnel, suite.repeats, advance)
+    latency, measured = quartiles(samples), ratio(quartiles(samples), quartiles(baseline_samples))
+    ideal = ideal_ratio(suite.model.config, funnel, lengths)
+    return {
+        "funnel": {"name": funnel_name(funnel), **dataclasses.asdict(funnel)},
+        "batch": calls.batch.facts(),
+        "seconds": spread(samples),
+        "baseline_seconds": spread(baseline_samples),
+        "ratio": measured._asdict(),
+        "saving_percent": 100 * (1 - measured.median),
+        "ideal_ratio": ideal,
+        "efficiency": ideal / measured.median,
+        "tokens_per_second": int(lengths.sum()) / latency.median,
+        "flops_per_second": forward_flops(suite.model.config, funnel, lengths) / latency.median,
+        "baseline_flops": forward_flops(suite.model.config, NO_FUNNEL, lengths),
+        **engine_facts(engine, ""),
+        **engine_facts(baseline, "baseline_"),
+        "peak_memory_gb": peak_memory_gb(),
+    }
+
+
+class Calls:
+    """What the cells of one batch share: token ids, and the engine without a funnel."""
+
+    def __init__(self, suite: Suite, weights: Mapping[str, Any], batch: Batch):
+        self.suite, self.weights, self.batch = suite, weights, batch
+
+    @functools.cached_property
+    def inputs(self) -> tuple[Ints, Ints]:
+        """Random token ids [N] and offsets [B + 1]."""
+        lengths = self.batch.lengths
+        ids = np.random.default_rng(SEED).integers(0, self.suite.model.config.vocab_size, int(lengths.sum()), np.int32)
+        return ids, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+
+    @functools.cached_property
+    def baseline(self) -> tuple[Engine, Callable[[], float]]:
+        return self.prepare(NO_FUNNEL)
+
+    def prepare(self, funnel: FunnelConfig) -> tuple[Engine, Callable[[], float]]:
+        """An engine whose one bucket is compiled, and the call that times it once."""
+        suite, inputs = self.suite, self.inputs
+        engine = Engine(
+            suite.model.config, suite.model.head, self.weights,
+            funnel=funnel, backend=suite.backend, max_batch_tokens=suite.rows(funnel, self.batch),
+        )  # fmt: skip
+
+        def timed() -> float:
+            start = time.perf_counter()
+            engine.embed(inputs)
+            return time.perf_counter() - start
+
+        timed()  # compiles
+        timed()  # touches all memory once more before it counts
+        return engine, timed
+
+
+def engine_facts(engine: Engine, prefix: str) -> dict[str, float]:
+    """How much of an engine's rows is padding, and how long its programs took to compile."""
+    stats = engine.stats()
+    waste = stats["padding_rows"] / (stats["padding_rows"] + stats["tokens"])
+    return {f"{prefix}padding_waste": waste, f"{prefix}compile_seconds": stats["compile_seconds"]}

@@ -1,0 +1,70 @@
+"""Hugging Face's own code as a peer: sentence vectors, the means of the last hidden states.
+
+Ids are on the host, padded beforehand, and vectors come back there; ours packs them within the time that is measured.
+"""
+
+import importlib
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from funnel_benchmarks.accelerator.hugging_face import ATTENTIONS, attention_without_mask
+from funnel_benchmarks.peers.batches import embedding
+
+WITHOUT_MASK = ATTENTIONS[0]  # for sequences of equal length, no longer than a model's window reaches
+# "frozen": compiled with weights that are constants, which PyTorch packs for oneDNN.
+MODES = ("compiled", "frozen", "eager")
+
+
+def make(task: dict[str, Any]) -> tuple[Callable[[], np.ndarray], Callable[[Any], np.ndarray], dict[str, Any]]:
+    """The call that embeds the task's sequences, [B, D] float32.
+
+    Args:
+        task: as all peers have it (see the package), and `mode`, one of `MODES`; `attention`, "sdpa" or `WITHOUT_MASK`.
+            OMP_NUM_THREADS, where it is set, stands for `cores`.
+    """
+    torch: Any = importlib.import_module("torch")
+    transformers: Any = importlib.import_module("transformers")
+    use_cores(torch, task["cores"])
+    transformers.AttentionInterface.register(WITHOUT_MASK, attention_without_mask)
+    model = load_model(task["checkpoint"], torch.bfloat16, task["attention"])
+    if task["mode"] == "frozen":
+        inductor: Any = importlib.import_module("torch._inductor.config")
+        inductor.freezing = True
+    if task["mode"] != "eager":
+        model = torch.compile(model, dynamic=False)
+
+    def run(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            if mask.all():  # as a user of equal lengths calls it
+                return model(input_ids=torch.from_numpy(ids)).last_hidden_state.float().mean(1).numpy()
+            real = torch.from_numpy(mask)
+            rows = model(input_ids=torch.from_numpy(ids), attention_mask=real).last_hidden_state.float()
+            return ((rows * real[..., None]).sum(1) / real.sum(1, keepdim=True)).numpy()
+
+    facts = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "dtype": "bfloat16",
+        "threads": torch.get_num_threads(),
+    }
+    return embedding(task, run), np.asarray, facts
+
+
+def use_cores(torch: Any, cores: int) -> None:
+    """Sets PyTorch's threads, unless OMP_NUM_THREADS says how many."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(cores)
+
+
+def load_model(checkpoint: str, dtype: Any, attention: str) -> Any:
+    """The encoder, of a bidirectional model, ready to run."""
+    transformers: Any = importlib.import_module("transformers")
+    config = transformers.AutoConfig.from_pretrained(checkpoint, use_cache=False)
+    if config.model_type == "gemma":
+        config.is_causal = False  # its masks know no other switch; Gemma 3 has one, and with this too a wider window
+    return transformers.AutoModel.from_pretrained(
+        checkpoint, config=config, dtype=dtype, attn_implementation=attention
+    ).eval()

@@ -1,0 +1,31 @@
+"""OpenVINO as a peer, on the CPU, in bfloat16: the graph that torch.export makes, with pooling, compiled once."""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from funnel_benchmarks.peers import torch_graph
+from funnel_benchmarks.peers.batches import embedding
+
+DTYPE = "bf16"  # OpenVINO's name; where a CPU has no products in it, `facts` say what it takes instead
+
+
+def make(task: dict[str, Any]) -> tuple[Callable[[], np.ndarray], Callable[[Any], np.ndarray], dict[str, Any]]:
+    """The call that embeds the task's sequences, [B, D] float32; the task is as all peers have it (see the package)."""
+    openvino: Any = importlib.import_module("openvino")
+    options = {"INFERENCE_PRECISION_HINT": DTYPE, "INFERENCE_NUM_THREADS": task["cores"], "PERFORMANCE_HINT": "LATENCY"}
+    model = openvino.convert_model(torch_graph.export(task))
+    compiled = openvino.compile_model(model, "CPU", options)
+    del model
+
+    def run(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        return compiled({"ids": ids, "mask": mask})[0]
+
+    facts = {
+        "openvino": openvino.__version__,
+        "dtype": compiled.get_property("INFERENCE_PRECISION_HINT").to_string(),
+        "threads": compiled.get_property("INFERENCE_NUM_THREADS"),
+    }
+    return embedding(task, run), np.asarray, facts

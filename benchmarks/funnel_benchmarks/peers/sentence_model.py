@@ -1,0 +1,63 @@
+"""Random weights in a folder of sentence-transformers, with heads like EmbeddingGemma's and one word for each token id.
+
+`funnel_engine.convert` reads such folders too, heads and tokenizer included, so both embed the same texts.
+"""
+
+import importlib
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from funnel_benchmarks.peers.checkpoint import write_random_model
+from funnel_benchmarks.peers.peer_process import not_installed
+from funnel_benchmarks.results import LeftOut
+from funnel_engine.presets import Fields
+
+WIDENING = 4  # the first dense layer makes rows so many times as wide, the second takes it back
+
+
+def write_sentence_model(directory: Path, fields: Fields) -> None:
+    """Writes the encoder of `write_random_model`, then mean pooling, two dense layers and normalisation.
+
+    Args:
+        directory: of the model, which is made.
+        fields: of config.json, as `write_random_model` takes them.
+
+    Raises:
+        LeftOut: sentence-transformers is not installed.
+    """
+    try:
+        torch, library = map(importlib.import_module, ("torch", "sentence_transformers"))
+        modules: Any = importlib.import_module("sentence_transformers.sentence_transformer.modules")
+    except ModuleNotFoundError as error:
+        raise LeftOut(not_installed(error)) from None
+    width = fields["hidden_size"]
+    with tempfile.TemporaryDirectory() as folder:
+        encoder = Path(folder) / "encoder"
+        write_random_model(encoder, fields)
+        write_tokenizer(encoder, fields["vocab_size"])
+        torch.manual_seed(0)
+        sizes = ((width, WIDENING * width), (WIDENING * width, width))
+        identity = torch.nn.Identity()
+        dense = [modules.Dense(*pair, bias=False, activation_function=identity) for pair in sizes]
+        transformer = modules.Transformer(str(encoder))
+        parts = [transformer, modules.Pooling(width, "mean"), *dense, modules.Normalize()]
+        library.SentenceTransformer(modules=parts, device="cpu").save(str(directory), create_model_card=False)
+
+
+def write_tokenizer(directory: Path, vocab_size: int) -> None:
+    """Writes a tokenizer into a model's folder that makes the ids of `text_of` of its text, and adds no token."""
+    tokenizers, transformers = map(importlib.import_module, ("tokenizers", "transformers"))
+    words = {word_of(number): number for number in range(vocab_size)}
+    tokenizer: Any = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token=word_of(0)))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=word_of(0)).save_pretrained(directory)
+
+
+def text_of(ids: list[int]) -> str:
+    """A text with exactly these token ids."""
+    return " ".join(map(word_of, ids))
+
+
+def word_of(number: int) -> str:
+    return f"w{number}" if number else "<pad>"

@@ -1,0 +1,35 @@
+"""sentence-transformers as a peer, in bfloat16: `encode`, from texts to vectors on the host, as its users call it.
+
+It makes batches by itself, longest texts first, each padded. Its tokenizer's part is small, a look-up for each word.
+"""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from funnel_benchmarks.peers.hugging_face import use_cores
+from funnel_benchmarks.peers.sentence_model import text_of
+
+
+def make(task: dict[str, Any]) -> tuple[Callable[[], np.ndarray], Callable[[Any], np.ndarray], dict[str, Any]]:
+    """The call that embeds the task's sequences, [B, D] float32, of length 1 after the model's heads.
+
+    Args:
+        task: as all peers have it (see the package); `checkpoint` is a folder of `write_sentence_model`, and the
+            largest of `batches` says how many texts a batch has. OMP_NUM_THREADS, where it is set, stands for `cores`.
+    """
+    torch, transformers, library = map(importlib.import_module, ("torch", "transformers", "sentence_transformers"))
+    use_cores(torch, task["cores"])
+    model = library.SentenceTransformer(task["checkpoint"], device="cpu", model_kwargs={"dtype": torch.bfloat16})
+    texts = [text_of(ids) for ids in task["sequences"]]
+    size = max(map(len, task["batches"]))
+    facts = {
+        "sentence-transformers": library.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "dtype": "bfloat16",
+        "threads": torch.get_num_threads(),
+    }
+    return lambda: model.encode(texts, batch_size=size, show_progress_bar=False), np.asarray, facts

@@ -1,0 +1,31 @@
+"""`funnel_benchmarks.cpu`: the products of oneDNN and PyTorch that ours is measured against."""
+
+import numpy as np
+import pytest
+
+from funnel_benchmarks.cpu import onednn_product, pytorch_product
+
+
+@pytest.mark.parametrize("module", [onednn_product, pytorch_product])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 4e-3)])
+def test_products(module, dtype, tolerance, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    task = {"rows": 7, "in": 33, "out": 19, "dtype": dtype}
+    call, to_array, facts = module.make(task)
+    x, weight = (np.float64(operand) for operand in onednn_product.operands(task))
+    result = to_array(call())
+    assert result.dtype == np.float32
+    np.testing.assert_allclose(result, x @ weight.T, rtol=tolerance, atol=tolerance * 33)
+    assert facts["result"] == (dtype if module is pytorch_product else "float32")
+
+
+def test_operands_have_the_sizes_and_dtype_that_are_asked_for():
+    x, weight = onednn_product.operands({"rows": 3, "in": 5, "out": 7, "dtype": "bfloat16"})
+    assert (x.shape, weight.shape) == ((3, 5), (7, 5))
+    assert (str(x.dtype), str(weight.dtype)) == ("bfloat16", "bfloat16")
+    assert np.float32(x).std() > 0.5
+
+
+def test_what_onednn_refuses_is_an_error():
+    with pytest.raises(RuntimeError, match="oneDNN returned status 2"):
+        onednn_product.OneDNN().layout((-1, 4), np.dtype(np.float32))

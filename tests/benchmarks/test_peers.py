@@ -1,0 +1,156 @@
+"""`funnel_benchmarks.peers`: peers in processes of their own, what they need, and how they are fed."""
+
+import sys
+import textwrap
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+
+from funnel_benchmarks.peers import llama_cpp_peer, onnx_runtime, openvino_peer, sentence_transformers_peer
+from funnel_benchmarks.peers.batches import embedding, make_batches, padded
+from funnel_benchmarks.peers.peer import Peer
+from funnel_benchmarks.peers.peer_process import not_installed
+from funnel_benchmarks.results import LeftOut
+from funnel_engine import FunnelError
+
+LENGTHS = np.array([5, 17, 2, 9], np.int32)
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """Makes a module of this source, which the other process can import."""
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    def make(source):
+        (tmp_path / "some_peer.py").write_text(textwrap.dedent(source))
+        return ModuleType("some_peer")
+
+    return make
+
+
+COUNTING = """
+    import time
+    import numpy as np
+
+    def make(task):
+        calls = []
+
+        def call():
+            print("not an answer")
+            calls.append(1)
+            open(task["log"], "w").write(str(len(calls)))
+            if len(calls) == task["fails_at"]:
+                raise ValueError("the last words")
+            time.sleep(0.01)
+            return [len(calls), task["number"]]
+
+        return call, np.array, {"version": "1.2"}
+"""
+
+
+def test_a_peer_computes_only_when_it_is_asked_to(module, tmp_path):
+    log = tmp_path / "log"
+    with Peer(module(COUNTING), log=str(log), number=7, fails_at=0) as peer:
+        assert peer.facts == {"version": "1.2"}
+        assert peer.result.tolist() == [2, 7]
+        assert log.read_text() == "2"
+        assert all(peer.sample() >= 0.01 for _ in range(3))
+        assert log.read_text() == "5"
+    assert peer.process.returncode is not None
+
+
+def test_a_task_may_be_longer_than_a_command(module):
+    source = "import numpy\ndef make(task): return lambda: len(task['ids']), numpy.array, {}"
+    with Peer(module(source), ids=[262143] * 100_000) as peer:
+        assert peer.result == 100_000
+
+
+def test_a_peer_that_fails_later_is_an_error_with_its_last_words(module, tmp_path):
+    with Peer(module(COUNTING), log=str(tmp_path / "log"), number=7, fails_at=4) as peer:
+        peer.sample()
+        for _ in range(2):  # and it stays one
+            with pytest.raises(FunnelError, match=r"the peer some_peer failed: (?s:.*)ValueError: the last words$"):
+                peer.sample()
+
+
+def test_a_peer_that_cannot_be_made_is_an_error(module):
+    peer = Peer(module("def make(task): raise ValueError('too large: %s' % task['size'])"), size=3)
+    with pytest.raises(FunnelError, match=r"ValueError: too large: 3$"), peer:
+        pass
+    assert peer.process.returncode is not None
+
+
+def test_what_is_not_installed_is_named(module):
+    with pytest.raises(LeftOut, match=r"^no_such_package is not installed: pip install 'funnel-engine\[peers\]'$"):
+        Peer(module("def make(task): import no_such_package")).__enter__()
+
+
+def test_a_peer_ends_with_its_block_whatever_happens(module, tmp_path):
+    with (
+        pytest.raises(KeyError),
+        Peer(module(COUNTING), log=str(tmp_path / "log"), number=1, fails_at=0) as peer,
+    ):
+        raise KeyError
+    assert peer.process.returncode is not None
+
+
+@pytest.mark.parametrize(
+    ("module", "package", "command"),
+    [
+        (sentence_transformers_peer, "sentence_transformers", "pip install 'funnel-engine[peers]'"),
+        (onnx_runtime, "onnxruntime", "pip install 'funnel-engine[peers]'"),
+        (onnx_runtime, "onnxscript", "pip install 'funnel-engine[peers]'"),
+        (openvino_peer, "openvino", "pip install 'funnel-engine[peers]'"),
+        (llama_cpp_peer, "llama_cpp", "pip install llama-cpp-python, which compiles llama.cpp"),
+    ],
+)
+def test_a_peer_says_at_once_what_it_needs(module, package, command, monkeypatch):
+    for present in {"onnxruntime", "onnxscript"} - {package}:
+        monkeypatch.setitem(sys.modules, present, ModuleType(present))
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    with pytest.raises(ModuleNotFoundError) as error:
+        module.make({"checkpoint": "nowhere", "cores": 1, "sequences": [[1]], "batches": [[0]]})
+    assert not_installed(error.value) == f"{package} is not installed: {command}"
+
+
+def test_batches():
+    assert make_batches(LENGTHS, "equal", 3) == [[0, 1, 2, 3]]
+    assert make_batches(LENGTHS, "sorted", 3) == [[1, 3, 0], [2]]
+    assert make_batches(LENGTHS, "unsorted", 3) == [[0, 1, 2], [3]]
+
+
+def test_padding_is_at_the_end_and_in_no_mask():
+    ids, mask = padded([[7, 8], [3], [4, 0, 6]])
+    assert ids.tolist() == [[7, 8, 0], [3, 0, 0], [4, 0, 6]]
+    assert mask.tolist() == [[1, 1, 0], [1, 0, 0], [1, 1, 1]]
+    assert ids.dtype == mask.dtype == np.int64
+
+
+def test_vectors_come_in_the_order_of_the_sequences():
+    task = {"sequences": [[7, 8], [3], [4, 5, 6]], "batches": [[2, 0], [1]]}
+    seen = []
+
+    def run(ids, mask):
+        seen.append(ids.shape)
+        return np.stack([(ids * mask).sum(1), mask.sum(1)], axis=1).astype(np.float32)
+
+    vectors = embedding(task, run)()
+    assert vectors.tolist() == [[15, 2], [3, 1], [15, 3]]
+    assert vectors.dtype == np.float32
+    assert seen == [(2, 3), (1, 1)]
+
+
+def test_llama_cpp_gets_sequences_end_to_end():
+    def init(tokens, embeddings, sequences):
+        """The arrays of a `llama_batch`, as long as was asked for."""
+        assert (embeddings, sequences) == (0, 1)
+        names = ("token", "pos", "n_seq_id", "logits")
+        return SimpleNamespace(seq_id=[[None] for _ in range(tokens)], **{name: [None] * tokens for name in names})
+
+    batch = llama_cpp_peer.make_batch(SimpleNamespace(llama_batch_init=init), [[7, 8], [3], [4, 5, 6]])
+    assert batch.n_tokens == 6
+    assert batch.token == [7, 8, 3, 4, 5, 6]
+    assert batch.pos == [0, 1, 0, 0, 1, 2]
+    assert batch.seq_id == [[0], [0], [1], [2], [2], [2]]
+    assert batch.n_seq_id == batch.logits == [1] * 6

@@ -8,8 +8,10 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <shared_mutex>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "checks.h"
@@ -158,6 +160,12 @@ const TileProduct& tile_product(int64_t rows, int64_t units, int64_t in_features
 
 int64_t units_of(int64_t features) { return (features + kUnit - 1) / kUnit; }
 
+// What the calling thread keeps for its tiles.
+Scratch& scratch(int64_t which) {
+  thread_local Scratch kept[kScratchpad + 1];
+  return kept[which];
+}
+
 struct Product {
   const void* x;        // [rows, in_features]
   const void* weights;  // `parts` packed weights of out_features rows each, one after another
@@ -224,12 +232,11 @@ ffi::Error by_tiles(ffi::ThreadPool& pool, int64_t threads, const Product& produ
         const int64_t units = std::min(cut.tile_units, cut.all_units - unit);
         const int64_t column = unit * kUnit, columns = std::min(units * kUnit, product.out_features - column);
         const TileProduct& tile = tile_product(rows, units, product.in_features, product.is_bfloat16);
-        thread_local Scratch scratch[kScratchpad + 1];
-        void* scratchpad = scratch[kScratchpad].at_least<char>(tile.scratchpad_bytes());
+        void* scratchpad = scratch(kScratchpad).at_least<char>(tile.scratchpad_bytes());
         const float* tiles[kMostParts] = {};
         for (int64_t part = 0; part < product.parts; ++part) {
           const int64_t first = (part * cut.all_units + unit) * weights.unit_elements;
-          auto* result = scratch[part].at_least<float>(rows * units * kUnit);
+          auto* result = scratch(part).at_least<float>(rows * units * kUnit);
           tile.run(static_cast<const char*>(product.x) + row * product.in_features * element,
                    static_cast<const char*>(product.weights) + first * element, result, scratchpad);
           tiles[part] = result;
@@ -333,8 +340,8 @@ struct Heads {
   char* out;  // [rows, end - first, head_dim]
 };
 
-// Reads what becomes of the heads: a result for each count in `turned`, with a norm for each or for none, and then one for
-// the heads that are left as they are, if there are such.
+// Reads what becomes of the heads: a result for each count in `turned`, with a norm for each or for none, and then one
+// for the heads that are left as they are, if there are such.
 bool read_heads(ffi::RemainingArgs& norms, ffi::RemainingRets& outs, ffi::Span<const int64_t> turned, int64_t plain,
                 int64_t head_dim, const Product& product, std::vector<Heads>& all, ffi::Error& error) {
   const size_t results = turned.size() + (plain > 0);
@@ -382,7 +389,11 @@ ffi::Error project_heads(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer 
     if (!fits("cosines and sines", *table, ffi::F32, {product.rows, head_dim / 2}, error)) return error;
   }
   std::vector<Heads> groups;
-  if (!read_heads(norms, outs, turned, plain, head_dim, product, groups, error)) return error;
+  try {
+    if (!read_heads(norms, outs, turned, plain, head_dim, product, groups, error)) return error;
+  } catch (const std::bad_alloc&) {
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "funnel_native: no memory for heads");
+  }
   const auto table = [&](const ffi::AnyBuffer& from, int64_t row) {
     return static_cast<const float*>(from.untyped_data()) + row * (head_dim / 2);
   };

@@ -1,4 +1,4 @@
-"""The kernels in C++, built with AddressSanitizer and UndefinedBehaviorSanitizer: the whole grid, and wrong calls.
+"""The kernels in C++, built with AddressSanitizer and UndefinedBehaviorSanitizer: most of the grid, and wrong calls.
 
 Whatever a sanitizer finds ends the process, so that the tests which run inside it fail.
 """
@@ -13,6 +13,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 GRID = ("linear", "attention", "pool_norm", "recover_norm", "add_norm")
+# The tests of the kernels in C++ go through every instruction set, stride, mode and dtype on whole rows; the grid adds
+# widths. Left out is what starts processes of its own, or looks at values alone.
+CHOSEN = "(native or cpu and (linear or attention or pool_norm or width))"
+LEFT_OUT = "(a_program or without_bfloat16 or a_row_reads)"
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +27,7 @@ def sanitized(tmp_path_factory):
     shutil.copytree(ROOT / "bindings" / "funnel_native", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     configure = [
         "cmake", "-S", ROOT, "-B", folder / "build", "-G", "Ninja", "-DFUNNEL_SANITIZE=ON", "-DCMAKE_BUILD_TYPE=None",
-        "-DCMAKE_CXX_FLAGS=-O1", f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={package}",
+        "-DCMAKE_CXX_FLAGS=-O0", f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={package}",
     ]  # fmt: skip
     for command in (configure, ["cmake", "--build", folder / "build"]):
         subprocess.run(command, check=True, capture_output=True, text=True)
@@ -49,7 +53,9 @@ def run_sanitized(folder: Path, *command: str) -> subprocess.CompletedProcess[st
 def test_the_grid_and_the_wrong_calls(sanitized):
     files = [f"tests/kernels/test_{op}.py" for op in GRID]
     files += sorted(str(path) for path in (ROOT / "tests" / "bindings").glob("test_native_*.py"))
-    done = run_sanitized(sanitized, "-m", "pytest", "-x", "-s", "-p", "no:cacheprovider", "-k", "cpu or native", *files)
+    done = run_sanitized(
+        sanitized, "-m", "pytest", "-x", "-s", "-p", "no:cacheprovider", "-k", f"{CHOSEN} and not {LEFT_OUT}", *files
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert " passed" in done.stdout
 

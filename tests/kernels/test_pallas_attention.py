@@ -40,7 +40,7 @@ def test_agrees_with_the_reference_in_the_plain_interpreter(plain_interpreter, c
     np.testing.assert_allclose(np.asarray(out, np.float32), expected, rtol=tolerance, atol=4 * tolerance)
 
 
-@pytest.mark.parametrize("heads", [(8, 1), (6, 3)], ids=["visits are shared", "heads are shared"])
+@pytest.mark.parametrize("heads", [(2, 1), (2, 2)], ids=["visits are shared", "heads are shared"])
 def test_two_cores_write_every_row_once(interpreted_pallas, monkeypatch, heads):
     monkeypatch.setattr(pallas_calls, "generation", lambda: pallas_calls.GENERATIONS["TPU v4"])
     monkeypatch.setattr(pallas_calls, "INTERPRET", pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2))
@@ -119,11 +119,11 @@ def test_a_visit_survives_its_code():
 def test_keys_outside_the_blocks_that_are_seen_are_never_read(interpreted_pallas, layout, visited):
     case = AttentionCase(layout, heads=2, head_dim=128)
     q, k, v, lo, hi = case.arrays()
-    rows = slice(256, 512)
-    clean = attention(q, k, v, lo, hi, **case.options(), backend="tpu")[rows]
+    attend = jax.jit(lambda k, v: attention(q, k, v, lo, hi, **case.options(), backend="tpu")[256:512])
+    clean = attend(k, v)
     outside = ~np.isin(np.arange(len(k)), visited)[:, None]
     k, v = (np.where(outside, np.float32(np.nan), array) for array in (k, v))
-    np.testing.assert_array_equal(attention(q, k, v, lo, hi, **case.options(), backend="tpu")[rows], clean)
+    np.testing.assert_array_equal(attend(k, v), clean)
 
 
 def shapes(rows, heads, kv_heads, head_dim, dtype=jnp.bfloat16):

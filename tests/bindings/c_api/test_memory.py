@@ -15,6 +15,9 @@ from funnel_engine import Engine, c_host
 class MallInfo(ctypes.Structure):
     """What glibc's mallinfo2 returns."""
 
+    NAMES = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = tuple((name, ctypes.c_size_t) for name in NAMES.split())
+
 
 def in_use(shared: list[Any]) -> np.ndarray:
     """Blocks of Python's allocator, references to shared objects, bytes of malloc."""

@@ -13,6 +13,7 @@ from funnel_engine import HeadConfig, ModelConfig, preset
 from funnel_engine.checkpoints.native import read_checkpoint
 from funnel_engine.sharding import to_device
 from funnel_engine.weights import check_dtype, expected_shapes, random_array
+from funnel_kernels.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,15 +35,25 @@ class Model:
     load: Callable[[Console, str], Mapping[str, Any]]
 
 
-def preset_model(name: str, dtype: str | None) -> Model:
+def preset_model(name: str, dtype: str | None, depth: int | None = None) -> Model:
     """A published architecture with random weights, bidirectional as an encoder is; bfloat16 unless told otherwise.
 
+    Args:
+        depth: keep only so many of its first layers. Default: all.
+
     Raises:
-        ConfigError: no such preset, or a dtype that the engine does not run.
+        ConfigError: no such preset, more layers than it has, or a dtype that the engine does not run.
     """
     dtype = dtype or "bfloat16"
     check_dtype(dtype)
     config, head = dataclasses.replace(preset(name), attention="bidirectional"), HeadConfig()
+    if depth is not None:
+        if not 1 <= depth <= config.num_layers:
+            raise ConfigError(
+                f"a depth of {depth} is not to be had: {name} has {config.num_layers} layers; take from 1 to "
+                f"{config.num_layers}"
+            )
+        config, name = dataclasses.replace(config, layer_types=config.layer_types[:depth]), f"{name}, {depth} layers"
 
     def load(console: Console, backend: str) -> dict[str, Any]:
         generator = np.random.default_rng(0)

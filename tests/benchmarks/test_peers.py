@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from funnel_benchmarks.peers import llama_cpp_peer, onnx_runtime, openvino_peer, sentence_transformers_peer
-from funnel_benchmarks.peers.batches import embedding, make_batches, padded
+from funnel_benchmarks.peers.batches import embedding, in_order, make_batches, padded
 from funnel_benchmarks.peers.peer import Peer
 from funnel_benchmarks.peers.peer_process import not_installed
 from funnel_benchmarks.results import LeftOut
@@ -36,38 +36,41 @@ COUNTING = """
     def make(task):
         calls = []
 
-        def call():
+        def call(batch):
             print("not an answer")
-            calls.append(1)
-            open(task["log"], "w").write(str(len(calls)))
+            calls.append(str(batch))
+            open(task["log"], "w").write("".join(calls))
             if len(calls) == task["fails_at"]:
                 raise ValueError("the last words")
             time.sleep(0.01)
-            return [len(calls), task["number"]]
+            return np.array([[len(calls), sequence, task["number"]] for sequence in task["batches"][batch]])
 
-        return call, np.array, {"version": "1.2"}
+        return call, {"version": "1.2"}
 """
+BATCHES = [[2, 0], [1]]
 
 
 def test_a_peer_computes_only_when_it_is_asked_to(module, tmp_path):
     log = tmp_path / "log"
-    with Peer(module(COUNTING), log=str(log), number=7, fails_at=0) as peer:
+    with Peer(module(COUNTING), log=str(log), number=7, fails_at=0, batches=BATCHES) as peer:
         assert peer.facts == {"version": "1.2"}
-        assert peer.result.tolist() == [2, 7]
-        assert log.read_text() == "2"
-        assert all(peer.sample() >= 0.01 for _ in range(3))
-        assert log.read_text() == "5"
+        assert peer.result.tolist() == [[3, 2, 7], [3, 0, 7], [4, 1, 7]]
+        assert log.read_text() == "0101"  # each batch twice
+        assert all(peer.sample() >= 0.02 for _ in range(2))
+        assert log.read_text() == "01010101"
+        assert peer.sample(1) >= 0.01
+        assert log.read_text()[8:] == "1"
     assert peer.process.returncode is not None
 
 
 def test_a_task_may_be_longer_than_a_command(module):
-    source = "import numpy\ndef make(task): return lambda: len(task['ids']), numpy.array, {}"
-    with Peer(module(source), ids=[262143] * 100_000) as peer:
-        assert peer.result == 100_000
+    source = "import numpy\ndef make(task): return lambda batch: numpy.array([len(task['ids'])]), {}"
+    with Peer(module(source), ids=[262143] * 100_000, batches=[[0]]) as peer:
+        assert peer.result == [100_000]
 
 
 def test_a_peer_that_fails_later_is_an_error_with_its_last_words(module, tmp_path):
-    with Peer(module(COUNTING), log=str(tmp_path / "log"), number=7, fails_at=4) as peer:
+    with Peer(module(COUNTING), log=str(tmp_path / "log"), number=7, fails_at=4, batches=[[0]]) as peer:
         peer.sample()
         for _ in range(2):  # and it stays one
             with pytest.raises(FunnelError, match=r"the peer some_peer failed: (?s:.*)ValueError: the last words$"):
@@ -89,7 +92,7 @@ def test_what_is_not_installed_is_named(module):
 def test_a_peer_ends_with_its_block_whatever_happens(module, tmp_path):
     with (
         pytest.raises(KeyError),
-        Peer(module(COUNTING), log=str(tmp_path / "log"), number=1, fails_at=0) as peer,
+        Peer(module(COUNTING), log=str(tmp_path / "log"), number=1, fails_at=0, batches=[[0]]) as peer,
     ):
         raise KeyError
     assert peer.process.returncode is not None
@@ -115,7 +118,7 @@ def test_a_peer_says_at_once_what_it_needs(module, package, command, monkeypatch
 
 
 def test_batches():
-    assert make_batches(LENGTHS, "equal", 3) == [[0, 1, 2, 3]]
+    assert make_batches(LENGTHS, "unsorted", 9) == [[0, 1, 2, 3]]
     assert make_batches(LENGTHS, "sorted", 3) == [[1, 3, 0], [2]]
     assert make_batches(LENGTHS, "unsorted", 3) == [[0, 1, 2], [3]]
 
@@ -127,17 +130,18 @@ def test_padding_is_at_the_end_and_in_no_mask():
     assert ids.dtype == mask.dtype == np.int64
 
 
-def test_vectors_come_in_the_order_of_the_sequences():
-    task = {"sequences": [[7, 8], [3], [4, 5, 6]], "batches": [[2, 0], [1]]}
+def test_batches_are_embedded_one_by_one():
+    task = {"sequences": [[7, 8], [3], [4, 5, 6]], "batches": BATCHES}
     seen = []
 
     def run(ids, mask):
         seen.append(ids.shape)
         return np.stack([(ids * mask).sum(1), mask.sum(1)], axis=1).astype(np.float32)
 
-    vectors = embedding(task, run)()
-    assert vectors.tolist() == [[15, 2], [3, 1], [15, 3]]
-    assert vectors.dtype == np.float32
+    call = embedding(task, run)
+    rows = np.concatenate([call(batch) for batch in (0, 1)])
+    assert rows.tolist() == [[15, 3], [15, 2], [3, 1]]
+    assert in_order(BATCHES, rows).tolist() == [[15, 2], [3, 1], [15, 3]]
     assert seen == [(2, 3), (1, 1)]
 
 

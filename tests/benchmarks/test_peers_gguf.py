@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from safetensors import numpy as safetensors
 
-from funnel_benchmarks.cpu.sizes import SMALL
 from funnel_benchmarks.peers.checkpoint import tensor_shapes, write_random_model
 from funnel_benchmarks.peers.gguf_file import architecture, metadata, tensor_name, write_gguf
 from funnel_engine import preset
 from funnel_engine.config import Rope
 from funnel_engine.hugging_face_config import read_model_config
 from funnel_kernels.errors import ConfigError
+from tiny_peers import MODELS
 
 GEMMA = dataclasses.replace(preset("gemma-2b"), attention="bidirectional")
 EMBEDDING_GEMMA = preset("embeddinggemma-300m")
@@ -98,7 +98,7 @@ def test_a_file_has_the_weights_as_they_are_and_norms_plus_one(tmp_path, monkeyp
     gguf.GGUFWriter, gguf.GGMLQuantizationType = Writer, SimpleNamespace(BF16="BF16")
     monkeypatch.setitem(sys.modules, "gguf", gguf)
     layers = {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
-    fields = SMALL.models["embeddinggemma-300m"] | layers
+    fields = MODELS["embeddinggemma"] | layers
     write_random_model(tmp_path / "source", fields)
     write_gguf(tmp_path / "source", tmp_path / "model.gguf")
     file, config = Writer.last, read_model_config(fields)

@@ -9,22 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from funnel_benchmarks.cpu.bench import check_same
-from funnel_benchmarks.cpu.sizes import SMALL
 from funnel_benchmarks.peers import hugging_face, sentence_transformers_peer, torch_graph
-from funnel_benchmarks.peers.batches import make_batches, padded
+from funnel_benchmarks.peers.batches import in_order, make_batches, padded
 from funnel_benchmarks.peers.checkpoint import write_random_model
 from funnel_benchmarks.peers.peer import Peer
 from funnel_benchmarks.peers.sentence_model import text_of, write_sentence_model
+from funnel_benchmarks.peers.suite import check_same
 from funnel_benchmarks.results import LeftOut
 from funnel_engine import Engine, FunnelError, convert
+from tiny_peers import MODELS
 
-# EmbeddingGemma sees 4 tokens to each side, but for one layer, so that these lengths meet the window's edge.
-MODELS = {
-    "gemma": SMALL.models["gemma-2b x 4"],
-    "embeddinggemma": SMALL.models["embeddinggemma-300m"]
-    | {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
-}
 LENGTHS = np.array([5, 17, 2, 9], np.int32)
 NEAR = 5  # tokens that all see each other
 
@@ -58,37 +52,48 @@ def random_sequences(lengths):
     return [generator.integers(0, 128, length).tolist() for length in lengths]
 
 
-def make_task(source, lengths, order, attention="sdpa"):
+def make_task(source, lengths, order):
     """What `hugging_face.make` takes, and the random sequences that it embeds."""
     sequences = random_sequences(lengths)
-    task = {"checkpoint": str(source), "mode": "eager", "attention": attention, "cores": 1}
-    return task | {"batches": make_batches(lengths, order, 3), "sequences": sequences}, sequences
+    batches = make_batches(np.asarray(lengths), order, 3)
+    task = {"checkpoint": str(source), "mode": "eager", "cores": 1, "batches": batches, "sequences": sequences}
+    return task, sequences
+
+
+def embedded(module, task):
+    """All vectors of a peer, in the order of the sequences, and its facts."""
+    call, facts = module.make(task)
+    rows = np.concatenate([call(batch) for batch in range(len(task["batches"]))])
+    assert rows.dtype == np.float32
+    return in_order(task["batches"], rows), facts
 
 
 @pytest.mark.parametrize(
-    ("lengths", "order", "attention"),
+    ("lengths", "order", "without_mask"),
     [
-        (LENGTHS, "sorted", "sdpa"),
-        (LENGTHS, "unsorted", "sdpa"),
-        (np.full(3, 12), "equal", "sdpa"),
-        (np.full(7, NEAR), "equal", hugging_face.WITHOUT_MASK),
+        (LENGTHS, "sorted", ()),
+        (LENGTHS, "unsorted", ()),
+        ([12] * 3, "sorted", ("gemma",)),
+        ([NEAR] * 7, "sorted", MODELS),
     ],
 )
-def test_hugging_face_computes_what_the_engine_does(model, engine, lengths, order, attention):
+def test_hugging_face_computes_what_the_engine_does(request, model, engine, lengths, order, without_mask):
     source, _ = model
-    task, sequences = make_task(source, lengths, order, attention)
-    call, to_array, facts = hugging_face.make(task)
-    assert set(facts) == {"torch", "transformers", "dtype", "threads"}
-    assert check_same(engine.embed(sequences, normalize=False), to_array(call()), 0.02) > 0
+    task, sequences = make_task(source, lengths, order)
+    theirs, facts = embedded(hugging_face, task)
+    assert set(facts) == {"torch", "transformers", "dtype", "attention", "threads"}
+    masked = request.node.callspec.params["model"] not in without_mask
+    assert facts["attention"] == ("sdpa" if masked else hugging_face.WITHOUT_MASK)
+    assert 0 < check_same(engine.embed(sequences, normalize=False), theirs) < 0.02
 
 
 def test_another_attention_is_seen(model):
     source, folder = model
     task, sequences = make_task(source, LENGTHS, "sorted")
-    call, to_array, _ = hugging_face.make(task)
+    theirs, _ = embedded(hugging_face, task)
     causal = load(folder, attention="causal")
-    with pytest.raises(FunnelError, match="computes something else"):
-        check_same(causal.embed(sequences, normalize=False), to_array(call()), 0.05)
+    with pytest.raises(FunnelError, match=r"differ by [01]\.\d+ of their size, where 0\.05 may be: .* something else"):
+        check_same(causal.embed(sequences, normalize=False), theirs)
 
 
 def test_the_graph_computes_what_hugging_face_does(model):
@@ -96,12 +101,12 @@ def test_the_graph_computes_what_hugging_face_does(model):
     source, _ = model
     graph = torch_graph.export({"checkpoint": str(source), "sequences": random_sequences([3, 40])}).module()
     for lengths in (LENGTHS, np.array([40]), np.array([1])):
-        task, sequences = make_task(source, lengths, "equal")
+        task, sequences = make_task(source, lengths, "unsorted")
         with torch.no_grad():
             vectors = graph(*map(torch.from_numpy, padded(sequences))).numpy()
         assert vectors.dtype == np.float32
-        call, to_array, _ = hugging_face.make(task)
-        assert check_same(vectors, to_array(call()), 0.02) > 0
+        theirs, _ = embedded(hugging_face, task)
+        assert 0 < check_same(vectors, theirs) < 0.02
 
 
 def test_looked_up_angles_are_those_of_the_model(model):
@@ -135,11 +140,11 @@ def test_sentence_transformers_computes_what_the_engine_does(tmp_path):
     convert(tmp_path / "source", tmp_path / "converted")
     engine, sequences = load(tmp_path), random_sequences([*LENGTHS, 30, 1])
     task = {"checkpoint": str(tmp_path / "source"), "sequences": sequences, "cores": 1}
-    call, to_array, facts = sentence_transformers_peer.make(task | {"batches": [[0, 1, 2], [3, 4, 5]]})
+    theirs, facts = embedded(sentence_transformers_peer, task | {"batches": [[5, 1, 2], [3, 4, 0]]})
     assert facts["dtype"] == "bfloat16"
     assert "pooling mean, 2 dense layers" in engine.describe()
     ours = engine.embed(sequences)
-    assert check_same(ours, to_array(call()), 0.03) > 0
+    assert 0 < check_same(ours, theirs) < 0.03
     np.testing.assert_array_equal(engine.embed([text_of(ids) for ids in sequences]), ours)
 
 
@@ -166,8 +171,19 @@ def test_a_sentence_model_needs_its_library(tmp_path, monkeypatch):
 @pytest.mark.parametrize("mode", ["compiled", "frozen"])
 def test_compiled_models_are_the_same(mode, tmp_path):
     write_random_model(tmp_path / "source", MODELS["gemma"] | {"num_hidden_layers": 1})
-    lengths = np.array([7, 4, 5])
-    task, _ = make_task(tmp_path / "source", lengths, "sorted")
-    call, to_array, _ = hugging_face.make(task)
+    task, _ = make_task(tmp_path / "source", [7, 4, 5], "sorted")
+    call, _ = hugging_face.make(task)
     with Peer(hugging_face, **task | {"mode": mode}) as compiled:
-        assert check_same(compiled.result, to_array(call()), 0.02) > 0  # rounded in other places
+        assert 0 < check_same(compiled.result, call(0)) < 0.02  # rounded in other places
+
+
+def test_what_differs_in_shape_is_something_else():
+    with pytest.raises(FunnelError, match=r"the peer's result is \(2, 3\) where ours is \(2, 4\)"):
+        check_same(np.ones((2, 4)), np.ones((2, 3)))
+    with pytest.raises(FunnelError, match="differ by nan"):
+        check_same(np.full((1, 2), np.nan), np.ones((1, 2)))
+
+
+def test_many_shapes_are_compiled_together():
+    sequences = random_sequences([3, 5, 3, 7])
+    assert hugging_face.shapes({"sequences": sequences, "batches": [[0, 1], [2], [3]]}) == {(2, 5), (1, 3), (1, 7)}

@@ -1,6 +1,6 @@
 """What else embeds with the same weights: encoders that the engine is measured against, each in a process of its own.
 
-A peer is a module with `make(task) -> (call, to_array, facts)`; `peer.Peer` runs it in another process, which computes
+A peer is a module with `make(task) -> (call, facts)`; `peer.Peer` runs it in another process, which computes
 only when it is asked to, so that ours and the peer's calls can alternate. `checkpoint.py` writes the weights.
 
 | module | what computes | in |
@@ -12,7 +12,7 @@ only when it is asked to, so that ours and the peer's calls can alternate. `chec
 | `llama_cpp_peer` | llama.cpp on a GGUF file (`gguf_file.py`) | bfloat16 |
 
 Their task is the same: `checkpoint`, a folder that `checkpoint.py` has written; `sequences`, lists of token ids;
-`batches`, for each batch the numbers of its sequences; `cores`, how many threads may compute. `call()` embeds all
-sequences and returns [B, D] float32. A row is the mean of a sequence's last hidden states; of a sentence model it is
-what the model's own heads make of that.
+`batches`, for each batch the numbers of its sequences; `cores`, how many threads may compute. `call(i)` embeds the
+sequences of batch `i` and returns a float32 row for each. A row is the mean of a sequence's last hidden states; of a
+sentence model it is what the model's own heads make of that.
 """

@@ -5,19 +5,24 @@ from typing import Any
 
 import numpy as np
 
+ORDERS = ("sorted", "unsorted")
+
 
 def make_batches(lengths: np.ndarray, order: str, size: int) -> list[list[int]]:
-    """The numbers of the sequences in each padded batch.
+    """The numbers of the sequences in each batch of at most `size`.
 
     Args:
         lengths: [B], in tokens.
-        order: "equal" makes one batch; "sorted" has batches of `size`, longest sequences first, as
-            sentence-transformers makes them; "unsorted" takes them as they come.
+        order: "sorted" takes the longest sequences first, as sentence-transformers does, "unsorted" takes them as they
+            come.
     """
-    if order == "equal":
-        return [list(range(len(lengths)))]
     numbers = np.argsort(-lengths, kind="stable") if order == "sorted" else np.arange(len(lengths))
     return [numbers[start : start + size].tolist() for start in range(0, len(numbers), size)]
+
+
+def in_order(batches: list[list[int]], rows: np.ndarray) -> np.ndarray:
+    """The rows [B, D] of batch after batch, in the order of their sequences."""
+    return rows[np.argsort(np.concatenate(batches))]
 
 
 def padded(sequences: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -30,21 +35,11 @@ def padded(sequences: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
     return ids, mask
 
 
-def embedding(task: dict[str, Any], run: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Callable[[], np.ndarray]:
-    """The call that embeds the task's sequences batch by batch, padded beforehand.
+def embedding(task: dict[str, Any], run: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Callable[[int], np.ndarray]:
+    """The call that embeds one of the task's batches, all padded beforehand.
 
     Args:
         run: takes ids and mask of a batch, and returns a float32 row for each sequence.
     """
-    sequences = task["sequences"]
-    batches = [(numbers, *padded([sequences[number] for number in numbers])) for numbers in task["batches"]]
-
-    def embed() -> np.ndarray:
-        """[B, D], in the order of the sequences."""
-        parts = [(numbers, run(ids, mask)) for numbers, ids, mask in batches]
-        vectors = np.empty((len(sequences), parts[0][1].shape[1]), np.float32)
-        for numbers, rows in parts:
-            vectors[numbers] = rows
-        return vectors
-
-    return embed
+    batches = [padded([task["sequences"][number] for number in numbers]) for numbers in task["batches"]]
+    return lambda part: run(*batches[part])

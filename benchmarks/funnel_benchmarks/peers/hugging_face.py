@@ -13,28 +13,30 @@ import numpy as np
 from funnel_benchmarks.accelerator.hugging_face import ATTENTIONS, attention_without_mask
 from funnel_benchmarks.peers.batches import embedding
 
-WITHOUT_MASK = ATTENTIONS[0]  # for sequences of equal length, no longer than a model's window reaches
+WITHOUT_MASK = ATTENTIONS[0]
 # "frozen": compiled with weights that are constants, which PyTorch packs for oneDNN.
-MODES = ("compiled", "frozen", "eager")
+MODES = ("eager", "compiled", "frozen")
+FEW_SHAPES = 4  # of batches; each is compiled by itself, and more of them together, with sizes left open
 
 
-def make(task: dict[str, Any]) -> tuple[Callable[[], np.ndarray], Callable[[Any], np.ndarray], dict[str, Any]]:
-    """The call that embeds the task's sequences, [B, D] float32.
+def make(task: dict[str, Any]) -> tuple[Callable[[int], np.ndarray], dict[str, Any]]:
+    """The call that embeds one of the task's batches, [count, D] float32.
 
     Args:
-        task: as all peers have it (see the package), and `mode`, one of `MODES`; `attention`, "sdpa" or `WITHOUT_MASK`.
-            OMP_NUM_THREADS, where it is set, stands for `cores`.
+        task: as all peers have it (see the package), and `mode`, one of `MODES`. OMP_NUM_THREADS, where it is set,
+            stands for `cores`.
     """
     torch: Any = importlib.import_module("torch")
     transformers: Any = importlib.import_module("transformers")
     use_cores(torch, task["cores"])
     transformers.AttentionInterface.register(WITHOUT_MASK, attention_without_mask)
-    model = load_model(task["checkpoint"], torch.bfloat16, task["attention"])
+    attention = fastest_attention(task)
+    model = load_model(task["checkpoint"], torch.bfloat16, attention)
     if task["mode"] == "frozen":
         inductor: Any = importlib.import_module("torch._inductor.config")
         inductor.freezing = True
     if task["mode"] != "eager":
-        model = torch.compile(model, dynamic=False)
+        model = torch.compile(model, dynamic=len(shapes(task)) > FEW_SHAPES)
 
     def run(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
         with torch.no_grad():
@@ -48,9 +50,26 @@ def make(task: dict[str, Any]) -> tuple[Callable[[], np.ndarray], Callable[[Any]
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "dtype": "bfloat16",
+        "attention": attention,
         "threads": torch.get_num_threads(),
     }
-    return embedding(task, run), np.asarray, facts
+    return embedding(task, run), facts
+
+
+def shapes(task: dict[str, Any]) -> set[tuple[int, int]]:
+    """Sequences and longest sequence of each batch."""
+    lengths = [[len(task["sequences"][number]) for number in numbers] for numbers in task["batches"]]
+    return {(len(batch), max(batch)) for batch in lengths}
+
+
+def fastest_attention(task: dict[str, Any]) -> str:
+    """Without a mask, where every batch has sequences of one length, and each token sees all of its own."""
+    transformers: Any = importlib.import_module("transformers")
+    window = getattr(transformers.AutoConfig.from_pretrained(task["checkpoint"]), "sliding_window", None)
+    lengths = [{len(task["sequences"][number]) for number in numbers} for numbers in task["batches"]]
+    equal = all(len(batch) == 1 for batch in lengths)
+    in_sight = window is None or max(map(max, lengths)) <= window  # of transformers: the least distance too far
+    return WITHOUT_MASK if equal and in_sight else "sdpa"
 
 
 def use_cores(torch: Any, cores: int) -> None:

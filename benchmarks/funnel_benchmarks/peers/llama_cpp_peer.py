@@ -16,8 +16,8 @@ from funnel_benchmarks.peers.gguf_file import write_gguf
 from funnel_kernels.errors import InputError
 
 
-def make(task: dict[str, Any]) -> tuple[Callable[[], np.ndarray], Callable[[Any], np.ndarray], dict[str, Any]]:
-    """The call that embeds the task's sequences, [B, D] float32; the task is as all peers have it (see the package).
+def make(task: dict[str, Any]) -> tuple[Callable[[int], np.ndarray], dict[str, Any]]:
+    """The call that embeds one of the task's batches, [count, D] float32; see the package about the task.
 
     Raises:
         ConfigError: llama.cpp has no such encoder.
@@ -37,20 +37,17 @@ def make(task: dict[str, Any]) -> tuple[Callable[[], np.ndarray], Callable[[Any]
     context = make_context(library, model, batches, task["cores"])
     width, memory = library.llama_model_n_embd(model), library.llama_get_memory(context)
 
-    def embed() -> np.ndarray:
-        vectors = np.empty((len(sequences), width), np.float32)
-        for numbers, batch in batches:
-            if memory:  # "gemma" keeps keys and values, as a decoder does
-                library.llama_memory_clear(memory, False)
-            if status := library.llama_decode(context, batch):
-                raise InputError(f"llama.cpp answers a batch of {batch.n_tokens} tokens with status {status}")
-            for place, number in enumerate(numbers):
-                row = library.llama_get_embeddings_seq(context, place)
-                vectors[number] = np.ctypeslib.as_array(row, (width,))
-        return vectors
+    def embed(part: int) -> np.ndarray:
+        numbers, batch = batches[part]
+        if memory:  # "gemma" keeps keys and values, as a decoder does
+            library.llama_memory_clear(memory, False)
+        if status := library.llama_decode(context, batch):
+            raise InputError(f"llama.cpp answers a batch of {batch.n_tokens} tokens with status {status}")
+        rows = [library.llama_get_embeddings_seq(context, place) for place in range(len(numbers))]
+        return np.stack([np.ctypeslib.as_array(row, (width,)) for row in rows])  # copies: the next call reuses them
 
     version = library.__version__
-    return embed, np.asarray, {"llama-cpp-python": version, "dtype": "bfloat16", "threads": task["cores"]}
+    return embed, {"llama-cpp-python": version, "dtype": "bfloat16", "threads": task["cores"]}
 
 
 def make_batch(library: Any, sequences: list[list[int]]) -> Any:

@@ -18,8 +18,8 @@ from funnel_benchmarks.peers.batches import embedding
 DTYPE = "float32"
 
 
-def make(task: dict[str, Any]) -> tuple[Callable[[], np.ndarray], Callable[[Any], np.ndarray], dict[str, Any]]:
-    """The call that embeds the task's sequences, [B, D] float32; the task is as all peers have it (see the package)."""
+def make(task: dict[str, Any]) -> tuple[Callable[[int], np.ndarray], dict[str, Any]]:
+    """The call that embeds one of the task's batches, [count, D] float32; see the package about the task."""
     torch, onnxruntime, _ = map(importlib.import_module, ("torch", "onnxruntime", "onnxscript"))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = task["cores"]
@@ -34,4 +34,4 @@ def make(task: dict[str, Any]) -> tuple[Callable[[], np.ndarray], Callable[[Any]
         return session.run(None, {"ids": ids, "mask": mask})[0]
 
     facts = {"onnxruntime": onnxruntime.__version__, "torch": torch.__version__, "dtype": DTYPE}
-    return embedding(task, run), np.asarray, facts | {"threads": options.intra_op_num_threads}
+    return embedding(task, run), facts | {"threads": options.intra_op_num_threads}

@@ -12,8 +12,8 @@ from funnel_benchmarks.peers.batches import embedding
 DTYPE = "bf16"  # OpenVINO's name; where a CPU has no products in it, `facts` say what it takes instead
 
 
-def make(task: dict[str, Any]) -> tuple[Callable[[], np.ndarray], Callable[[Any], np.ndarray], dict[str, Any]]:
-    """The call that embeds the task's sequences, [B, D] float32; the task is as all peers have it (see the package)."""
+def make(task: dict[str, Any]) -> tuple[Callable[[int], np.ndarray], dict[str, Any]]:
+    """The call that embeds one of the task's batches, [count, D] float32; see the package about the task."""
     openvino: Any = importlib.import_module("openvino")
     options = {"INFERENCE_PRECISION_HINT": DTYPE, "INFERENCE_NUM_THREADS": task["cores"], "PERFORMANCE_HINT": "LATENCY"}
     model = openvino.convert_model(torch_graph.export(task))
@@ -28,4 +28,4 @@ def make(task: dict[str, Any]) -> tuple[Callable[[], np.ndarray], Callable[[Any]
         "dtype": compiled.get_property("INFERENCE_PRECISION_HINT").to_string(),
         "threads": compiled.get_property("INFERENCE_NUM_THREADS"),
     }
-    return embedding(task, run), np.asarray, facts
+    return embedding(task, run), facts

@@ -21,11 +21,11 @@ class Peer:
 
     Attributes:
         facts: what the module says about itself, e.g. versions.
-        result: what the peer's call returned.
+        result: the rows of all batches, one after another, [B, D].
     """
 
     def __init__(self, module: ModuleType, **task: Any):
-        """Args: `task` is plain JSON, and means what the module says."""
+        """Args: `task` is plain JSON with `batches`, and means what the module says."""
         self.module, self.task = module.__name__, task
 
     def __enter__(self) -> "Peer":
@@ -55,9 +55,9 @@ class Peer:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def sample(self) -> float:
-        """Seconds of one call. Raises `FunnelError` if the peer failed."""
-        self.ask("")
+    def sample(self, batch: int | None = None) -> float:
+        """Seconds of one batch, by default of all, one after another. Raises `FunnelError` if the peer failed."""
+        self.ask(json.dumps([batch] if batch is not None else list(range(len(self.task["batches"])))))
         return float(self.answer())
 
     def ask(self, line: str) -> None:

@@ -1,9 +1,9 @@
 """The other process of a `Peer`: `python -m funnel_benchmarks.peers.peer_process MODULE RESULT`.
 
-MODULE has `make(task) -> (call, to_array, facts)`; the first line of the input is the task as JSON. `call` runs twice,
-which compiles it, and `to_array` of what it returned is saved as RESULT. The first line of the output is then `facts`
-as JSON, or `left_out`, what is not installed. Every further line of the input asks for one more call, and is answered
-with its seconds.
+MODULE has `make(task) -> (call, facts)`; the first line of the input is the task as JSON. `call(i)` computes the rows
+[count, D] of batch `i` of `task["batches"]`. Each batch runs twice, which compiles it, and the rows of all, batch after
+batch, are saved as RESULT. The first line of the output is then `facts` as JSON, or `left_out`, what is not installed.
+Every further line of the input is a JSON list of batches to compute, and is answered with the seconds that they took.
 
 This file imports nothing that computes: what runs here is the peer alone.
 """
@@ -24,17 +24,21 @@ def main() -> None:
     module, result_file = sys.argv[1:]
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print is no answer
+    task = json.loads(sys.stdin.readline())
     try:
-        call, to_array, facts = importlib.import_module(module).make(json.loads(sys.stdin.readline()))
+        call, facts = importlib.import_module(module).make(task)
     except ModuleNotFoundError as error:
         print(json.dumps({"left_out": not_installed(error)}), file=answers)
         return
-    call()
-    np.save(result_file, to_array(call()))
+    for part in range(len(task["batches"])):
+        call(part)
+    np.save(result_file, np.concatenate([call(part) for part in range(len(task["batches"]))]))
     print(json.dumps(facts), file=answers)
-    for _ in sys.stdin:
+    for line in sys.stdin:
+        parts = json.loads(line)
         start = time.perf_counter()
-        call()
+        for part in parts:
+            call(part)
         print(time.perf_counter() - start, file=answers)
 
 

@@ -27,10 +27,11 @@ def write_sentence_model(directory: Path, fields: Fields) -> None:
         LeftOut: sentence-transformers is not installed.
     """
     try:
-        torch, library = map(importlib.import_module, ("torch", "sentence_transformers"))
+        torch, transformers, library = map(importlib.import_module, ("torch", "transformers", "sentence_transformers"))
         modules: Any = importlib.import_module("sentence_transformers.sentence_transformer.modules")
     except ModuleNotFoundError as error:
         raise LeftOut(not_installed(error)) from None
+    transformers.utils.logging.disable_progress_bar()  # of loading and saving, which takes no time here
     width = fields["hidden_size"]
     with tempfile.TemporaryDirectory() as folder:
         encoder = Path(folder) / "encoder"

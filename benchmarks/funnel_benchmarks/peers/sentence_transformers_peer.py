@@ -1,6 +1,6 @@
 """sentence-transformers as a peer, in bfloat16: `encode`, from texts to vectors on the host, as its users call it.
 
-It makes batches by itself, longest texts first, each padded. Its tokenizer's part is small, a look-up for each word.
+A batch is padded there. Its tokenizer's part is small, a look-up for each word.
 """
 
 import importlib
@@ -13,18 +13,17 @@ from funnel_benchmarks.peers.hugging_face import use_cores
 from funnel_benchmarks.peers.sentence_model import text_of
 
 
-def make(task: dict[str, Any]) -> tuple[Callable[[], np.ndarray], Callable[[Any], np.ndarray], dict[str, Any]]:
-    """The call that embeds the task's sequences, [B, D] float32, of length 1 after the model's heads.
+def make(task: dict[str, Any]) -> tuple[Callable[[int], np.ndarray], dict[str, Any]]:
+    """The call that embeds one of the task's batches, [count, D] float32, of length 1 after the model's heads.
 
     Args:
-        task: as all peers have it (see the package); `checkpoint` is a folder of `write_sentence_model`, and the
-            largest of `batches` says how many texts a batch has. OMP_NUM_THREADS, where it is set, stands for `cores`.
+        task: as all peers have it (see the package); `checkpoint` is a folder of `write_sentence_model`.
+            OMP_NUM_THREADS, where it is set, stands for `cores`.
     """
     torch, transformers, library = map(importlib.import_module, ("torch", "transformers", "sentence_transformers"))
     use_cores(torch, task["cores"])
     model = library.SentenceTransformer(task["checkpoint"], device="cpu", model_kwargs={"dtype": torch.bfloat16})
-    texts = [text_of(ids) for ids in task["sequences"]]
-    size = max(map(len, task["batches"]))
+    batches = [[text_of(task["sequences"][number]) for number in numbers] for numbers in task["batches"]]
     facts = {
         "sentence-transformers": library.__version__,
         "torch": torch.__version__,
@@ -32,4 +31,10 @@ def make(task: dict[str, Any]) -> tuple[Callable[[], np.ndarray], Callable[[Any]
         "dtype": "bfloat16",
         "threads": torch.get_num_threads(),
     }
-    return lambda: model.encode(texts, batch_size=size, show_progress_bar=False), np.asarray, facts
+
+    def embed(part: int) -> np.ndarray:
+        texts = batches[part]
+        rows: np.ndarray = model.encode(texts, batch_size=len(texts), show_progress_bar=False)
+        return rows
+
+    return embed, facts

@@ -36,8 +36,8 @@ def operands(task: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     return x, weight
 
 
-def make(task: dict[str, Any]) -> tuple[Callable[[], np.ndarray], Callable[[Any], np.ndarray], dict[str, Any]]:
-    """The call, which returns `x @ weight.T`, [rows, out] float32.
+def make(task: dict[str, Any]) -> tuple[Callable[[int], np.ndarray], dict[str, Any]]:
+    """The call, which returns `x @ weight.T`, [rows, out] float32, whatever batch it is asked for.
 
     Args:
         task: `rows`, `in` and `out` features, and `dtype` of both operands.
@@ -59,14 +59,14 @@ def make(task: dict[str, Any]) -> tuple[Callable[[], np.ndarray], Callable[[Any]
     onednn.runner(reorder, {SOURCE: unpacked, DESTINATION: memories[WEIGHTS]})()
     run, result = onednn.runner(plan, memories), onednn.view(memories[DESTINATION], out, (len(x), len(weight)))
 
-    def product() -> np.ndarray:
+    def product(batch: int) -> np.ndarray:
         run()
         return result
 
     name = ctypes.c_char_p()
     onednn.check(onednn.call("primitive_desc_query", plan, IMPLEMENTATION, 0, ctypes.byref(name)))
     assert name.value is not None
-    return product, np.asarray, {"implementation": name.value.decode(), "result": "float32"}
+    return product, {"implementation": name.value.decode()}
 
 
 class OneDNN:

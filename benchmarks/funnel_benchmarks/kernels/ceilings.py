@@ -1,0 +1,89 @@
+"""What this machine can do at best: a large matrix product, and a copy of memory that no cache holds.
+
+On a CPU the product is oneDNN's own, where our kernels have it, with a packed weight, in a process of its own that
+sleeps meanwhile; the copy is NumPy's into memory that is there already, by as many threads as there are cores.
+Elsewhere both are XLA's.
+"""
+
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import funnel_native
+from funnel_benchmarks.kernels import onednn_product
+from funnel_benchmarks.machine import usable_cores
+from funnel_benchmarks.measure import Sample, sampler
+from funnel_benchmarks.peers.peer import Peer
+
+HOST_PRODUCT = {"rows": 1024, "in": 2048, "out": 16384}
+HOST_SIDE, DEVICE_SIDE = 2048, 8192  # of both factors of XLA's product
+HOST_BYTES, DEVICE_BYTES = 2**28, 2**31  # that are copied
+SAMPLE_SECONDS = 0.02
+
+
+class Ceiling(NamedTuple):
+    """Something that is done as fast as it can be.
+
+    Attributes:
+        name: "product" or "copy".
+        work: floating-point operations of a call, or bytes that it reads and writes.
+        about: what it is, in words.
+        sample: measures the seconds of a call.
+    """
+
+    name: str
+    work: int
+    about: str
+    sample: Sample
+
+
+@contextmanager
+def ceilings(dtype: str) -> Iterator[tuple[Ceiling, Ceiling]]:
+    """The product in a dtype, and the copy, as long as the block lasts."""
+    host = jax.default_backend() == "cpu"
+    with ExitStack() as stack:
+        if host and funnel_native.problem() is None:
+            product = stack.enter_context(onednn(dtype))
+        else:
+            product = xla_product(dtype, HOST_SIDE if host else DEVICE_SIDE)
+        yield product, stack.enter_context(host_copy(HOST_BYTES)) if host else xla_copy(DEVICE_BYTES)
+
+
+@contextmanager
+def onednn(dtype: str) -> Iterator[Ceiling]:
+    sizes = list(HOST_PRODUCT.values())
+    with Peer(onednn_product, **HOST_PRODUCT, dtype=dtype, batches=[[0]]) as peer:
+        about = f"{' x '.join(map(str, sizes))}, {dtype}, oneDNN ({peer.facts['implementation']})"
+        yield Ceiling("product", 2 * math.prod(sizes), about, peer.sample)
+
+
+@contextmanager
+def host_copy(size: int) -> Iterator[Ceiling]:
+    threads = usable_cores()
+    source = np.random.default_rng(0).integers(0, 256, size, np.uint8)
+    pairs = list(zip(np.array_split(np.empty_like(source), threads), np.array_split(source, threads), strict=True))
+    with ThreadPoolExecutor(threads) as pool:
+
+        def copy() -> None:
+            list(pool.map(np.copyto, *zip(*pairs, strict=True)))
+
+        about = f"{size / 1e9:.2g} GB by {threads} threads"
+        yield Ceiling("copy", 2 * size, about, sampler(copy, SAMPLE_SECONDS))
+
+
+def xla_product(dtype: str, side: int) -> Ceiling:
+    a, b = (jax.random.normal(jax.random.key(stream), (side, side), dtype) for stream in range(2))
+    product = jax.jit(jnp.matmul)
+    about = f"{side} x {side} x {side}, {dtype}, XLA"
+    return Ceiling("product", 2 * side**3, about, sampler(lambda: product(a, b), SAMPLE_SECONDS))
+
+
+def xla_copy(size: int) -> Ceiling:
+    x, copy = jnp.arange(size // 4, dtype=jnp.int32), jax.jit(jnp.copy)  # a result may not be an argument: it is copied
+    return Ceiling("copy", 2 * size, f"{size / 1e9:.2g} GB, XLA", sampler(lambda: copy(x), SAMPLE_SECONDS))

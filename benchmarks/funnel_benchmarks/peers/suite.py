@@ -1,0 +1,254 @@
+"""The peers suite: `Engine.embed` against other engines with the same weights and token ids.
+
+Each peer sleeps in a process of its own until it is asked for a call, so ours and its calls alternate, A B B A. Before
+anything is timed both results are compared: a peer that computes something else is no peer. Both begin with token ids
+on the host (sentence-transformers with texts, and then so does ours) and end with vectors on the host.
+
+There are two scenarios: "batch" embeds all sequences in one call of ours, and in the peer's batches; "one" embeds one
+sequence after another, whose latencies are the samples.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from funnel_benchmarks.machine import usable_cores
+from funnel_benchmarks.measure import Call, Sample, compiling_nothing, sampler, spread
+from funnel_benchmarks.peers import (
+    hugging_face,
+    llama_cpp_peer,
+    onnx_runtime,
+    openvino_peer,
+    sentence_transformers_peer,
+)
+from funnel_benchmarks.peers.batches import in_order, make_batches
+from funnel_benchmarks.peers.checkpoint import ARCHITECTURES, DTYPE, write_random_model
+from funnel_benchmarks.peers.peer import Peer
+from funnel_benchmarks.peers.sentence_model import text_of, write_sentence_model
+from funnel_benchmarks.results import Cell, Row
+from funnel_benchmarks.statistics import interleave, quartiles
+from funnel_engine import Engine, FunnelConfig, ModelConfig, convert
+from funnel_engine.flops import forward_flops
+from funnel_engine.hugging_face_config import read_model_config
+from funnel_engine.packing import Ints
+from funnel_engine.presets import PRESETS, Fields
+from funnel_kernels import dispatch
+from funnel_kernels.errors import ConfigError, FunnelError, InputError
+
+PEERS: dict[str, tuple[ModuleType, Row]] = {
+    **{f"hugging-face-{mode}": (hugging_face, {"mode": mode}) for mode in hugging_face.MODES},
+    "sentence-transformers": (sentence_transformers_peer, {}),
+    "onnx-runtime": (onnx_runtime, {}),
+    "openvino": (openvino_peer, {}),
+    "llama-cpp": (llama_cpp_peer, {}),
+}
+SCENARIOS = ("batch", "one")
+SEED = 0
+VOCABULARY = 2048  # ids are only looked up: how many there are has no part in what is timed
+# Relative, between two vectors: rounding in other places makes 0.02, causal attention instead of bidirectional 0.7.
+TOLERANCE = 0.05
+
+
+def model_fields(preset: str, depth: int | None) -> Fields:
+    """The `config.json` of a bidirectional model of a preset's shape, whole or only its first `depth` layers.
+
+    Raises:
+        ConfigError: no such preset, one that the peers have no bidirectional encoder for, or more layers than it has.
+    """
+    able = [name for name, fields in PRESETS.items() if fields["model_type"] in ARCHITECTURES]
+    if preset not in able:
+        raise ConfigError(f"preset {preset!r} has no peers: there are some for {', '.join(able)}; take one of these")
+    fields = PRESETS[preset] | {"use_bidirectional_attention": True, "vocab_size": VOCABULARY}
+    if depth is None:
+        return fields
+    layers = fields["num_hidden_layers"]
+    if not 1 <= depth <= layers:
+        raise ConfigError(f"a depth of {depth} is not to be had: {preset} has {layers} layers; take from 1 to {layers}")
+    kinds = {"layer_types": fields["layer_types"][:depth]} if "layer_types" in fields else {}
+    return fields | {"num_hidden_layers": depth} | kinds
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Suite:
+    """What is measured: a cell for every batch of sequences, scenario and peer.
+
+    Attributes:
+        fields: of the model's `config.json`.
+        lengths: tokens of each sequence [B], by name.
+        peers, scenarios: names in `PEERS` and `SCENARIOS`.
+        order, batch_size: of the peers' batches, see `make_batches`.
+        repeats: how often A B B A is run; each sequence by itself counts as one run.
+        folder: for checkpoints; it is the caller's to remove.
+        engines: by the folder of their weights.
+
+    Raises:
+        BackendUnavailable: there is no such backend.
+        InputError: a sequence that is longer than the model was made for.
+    """
+
+    fields: Fields
+    lengths: Mapping[str, Ints]
+    peers: tuple[str, ...]
+    scenarios: tuple[str, ...]
+    order: str
+    batch_size: int
+    repeats: int
+    backend: str
+    folder: Path
+    engines: dict[Path, Engine] = dataclasses.field(default_factory=dict)
+
+    dtype = DTYPE
+
+    def __post_init__(self) -> None:
+        dispatch.check_backend(self.backend)
+        longest, limit = max(int(lengths.max()) for lengths in self.lengths.values()), self.config.max_positions
+        if longest > limit:
+            raise InputError(
+                f"the longest sequence has {longest} tokens, and the model was made for {limit}; take shorter sequences"
+            )
+
+    @property
+    def config(self) -> ModelConfig:
+        return read_model_config(self.fields)
+
+    def options(self) -> Row:
+        """Everything that a cell depends on beside its own name, as the head of a result file."""
+        return {
+            "dtype": self.dtype,
+            "lengths": {name: length_facts(lengths) for name, lengths in self.lengths.items()},
+            "order": self.order,
+            "batch_size": self.batch_size,
+            "repeats": self.repeats,
+            "backend": self.backend,
+            "seed": SEED,
+        }
+
+    def source(self, peer: str) -> Path:
+        """The folder that a peer reads, made when first asked for."""
+        sentence = peer == "sentence-transformers"
+        folder = self.folder / ("sentence" if sentence else "encoder")
+        if not folder.exists():
+            (write_sentence_model if sentence else write_random_model)(folder, self.fields)
+        return folder
+
+    def engine(self, source: Path) -> Engine:
+        """Ours with the weights of a source, made when first asked for."""
+        if source not in self.engines:
+            converted = source.with_name(f"{source.name} converted")
+            convert(source, converted)
+            self.engines[source] = Engine.load(converted, backend=self.backend)
+        return self.engines[source]
+
+
+def cells(suite: Suite) -> Iterator[Cell]:
+    """The cells of a suite. A row has, beside what `Results` puts there:
+
+    peer, scenario, lengths     names
+    sequences, tokens           of all
+    facts                       what the peer says about itself, e.g. versions
+    difference                  of two vectors, the largest, relative
+    seconds, peer_seconds       with samples: of all sequences, or of each by itself
+    p90, peer_p90               seconds
+    speedup                     {low, median, high} of peer_seconds / seconds, of calls that were made side by side
+    tokens_per_second           of scenario "batch", as `flops_per_second`; `peer_tokens_per_second` and so on
+    """
+    for peer in suite.peers:  # so that an engine is loaded once
+        for name, lengths in suite.lengths.items():
+            for scenario in suite.scenarios:
+                yield f"{name}; {scenario}; {peer}", partial(measure, suite, peer, name, lengths, scenario)
+
+
+def measure(suite: Suite, peer_name: str, name: str, lengths: Ints, scenario: str) -> Row:
+    module, options = PEERS[peer_name]
+    source = suite.source(peer_name)
+    engine = suite.engine(source)
+    sequences = random_sequences(lengths, suite.config.vocab_size)
+    texts = module is sentence_transformers_peer
+    inputs: list[Any] = [text_of(ids) for ids in sequences] if texts else sequences
+    parts: list[int | None]  # of the peer's batches, beside each call of ours
+    if scenario == "one":
+        batches, parts = make_batches(lengths, "unsorted", 1), list(range(len(lengths)))
+        calls = [partial(engine.embed, [each], normalize=texts) for each in inputs]
+    else:
+        batches, parts = make_batches(lengths, suite.order, suite.batch_size), [None]
+        calls = [partial(engine.embed, inputs, normalize=texts)]
+    task = {"checkpoint": str(source), "sequences": sequences, "batches": batches, "cores": usable_cores(), **options}
+    with Peer(module, **task) as peer:
+        apart = check_same(np.concatenate([call() for call in calls]), in_order(batches, peer.result))
+        pairs = [
+            pair
+            for call, part in zip(calls, parts, strict=True)
+            for pair in sample_pairs(call, partial(peer.sample, part), suite.repeats)
+        ]
+    seconds, peer_seconds = (list(samples) for samples in zip(*pairs, strict=True))
+    row = {
+        "peer": peer_name,
+        "scenario": scenario,
+        "lengths": name,
+        "sequences": len(lengths),
+        "tokens": int(lengths.sum()),
+        "facts": peer.facts,
+        "difference": apart,
+        "seconds": spread(seconds),
+        "peer_seconds": spread(peer_seconds),
+        "p90": float(np.quantile(seconds, 0.9)),
+        "peer_p90": float(np.quantile(peer_seconds, 0.9)),
+        "speedup": quartiles([theirs / ours for ours, theirs in pairs])._asdict(),
+    }
+    return row | rates(engine.config, lengths, row) if scenario == "batch" else row
+
+
+def length_facts(lengths: Ints) -> Row:
+    """How many sequences there are, and how long they are, in tokens."""
+    return {
+        "sequences": len(lengths),
+        "tokens": int(lengths.sum()),
+        "shortest": int(lengths.min()),
+        "median": float(np.median(lengths)),
+        "longest": int(lengths.max()),
+    }
+
+
+def random_sequences(lengths: Ints, vocab_size: int) -> list[list[int]]:
+    """Token ids of each sequence, the same for the same lengths."""
+    generator = np.random.default_rng(SEED)
+    return [generator.integers(0, vocab_size, length).tolist() for length in lengths]
+
+
+def sample_pairs(ours: Call, peer: Sample, repeats: int) -> Iterator[tuple[float, float]]:
+    """Seconds of our call and of the peer's, made in the order A B B A."""
+    sample = sampler(ours, 0.0)  # one call each time
+    with compiling_nothing():
+        return zip(*interleave(sample, peer, repeats), strict=True)
+
+
+def rates(config: ModelConfig, lengths: Ints, row: Row) -> Row:
+    """What is done in a second; what a peer computes for padding is not counted."""
+    tokens, flops = int(lengths.sum()), forward_flops(config, FunnelConfig(), lengths)
+    return {
+        f"{whose}{what}_per_second": work / row[f"{whose}seconds"]["median"]
+        for whose in ("", "peer_")
+        for what, work in (("tokens", tokens), ("flops", flops))
+    }
+
+
+def check_same(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """The greatest relative difference of two results [B, D], by rows: |ours - theirs| / |theirs|.
+
+    Raises:
+        FunnelError: it is more than `TOLERANCE`, so that their time is no measure of ours.
+    """
+    if ours.shape != theirs.shape:
+        raise FunnelError(f"the peer's result is {theirs.shape} where ours is {ours.shape}: it computes something else")
+    apart = np.linalg.norm(np.float64(ours) - np.float64(theirs), axis=1) / np.linalg.norm(np.float64(theirs), axis=1)
+    if not (worst := float(apart.max())) <= TOLERANCE:
+        raise FunnelError(
+            f"the results differ by {worst:.3g} of their size, where {TOLERANCE:g} may be: the peer, or the engine, "
+            "computes something else"
+        )
+    return worst

@@ -1,0 +1,321 @@
+"""`funnel bench kernels`: the work of every case against a count of its arrays, ceilings, bounds and the command."""
+
+import ctypes
+import json
+import math
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from funnel_benchmarks.kernels import cases as cases_module
+from funnel_benchmarks.kernels import ceilings as ceilings_module
+from funnel_benchmarks.kernels import command
+from funnel_benchmarks.kernels.allocator import keep_freed_memory
+from funnel_benchmarks.kernels.cases import Case, Sizes, cases
+from funnel_benchmarks.kernels.ceilings import Ceiling, ceilings
+from funnel_benchmarks.kernels.section import section
+from funnel_benchmarks.kernels.suite import Suite, backends_here, bound, cells
+from funnel_benchmarks.kernels.table import row_line
+from funnel_benchmarks.plot_style import LIGHT, styled
+from funnel_benchmarks.results import read_results
+from funnel_engine import ConfigError, ModelConfig
+from funnel_engine.hugging_face_config import read_model_config
+from funnel_kernels.errors import BackendUnavailable
+
+CONFIG = read_model_config(
+    {
+        "model_type": "gemma3_text", "vocab_size": 96, "hidden_size": 64, "intermediate_size": 192,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+        "query_pre_attn_scalar": 32, "sliding_window": 64, "max_position_embeddings": 128,
+        "use_bidirectional_attention": True,
+    }
+)  # fmt: skip
+LENGTHS = np.array([24, 40], np.int32)
+ROWS = 64
+RATES = {"product": 1e9, "copy": 1e8}  # of the ceilings in these tests
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(cases_module, "ROW_BYTES", 2**14)
+    monkeypatch.setattr(command, "keep_freed_memory", lambda: None)  # the other tests' process too
+
+
+def sizes(dtype="float32"):
+    return Sizes(CONFIG, LENGTHS, dtype)
+
+
+def fake(name, seconds=0.01):
+    return Ceiling(name, int(RATES[name] * seconds), f"fake {name}", lambda: seconds)
+
+
+CEILINGS = (fake("product"), fake("copy"))
+
+
+def traced_bytes(call, inputs):
+    """Bytes of the arrays that a call takes and gives: `inputs` of them at the front, norm weights left out."""
+    given = [array for array in jax.tree.leaves(call.args) if array.ndim == 2][:inputs]
+    return sum(
+        array.size * array.dtype.itemsize for array in [*given, *jax.tree.leaves(jax.eval_shape(call.func, *call.args))]
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_bytes_of_a_case_are_those_of_its_arrays(dtype):
+    for case in cases(sizes(dtype)):
+        if case.bytes:
+            call = case.make("reference")
+            inputs = 2 if case.name.startswith("project_heads") else 3  # x and weight, without the angles' tables
+            assert case.bytes == traced_bytes(call, inputs), case.name
+
+
+def counted_flops(call):
+    """Of the matrix products in the program of a dense implementation, whose attention sees all pairs."""
+    jaxpr = jax.make_jaxpr(call.func)(*call.args)
+    total = 0
+    todo = [jaxpr.jaxpr]
+    while todo:
+        for equation in todo.pop().eqns:
+            if equation.primitive.name == "dot_general":
+                (contracted, _), _ = equation.params["dimension_numbers"]
+                depth = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+                total += 2 * depth * equation.outvars[0].aval.size
+            todo += [inner.jaxpr for inner in equation.params.values() if hasattr(inner, "jaxpr")]
+    return total
+
+
+def test_the_flops_of_a_product_are_those_of_its_program():
+    for case in cases(sizes()):
+        if case.name.startswith(("project_heads", "linear", "gated_linear")):
+            assert case.flops == counted_flops(case.make("reference")) > 0, case.name
+        elif not case.name.startswith(("attention", "embed")):
+            assert case.flops == 0
+
+
+def test_attention_counts_the_pairs_that_are_seen():
+    whole, strided = (case for case in cases(sizes()) if case.name.startswith("attention"))
+    pairs = 24**2 + 40**2
+    assert whole.flops == 4 * 32 * 4 * pairs
+    assert strided.flops == 4 * 32 * 4 * pairs // 2
+    lo, hi = (np.asarray(edges) for edges in strided.make("xla").args[3:])
+    assert lo.tolist() == [0] * 12 + [24] * 20
+    assert hi.tolist() == [24] * 12 + [64] * 20
+
+
+def test_row_wise_ops_take_more_rows_than_a_cache_holds(monkeypatch):
+    monkeypatch.setattr(cases_module, "ROW_BYTES", 2**20)
+    assert sizes("bfloat16").row_wise_rows == 2**20 // (2 * 64)
+    assert sizes("float32").row_wise_rows == 2**20 // (4 * 64)
+    (case,) = (case for case in cases(sizes()) if case.name.startswith("pool_norm"))
+    assert case.bytes == 2 * 2**20
+
+
+def test_every_case_computes_the_same_on_every_backend():
+    for case in cases(sizes()):
+        results = (jax.tree.leaves(case.make(backend)()) for backend in ("cpu", "xla"))
+        for one, other in zip(*results, strict=True):
+            one, other = (np.asarray(each, np.float64) for each in (one, other))
+            assert np.abs(other).max() > 0.1
+            np.testing.assert_allclose(one, other, rtol=0, atol=1e-4 * np.abs(other).max(), err_msg=case.name)
+
+
+def test_backends_here_are_those_of_the_device():
+    assert backends_here() == ("cpu", "xla")
+
+
+@pytest.mark.parametrize(
+    ("flops", "moved", "expected"),
+    [(10**7, 10, "product"), (10, 10**7, "copy"), (0, 1, "copy"), (1, 0, "product"), (10**7, 999_999, "product")],
+)
+def test_the_bound_is_the_ceiling_that_takes_longer(flops, moved, expected):
+    ceiling, work = bound(Case("case", None, flops, moved), CEILINGS)
+    assert ceiling.name == expected
+    assert work == {"product": flops, "copy": moved}[expected]
+
+
+def rows_of(suite):
+    return {cell: measure() for cell, measure in cells(suite)}
+
+
+def test_shares_are_of_the_bound_in_the_time(monkeypatch):
+    case = Case("case", lambda backend: lambda: None, flops=10**6, bytes=0)
+    monkeypatch.setattr("funnel_benchmarks.kernels.suite.cases", lambda sizes: [case])
+    monkeypatch.setattr("funnel_benchmarks.kernels.suite.sampler", lambda call, seconds: lambda: 0.004)
+    suite = Suite(sizes=sizes(), backends=("xla",), ceilings=CEILINGS, repeats=2)
+    rows = rows_of(suite)
+    assert list(rows) == ["ceiling: product", "ceiling: copy", "case; xla"]  # the ceilings come first
+    assert rows["ceiling: copy"]["rate"] == pytest.approx(RATES["copy"])
+    row = rows["case; xla"]
+    assert row["share"] == pytest.approx({"low": 0.25, "median": 0.25, "high": 0.25})  # 1 ms of work in 4 ms
+    assert row["flops_per_second"] == pytest.approx(10**6 / 0.004)
+    assert len(row["seconds"]["samples"]) == len(row["ceiling_seconds"]["samples"]) == 4
+
+
+def test_a_backend_that_is_not_here_is_left_out():
+    def refuse(backend):
+        raise BackendUnavailable("no such device")
+
+    suite = Suite(sizes=sizes(), backends=("triton",), ceilings=CEILINGS, repeats=1)
+    measure = dict(cells(suite))
+    with pytest.raises(Exception, match=r"attention is not served by backend 'triton'") as left_out:
+        next(run for name, run in measure.items() if name.startswith("attention"))()
+    assert type(left_out.value).__name__ == "LeftOut"
+
+
+def test_ceilings_of_a_cpu(monkeypatch):
+    monkeypatch.setattr(ceilings_module, "HOST_PRODUCT", {"rows": 8, "in": 16, "out": 32})
+    monkeypatch.setattr(ceilings_module, "HOST_BYTES", 2**16)
+    monkeypatch.setattr(ceilings_module, "SAMPLE_SECONDS", 0.0)
+    with ceilings("float32") as (product, copy):
+        assert (product.name, product.work) == ("product", 2 * 8 * 16 * 32)
+        assert "oneDNN" in product.about
+        assert (copy.name, copy.work) == ("copy", 2 * 2**16)
+        assert all(ceiling.sample() > 0 for ceiling in (product, copy))
+
+
+def test_a_copy_copies_everything(monkeypatch):
+    copied = []
+    monkeypatch.setattr(np, "copyto", lambda target, source: copied.append((target.size, source.size)))
+    monkeypatch.setattr(ceilings_module, "usable_cores", lambda: 3)
+    with ceilings_module.host_copy(1000) as copy:
+        copied.clear()
+        copy.sample()
+    once = len(copied) // 3
+    assert sorted(copied) == [(333, 333)] * (2 * once) + [(334, 334)] * once
+
+
+def test_ceilings_elsewhere_are_those_of_xla(monkeypatch):
+    product = ceilings_module.xla_product("bfloat16", 64)
+    assert (product.work, product.about) == (2 * 64**3, "64 x 64 x 64, bfloat16, XLA")
+    copy = ceilings_module.xla_copy(2**12)
+    assert copy.work == 2**13
+    assert min(product.sample(), copy.sample()) > 0
+
+
+def test_without_our_kernels_the_product_is_that_of_xla(monkeypatch):
+    monkeypatch.setattr(ceilings_module.funnel_native, "problem", lambda: "not built")
+    monkeypatch.setattr(ceilings_module, "HOST_SIDE", 32)
+    monkeypatch.setattr(ceilings_module, "HOST_BYTES", 2**12)
+    with ceilings("float32") as (product, _):
+        assert product.about == "32 x 32 x 32, float32, XLA"
+
+
+def test_freed_memory_is_kept():
+    """In a process of its own, which it changes to its end: a second large array costs no new page."""
+    script = """
+import resource, numpy as np
+from funnel_benchmarks.kernels.allocator import keep_freed_memory
+keep_freed_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.ones(2**25, np.uint8)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(faults(), faults())
+"""
+    answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    first, second = map(int, answer.split())
+    assert first > 10 * max(second, 1)
+
+
+def test_other_c_libraries_are_left_alone(monkeypatch):
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
+    keep_freed_memory()
+
+
+@contextmanager
+def fake_ceilings(dtype):
+    yield CEILINGS
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """A tiny model, one case, and ceilings that take no time."""
+    monkeypatch.setattr(command, "ceilings", fake_ceilings)
+    monkeypatch.setattr("funnel_benchmarks.models.preset", lambda name: CONFIG)
+    pooling = [case for case in cases(sizes()) if case.name.startswith(("pool_norm", "embed"))]
+    monkeypatch.setattr("funnel_benchmarks.kernels.suite.cases", lambda sizes: pooling)
+
+
+def run(*options):
+    return CliRunner().invoke(command.kernels, options, catch_exceptions=False)
+
+
+def test_the_command(quick, tmp_path):
+    file = tmp_path / "kernels.json"
+    options = ("--depth", "2", "--seq-len", "8", "--batch", "3", "--repeats", "1", "--json", str(file))
+    result = run(*options, "--backend", "xla")
+    assert result.exit_code == 0
+    assert "gemma-2b, 2 layers; 3 x 8 tokens, bfloat16" in result.output
+    content = read_results(file)
+    assert content["complete"]
+    assert content["options"]["lengths"] == [8, 8, 8]
+    names = [row["cell"].rpartition("; ")[2] for row in content["rows"]]
+    assert names == ["ceiling: product", "ceiling: copy", "xla", "xla"]
+    before = file.read_text()
+    resumed = run(*options, "--resume")  # and one backend more
+    assert resumed.exit_code == 0
+    rows = read_results(file)["rows"]
+    assert [row["backend"] for row in rows[2:]] == ["xla", "xla", "cpu", "cpu"]
+    assert json.loads(before)["rows"] == rows[:4]
+    for row in rows:
+        assert row["cell"] in row_line(row)
+
+
+def test_bad_input(quick, tmp_path):
+    with pytest.raises(ConfigError, match="--resume goes on with the file of --json"):
+        run("--resume")
+    with pytest.raises(ConfigError, match="a depth of 3 is not to be had: gemma-2b has 2 layers; take from 1 to 2"):
+        run("--depth", "3")
+    assert run("--backend", "gpu").exit_code == 2
+
+
+def test_the_section_of_a_result(quick, tmp_path):
+    file = tmp_path / "kernels.json"
+    run("--depth", "2", "--seq-len", "8", "--repeats", "1", "--json", str(file))
+    content = read_results(file)
+    made = section(content)
+    shares = {row["cell"]: row["share"]["median"] for row in content["rows"] if "share" in row}
+    whole = next(share for cell, share in shares.items() if cell.startswith("embed") and cell.endswith("cpu"))
+    assert f"{whole:.2f} with cpu" in made.summary
+    ceiling_table, table = made.tables
+    assert [row[0].text for row in ceiling_table.rows] == ["product", "copy"]
+    assert [row[1].value for row in table.rows] == list(shares.values())
+    assert all(len(row) == len(each.columns) for each in made.tables for row in each.rows)
+    assert len(made.plots) == 2  # what products bound, and what copies do
+    for plot in made.plots:
+        with styled(LIGHT):
+            (axes,) = plot.draw(LIGHT).axes
+        marks = {line.get_gid(): line for line in axes.lines if line.get_gid()}
+        assert set(marks) == {"marks-cpu", "marks-xla", "marks-ceiling"}
+        for backend in ("cpu", "xla"):
+            drawn = marks[f"marks-{backend}"].get_xdata().tolist()
+            assert drawn == [share for cell, share in shares.items() if cell.endswith(backend) and share in drawn]
+            assert len(drawn) == 1
+
+
+def test_the_cases_run_under_pytest_benchmark():
+    """Collected, not run: at their sizes they take minutes."""
+    folder = Path(cases_module.__file__).parents[2]
+    command = [sys.executable, "-m", "pytest", str(folder), "--benchmark-only", "--collect-only"]
+    answer = subprocess.run(command, capture_output=True, text=True, cwd=folder.parent)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    for case in ("gated_linear", "attention", "add_norm", "pool_norm", "recover_norm", "embed"):
+        for backend in backends_here():
+            assert any(case in line and line.endswith(f"-{backend}]") for line in answer.stdout.splitlines())
+
+
+def test_the_model_of_the_cases_is_the_one_asked_for():
+    assert isinstance(CONFIG, ModelConfig)
+    names = [case.name for case in cases(sizes())]
+    assert f"project_heads, {ROWS} x 64 x 256" in names
+    assert f"gated_linear, {ROWS} x 64 x (2 x 192)" in names
+    assert f"embed, 2 layers, 2 sequences, {ROWS} tokens" in names
+    assert len(names) == len(set(names))
+    assert jnp.result_type(cases(sizes())[0].make("xla").args[0]) == jnp.float32

@@ -1,0 +1,245 @@
+"""`funnel bench peers`: models, cells, what is measured, and the command with a peer that runs in this environment."""
+
+import json
+from types import ModuleType
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from funnel_benchmarks.peers import command, hugging_face, sentence_transformers_peer
+from funnel_benchmarks.peers import suite as suite_module
+from funnel_benchmarks.peers.section import section
+from funnel_benchmarks.peers.suite import PEERS, Suite, cells, model_fields
+from funnel_benchmarks.peers.table import row_line
+from funnel_benchmarks.plot_style import LIGHT, styled
+from funnel_benchmarks.results import read_results
+from funnel_engine import BackendUnavailable, ConfigError, FunnelConfig, FunnelError, InputError
+from funnel_engine.flops import forward_flops
+from funnel_engine.hugging_face_config import read_model_config
+from funnel_engine.presets import PRESETS
+from tiny_peers import MODELS
+
+LENGTHS = {"mixed": np.array([3, 9, 5], np.int32)}
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def make_suite(folder, **changes):
+    options = {
+        "fields": MODELS["gemma"], "lengths": LENGTHS, "peers": ("hugging-face-eager",), "scenarios": ("batch", "one"),
+        "order": "sorted", "batch_size": 2, "repeats": 2, "backend": "xla", "folder": folder,
+    }  # fmt: skip
+    return Suite(**options | changes)
+
+
+def test_models_are_those_of_the_presets_with_a_small_vocabulary():
+    whole = read_model_config(model_fields("gemma-2b", None))
+    assert (whole.num_layers, whole.hidden_size, whole.intermediate_size) == (18, 2048, 16384)
+    assert (whole.attention, whole.vocab_size) == ("bidirectional", 2048)
+    four = read_model_config(model_fields("embeddinggemma-300m", 7))
+    assert four.layer_types == read_model_config(PRESETS["embeddinggemma-300m"]).layer_types[:7]
+    assert set(four.layer_types) == {"full", "sliding"}
+
+
+def test_models_that_cannot_be_had():
+    with pytest.raises(ConfigError, match=r"preset 't5gemma-s' has no peers: there are some for gemma-2b, gemma-7b"):
+        model_fields("t5gemma-s", None)
+    for depth in (0, 19):
+        with pytest.raises(ConfigError, match=f"a depth of {depth} is not to be had: gemma-2b has 18 layers"):
+            model_fields("gemma-2b", depth)
+
+
+def test_cells_are_every_peer_with_all_lengths_and_scenarios(tmp_path):
+    lengths = LENGTHS | {"4": np.full(2, 4, np.int32)}
+    suite = make_suite(tmp_path, lengths=lengths, peers=("openvino", "llama-cpp"))
+    assert [name for name, _ in cells(suite)] == [
+        f"{length}; {scenario}; {peer}"
+        for peer in ("openvino", "llama-cpp")
+        for length in ("mixed", "4")
+        for scenario in ("batch", "one")
+    ]
+    assert not list(tmp_path.iterdir())  # nothing is made before it is measured
+
+
+def test_bad_suites(tmp_path):
+    with pytest.raises(InputError, match="longest sequence has 129 tokens, and the model was made for 128"):
+        make_suite(tmp_path, lengths={"129": np.array([129], np.int32)})
+    with pytest.raises(BackendUnavailable, match="backend 'gpu' does not exist"):
+        make_suite(tmp_path, backend="gpu")
+
+
+class FakePeer:
+    """Answers with what ours computes, a little off, and keeps what it is asked for."""
+
+    facts = {"version": "1"}  # noqa: RUF012
+
+    def __init__(self, module, **task):
+        FakePeer.module, FakePeer.task, FakePeer.asked = module, task, []
+
+    def __enter__(self):
+        engine = next(iter(FakePeer.suite.engines.values()))
+        order = np.concatenate(FakePeer.task["batches"])
+        vectors = engine.embed(FakePeer.task["sequences"], normalize=False)
+        self.result = vectors[order] * np.float32(1.01)
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def sample(self, batch):
+        FakePeer.asked.append(batch)
+        return 2.0 if batch is None else 2.0 + batch
+
+
+@pytest.fixture
+def fake(monkeypatch, tmp_path):
+    monkeypatch.setattr(suite_module, "Peer", FakePeer)
+    monkeypatch.setattr(suite_module, "sampler", lambda call, seconds: lambda: 0.5)
+    FakePeer.suite = make_suite(tmp_path)
+    return FakePeer.suite
+
+
+def test_a_batch_is_one_call_of_ours_and_all_batches_of_the_peer(fake):
+    row = dict(cells(fake))["mixed; batch; hugging-face-eager"]()
+    assert FakePeer.module is hugging_face
+    assert FakePeer.task["mode"] == "eager"
+    assert FakePeer.task["batches"] == [[1, 2], [0]]  # longest first
+    assert [len(ids) for ids in FakePeer.task["sequences"]] == [3, 9, 5]
+    assert FakePeer.asked == [None] * 4
+    assert row["difference"] == pytest.approx(0.01 / 1.01, rel=1e-3)
+    assert row["speedup"] == {"low": 4.0, "median": 4.0, "high": 4.0}
+    assert (row["sequences"], row["tokens"]) == (3, 17)
+    assert (row["tokens_per_second"], row["peer_tokens_per_second"]) == (17 / 0.5, 17 / 2)
+    flops = forward_flops(fake.config, FunnelConfig(), LENGTHS["mixed"])
+    assert (row["flops_per_second"], row["peer_flops_per_second"]) == (flops / 0.5, flops / 2)
+
+
+def test_single_sequences_are_each_timed_beside_the_peer(fake):
+    row = dict(cells(fake))["mixed; one; hugging-face-eager"]()
+    assert FakePeer.task["batches"] == [[0], [1], [2]]
+    assert FakePeer.asked == [0] * 4 + [1] * 4 + [2] * 4
+    assert row["peer_seconds"]["samples"] == [2.0] * 4 + [3.0] * 4 + [4.0] * 4
+    assert (row["seconds"]["median"], row["p90"]) == (0.5, 0.5)
+    assert (row["peer_seconds"]["median"], row["peer_p90"]) == (3.0, 4.0)
+    assert row["speedup"]["median"] == 6.0  # of ratios 4, 6 and 8
+    assert "tokens_per_second" not in row
+
+
+def test_sentence_transformers_gets_a_model_of_its_own_and_texts(monkeypatch, tmp_path):
+    given = []
+    monkeypatch.setattr(suite_module, "Peer", FakePeer)
+
+    def sampler(call, seconds):
+        given.append(call.args[0])
+        return lambda: 0.5
+
+    monkeypatch.setattr(suite_module, "sampler", sampler)
+    suite = make_suite(tmp_path, peers=("sentence-transformers",), scenarios=("batch",))
+    engine = suite.engine(suite.source("sentence-transformers"))
+    monkeypatch.setattr(FakePeer, "__enter__", lambda peer: setattr(peer, "result", expected) or peer)
+    sequences = suite_module.random_sequences(LENGTHS["mixed"], 128)
+    expected = engine.embed(sequences)[[1, 2, 0]]  # of length 1, by the model's heads
+    row = next(measure for _, measure in cells(suite))()
+    assert FakePeer.module is sentence_transformers_peer
+    assert FakePeer.task["checkpoint"].endswith("sentence")
+    assert given[0] == [" ".join(f"w{token}" if token else "<pad>" for token in ids) for ids in sequences]
+    assert row["difference"] < 1e-6
+
+
+def test_a_peer_that_computes_something_else_is_an_error(fake, monkeypatch):
+    monkeypatch.setattr(suite_module, "TOLERANCE", 0.005)
+    with pytest.raises(FunnelError, match=r"the results differ by 0\.0099"):
+        dict(cells(fake))["mixed; batch; hugging-face-eager"]()
+    assert not FakePeer.asked  # nothing was timed
+
+
+def run(*options):
+    return CliRunner().invoke(command.peers, options, catch_exceptions=False)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setattr(command, "model_fields", lambda preset, depth: MODELS["gemma"])
+
+
+ABSENT = ModuleType("absent_peer")
+
+
+@pytest.mark.slow
+def test_the_command(tiny, tmp_path, monkeypatch):
+    (tmp_path / "absent_peer.py").write_text("def make(task): import no_such_package")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setitem(PEERS, "llama-cpp", (ABSENT, {}))
+    file = tmp_path / "peers.json"
+    options = ("--lengths", "7", "--sequences", "3", "--repeats", "1", "--backend", "xla", "--json", str(file))
+    options += ("--peer", "llama-cpp", "--peer", "hugging-face-eager")
+    result = run(*options, "--scenario", "batch")
+    assert result.exit_code == 0  # what is not installed is no failure
+    assert "7; batch; llama-cpp: left out: no_such_package is not installed: pip install" in result.output
+    content = read_results(file)
+    assert content["options"]["lengths"]["7"] == {
+        "sequences": 3,
+        "tokens": 21,
+        "shortest": 7,
+        "median": 7.0,
+        "longest": 7,
+    }
+    assert content["rows"][0]["facts"]["attention"] == hugging_face.WITHOUT_MASK
+    assert run(*options, "--resume").exit_code == 0  # and the other scenario
+    rows = read_results(file)["rows"]
+    assert [row["scenario"] for row in rows] == ["batch", "one"]
+    assert rows[0] == content["rows"][0]
+    assert len(rows[1]["seconds"]["samples"]) == 6
+    for row in rows:
+        assert row["cell"] in row_line(row)
+    check_section(read_results(file))
+
+
+def check_section(content):
+    made = section(content)
+    assert made.facts["Lengths"] == "7: 3 sequences of 7 tokens, 21 in all"
+    assert "dtype bfloat16" in made.facts["hugging-face-eager"]
+    assert [table.caption for table in made.tables] == ["All sequences", "One sequence after another"]
+    for table, row, plot in zip(made.tables, content["rows"], made.plots, strict=True):
+        (cells,) = table.rows
+        assert len(cells) == len(table.columns)
+        assert cells[1].value == row["speedup"]["median"]
+        assert f"{row['speedup']['median']:.2f} (hugging-face-eager, 7)" in made.summary
+        with styled(LIGHT):
+            (axes,) = plot.draw(LIGHT).axes
+        (bar,) = axes.patches
+        assert (bar.get_gid(), bar.get_width()) == ("marks-bar-0", row["speedup"]["median"])
+
+
+def test_bad_input(tiny, tmp_path):
+    with pytest.raises(ConfigError, match="--resume goes on with the file of --json"):
+        run("--resume")
+    with pytest.raises(InputError, match=r"lengths 'none' is neither a readable text file nor one of conll"):
+        run("--lengths", "none")
+    with pytest.raises(InputError, match="--lengths 0: a sequence has 1 to 999999999 tokens"):
+        run("--lengths", "0")
+    with pytest.raises(InputError, match="longest sequence has 999 tokens"):
+        run("--lengths", "999")
+    file = tmp_path / "peers.json"
+    file.write_text('{"schema": 2')
+    with pytest.raises(InputError, match="is cut short"):
+        run("--lengths", "7", "--json", str(file), "--resume")
+    assert file.read_text() == '{"schema": 2'
+    assert run("--peer", "vllm").exit_code == 2
+
+
+def test_options_say_what_the_figures_depend_on(tmp_path):
+    options = make_suite(tmp_path, order="unsorted").options()
+    assert json.loads(json.dumps(options)) == {
+        "dtype": "bfloat16",
+        "lengths": {"mixed": {"sequences": 3, "tokens": 17, "shortest": 3, "median": 5.0, "longest": 9}},
+        "order": "unsorted",
+        "batch_size": 2,
+        "repeats": 2,
+        "backend": "xla",
+        "seed": 0,
+    }

@@ -1,0 +1,19 @@
+"""Tiny models as the `config.json` of those that the peers run."""
+
+from typing import Any
+
+TINY: dict[str, Any] = {
+    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 32, "query_pre_attn_scalar": 32, "max_position_embeddings": 128,
+    "use_bidirectional_attention": True,
+}  # fmt: skip
+# EmbeddingGemma sees 4 tokens to each side, but for one layer, so that short sequences meet the window's edge.
+MODELS = {
+    "gemma": TINY | {"model_type": "gemma"},
+    "embeddinggemma": TINY
+    | {
+        "model_type": "gemma3_text",
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+}

@@ -6,9 +6,12 @@ A subcommand has a file of its own, which imports at its top nothing that takes 
 import click
 
 from funnel_benchmarks.compare import compare
+from funnel_benchmarks.kernels.command import kernels
 from funnel_benchmarks.latency.command import latency
+from funnel_benchmarks.peers.command import peers
+from funnel_benchmarks.report.command import report
 
 
-@click.group(commands=[latency, compare])
+@click.group(commands=[latency, kernels, peers, compare, report])
 def bench() -> None:
     """Measure how fast the engine is, and compare two measurements."""

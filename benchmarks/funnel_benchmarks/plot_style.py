@@ -47,6 +47,8 @@ def styled(look: Look) -> Iterator[None]:
             "axes.spines.top": False,
             "axes.spines.right": False,
             "grid.color": look.grid,
+            "legend.edgecolor": look.grid,
+            "text.parse_math": False,  # a model may be called anything
             "font.size": 11,
             "svg.hashsalt": "funnel",  # the same picture is the same file
         }

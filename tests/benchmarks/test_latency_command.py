@@ -15,6 +15,7 @@ from funnel_engine.cli import main
 from funnel_engine.output_files import write_bytes
 from funnel_engine.weights import random_weights
 from funnel_kernels.errors import FunnelError, InputError
+from html_page import Page
 
 SMALL = {
     "num_hidden_layers": 3,
@@ -67,7 +68,9 @@ def test_bench_prints_rows_and_writes_all_files(checkpoint, tmp_path):
     assert written["machine"]["cores"] >= 1
     assert str(tmp_path) not in outputs[0].read_text()
     assert outputs[1].read_bytes().startswith(b"\x89PNG")
-    assert outputs[2].read_text().startswith("<!DOCTYPE html>")
+    page = Page(outputs[2].read_text())
+    assert len(page.all("article")) == 1
+    assert [row[0].split("\n")[0].strip() for row in page.rows[1:]] == names
     lines = result.output.splitlines()
     assert sum("  3:1 after " in line for line in lines) == 2
     assert any("0 compilations while timing" in line for line in lines)

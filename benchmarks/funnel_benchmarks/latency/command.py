@@ -10,6 +10,7 @@ from rich.console import Console
 from funnel_benchmarks.latency import table
 from funnel_benchmarks.latency.layers import even_layers, parse_layers
 from funnel_benchmarks.latency.plot import render
+from funnel_benchmarks.latency.section import section
 from funnel_benchmarks.latency.suite import NO_FUNNEL, SEED, Batch, Suite, cells
 from funnel_benchmarks.latency.sweeps import LENGTHS, QUICK_TOKENS, SWEEPS, TOKENS, sweep_batches, sweep_funnels
 from funnel_benchmarks.lengths import PRESETS as LENGTH_PRESETS
@@ -19,7 +20,7 @@ from funnel_benchmarks.machine import machine_facts
 from funnel_benchmarks.memory import check_memory
 from funnel_benchmarks.models import Model, checkpoint_model, preset_model
 from funnel_benchmarks.plot_style import require_matplotlib
-from funnel_benchmarks.report import render_html
+from funnel_benchmarks.report.page import render_page
 from funnel_benchmarks.results import Results
 from funnel_engine import FunnelConfig
 from funnel_engine.config import RECOVERIES
@@ -185,7 +186,8 @@ def measure(
         if plot_file:
             write_bytes(plot_file, render(results.content, plot_file.suffix[1:]))
         if html_file:
-            write_text(html_file, render_html(results.content))
+            page = render_page("What a funnel saves", [(results.content, section(results.content))])
+            write_text(html_file, page)
         for what, path in (("figures", json_file), ("plot", plot_file), ("report", html_file)):
             if path:
                 results.tell(f"{what:<7} {path}")

@@ -1,6 +1,8 @@
-"""A result as a picture: latency ratio and saving over the place of the funnel (cf. Figure 4 of arXiv:2504.02877)."""
+"""A result as pictures: latency ratio and saving over the place of the funnel (cf. Figure 4 of arXiv:2504.02877), and
+the efficiency of all that was measured."""
 
 import io
+import itertools
 import textwrap
 from typing import TYPE_CHECKING
 
@@ -12,6 +14,10 @@ from funnel_benchmarks.results import Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+# Marks of batches in one picture: shape, and whether it is filled.
+MARKS = (("o", True), ("D", False), ("s", True), ("^", False), ("v", True), ("P", False))
 
 
 def render(content: Row, format: str, look: Look = LIGHT) -> bytes:
@@ -57,8 +63,14 @@ def draw(content: Row, look: Look = LIGHT) -> "Figure":
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
 
     above.axhline(1.0, color=look.ink, linewidth=1, linestyle=":", label="no funnel")
-    above.plot(layers, ideals, color=look.ideal, linestyle="--", marker="D", markersize=5, label="ideal (FLOPs)")
-    above.errorbar(layers, ratios, whiskers, color=look.measured, marker="o", capsize=4, label="measured (quartiles)")
+    (ideal_line,) = above.plot(
+        layers, ideals, color=look.ideal, linestyle="--", marker="D", markersize=5, label="ideal (FLOPs)"
+    )
+    ideal_line.set_gid("marks-ideal-ratio")
+    measured_line, _, _ = above.errorbar(
+        layers, ratios, whiskers, color=look.measured, marker="o", capsize=4, label="measured (quartiles)"
+    )
+    measured_line.set_gid("marks-ratio")
     above.set_ylim(0, max(1.05, *(row["ratio"]["high"] + 0.05 for row in rows)))
     above.set_ylabel("latency with funnel / without")
     above.legend(loc="lower right")
@@ -68,14 +80,19 @@ def draw(content: Row, look: Look = LIGHT) -> "Figure":
 
     savings = [row["saving_percent"] for row in rows]
     ideal_savings = [100 * (1 - ideal) for ideal in ideals]
-    below.bar(layers, savings, width=0.55 * min(np.diff(layers), default=1), color=look.measured, label="measured")
-    below.plot(
+    bars = below.bar(
+        layers, savings, width=0.55 * min(np.diff(layers), default=1), color=look.measured, label="measured"
+    )
+    for layer, bar in zip(layers, bars, strict=True):
+        bar.set_gid(f"marks-saving-{layer}")
+    (ideal_marks,) = below.plot(
         layers, ideal_savings, label="ideal (FLOPs)",
         color=look.ideal, linestyle="none", marker="D", markersize=7, markeredgecolor=look.paper,
     )  # fmt: skip
+    ideal_marks.set_gid("marks-ideal-saving")
     for layer, saving, ideal in zip(layers, savings, ideal_savings, strict=True):
         top = layer, max(saving, ideal, 0)
-        below.annotate(f"{saving:.0f} %", top, xytext=(0, 7), textcoords="offset points", ha="center")
+        below.annotate(f"{saving:.0f}", top, xytext=(0, 7), textcoords="offset points", ha="center")
     below.margins(y=0.18)
     below.axhline(0, color=look.ink, linewidth=1)
     below.set_ylabel("latency saved (%)")
@@ -83,6 +100,43 @@ def draw(content: Row, look: Look = LIGHT) -> "Figure":
     below.set_xlabel(f"full-length layers before the {stride}:1 funnel (of {content['options']['model']['layers']})")
     below.set_xticks(layers)
     below.legend(loc="upper right")
+    return figure
+
+
+def draw_efficiency(content: Row, look: Look = LIGHT) -> "Figure":
+    """A line for each funnel, with a mark for each batch at its efficiency; whiskers from the range of the ratio.
+
+    As wide as the look says, and as high as the funnels need.
+    """
+    from matplotlib.figure import Figure
+
+    rows = content["rows"]
+    funnels = list(dict.fromkeys(row["funnel"]["name"] for row in rows))
+    batches = list(dict.fromkeys(row["batch"]["name"] for row in rows))
+    labels = [textwrap.wrap(funnel, int(12 + 2.5 * look.inches[0])) for funnel in funnels]
+    inches = max(0.05 + 0.19 * max(map(len, labels)), 0.13 * len(batches))  # that each funnel takes
+    figure = Figure(figsize=(look.inches[0], 1.5 + 0.25 * len(batches) + inches * len(funnels)), layout="constrained")
+    axes = figure.subplots()
+    axes.axvline(1.0, color=look.ideal, linestyle="--", label="ideal (FLOPs)").set_gid("marks-ideal")
+    offsets = 0.7 * ((np.arange(len(batches)) + 0.5) / len(batches) - 0.5)
+    for index, (batch, offset, (marker, filled)) in enumerate(zip(batches, offsets, itertools.cycle(MARKS))):
+        chosen = [row for row in rows if row["batch"]["name"] == batch]
+        places = [funnels.index(row["funnel"]["name"]) + offset for row in chosen]
+        low, middle, high = (
+            np.array([row["ideal_ratio"] / row["ratio"][bound] for row in chosen])
+            for bound in ("high", "median", "low")
+        )
+        points, _, _ = axes.errorbar(
+            middle, places, xerr=(middle - low, high - middle), label="\n".join(textwrap.wrap(batch, 40)),
+            color=look.measured, linestyle="none", marker=marker, capsize=3, linewidth=1,
+            markerfacecolor=look.measured if filled else look.paper,
+        )  # fmt: skip
+        points.set_gid(f"marks-efficiency-{index}")
+    axes.set_yticks(range(len(funnels)), ["\n".join(label) for label in labels])
+    axes.set_ylim(len(funnels) - 0.4, -0.6)
+    axes.tick_params(top=True, labeltop=True)  # the bottom may be far away
+    axes.set_xlabel("efficiency")
+    figure.legend(loc="outside upper right")
     return figure
 
 

@@ -1,0 +1,71 @@
+"""How and where a result was measured, and what is missing from it, from the fields that all result files have."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from funnel_benchmarks.results import Row, differences
+
+# Facts about the machine that stand in lines of their own; the others are versions.
+DEVICES, PROCESSOR, SYSTEM, REVISION = "devices", ("cpu", "cores", "memory_gb"), "platform", "revision"
+APART = (DEVICES, *PROCESSOR, SYSTEM, REVISION)
+Fact = tuple[str, list[str]]  # a name, and what there is to say
+
+
+def circumstances(content: Row) -> Iterator[Fact]:
+    """The machine, versions, times, and all that was left out or failed; of what a file does not say, nothing."""
+    machine = content["machine"]
+    yield "Devices", [shown(machine.get(DEVICES))]
+    yield "Processor", [processor(machine)]
+    yield "System", [shown(machine.get(SYSTEM))]
+    versions = {name: value for name, value in machine.items() if name not in APART and value is not None}
+    yield "Versions", [", ".join(f"{name} {shown(value)}" for name, value in versions.items())]
+    yield "Revision", [shown(machine.get(REVISION))]
+    yield "Started", [content["started"]]
+    yield "Gone on", [gone_on(machine, run) for run in content["resumed"]]
+    yield "Left out", [f"{entry['cell']}: {entry['reason']}" for entry in content["left_out"]]
+    yield "Failed", [f"{entry['cell']}: {entry['error']}" for entry in content["errors"]]
+    yield "Wrong results", [row["cell"] for row in wrong(content)]
+
+
+def warning(content: Row) -> str:
+    """What a reader must know before anything else; empty if all is well."""
+    counts = (
+        (not content["complete"], "the run was stopped before its end"),
+        (content["errors"], f"failed: {len(content['errors'])}"),
+        (wrong(content), f"wrong results: {len(wrong(content))}"),
+        (content["left_out"], f"left out: {len(content['left_out'])}"),
+    )
+    said = "; ".join(text for count, text in counts if count)
+    return f"Not everything is here: {said}. The circumstances below have the reasons." if said else ""
+
+
+def wrong(content: Row) -> list[Row]:
+    """The rows that hold a wrong result by their own account."""
+    return [row for row in content["rows"] if not row.get("passed", True)]
+
+
+def where_and_when(content: Row) -> str:
+    """Machine and time in a line."""
+    machine = content["machine"]
+    return "; ".join(filter(None, (shown(machine.get(DEVICES)), processor(machine), content["started"])))
+
+
+def processor(machine: Row) -> str:
+    forms = zip(PROCESSOR, ("{}", "{} cores", "{} GB"), strict=True)
+    return ", ".join(form.format(shown(machine[name])) for name, form in forms if machine.get(name) is not None)
+
+
+def gone_on(first: Row, run: Row) -> str:
+    """When a later run went on with the file, and what was different about its machine."""
+    changes = [
+        f"{name} {shown(now) or 'unknown'} instead of {shown(then) or 'unknown'}"
+        for name, then, now in differences(first, run["machine"])
+    ]
+    return run["started"] + (f", with {', '.join(changes)}" if changes else "")
+
+
+def shown(value: Any) -> str:
+    """A value in one line, a list without brackets; nothing for None."""
+    if isinstance(value, list):
+        return ", ".join(map(shown, value))
+    return "" if value is None else " ".join(str(value).split())

@@ -1,0 +1,1 @@
+"""`funnel bench scaling`: how latency and memory grow with the work, in each direction in which it can grow."""

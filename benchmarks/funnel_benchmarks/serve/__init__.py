@@ -1,0 +1,1 @@
+"""`funnel bench serve`: latencies of requests that arrive at random times, whatever the engine is doing by then."""

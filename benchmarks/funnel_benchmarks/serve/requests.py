@@ -1,0 +1,90 @@
+"""What is served: requests of one sequence each, and the times at which they arrive."""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import numpy as np
+
+from funnel_benchmarks.lengths import PRESETS, describe, draw
+from funnel_benchmarks.results import Row
+from funnel_engine.config import check_positive
+from funnel_engine.packing import Ints
+
+# Of independent random numbers: lengths, ids and times of arrival have nothing to do with each other.
+LENGTHS_SEED, IDS_SEED, ARRIVALS_SEED = 0, 1, 2
+
+
+def poisson_arrivals(rate: float, count: int, seed: int = ARRIVALS_SEED) -> np.ndarray:
+    """The first `count` arrivals of a Poisson process.
+
+    Gaps are independent and exponential with mean 1 / rate, which makes the number of arrivals in any window of t
+    seconds a Poisson variable of mean and variance rate * t.
+
+    Args:
+        rate: arrivals a second.
+        seed: the same seed gives the same arrivals, at another rate only stretched.
+
+    Returns:
+        [count] float64, seconds after the beginning, rising.
+    """
+    return np.cumsum(np.random.default_rng(seed).exponential(1 / rate, count))
+
+
+@dataclasses.dataclass(frozen=True)
+class Requests:
+    """Requests in the order in which they arrive, with random token ids.
+
+    Attributes:
+        source: what their lengths are drawn from: a preset's name or a file, see `lengths.draw`.
+        count: how many there are.
+        vocabulary: ids lie below it.
+
+    Raises:
+        ConfigError: a count below 1.
+        InputError: no such preset or file.
+    """
+
+    source: str
+    count: int
+    vocabulary: int
+
+    def __post_init__(self) -> None:
+        check_positive("requests", self.count)
+        _ = self.lengths
+
+    @property
+    def name(self) -> str:
+        """Of a file the name without its folders, which are nobody's business."""
+        return self.source if self.source in PRESETS else Path(self.source).name
+
+    @functools.cached_property
+    def lengths(self) -> Ints:
+        """[count] int32, in tokens."""
+        return draw(self.source, self.count, LENGTHS_SEED)
+
+    @functools.cached_property
+    def offsets(self) -> Ints:
+        """[count + 1] int32: request `i` is `ids[offsets[i]:offsets[i + 1]]`."""
+        return np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int32)
+
+    @functools.cached_property
+    def ids(self) -> Ints:
+        """[tokens] int32."""
+        return np.random.default_rng(IDS_SEED).integers(0, self.vocabulary, int(self.offsets[-1]), np.int32)
+
+    def take(self, first: int, stop: int) -> tuple[Ints, Ints]:
+        """Requests `first ... stop - 1` as an engine takes them: ids and offsets."""
+        offsets = self.offsets[first : stop + 1]
+        return self.ids[offsets[0] : offsets[-1]], offsets - offsets[0]
+
+    def facts(self) -> Row:
+        """For the head of a result file."""
+        return {
+            "name": self.name,
+            "source": describe(self.source),
+            "tokens": int(self.offsets[-1]),
+            "shortest": int(self.lengths.min()),
+            "median": float(np.median(self.lengths)),
+            "longest": int(self.lengths.max()),
+        }

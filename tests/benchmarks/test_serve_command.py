@@ -1,0 +1,151 @@
+"""`funnel bench serve` from the command line to the report, once with a tiny engine. Nothing here asserts a time."""
+
+import copy
+
+import pytest
+from click.testing import CliRunner
+
+from funnel_benchmarks import models
+from funnel_benchmarks.measure import spread
+from funnel_benchmarks.plot_style import DARK, LIGHT, styled
+from funnel_benchmarks.results import figures, read_results
+from funnel_benchmarks.serve import command
+from funnel_benchmarks.serve.section import section
+from funnel_benchmarks.serve.table import row_line
+from funnel_kernels.errors import ConfigError, InputError
+from tiny_models import CONFIG
+
+
+def invoke(*arguments: object):
+    return CliRunner().invoke(command.serve, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The content of a result file, and what the command printed."""
+    folder = tmp_path_factory.mktemp("serve")
+    (folder / "mine.txt").write_text("3\n5\n9\n")
+    arguments = ["--preset", "tiny", "--dtype", "float32", "--lengths", folder / "mine.txt", "--requests", 12]
+    arguments += ["--max-batch-tokens", 20, "--json", folder / "out.json"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "preset", lambda name: CONFIG)
+        first = invoke(*arguments, "--plot", folder / "out.png")
+        assert first.exit_code == 0, first.output
+        content = read_results(folder / "out.json")
+        again = invoke(*arguments, "--resume")
+    assert again.exit_code == 0, again.output
+    assert (folder / "out.png").read_bytes().startswith(b"\x89PNG")
+    assert str(folder) not in (folder / "out.json").read_text()
+    return content, first.output, read_results(folder / "out.json"), again.output
+
+
+def test_a_run_writes_every_cell_and_prints_a_line_for_each(run):
+    content, output, _, _ = run
+    assert (content["suite"], content["complete"], content["errors"]) == ("serve", True, [])
+    assert content["options"]["funnel"]["name"] == "2:1 after 1"
+    assert len(content["rows"]) + len(content["left_out"]) == 10
+    online = [row for row in content["rows"] if "latency" in row]
+    assert len(online) >= 6
+    for row in online:
+        assert len(row["latency"]["samples"]) == 12
+        assert 0 < row["busy"] <= 1
+        assert f"  {row['cell']}\n" in output
+    assert [name for row in content["rows"] for name, _ in figures(row)].count("latency") == len(online)
+
+
+def test_a_line_tells_how_long_the_next_ones_will_take():
+    row = {"baseline_seconds": spread([100.0]), "baseline_requests_per_second": 10.0, "requests_per_second": 20.0}
+    assert row_line(row | {"cell": "conll: offline"}) == (
+        "conll: offline: 10.0 requests/s without a funnel, 20.0 with it; 50, 80, 95 % of these take 200 s, 125 s, "
+        "105 s, and 100 s, 62 s, 53 s"
+    )
+
+
+def test_resuming_measures_no_row_again(run):
+    content, _, resumed, output = run
+    assert resumed["rows"] == content["rows"]
+    assert not any(f"  {row['cell']}\n" in output for row in content["rows"])
+
+
+def figure_of(content, look):
+    (plot,) = section(content).plots
+    with styled(look):
+        return plot.draw(look)
+
+
+@pytest.mark.parametrize(("look", "inches"), [(LIGHT, 8.0), (DARK._replace(inches=(4.4, 6.6), titled=False), 4.4)])
+def test_the_picture_has_a_line_for_each_engine_and_percentile(run, look, inches):
+    content = run[0]
+    figure = figure_of(content, look)
+    assert figure.get_figwidth() == inches
+    (axes,) = figure.axes
+    lines = {line.get_gid(): line for line in axes.lines}
+    for engine, name in (("no funnel", "baseline"), ("2:1 after 1", "funnel")):
+        rows = [row for row in content["rows"] if row.get("engine") == engine]
+        rows.sort(key=lambda row: row["arrivals_per_second"])
+        for percentile in ("p50", "p99"):
+            line = lines.pop(f"marks-0-{name}-{percentile}")
+            assert list(line.get_xdata()) == [row["arrivals_per_second"] for row in rows]
+            assert list(line.get_ydata()) == pytest.approx([1e3 * row[percentile] for row in rows])
+            assert line.get_label() == f"{engine}, {percentile}" + (" of 12" if percentile == "p99" else "")
+    offline = content["rows"][0]
+    assert lines.pop("marks-0-baseline-offline").get_xdata()[0] == offline["baseline_requests_per_second"]
+    assert lines.pop("marks-0-funnel-offline").get_xdata()[0] == offline["requests_per_second"]
+    assert not lines
+    assert axes.get_yscale() == "log"
+
+
+def test_the_section_says_what_both_engines_do_at_one_rate(run):
+    content = copy.deepcopy(run[0])
+    offline = content["rows"][0]
+    offline["baseline_requests_per_second"], offline["requests_per_second"] = 40.0, 60.0
+    for row in content["rows"]:
+        if (row.get("share"), row.get("share_of")) == (80, "no funnel"):
+            row["arrivals_per_second"] = 32.0
+            row["p99"] = 0.5 if row["engine"] == "no funnel" else 0.125
+    said = section(content)
+    assert said.summary == (
+        "mine.txt: 60.0 requests a second with the funnel, 40.0 without; at 32.0 arrivals a second p99 of 12 is 125 ms "
+        "with it, 500 ms without."
+    )
+    rates, latencies = said.tables
+    assert [cell.text for cell in rates.rows[0]] == ["mine.txt", "60.0", "40.0", "1.50"]
+    assert len(latencies.rows) == len(content["rows"]) - 1
+    assert ("p99 of 12", "ms") in latencies.columns
+    assert {len(row) for row in latencies.rows} == {len(latencies.columns)}
+    assert "32.0" in [row[1].text for row in latencies.rows]
+
+
+def test_of_nothing_the_section_says_so(run):
+    content = run[0] | {"rows": []}
+    said = section(content)
+    assert (said.summary, said.plots, said.tables) == ("Nothing was measured.", [], [])
+    only_offline = section(content | {"rows": run[0]["rows"][:1]})
+    assert only_offline.plots == []
+    assert "arrivals" not in only_offline.summary
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (["--preset", "gemma-9"], ConfigError, "choose one of gemma-2b"),
+        (["--depth", "25"], ConfigError, "has 24 layers; take from 1 to 24"),
+        (["--depth", "4", "--layer", "4"], ConfigError, "after layer 3 at the latest"),
+        (["--lengths", "novels"], InputError, "conll, sst2"),
+        (["--max-batch-tokens", "100"], InputError, "a batch holds only 100; raise --max-batch-tokens"),
+        (["--resume"], ConfigError, "--resume goes on with the file of --json; name it"),
+        (["--json", "out.txt"], InputError, "must end in .json"),
+        (["--plot", "out.gif"], InputError, "must end in .png"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_loaded(monkeypatch, arguments, error, message):
+    monkeypatch.setattr(models, "random_array", None)
+    result = invoke(*arguments)
+    assert isinstance(result.exception, error)
+    assert message in str(result.exception)
+
+
+def test_no_requests_are_a_usage_error():
+    result = invoke("--requests", 0)
+    assert result.exit_code == 2
+    assert "--requests" in result.output

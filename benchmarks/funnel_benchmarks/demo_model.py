@@ -4,12 +4,9 @@ It has Gemma 1's 18 layers, so the funnel can sit in all the places of the paper
 measured in all of them within minutes on two cores, yet wide enough for matrix products to dominate.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
@@ -17,12 +14,10 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 
-from funnel_engine.weights import random_array
+from funnel_benchmarks.random_checkpoint import write_random_model
 
 CONFIG: dict[str, Any] = {
-    "architectures": ["GemmaModel"],
     "model_type": "gemma",
-    "torch_dtype": "bfloat16",
     "vocab_size": 2048,
     "hidden_size": 512,
     "intermediate_size": 2048,
@@ -50,37 +45,9 @@ SENTENCES = (
 
 
 def make_demo_model(directory: Path) -> None:
-    """Writes config.json, model.safetensors and tokenizer.json into `directory`, which must exist.
-
-    The files are the same every time, and replace those of an earlier demo.
-    """
-    (directory / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n", encoding="utf-8")
-    generator = np.random.default_rng(0)
-    weights = {name: random_array(generator, shape, "bfloat16") for name, shape in tensor_shapes().items()}
-    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    """Writes config.json, model.safetensors and tokenizer.json into `directory`; the same every time."""
+    write_random_model(directory, CONFIG)
     make_tokenizer().save(str(directory / "tokenizer.json"))
-
-
-def tensor_shapes() -> dict[str, tuple[int, ...]]:
-    """The tensors of Hugging Face's `GemmaModel`, by name."""
-    hidden, mlp = CONFIG["hidden_size"], CONFIG["intermediate_size"]
-    queries = CONFIG["num_attention_heads"] * CONFIG["head_dim"]
-    keys = CONFIG["num_key_value_heads"] * CONFIG["head_dim"]
-    layer: dict[str, tuple[int, ...]] = {
-        "input_layernorm": (hidden,),
-        "self_attn.q_proj": (queries, hidden),
-        "self_attn.k_proj": (keys, hidden),
-        "self_attn.v_proj": (keys, hidden),
-        "self_attn.o_proj": (hidden, queries),
-        "post_attention_layernorm": (hidden,),
-        "mlp.gate_proj": (mlp, hidden),
-        "mlp.up_proj": (mlp, hidden),
-        "mlp.down_proj": (hidden, mlp),
-    }
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (CONFIG["vocab_size"], hidden)}
-    for index in range(CONFIG["num_hidden_layers"]):
-        shapes |= {f"model.layers.{index}.{name}.weight": shape for name, shape in layer.items()}
-    return shapes | {"model.norm.weight": (hidden,)}
 
 
 def make_tokenizer() -> Tokenizer:

@@ -1,7 +1,7 @@
 """The models that can be measured: presets with random weights, and converted checkpoints."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +9,12 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from funnel_engine import HeadConfig, ModelConfig, preset
+from funnel_benchmarks.results import Row
+from funnel_engine import FunnelConfig, HeadConfig, ModelConfig, preset
+from funnel_engine.backends import served_by
 from funnel_engine.checkpoints.native import read_checkpoint
 from funnel_engine.sharding import to_device
-from funnel_engine.weights import check_dtype, expected_shapes, random_array
+from funnel_engine.weights import check_dtype, count_parameters, expected_shapes, random_array
 from funnel_kernels.errors import ConfigError
 
 
@@ -33,6 +35,29 @@ class Model:
     head: HeadConfig
     dtype: str
     load: Callable[[Console, str], Mapping[str, Any]]
+
+    def facts(self) -> Row:
+        """What a result file says about it."""
+        config = self.config
+        return {
+            "name": self.name,
+            "weights": self.weights,
+            "dtype": self.dtype,
+            "family": config.family,
+            "layers": config.num_layers,
+            "hidden_size": config.hidden_size,
+            "intermediate_size": config.intermediate_size,
+            "heads": config.num_heads,
+            "kv_heads": config.num_kv_heads,
+            "head_dim": config.head_dim,
+            "attention": config.attention,
+            "parameters": count_parameters(expected_shapes(config, self.head)),
+        }
+
+    def served_by(self, funnels: Iterable[FunnelConfig], backend: str) -> str:
+        """The backends that run its ops, with any of these funnels."""
+        served = [served_by(self.config, funnel, self.dtype, backend) for funnel in funnels]
+        return ", ".join(sorted({answer.backend for ops in served for answer in ops.values()}))
 
 
 def preset_model(name: str, dtype: str | None, depth: int | None = None) -> Model:

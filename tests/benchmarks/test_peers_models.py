@@ -11,10 +11,10 @@ import torch
 
 from funnel_benchmarks.peers import hugging_face, sentence_transformers_peer, torch_graph
 from funnel_benchmarks.peers.batches import in_order, make_batches, padded
-from funnel_benchmarks.peers.checkpoint import write_random_model
 from funnel_benchmarks.peers.peer import Peer
 from funnel_benchmarks.peers.sentence_model import text_of, write_sentence_model
 from funnel_benchmarks.peers.suite import check_same
+from funnel_benchmarks.random_checkpoint import write_random_model
 from funnel_benchmarks.results import LeftOut
 from funnel_engine import Engine, FunnelError, convert
 from tiny_peers import MODELS

@@ -1,5 +1,6 @@
 """The command `funnel bench latency`."""
 
+from functools import partial
 from pathlib import Path
 
 import click
@@ -9,17 +10,17 @@ from rich.console import Console
 
 from funnel_benchmarks.latency import table
 from funnel_benchmarks.latency.layers import even_layers, parse_layers
-from funnel_benchmarks.latency.plot import render
+from funnel_benchmarks.latency.plot import draw
 from funnel_benchmarks.latency.section import section
 from funnel_benchmarks.latency.suite import NO_FUNNEL, SEED, Batch, Suite, cells
 from funnel_benchmarks.latency.sweeps import LENGTHS, QUICK_TOKENS, SWEEPS, TOKENS, sweep_batches, sweep_funnels
 from funnel_benchmarks.lengths import PRESETS as LENGTH_PRESETS
 from funnel_benchmarks.lengths import describe as describe_lengths
-from funnel_benchmarks.lengths import draw
+from funnel_benchmarks.lengths import draw as draw_lengths
 from funnel_benchmarks.machine import machine_facts
 from funnel_benchmarks.memory import check_memory
 from funnel_benchmarks.models import Model, checkpoint_model, preset_model
-from funnel_benchmarks.plot_style import require_matplotlib
+from funnel_benchmarks.plot_style import render, require_matplotlib
 from funnel_benchmarks.report.page import render_page
 from funnel_benchmarks.results import Results
 from funnel_engine import FunnelConfig
@@ -144,7 +145,7 @@ def latency(
         if lengths is None:
             batches = (Batch(np.full(batch, seq_len, np.int32)),)
         else:
-            batches = (Batch(draw(lengths, batch, SEED), describe_lengths(lengths)),)
+            batches = (Batch(draw_lengths(lengths, batch, SEED), describe_lengths(lengths)),)
     suite = Suite(
         model=model, funnels=funnels, batches=batches, backend=backend,
         repeats=repeats or (1 if quick else REPEATS),
@@ -184,7 +185,7 @@ def measure(
         results.tell(line)
     if results.rows:
         if plot_file:
-            write_bytes(plot_file, render(results.content, plot_file.suffix[1:]))
+            write_bytes(plot_file, render(partial(draw, results.content), plot_file.suffix[1:]))
         if html_file:
             page = render_page("What a funnel saves", [(results.content, section(results.content))])
             write_text(html_file, page)

@@ -1,7 +1,6 @@
 """A result as pictures: latency ratio and saving over the place of the funnel (cf. Figure 4 of arXiv:2504.02877), and
 the efficiency of all that was measured."""
 
-import io
 import itertools
 import textwrap
 from typing import TYPE_CHECKING
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from funnel_benchmarks.latency.table import describe_machine, describe_model
-from funnel_benchmarks.plot_style import LIGHT, Look, styled
+from funnel_benchmarks.plot_style import LIGHT, Look
 from funnel_benchmarks.results import Row
 
 if TYPE_CHECKING:
@@ -18,15 +17,6 @@ if TYPE_CHECKING:
 
 # Marks of batches in one picture: shape, and whether it is filled.
 MARKS = (("o", True), ("D", False), ("s", True), ("^", False), ("v", True), ("P", False))
-
-
-def render(content: Row, format: str, look: Look = LIGHT) -> bytes:
-    """The picture as "png", "svg" or "pdf"."""
-    buffer = io.BytesIO()
-    with styled(look):
-        metadata = {"Date": None} if format == "svg" else {}
-        draw(content, look).savefig(buffer, format=format, dpi=150, metadata=metadata)
-    return buffer.getvalue()
 
 
 def series(rows: list[Row]) -> list[Row]:

@@ -20,11 +20,9 @@ from funnel_benchmarks.models import Model
 from funnel_benchmarks.results import Cell, Row
 from funnel_benchmarks.statistics import quartiles, ratio
 from funnel_engine import Engine, FunnelConfig
-from funnel_engine.backends import served_by
 from funnel_engine.config import check_positive
 from funnel_engine.flops import forward_flops, ideal_ratio
 from funnel_engine.packing import Ints, make_plan
-from funnel_engine.weights import count_parameters, expected_shapes
 from funnel_kernels import dispatch
 from funnel_kernels.errors import ConfigError, InputError
 
@@ -101,26 +99,11 @@ class Suite:
 
     def options(self) -> Row:
         """Everything that a cell depends on beside its own funnel, as the head of a result file."""
-        model, config = self.model, self.model.config
-        served = [served_by(config, funnel, model.dtype, self.backend) for funnel in self.funnels]
         return {
-            "model": {
-                "name": model.name,
-                "weights": model.weights,
-                "dtype": model.dtype,
-                "family": config.family,
-                "layers": config.num_layers,
-                "hidden_size": config.hidden_size,
-                "intermediate_size": config.intermediate_size,
-                "heads": config.num_heads,
-                "kv_heads": config.num_kv_heads,
-                "head_dim": config.head_dim,
-                "attention": config.attention,
-                "parameters": count_parameters(expected_shapes(config, model.head)),
-            },
+            "model": self.model.facts(),
             "batches": [batch.facts() for batch in self.batches],
             "backend": self.backend,
-            "served_by": ", ".join(sorted({answer.backend for ops in served for answer in ops.values()})),
+            "served_by": self.model.served_by(self.funnels, self.backend),
             "repeats": self.repeats,
             "order": "A B B A",
             "seed": SEED,

@@ -1,4 +1,4 @@
-"""The weights of `checkpoint.py` as a GGUF file, which llama.cpp reads (docs/gguf.md of github.com/ggml-org/ggml).
+"""The weights of `random_checkpoint.py` as a GGUF file for llama.cpp (docs/gguf.md of github.com/ggml-org/ggml).
 
 llama.cpp has two bidirectional Gemmas: "gemma", once its file says that attention is not causal, and "gemma-embedding",
 which is Gemma 3 with windows to both sides (EmbeddingGemma). Its "gemma2" and "gemma3" have windows to the left only.

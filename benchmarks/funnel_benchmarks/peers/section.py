@@ -42,7 +42,7 @@ def section(content: Row) -> Section:
     shown = [scenario for scenario in SCENARIOS if any(row["scenario"] == scenario for row in rows)]
     versions = {row["peer"]: ", ".join(f"{name} {value}" for name, value in row["facts"].items()) for row in rows}
     return Section(
-        title=f"Against other engines: {options['preset']}",
+        title=f"Against other engines: {options['preset']}, {', '.join(options['lengths'])}",
         summary="; ".join(summary(rows, scenario) for scenario in shown),
         plots=[plot(rows, scenario) for scenario in shown],
         tables=[table(rows, scenario) for scenario in shown],

@@ -8,8 +8,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from funnel_benchmarks.peers.checkpoint import write_random_model
 from funnel_benchmarks.peers.peer_process import not_installed
+from funnel_benchmarks.random_checkpoint import write_random_model
 from funnel_benchmarks.results import LeftOut
 from funnel_engine.presets import Fields
 

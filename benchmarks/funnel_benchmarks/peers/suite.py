@@ -27,9 +27,9 @@ from funnel_benchmarks.peers import (
     sentence_transformers_peer,
 )
 from funnel_benchmarks.peers.batches import in_order, make_batches
-from funnel_benchmarks.peers.checkpoint import ARCHITECTURES, DTYPE, write_random_model
 from funnel_benchmarks.peers.peer import Peer
 from funnel_benchmarks.peers.sentence_model import text_of, write_sentence_model
+from funnel_benchmarks.random_checkpoint import ARCHITECTURES, DTYPE, write_random_model
 from funnel_benchmarks.results import Cell, Row
 from funnel_benchmarks.statistics import interleave, quartiles
 from funnel_engine import Engine, FunnelConfig, ModelConfig, convert

@@ -1,5 +1,6 @@
 """The command `funnel bench scaling`."""
 
+from functools import partial
 from pathlib import Path
 
 import click
@@ -8,11 +9,11 @@ from rich.console import Console
 from funnel_benchmarks.machine import machine_facts
 from funnel_benchmarks.memory import check_memory
 from funnel_benchmarks.models import preset_model
-from funnel_benchmarks.plot_style import require_matplotlib
+from funnel_benchmarks.plot_style import render, require_matplotlib
 from funnel_benchmarks.results import Results
 from funnel_benchmarks.scaling import table
 from funnel_benchmarks.scaling.axes import AXES, SHORTEST
-from funnel_benchmarks.scaling.plot import render
+from funnel_benchmarks.scaling.plot import draw
 from funnel_benchmarks.scaling.suite import Suite, cells
 from funnel_engine.output_files import check_writable, write_bytes
 from funnel_engine.presets import PRESETS
@@ -102,7 +103,7 @@ def scaling(
     for line in table.conclusion(results.content):
         results.tell(line)
     if plot_file and results.rows:
-        write_bytes(plot_file, render(results.content, plot_file.suffix[1:]))
+        write_bytes(plot_file, render(partial(draw, results.content), plot_file.suffix[1:]))
     for what, path in (("figures", json_file), ("plot", plot_file)):
         if path and path.exists():
             results.tell(f"{what:<7} {path}")

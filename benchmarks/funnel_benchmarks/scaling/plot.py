@@ -1,12 +1,11 @@
 """A result as a picture: latency over each size, beside its work."""
 
-import io
 from typing import TYPE_CHECKING
 
-from funnel_benchmarks.plot_style import LIGHT, Look, styled
+from funnel_benchmarks.plot_style import LIGHT, Look, logarithmic_heights
 from funnel_benchmarks.results import Row
 from funnel_benchmarks.scaling.axes import AXES
-from funnel_benchmarks.serve.plot import logarithmic_heights, title
+from funnel_benchmarks.serve.plot import title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,15 +15,6 @@ PANEL_INCHES = 2.8  # high
 TOP_INCHES = 1.2  # for title and legend
 MANY = 7  # sizes: every other one has its number
 TWO_COLUMNS = 6  # inches of width from which panels stand side by side
-
-
-def render(content: Row, format: str, look: Look = LIGHT) -> bytes:
-    """The picture as "png", "svg" or "pdf"."""
-    buffer = io.BytesIO()
-    with styled(look):
-        metadata = {"Date": None} if format == "svg" else {}
-        draw(content, look).savefig(buffer, format=format, dpi=150, metadata=metadata)
-    return buffer.getvalue()
 
 
 def draw(content: Row, look: Look = LIGHT) -> "Figure":

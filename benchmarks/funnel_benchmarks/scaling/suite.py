@@ -23,7 +23,6 @@ from funnel_benchmarks.models import Model
 from funnel_benchmarks.results import Cell, LeftOut, Row
 from funnel_benchmarks.scaling.axes import AXES, Point, points
 from funnel_benchmarks.scaling.peak_memory import watched_memory
-from funnel_benchmarks.serve.suite import model_facts, serving_backends
 from funnel_engine import Engine, FunnelConfig
 from funnel_engine.config import check_positive
 from funnel_engine.flops import forward_flops
@@ -72,11 +71,11 @@ class Suite:
         """Everything that a cell depends on beside its own name, as the head of a result file."""
         funnel = FunnelConfig.after(self.layer)
         return {
-            "model": model_facts(self.model),
+            "model": self.model.facts(),
             "funnel": {"name": funnel_name(funnel), **dataclasses.asdict(funnel)},
             "most_tokens": self.most_tokens,
             "backend": self.backend,
-            "served_by": serving_backends(self.model, funnel, self.backend),
+            "served_by": self.model.served_by([funnel], self.backend),
             "repeats": self.repeats,
             "order": "A B B A",
             "seed": SEED,

@@ -1,5 +1,6 @@
 """The command `funnel bench serve`."""
 
+from functools import partial
 from pathlib import Path
 
 import click
@@ -9,10 +10,10 @@ from funnel_benchmarks.lengths import PRESETS as LENGTH_PRESETS
 from funnel_benchmarks.machine import machine_facts
 from funnel_benchmarks.memory import check_memory
 from funnel_benchmarks.models import preset_model
-from funnel_benchmarks.plot_style import require_matplotlib
+from funnel_benchmarks.plot_style import render, require_matplotlib
 from funnel_benchmarks.results import Results
 from funnel_benchmarks.serve import table
-from funnel_benchmarks.serve.plot import render
+from funnel_benchmarks.serve.plot import draw
 from funnel_benchmarks.serve.suite import Suite, cells
 from funnel_engine import FunnelConfig
 from funnel_engine.output_files import check_writable, write_bytes
@@ -106,7 +107,7 @@ def serve(
         results.tell(line)
     results.measure_all(cells(suite, model.load(console, backend), results.rows))
     if plot_file and any("latency" in row for row in results.rows):
-        write_bytes(plot_file, render(results.content, plot_file.suffix[1:]))
+        write_bytes(plot_file, render(partial(draw, results.content), plot_file.suffix[1:]))
     for what, path in (("figures", json_file), ("plot", plot_file)):
         if path and path.exists():
             results.tell(f"{what:<7} {path}")

@@ -1,11 +1,10 @@
 """A result as a picture: latency over the rate of arrivals."""
 
-import io
 import textwrap
 from typing import TYPE_CHECKING
 
 from funnel_benchmarks.latency.table import describe_machine, describe_model
-from funnel_benchmarks.plot_style import LIGHT, Look, styled
+from funnel_benchmarks.plot_style import LIGHT, Look, logarithmic_heights
 from funnel_benchmarks.results import Row
 from funnel_benchmarks.serve.suite import BASELINE, offline_name, offline_rates
 
@@ -15,15 +14,6 @@ if TYPE_CHECKING:
 
 PANEL_INCHES = 2.6  # high
 TOP_INCHES = 1.2  # for title and legend
-
-
-def render(content: Row, format: str, look: Look = LIGHT) -> bytes:
-    """The picture as "png", "svg" or "pdf"."""
-    buffer = io.BytesIO()
-    with styled(look):
-        metadata = {"Date": None} if format == "svg" else {}
-        draw(content, look).savefig(buffer, format=format, dpi=150, metadata=metadata)
-    return buffer.getvalue()
 
 
 def online_rows(content: Row) -> list[Row]:
@@ -74,18 +64,6 @@ def draw_panel(axes: "Axes", content: Row, kind: str, gid: str, look: Look) -> N
     logarithmic_heights(axes)
     axes.set_ylabel("latency (ms)")
     axes.set_title(kind, loc="left", size="medium")
-
-
-def logarithmic_heights(axes: "Axes") -> None:
-    """Makes the vertical axis logarithmic, with plain numbers beside it; call it once everything is drawn."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
-
-    axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    few = high < 5 * low  # too few powers of ten and their multiples for an axis
-    axes.yaxis.set_major_locator(MaxNLocator(4) if few else LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def title(content: Row, characters: int) -> list[str]:

@@ -21,9 +21,7 @@ from funnel_benchmarks.serve.requests import ARRIVALS_SEED, IDS_SEED, LENGTHS_SE
 from funnel_benchmarks.serve.server import Served, serve
 from funnel_benchmarks.statistics import quartiles
 from funnel_engine import Engine, FunnelConfig
-from funnel_engine.backends import served_by
 from funnel_engine.packing import make_plan
-from funnel_engine.weights import count_parameters, expected_shapes
 from funnel_kernels import dispatch
 from funnel_kernels.errors import ConfigError, InputError
 
@@ -94,39 +92,16 @@ class Suite:
     def options(self) -> Row:
         """Everything that a cell depends on, as the head of a result file."""
         return {
-            "model": model_facts(self.model),
+            "model": self.model.facts(),
             "funnel": {"name": funnel_name(self.funnel), **dataclasses.asdict(self.funnel)},
             "lengths": [kind.facts() for kind in self.kinds],
             "requests": self.count,
             "max_batch_tokens": self.max_batch_tokens,
             "backend": self.backend,
-            "served_by": serving_backends(self.model, self.funnel, self.backend),
+            "served_by": self.model.served_by([self.funnel], self.backend),
             "shares": SHARES,
             "seeds": {"lengths": LENGTHS_SEED, "ids": IDS_SEED, "arrivals": ARRIVALS_SEED},
         }
-
-
-def model_facts(model: Model) -> Row:
-    config = model.config
-    return {
-        "name": model.name,
-        "weights": model.weights,
-        "dtype": model.dtype,
-        "family": config.family,
-        "layers": config.num_layers,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "heads": config.num_heads,
-        "kv_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "attention": config.attention,
-        "parameters": count_parameters(expected_shapes(config, model.head)),
-    }
-
-
-def serving_backends(model: Model, funnel: FunnelConfig, backend: str) -> str:
-    served = served_by(model.config, funnel, model.dtype, backend)
-    return ", ".join(sorted({answer.backend for answer in served.values()}))
 
 
 def cells(suite: Suite, weights: Mapping[str, Any], rows: list[Row]) -> Iterator[Cell]:

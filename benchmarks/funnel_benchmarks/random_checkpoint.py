@@ -17,17 +17,20 @@ DTYPE = "bfloat16"
 
 
 def write_random_model(directory: Path, fields: Fields) -> None:
-    """Writes config.json and model.safetensors into `directory`, which it makes; the same ones every time.
+    """Writes config.json and model.safetensors into `directory`; the same ones every time, in place of earlier ones.
 
     Args:
+        directory: is made if it is not there.
         fields: of config.json; `model_type` is one of `ARCHITECTURES`.
     """
-    directory.mkdir()
+    directory.mkdir(exist_ok=True)
     config = {"architectures": [ARCHITECTURES[fields["model_type"]]], "dtype": DTYPE, **fields}
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     generator, shapes = np.random.default_rng(0), tensor_shapes(read_model_config(fields))
     values = {name: one_array(generator, shape) for name, shape in shapes.items()}
-    write_tensors(directory / "model.safetensors", DTYPES[DTYPE], shapes, values, lambda size: None)
+    file = directory / "model.safetensors"
+    file.unlink(missing_ok=True)
+    write_tensors(file, DTYPES[DTYPE], shapes, values, lambda size: None)
 
 
 def one_array(generator: np.random.Generator, shape: tuple[int, ...]) -> Iterator[np.ndarray]:

@@ -14,13 +14,12 @@ from typing import Any
 
 import click
 import numpy as np
-from safetensors.numpy import save_file
 
 from funnel_benchmarks.demo_model import CONFIG as DEMO
 from funnel_benchmarks.machine import machine_facts
+from funnel_benchmarks.random_checkpoint import write_random_model
 from funnel_benchmarks.statistics import interleave, quartiles
 from funnel_engine import Engine, convert
-from funnel_engine.weights import random_array
 
 TOKENS = 32
 WARMUP_CALLS = 500
@@ -37,20 +36,8 @@ CONFIG: dict[str, Any] = DEMO | {
 
 def make_model(directory: Path) -> Path:
     """Writes a one-layer Gemma with random weights in Hugging Face format, converts it, and returns the result."""
-    square, norm = (WIDTH, WIDTH), (WIDTH,)
-    projections = [f"self_attn.{name}_proj" for name in "qkvo"] + [
-        f"mlp.{name}_proj" for name in ("gate", "up", "down")
-    ]
-    shapes: dict[str, tuple[int, ...]] = {"embed_tokens": (VOCABULARY, WIDTH), "norm": norm}
-    shapes |= {f"layers.0.{name}": square for name in projections}
-    shapes |= {f"layers.0.{name}_layernorm": norm for name in ("input", "post_attention")}
-    generator = np.random.default_rng(0)
-    source = directory / "source"
-    source.mkdir()
-    (source / "config.json").write_text(json.dumps(CONFIG))
-    weights = {f"model.{name}.weight": random_array(generator, shape, "float32") for name, shape in shapes.items()}
-    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
-    convert(source, directory / "model", dtype="float32")
+    write_random_model(directory / "source", CONFIG)
+    convert(directory / "source", directory / "model", dtype="float32")
     return directory / "model"
 
 

@@ -11,6 +11,7 @@
 #include <new>
 #include <shared_mutex>
 #include <tuple>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -69,23 +70,38 @@ struct TileProduct {
   }
 
   void run(const void* rows, const void* weights, float* tile, void* scratchpad) const {
-    const dnnl::stream& stream = this_thread();
-    const auto memory = [](const dnnl::memory::desc& description, const void* data) {
-      return dnnl::memory(description, cpu(), const_cast<void*>(data));
-    };
-    product.execute(stream, {{DNNL_ARG_SRC, memory(description.src_desc(), rows)},
-                             {DNNL_ARG_WEIGHTS, memory(description.weights_desc(), weights)},
-                             {DNNL_ARG_DST, memory(description.dst_desc(), tile)},
-                             {DNNL_ARG_SCRATCHPAD, memory(description.scratchpad_desc(), scratchpad)}});
+    thread_local const dnnl::stream stream(cpu());
+    thread_local std::unordered_map<const TileProduct*, Operands> known;
+    auto found = known.find(this);
+    if (found == known.end()) found = known.emplace(this, Operands(description)).first;
+    found->second.point_to(rows, weights, tile, scratchpad);
+    product.execute(stream, found->second.arguments);
   }
 
   size_t scratchpad_bytes() const { return description.scratchpad_desc().get_size(); }
 
  private:
-  static const dnnl::stream& this_thread() {
-    thread_local const dnnl::stream stream(cpu());
-    return stream;
-  }
+  // What oneDNN reads and writes, made once: for a tile of few rows, making them takes as long as a tenth of the product.
+  struct Operands {
+    std::unordered_map<int, dnnl::memory> arguments;
+
+    explicit Operands(const dnnl::matmul::primitive_desc& of)
+        : arguments{{DNNL_ARG_SRC, memory(of.src_desc())},
+                    {DNNL_ARG_WEIGHTS, memory(of.weights_desc())},
+                    {DNNL_ARG_DST, memory(of.dst_desc())},
+                    {DNNL_ARG_SCRATCHPAD, memory(of.scratchpad_desc())}} {}
+
+    void point_to(const void* rows, const void* weights, float* tile, void* scratchpad) {
+      arguments[DNNL_ARG_SRC].set_data_handle(const_cast<void*>(rows));
+      arguments[DNNL_ARG_WEIGHTS].set_data_handle(const_cast<void*>(weights));
+      arguments[DNNL_ARG_DST].set_data_handle(tile);
+      arguments[DNNL_ARG_SCRATCHPAD].set_data_handle(scratchpad);
+    }
+
+    static dnnl::memory memory(const dnnl::memory::desc& description) {
+      return dnnl::memory(description, cpu(), DNNL_MEMORY_NONE);
+    }
+  };
 };
 
 dnnl::memory::desc any_layout(int64_t in_features, int64_t units, bool is_bfloat16) {

@@ -32,8 +32,8 @@ $(VENV)/lowering: $(VENV)/installed-test
 
 # The tests open reports in it. Where there is none, Debian's is installed; elsewhere the tests say what is missing.
 $(VENV)/chromium: | $(BIN)/python
-	command -v chromium chromium-browser google-chrome || \
-	(command -v apt-get && apt-get update --quiet && apt-get install --quiet --yes --no-install-recommends chromium) || true
+	command -v chromium || command -v chromium-browser || command -v google-chrome || \
+	{ apt-get update --quiet && apt-get install --quiet --yes --no-install-recommends chromium; } || true
 	touch $@
 
 $(VENV)/installed-%: pyproject.toml setup.py CMakeLists.txt $(wildcard bindings/native/*) | $(BIN)/python

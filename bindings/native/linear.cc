@@ -33,6 +33,7 @@ constexpr int64_t kCachedWeights = int64_t{16} << 20;  // bytes of weights that 
 constexpr int64_t kGroupBytes = int64_t{3} << 19;      // of x in a group of tiles, see Tiling
 constexpr int64_t kMostParts = 2;       // products with the same x that one tile needs: a gate and what it gates
 constexpr int64_t kMostFeatures = int64_t{1} << 24;  // so that no size overflows
+constexpr int64_t kFewRows = 48;        // up to which a product is multiply_few's
 constexpr int kScratchpad = kMostParts;  // which of a thread's buffers is oneDNN's; those before it hold tiles
 
 // oneDNN was built with OpenMP and would start a team of its own.
@@ -138,6 +139,13 @@ dnnl::memory::desc joined_layout(int64_t in_features, int64_t units, bool is_bfl
 struct Weights {
   int64_t unit_elements;
   std::vector<dnnl::memory::desc> layouts;  // of 1, 2, ... units; as many as can be read as one
+
+  // Whether a unit is [in_features / 2, kUnit, 2], without padding.
+  bool in_pairs(int64_t in_features) const {
+    const dnnl::memory::desc& unit = layouts[0];
+    return in_features % 32 == 0 && unit.get_inner_blks() == dnnl::memory::dims{16, kUnit, 2} &&
+           unit.get_inner_idxs() == dnnl::memory::dims{0, 1, 0} && unit.get_strides()[0] == 32 * kUnit;
+  }
 };
 
 // Found once for each number of input features.
@@ -237,6 +245,8 @@ ffi::Error by_tiles(ffi::ThreadPool& pool, int64_t threads, const Product& produ
     if (most_units(weights, product.step) == 0) return invalid("a head does not fit into a tile");
     const Tiling cut(product, weights, threads);
     const int64_t element = product.element();
+    const bool few = product.rows <= kFewRows && product.is_bfloat16 && weights.in_pairs(product.in_features) &&
+                     instruction_set() == InstructionSet::avx512_bf16;
     std::atomic<bool> failed{false};
 
     parallel_for(pool, threads, cut.row_tiles * cut.column_tiles, [&](int64_t index) {
@@ -247,14 +257,18 @@ ffi::Error by_tiles(ffi::ThreadPool& pool, int64_t threads, const Product& produ
         const int64_t rows = std::min(cut.tile_rows, product.rows - row);
         const int64_t units = std::min(cut.tile_units, cut.all_units - unit);
         const int64_t column = unit * kUnit, columns = std::min(units * kUnit, product.out_features - column);
-        const TileProduct& tile = tile_product(rows, units, product.in_features, product.is_bfloat16);
-        void* scratchpad = scratch(kScratchpad).at_least<char>(tile.scratchpad_bytes());
+        const char* x = static_cast<const char*>(product.x) + row * product.in_features * element;
         const float* tiles[kMostParts] = {};
         for (int64_t part = 0; part < product.parts; ++part) {
           const int64_t first = (part * cut.all_units + unit) * weights.unit_elements;
+          const char* packed = static_cast<const char*>(product.weights) + first * element;
           auto* result = scratch(part).at_least<float>(rows * units * kUnit);
-          tile.run(static_cast<const char*>(product.x) + row * product.in_features * element,
-                   static_cast<const char*>(product.weights) + first * element, result, scratchpad);
+          if (few) {
+            avx512_bf16::multiply_few(x, rows, product.in_features, packed, units, result);
+          } else {
+            const TileProduct& tile = tile_product(rows, units, product.in_features, product.is_bfloat16);
+            tile.run(x, packed, result, scratch(kScratchpad).at_least<char>(tile.scratchpad_bytes()));
+          }
           tiles[part] = result;
         }
         follow(tiles, row, rows, column, columns, units * kUnit);

@@ -2,7 +2,8 @@
 //
 // oneDNN computes one tile at a time, on one thread, into a buffer that stays in the cache; what follows (a sum, a gate,
 // rounding) reads it there and writes the result. The threads are XLA's (parallel.h): oneDNN starts none of its own.
-// On two Zen 4 cores this is as fast as oneDNN's own product over all threads, and the gate comes for free.
+// On two Zen 4 cores this is as fast as oneDNN's own product over all threads, and the gate comes for free. Few rows in
+// bfloat16 have a kernel of their own (multiply_few), on weights in the same layout.
 #pragma once
 
 #include <cstdint>

@@ -3,6 +3,7 @@
 import ctypes
 import json
 import math
+import os
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -304,7 +305,8 @@ def test_the_cases_run_under_pytest_benchmark():
     """Collected, not run: at their sizes they take minutes."""
     folder = Path(cases_module.__file__).parents[2]
     command = [sys.executable, "-m", "pytest", str(folder), "--benchmark-only", "--collect-only"]
-    answer = subprocess.run(command, capture_output=True, text=True, cwd=folder.parent)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # of this run
+    answer = subprocess.run(command, capture_output=True, text=True, cwd=folder.parent, env=environment)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     for case in ("gated_linear", "attention", "add_norm", "pool_norm", "recover_norm", "embed"):
         for backend in backends_here():

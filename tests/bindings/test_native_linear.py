@@ -51,6 +51,15 @@ def test_every_instruction_set_rounds_alike(instruction_set, case):
     assert (limited == best).mean() > 0.99 or case.gated
 
 
+@pytest.mark.parametrize(("width", "out"), [(32, 64), (96, 200), (80, 130)])  # the last is laid out with padding
+@pytest.mark.parametrize("rows", [1, 2, 5, 6, 7, 11, 12, 13, 18, 19, 24, 25, 31, 36, 42, 43, 47, 48, 49])
+def test_few_rows_are_multiplied_as_many_are(instruction_set, rows, width, out):
+    case = LinearCase(rows, width, out, "bfloat16", False, False)
+    x, weight, _ = (None if array is None else np.asarray(array, np.float64) for array in case.arrays())
+    exact = x @ weight.T
+    np.testing.assert_allclose(run(case), exact, rtol=0, atol=1e-6 * np.abs(exact).max())
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_results_are_equal_to_the_bit_from_run_to_run(case):
     for threads in (1, 2):

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from funnel_benchmarks.latency.suite import funnel_name
+from funnel_benchmarks.funnels import funnel_name
 from funnel_engine import FunnelConfig
 
 LAYERS = (2, 8, 14)

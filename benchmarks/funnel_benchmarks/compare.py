@@ -11,9 +11,9 @@ from rich.table import Table
 
 from funnel_benchmarks.results import SAME_MACHINE, Row, differences, figures, read_results
 from funnel_benchmarks.statistics import Spread, ratio_of_medians
+from funnel_benchmarks.suite_command import FILE
 from funnel_kernels.errors import ConfigError, InputError
 
-FILE = click.Path(path_type=Path)
 STYLES = {"slower": "red", "faster": "green", "unclear": "yellow", "same": ""}
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from funnel_benchmarks.results import Row
 from funnel_engine.packing import Ints
 from funnel_kernels.errors import InputError
 
@@ -66,6 +67,16 @@ def describe(name_or_file: str) -> str:
     if name_or_file in PRESETS:
         return f"{name_or_file} (estimate: {PRESETS[name_or_file].source})"
     return f"file {Path(name_or_file).name}"
+
+
+def length_facts(lengths: Ints) -> Row:
+    """What a result file says about the lengths of sequences, in tokens."""
+    return {
+        "tokens": int(lengths.sum()),
+        "shortest": int(lengths.min()),
+        "median": float(np.median(lengths)),
+        "longest": int(lengths.max()),
+    }
 
 
 def read_lengths(path: Path) -> np.ndarray:

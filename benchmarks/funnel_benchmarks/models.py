@@ -1,9 +1,9 @@
 """The models that can be measured: presets with random weights, and converted checkpoints."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from rich.console import Console
@@ -17,6 +17,8 @@ from funnel_engine.sharding import to_device
 from funnel_engine.weights import check_dtype, count_parameters, expected_shapes, random_array
 from funnel_kernels.errors import ConfigError
 
+Item = TypeVar("Item")
+
 
 @dataclasses.dataclass(frozen=True)
 class Model:
@@ -27,6 +29,7 @@ class Model:
         weights: where they are from: "random" or the checkpoint's name.
         dtype: of weights and activations.
         load: puts the weights on the device, as a backend wants them; names are those of `weights.expected_shapes`.
+            On a terminal it shows how far it has got.
     """
 
     name: str
@@ -34,7 +37,7 @@ class Model:
     config: ModelConfig
     head: HeadConfig
     dtype: str
-    load: Callable[[Console, str], Mapping[str, Any]]
+    load: Callable[[str], Mapping[str, Any]]
 
     def facts(self) -> Row:
         """What a result file says about it."""
@@ -73,20 +76,21 @@ def preset_model(name: str, dtype: str | None, depth: int | None = None) -> Mode
     check_dtype(dtype)
     config, head = dataclasses.replace(preset(name), attention="bidirectional"), HeadConfig()
     if depth is not None:
-        if not 1 <= depth <= config.num_layers:
-            raise ConfigError(
-                f"a depth of {depth} is not to be had: {name} has {config.num_layers} layers; take from 1 to "
-                f"{config.num_layers}"
-            )
+        check_depth(depth, name, config.num_layers)
         config, name = dataclasses.replace(config, layer_types=config.layer_types[:depth]), f"{name}, {depth} layers"
 
-    def load(console: Console, backend: str) -> dict[str, Any]:
+    def load(backend: str) -> dict[str, Any]:
         generator = np.random.default_rng(0)
-        shapes = expected_shapes(config, head).items()
-        bar = track(shapes, "Making weights", console=console, transient=True, disable=not console.is_terminal)
-        return {name: to_device(name, random_array(generator, shape, dtype), dtype, backend) for name, shape in bar}
+        shapes = with_bar("Making weights", expected_shapes(config, head).items())
+        return {name: to_device(name, random_array(generator, shape, dtype), dtype, backend) for name, shape in shapes}
 
     return Model(name, "random", config, head, dtype, load)
+
+
+def check_depth(depth: int, name: str, layers: int) -> None:
+    """Raises `ConfigError` unless a model of this name and so many layers can be cut down to its first `depth`."""
+    if not 1 <= depth <= layers:
+        raise ConfigError(f"a depth of {depth} is not to be had: {name} has {layers} layers; take from 1 to {layers}")
 
 
 def checkpoint_model(directory: Path, dtype: str | None) -> Model:
@@ -100,10 +104,15 @@ def checkpoint_model(directory: Path, dtype: str | None) -> Model:
     dtype = dtype or checkpoint.dtype
     check_dtype(dtype)
 
-    def load(console: Console, backend: str) -> dict[str, Any]:
-        weights = checkpoint.weights.items()
-        bar = track(weights, "Loading weights", console=console, transient=True, disable=not console.is_terminal)
-        return {name: to_device(name, weight, dtype, backend) for name, weight in bar}
+    def load(backend: str) -> dict[str, Any]:
+        weights = with_bar("Loading weights", checkpoint.weights.items())
+        return {name: to_device(name, weight, dtype, backend) for name, weight in weights}
 
     name = directory.resolve().name
     return Model(name, name, checkpoint.config, checkpoint.head, dtype, load)
+
+
+def with_bar(what: str, items: Collection[Item]) -> Iterable[Item]:
+    """The items one by one, with a bar for them on a terminal."""
+    console = Console()
+    return track(items, what, console=console, transient=True, disable=not console.is_terminal)

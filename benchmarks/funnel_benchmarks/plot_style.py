@@ -2,10 +2,14 @@
 
 import importlib.util
 import io
-from collections.abc import Callable, Iterator
+import textwrap
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
+from funnel_benchmarks.results import Row
 from funnel_kernels.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -69,6 +73,19 @@ def render(draw: Callable[[Look], "Figure"], format: str, look: Look = LIGHT) ->
         metadata = {"Date": None} if format == "svg" else {}
         draw(look).savefig(buffer, format=format, dpi=150, metadata=metadata)
     return buffer.getvalue()
+
+
+def entitle(figure: "Figure", look: Look, *facts: str) -> None:
+    """Says above what was measured where, in lines that fit, if the look has it said."""
+    if look.titled:
+        lines = [line for fact in facts for line in textwrap.wrap(fact, int(10.5 * look.inches[0]))]
+        figure.suptitle("\n".join(lines), x=0.02, ha="left", size="medium")
+
+
+def whiskers(spreads: Iterable[Row], factor: float = 1.0) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
+    """Medians of {low, median, high}, and how far the bounds lie below and above: what `Axes.errorbar` takes."""
+    low, median, high = factor * np.array([[each[name] for name in ("low", "median", "high")] for each in spreads]).T
+    return median, (median - low, high - median)
 
 
 def logarithmic_heights(axes: "Axes") -> None:

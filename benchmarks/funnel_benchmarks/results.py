@@ -12,7 +12,7 @@ A file is JSON:
 | `resumed` | runs that went on with it: `started`, `machine`, and `rows`, the number of rows that were there by then |
 | `complete` | whether the last run got to its end |
 | `rows` | what was measured: `cell`, a name of its own, `took_seconds`, and figures |
-| `left_out` | `cell` and `reason` |
+| `left_out` | `cell` and `reason`; `same_as`, the cell whose row says the same, where nothing is missing without it |
 | `errors` | `cell` and `error` |
 
 and whatever else the suite has to say. A *figure with samples* is `{low, median, high, samples}` (`measure.spread`); of
@@ -48,7 +48,15 @@ Cell = tuple[str, Callable[[], Row]]  # what a row is called, and what measures 
 
 
 class LeftOut(Exception):
-    """Raised by a cell that cannot be measured here; the text says why. It is no failure."""
+    """Raised by a cell that is not measured; the text says why. It is no failure.
+
+    Attributes:
+        same_as: the cell that measures the same; None if this one cannot be measured here.
+    """
+
+    def __init__(self, reason: str, same_as: str | None = None):
+        super().__init__(reason)
+        self.same_as = same_as
 
 
 class Results:
@@ -147,7 +155,8 @@ class Results:
             row = {"cell": cell, **measure(), "took_seconds": time.monotonic() - start}
             check_row(row)
         except LeftOut as reason:
-            self.append("left_out", {"cell": cell, "reason": str(reason)})
+            entry = {"cell": cell, "reason": str(reason)}
+            self.append("left_out", entry if reason.same_as is None else entry | {"same_as": reason.same_as})
         except Exception as error:
             self.fail(cell, error)
         else:
@@ -169,11 +178,12 @@ class Results:
         else:
             self.tell(f"{entry['cell']}: FAILED: {entry['error']}")
 
-    def tell(self, line: str) -> None:
-        if self.console is None:
-            print(line, flush=True)
-        else:
-            self.console.print(line, soft_wrap=True, highlight=False, markup=False)
+    def tell(self, *lines: str) -> None:
+        for line in lines:
+            if self.console is None:
+                print(line, flush=True)
+            else:
+                self.console.print(line, soft_wrap=True, highlight=False, markup=False)
 
     def write(self) -> None:
         self.kept = self.kept and not self.rows

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 
 from funnel_benchmarks.accelerator.__main__ import chosen_parts, main
-from funnel_benchmarks.accelerator.bench import NO_FUNNEL, Bench
+from funnel_benchmarks.accelerator.bench import Bench
 from funnel_benchmarks.accelerator.clock import Clock
 from funnel_benchmarks.accelerator.parts import PARTS
 from funnel_benchmarks.accelerator.sizes import FULL, SMALL
+from funnel_benchmarks.funnels import NO_FUNNEL
 from funnel_engine.packing import make_plan, row_buckets
 
 ROOTS = ("kernels", "engine", "benchmarks")

@@ -12,8 +12,9 @@ import jax
 import numpy as np
 import pytest
 
+from funnel_benchmarks.funnels import funnel_name
 from funnel_benchmarks.latency import suite as latency
-from funnel_benchmarks.latency.suite import Batch, Suite, cells, funnel_name
+from funnel_benchmarks.latency.suite import Batch, Suite, cells
 from funnel_benchmarks.models import Model
 from funnel_benchmarks.results import Results, read_results
 from funnel_engine import Engine, FunnelConfig, HeadConfig
@@ -24,7 +25,7 @@ from tiny_models import CONFIG
 LENGTHS = np.array([5, 3, 8], np.int32)
 EQUAL = np.array([6, 6], np.int32)
 REPEATS = 2
-MODEL = Model("tiny", "random", CONFIG, HeadConfig(), "float32", lambda console, backend: {})
+MODEL = Model("tiny", "random", CONFIG, HeadConfig(), "float32", lambda backend: {})
 SUITE = Suite(
     model=MODEL,
     funnels=(FunnelConfig.after(1, pool="mean"), FunnelConfig.after(2, pool="mean")),

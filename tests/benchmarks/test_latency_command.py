@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from rich.console import Console
 
 from funnel_benchmarks import demo_model, memory, models
 from funnel_benchmarks.latency import command, suite
@@ -145,7 +144,7 @@ def test_a_sweep_says_what_is_measured(monkeypatch, options, repeats, batches):
         (["--sweep", "gemma-7b", "--recovery", "none"], "leave --recovery out"),
         (["--preset", "gemma-2b", "--quick"], "--quick shortens a sweep; give --sweep gemma-2b or --sweep gemma-7b"),
         (["--preset", "gemma-2b", "--resume"], "--resume goes on with the file of --json; name it"),
-        (["--preset", "gemma-2b", "--resume", "--json", "old.json"], "old.json is cut short"),
+        (["--preset", "gemma-2b", "--batch", "1", "--resume", "--json", "old.json"], "old.json is cut short"),
         (["--preset", "gemma-9"], "choose one of gemma-2b"),
         (["--checkpoint", "nowhere"], "nowhere is not a checkpoint"),
         (["--preset", "gemma-2b", "--layers", "2,18"], "the last place is after 17"),
@@ -203,7 +202,7 @@ def test_presets_are_bidirectional_and_random():
 def test_checkpoints_keep_their_attention_and_can_be_cast(checkpoint):
     model = checkpoint_model(checkpoint, None)
     assert (model.name, model.dtype, model.config.attention) == ("tiny", "bfloat16", "causal")
-    kept, cast = (checkpoint_model(checkpoint, dtype).load(Console(quiet=True), "xla") for dtype in (None, "float32"))
+    kept, cast = (checkpoint_model(checkpoint, dtype).load("xla") for dtype in (None, "float32"))
     assert {str(weight.dtype) for weight in kept.values()} == {"bfloat16"}
     assert {str(weight.dtype) for weight in cast.values()} == {"float32"}
     np.testing.assert_array_equal(np.asarray(kept["embedding"], np.float32), np.asarray(cast["embedding"]))
@@ -213,7 +212,7 @@ def test_random_weights_of_a_preset_have_the_engine_s_shapes(monkeypatch):
     from tiny_models import CONFIG
 
     monkeypatch.setattr(models, "preset", lambda name: CONFIG)
-    loaded = preset_model("tiny", "float32").load(Console(quiet=True), "xla")
+    loaded = preset_model("tiny", "float32").load("xla")
     expected = random_weights(CONFIG, HeadConfig(), "float32", seed=0)
     assert loaded.keys() == expected.keys()
     for name, weight in expected.items():

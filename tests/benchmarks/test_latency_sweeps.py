@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 
+from funnel_benchmarks.funnels import funnel_name
 from funnel_benchmarks.latency.paper import beside_paper
-from funnel_benchmarks.latency.suite import Batch, Suite, funnel_name
+from funnel_benchmarks.latency.suite import Batch, Suite
 from funnel_benchmarks.latency.sweeps import SWEEPS, sweep_batches, sweep_funnels
 from funnel_benchmarks.models import preset_model
 from funnel_engine import FunnelConfig

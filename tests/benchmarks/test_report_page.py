@@ -171,6 +171,16 @@ def test_circumstances_tell_machine_versions_times_and_what_is_missing():
         "Not everything is here: the run was stopped before its end; failed: 1; wrong results: 1; left out: 2.",
     ):  # fmt: skip
         assert fact in page.text
+    repeated = {"cell": "c4", "reason": "as another", "same_as": content["rows"][0]["cell"]}
+    page = page_of((content | {"left_out": [*content["left_out"], repeated]}, make_section()))
+    assert "left out: 2. The circumstances" in page.text
+    assert "Left out, as another row says the same: 1.\n" in page.text
+    nowhere = {"cell": "c5", "reason": "as another", "same_as": "c3"}  # which failed
+    assert "left out: 1. The" in page_of((make_result() | {"left_out": [nowhere]}, make_section())).text
+    page = page_of((make_result() | {"left_out": [repeated]}, make_section()))
+    assert "Not everything" not in page.text
+    assert "Left out, as another row says the same: 1.\n" in page.text
+    assert "Left outc4: as another\n" in page.text
     plain = page_of((make_result(), make_section())).text
     assert not any(word in plain for word in ("Not everything", "Gone on", "Left out", "Failed", "Wrong", "Revision"))
 

@@ -23,7 +23,7 @@ from funnel_engine.weights import expected_shapes, random_weights
 from funnel_kernels.errors import BackendUnavailable, ConfigError, InputError
 from tiny_models import CONFIG
 
-MODEL = Model("tiny", "random", CONFIG, HeadConfig(), "float32", lambda console, backend: {})
+MODEL = Model("tiny", "random", CONFIG, HeadConfig(), "float32", lambda backend: {})
 REPEATS = 2
 
 

@@ -78,9 +78,10 @@ def test_requests_are_taken_as_an_engine_wants_them(tmp_path):
     np.testing.assert_array_equal(np.diff(offsets), requests.lengths[2:5])
     assert (offsets[0], offsets[-1], offsets.dtype) == (0, len(ids), np.int32)
     start = requests.lengths[:2].sum()
-    np.testing.assert_array_equal(ids, requests.ids[start : start + len(ids)])
-    assert len(set(requests.ids.tolist())) > 10
-    assert requests.ids.max() < 50
+    all_ids, _ = requests.inputs
+    np.testing.assert_array_equal(ids, all_ids[start : start + len(ids)])
+    assert len(set(all_ids.tolist())) > 10
+    assert all_ids.max() < 50
     assert requests.facts() == {
         "name": "mine.txt", "source": "file mine.txt", "tokens": int(requests.lengths.sum()),
         "shortest": int(requests.lengths.min()), "median": float(np.median(requests.lengths)),

@@ -22,7 +22,7 @@ from tiny_models import CONFIG
 LENGTHS = "3\n5\n8\n9\n"
 COUNT, BUDGET = 60, 40
 SECONDS_PER_TOKEN = {1: 0.016, 2: 0.010}  # by total stride; 80 % of the one's rate is 50 % of the other's
-MODEL = Model("tiny", "random", CONFIG, HeadConfig(), "float32", lambda console, backend: {})
+MODEL = Model("tiny", "random", CONFIG, HeadConfig(), "float32", lambda backend: {})
 
 
 @pytest.fixture
@@ -104,6 +104,8 @@ def test_every_engine_is_measured_at_its_rates_and_none_twice(engines, source):
     (left_out,) = results.content["left_out"]
     assert left_out["cell"] == "mine.txt: 2:1 after 1 at 50 % of the rate of 2:1 after 1"
     assert left_out["reason"].endswith("requests a second are what 80 % of the rate of no funnel are")
+    assert left_out["same_as"] == "mine.txt: 2:1 after 1 at 80 % of the rate of no funnel"
+    assert left_out["same_as"] in [row["cell"] for row in online]
     assert [engine.funnel.total_stride for engine in engines.made] == [1, 2]
 
 
@@ -151,6 +153,7 @@ def test_without_an_offline_rate_nothing_else_can_be_measured(engines, source, m
     assert len(results.content["errors"]) == 1
     assert len(results.content["left_out"]) == 9
     assert "because 'mine.txt: offline' has no row" in results.content["left_out"][0]["reason"]
+    assert not any("same_as" in entry for entry in results.content["left_out"])
 
 
 def test_a_compilation_while_serving_fails_the_cell(engines, source, monkeypatch):

@@ -11,14 +11,14 @@ import numpy as np
 
 from funnel_benchmarks.accelerator.clock import Clock
 from funnel_benchmarks.accelerator.sizes import Sizes
+from funnel_benchmarks.funnels import NO_FUNNEL
+from funnel_benchmarks.inputs import random_inputs
 from funnel_benchmarks.measure import Call, Sample, sampler
 from funnel_engine import Engine, FunnelConfig, HeadConfig
 from funnel_engine.packing import Ints
 from funnel_engine.weights import expected_shapes
 
 DTYPE = "bfloat16"
-NO_FUNNEL = FunnelConfig()
-Inputs = tuple[Ints, Ints]  # token ids, offsets
 
 
 @dataclasses.dataclass
@@ -53,11 +53,9 @@ class Bench:
             )  # fmt: skip
         return self.engines[funnel]
 
-    def inputs(self, lengths: Ints) -> Inputs:
+    def inputs(self, lengths: Ints) -> tuple[Ints, Ints]:
         """Random token ids of sequences of these lengths."""
-        generator = np.random.default_rng(self.seed)
-        ids = generator.integers(0, self.sizes.config.vocab_size, int(lengths.sum()), np.int32)
-        return ids, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        return random_inputs(self.sizes.config.vocab_size, lengths, self.seed)
 
     @property
     def equal_lengths(self) -> Ints:

@@ -1,10 +1,10 @@
 """The plots of a report. matplotlib is imported where it is used: a machine with an accelerator may not have it."""
 
-import io
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from funnel_benchmarks.plot_style import LIGHT, styled
+from funnel_benchmarks import plot_style
+from funnel_benchmarks.plot_style import LIGHT, whiskers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,10 +19,7 @@ def render(figure: Callable[[Table], "Figure"], table: Table) -> bytes:
     Raises:
         ImportError: there is no matplotlib.
     """
-    buffer = io.BytesIO()
-    with styled(LIGHT):
-        figure(table).savefig(buffer, format="png", dpi=150)
-    return buffer.getvalue()
+    return plot_style.render(lambda look: figure(table), "png")
 
 
 def figure_of(table: Table, columns: int, inches: tuple[float, float]) -> tuple["Figure", list[Any]]:
@@ -89,14 +86,10 @@ def funnel(table: Table) -> "Figure":
     for panel, batch in zip(panels, batches, strict=False):
         chosen = [row for row in table["rows"] if row["batch"] == batch]
         layers = [row["layer"] for row in chosen]
-        ratios = [row["ratio"]["median"] for row in chosen]
-        whiskers = [
-            [row["ratio"]["median"] - row["ratio"]["low"] for row in chosen],
-            [row["ratio"]["high"] - row["ratio"]["median"] for row in chosen],
-        ]
+        ratios, errors = whiskers(row["ratio"] for row in chosen)
         ideals = [row["ideal_ratio"] for row in chosen]
         panel.plot(layers, ideals, color=LIGHT.ideal, linestyle="--", marker="D", label="ideal (FLOPs)")
-        panel.errorbar(layers, ratios, whiskers, color=LIGHT.measured, marker="o", capsize=4, label="measured")
+        panel.errorbar(layers, ratios, errors, color=LIGHT.measured, marker="o", capsize=4, label="measured")
         for row in chosen:
             at = row["layer"], row["ratio"]["median"]
             panel.annotate(f"{row['efficiency']:.3f}", at, xytext=(9, -14), textcoords="offset points")

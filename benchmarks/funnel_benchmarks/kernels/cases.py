@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from funnel_benchmarks.inputs import random_inputs
 from funnel_benchmarks.measure import Call
 from funnel_engine import Engine, FunnelConfig, HeadConfig, ModelConfig
 from funnel_engine.flops import forward_flops
@@ -188,8 +189,7 @@ def recover_case(sizes: Sizes, mode: str) -> Case:
 def forward_case(sizes: Sizes) -> Case:
     """`Engine.embed` of the batch: all layers, from ids on the host to vectors on the host."""
     config, head, rows = sizes.config, HeadConfig(), sizes.rows
-    ids = np.random.default_rng(0).integers(0, config.vocab_size, rows, np.int32)
-    inputs = ids, np.concatenate([[0], np.cumsum(sizes.lengths)]).astype(np.int32)
+    inputs = random_inputs(config.vocab_size, sizes.lengths)
 
     def make(backend: str) -> Call:
         weights = random_weights(config, head, sizes.dtype, seed=0)

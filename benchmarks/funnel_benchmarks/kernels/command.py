@@ -4,21 +4,16 @@ from pathlib import Path
 
 import click
 import numpy as np
-from rich.console import Console
 
+from funnel_benchmarks import suite_command
 from funnel_benchmarks.kernels import table
 from funnel_benchmarks.kernels.allocator import keep_freed_memory
 from funnel_benchmarks.kernels.cases import Sizes
 from funnel_benchmarks.kernels.ceilings import ceilings
 from funnel_benchmarks.kernels.suite import Suite, backends_here, cells
-from funnel_benchmarks.machine import machine_facts
 from funnel_benchmarks.memory import check_memory
 from funnel_benchmarks.models import preset_model
-from funnel_benchmarks.results import Results
-from funnel_engine.output_files import check_writable
-from funnel_engine.weights import DTYPES
 from funnel_kernels import dispatch
-from funnel_kernels.errors import ConfigError
 
 
 @click.command()
@@ -26,19 +21,14 @@ from funnel_kernels.errors import ConfigError
 @click.option("--depth", type=int, default=4, show_default=True, help="Its first layers, for the whole forward pass.")
 @click.option("--seq-len", type=click.IntRange(1, 2**20), default=512, show_default=True, help="Tokens a sequence.")
 @click.option("--batch", type=click.IntRange(1, 2**20), default=2, show_default=True, help="Sequences in the batch.")
-@click.option("--dtype", type=click.Choice(list(DTYPES)), default="bfloat16", show_default=True, help="Of all arrays.")
+@suite_command.dtype_option
 @click.option(
     "--backend", "backends", multiple=True, type=click.Choice(list(dispatch.BACKENDS)),
     help="Only this one; can be given several times. Default: what runs on this machine, but for the reference.",
 )  # fmt: skip
-@click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Times A B B A is run.")
-@click.option(
-    "--json",
-    "json_file",
-    type=click.Path(path_type=Path),
-    help="Write all figures here, for programs, after every row.",
-)
-@click.option("--resume", is_flag=True, help="Keep the rows that the file of --json has, and measure those it lacks.")
+@suite_command.repeats_option
+@suite_command.json_option
+@suite_command.resume_option
 def kernels(
     preset: str,
     depth: int,
@@ -57,27 +47,13 @@ def kernels(
 
     Example: funnel bench kernels --preset embeddinggemma-300m --seq-len 256 --batch 32 --json kernels.json
     """
-    if json_file is not None:
-        check_writable(json_file, (".json",))
-    elif resume:
-        raise ConfigError("--resume goes on with the file of --json; name it")
+    suite_command.check_files(json=json_file, resume=resume)
     keep_freed_memory()
     model = preset_model(preset, dtype, depth)
     check_memory(model.config, model.head, dtype, seq_len * batch)
     sizes = Sizes(model.config, np.full(batch, seq_len, np.int32), dtype)
     with ceilings(dtype) as measured:
         suite = Suite(sizes=sizes, backends=backends or backends_here(), ceilings=measured, repeats=repeats)
-        results = Results(
-            json_file,
-            suite="kernels",
-            options={"model": model.name, **suite.options()},
-            machine=machine_facts(),
-            resume=resume,
-            show=table.row_line,
-            console=Console(),
-        )
-        for line in table.introduction(results.content):
-            results.tell(line)
+        results = suite_command.begin("kernels", table, {"model": model.name, **suite.options()}, json_file, resume)
         results.measure_all(cells(suite))
-    if results.failed:
-        raise SystemExit(1)
+    suite_command.end(results)

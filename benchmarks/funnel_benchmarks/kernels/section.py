@@ -2,11 +2,9 @@
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from funnel_benchmarks.kernels.table import describe, rates, share
-from funnel_benchmarks.plot_style import Look
-from funnel_benchmarks.report.section import Cell, Plot, Section, Table
+from funnel_benchmarks.plot_style import Look, whiskers
+from funnel_benchmarks.report.section import Cell, Plot, Section, Table, number, spread
 from funnel_benchmarks.results import Row
 
 if TYPE_CHECKING:
@@ -69,13 +67,13 @@ def draw(rows: list[Row], look: Look) -> "Figure":
     backends = list(dict.fromkeys(row["backend"] for row in rows))
     figure = Figure(figsize=(look.inches[0], 1.3 + 0.55 * len(cases)), layout="constrained")
     axes = figure.subplots()
-    for number, backend in enumerate(backends):
+    for index, backend in enumerate(backends):
         mine = [row for row in rows if row["backend"] == backend]
-        low, median, high = (np.array([row["share"][name] for row in mine]) for name in ("low", "median", "high"))
+        median, errors = whiskers(row["share"] for row in mine)
         marks = axes.errorbar(
-            median, [cases.index(row["case"]) + 0.18 * (number - (len(backends) - 1) / 2) for row in mine],
-            xerr=(median - low, high - median), label=backend, linestyle="none", capsize=3, markersize=7,
-            marker="osD^v"[number % 5], color=(look.measured, look.ideal, look.ink)[number % 3],
+            median, [cases.index(row["case"]) + 0.18 * (index - (len(backends) - 1) / 2) for row in mine],
+            xerr=errors, label=backend, linestyle="none", capsize=3, markersize=7,
+            marker="osD^v"[index % 5], color=(look.measured, look.ideal, look.ink)[index % 3],
         )  # fmt: skip
         marks.lines[0].set_gid(f"marks-{backend}")
     axes.axvline(1.0, color=look.ink, linewidth=1, linestyle="--", gid="marks-ceiling")
@@ -95,17 +93,15 @@ def label(case: str) -> str:
 
 
 def ceiling_cells(row: Row) -> tuple[Cell, ...]:
-    rate = row["rate"] / 1e9
-    return Cell(row["cell"].removeprefix("ceiling: ")), Cell(row["about"]), Cell(f"{rate:,.1f}", value=rate)
+    return Cell(row["cell"].removeprefix("ceiling: ")), Cell(row["about"]), number(row["rate"] / 1e9, ",.1f")
 
 
 def cells(row: Row) -> tuple[Cell, ...]:
     """One row of the table, in the order of `COLUMNS`."""
-    low, median, high = (row["share"][name] for name in ("low", "median", "high"))
     milliseconds, flops, moved = rates(row)
     return (
         Cell(row["case"], row["backend"]),
-        Cell(f"{median:.2f}", f"{low:.2f} - {high:.2f}", median),
+        spread(row["share"], 1, ".2f"),
         Cell(row["bound"]),
         Cell(milliseconds, value=row["seconds"]["median"]),
         Cell(flops, value=row["flops_per_second"]),

@@ -1,17 +1,15 @@
 """A result as lines of text, printed while it grows."""
 
 from funnel_benchmarks.results import Row
+from funnel_benchmarks.text_table import head_line, table_line
 
 COLUMNS = (("share", 7), ("of", 9), ("ms", 9), ("GFLOP/s", 9), ("GB/s", 7))
+LAST_COLUMN = "op; backend"
 
 
 def introduction(content: Row) -> list[str]:
     """What is about to be measured, and the titles of the columns."""
-    return [
-        describe(content["options"]),
-        "",
-        " ".join(f"{title:>{width}}" for title, width in COLUMNS) + "  op; backend",
-    ]
+    return [describe(content["options"]), "", head_line(COLUMNS, LAST_COLUMN)]
 
 
 def describe(options: Row) -> str:
@@ -21,8 +19,7 @@ def describe(options: Row) -> str:
 
 def row_line(row: Row) -> str:
     cells = (share(row), row["bound"], *rates(row)) if "share" in row else ("", "", *ceiling_rates(row))
-    line = " ".join(f"{cell:>{width}}" for cell, (_, width) in zip(cells, COLUMNS, strict=True))
-    return f"{line}  {row['cell']}" + (f" ({row['about']})" if "about" in row else "")
+    return table_line(COLUMNS, cells, row["cell"] + (f" ({row['about']})" if "about" in row else ""))
 
 
 def share(row: Row) -> str:

@@ -1,39 +1,35 @@
 """The command `funnel bench latency`."""
 
-from functools import partial
 from pathlib import Path
 
 import click
 import numpy as np
 from click.core import ParameterSource
-from rich.console import Console
 
+from funnel_benchmarks import suite_command
+from funnel_benchmarks.funnels import NO_FUNNEL
+from funnel_benchmarks.inputs import SEED
 from funnel_benchmarks.latency import table
 from funnel_benchmarks.latency.layers import even_layers, parse_layers
 from funnel_benchmarks.latency.plot import draw
 from funnel_benchmarks.latency.section import section
-from funnel_benchmarks.latency.suite import NO_FUNNEL, SEED, Batch, Suite, cells
+from funnel_benchmarks.latency.suite import Batch, Suite, cells
 from funnel_benchmarks.latency.sweeps import LENGTHS, QUICK_TOKENS, SWEEPS, TOKENS, sweep_batches, sweep_funnels
 from funnel_benchmarks.lengths import PRESETS as LENGTH_PRESETS
 from funnel_benchmarks.lengths import describe as describe_lengths
 from funnel_benchmarks.lengths import draw as draw_lengths
-from funnel_benchmarks.machine import machine_facts
 from funnel_benchmarks.memory import check_memory
 from funnel_benchmarks.models import Model, checkpoint_model, preset_model
-from funnel_benchmarks.plot_style import render, require_matplotlib
 from funnel_benchmarks.report.page import render_page
-from funnel_benchmarks.results import Results
 from funnel_engine import FunnelConfig
 from funnel_engine.config import RECOVERIES
-from funnel_engine.output_files import check_writable, write_bytes, write_text
+from funnel_engine.output_files import write_text
 from funnel_engine.presets import PRESETS
 from funnel_engine.weights import DTYPES
 from funnel_kernels.errors import ConfigError
 from funnel_kernels.pool import POOLS
 
-PLOT_ENDINGS = (".png", ".svg", ".pdf")
 REPEATS = 10
-FILE = click.Path(path_type=Path)
 # What a sweep decides, by the names of the command's parameters.
 DECIDED = {
     "preset_name": "--preset", "checkpoint": "--checkpoint", "seq_len": "--seq-len", "batch": "--batch",
@@ -43,7 +39,7 @@ DECIDED = {
 
 @click.command()
 @click.option("--preset", "preset_name", help=f"Architecture to run with random weights: {', '.join(PRESETS)}.")
-@click.option("--checkpoint", type=FILE, help="Or a folder that `funnel convert` has made.")
+@click.option("--checkpoint", type=suite_command.FILE, help="Or a folder that `funnel convert` has made.")
 @click.option(
     "--sweep",
     type=click.Choice(SWEEPS),
@@ -82,15 +78,15 @@ DECIDED = {
     type=click.Choice(list(DTYPES)),
     help="Of weights and activations. Default: bfloat16, or the checkpoint's.",
 )
-@click.option("--backend", default="auto", show_default=True, help="What runs the kernels; see `funnel doctor`.")
+@suite_command.backend_option
 @click.option(
     "--repeats", type=click.IntRange(min=1),
     help=f"How often baseline, funnel, funnel, baseline are run for each row. Default: {REPEATS}, or 1 if --quick.",
 )  # fmt: skip
-@click.option("--json", "json_file", type=FILE, help="Write all figures here, for programs, after every row.")
-@click.option("--resume", is_flag=True, help="Keep the rows that the file of --json has, and measure those it lacks.")
-@click.option("--plot", "plot_file", type=FILE, help=f"Draw the rows like the first here; {', '.join(PLOT_ENDINGS)}.")
-@click.option("--html", "html_file", type=FILE, help="Write a report here that opens in any browser.")
+@suite_command.json_option
+@suite_command.resume_option
+@suite_command.plot_option("the rows like the first")
+@click.option("--html", "html_file", type=suite_command.FILE, help="Write a report here that opens in any browser.")
 @click.pass_context
 def latency(
     context: click.Context,
@@ -120,13 +116,7 @@ def latency(
 
     Example: funnel bench latency --preset gemma-2b --batch 4 --layers 2,8,14 --json gemma.json --html gemma.html
     """
-    for path, endings in ((json_file, (".json",)), (plot_file, PLOT_ENDINGS), (html_file, (".html",))):
-        if path is not None:
-            check_writable(path, endings)
-    if plot_file or html_file:
-        require_matplotlib()
-    if resume and json_file is None:
-        raise ConfigError("--resume goes on with the file of --json; name it")
+    suite_command.check_files(json=json_file, resume=resume, plot=plot_file, html=html_file)
     if sweep is not None:
         for name, option in DECIDED.items():
             if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
@@ -165,32 +155,15 @@ def measure(
     suite: Suite, json_file: Path | None, *, resume: bool, plot_file: Path | None, html_file: Path | None
 ) -> None:
     """Runs the suite, prints each row when it is there, writes the files, and ends the program if a row failed."""
-    console, model = Console(), suite.model
-    results = Results(
-        json_file,
-        suite="latency",
-        options=suite.options(),
-        machine=machine_facts(),
-        resume=resume,
-        show=table.row_line,
-        console=console,
-    )
-    rows = max(suite.rows(NO_FUNNEL, batch) for batch in suite.batches)
+    model, rows = suite.model, max(suite.rows(NO_FUNNEL, batch) for batch in suite.batches)
     check_memory(model.config, model.head, model.dtype, rows)
-    for line in table.introduction(results.content):
-        results.tell(line)
-    weights = model.load(console, suite.backend)
+    results = suite_command.begin("latency", table, suite.options(), json_file, resume)
+    weights = model.load(suite.backend)
     results.measure_all(cells(suite, weights, advance=lambda: results.advance()), steps=1 + suite.repeats)
-    for line in table.conclusion(results.content):
-        results.tell(line)
-    if results.rows:
-        if plot_file:
-            write_bytes(plot_file, render(partial(draw, results.content), plot_file.suffix[1:]))
-        if html_file:
-            page = render_page("What a funnel saves", [(results.content, section(results.content))])
-            write_text(html_file, page)
-        for what, path in (("figures", json_file), ("plot", plot_file), ("report", html_file)):
-            if path:
-                results.tell(f"{what:<7} {path}")
-    if results.failed:
-        raise SystemExit(1)
+    results.tell(*table.conclusion(results.content))
+    if plot_file and results.rows:
+        suite_command.write_plot(results, plot_file, draw)
+    if html_file and results.rows:
+        write_text(html_file, render_page("What a funnel saves", [(results.content, section(results.content))]))
+        results.tell(f"report  {html_file}")
+    suite_command.end(results)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from funnel_benchmarks.latency.table import describe_machine, describe_model
-from funnel_benchmarks.plot_style import LIGHT, Look
+from funnel_benchmarks.describe import describe_machine, describe_model
+from funnel_benchmarks.plot_style import LIGHT, Look, entitle, whiskers
 from funnel_benchmarks.results import Row
 
 if TYPE_CHECKING:
@@ -43,12 +43,8 @@ def draw(content: Row, look: Look = LIGHT) -> "Figure":
 
     rows = series(content["rows"])
     layers = [layers_before(row) for row in rows]
-    ratios = [row["ratio"]["median"] for row in rows]
+    ratios, errors = whiskers(row["ratio"] for row in rows)
     ideals = [row["ideal_ratio"] for row in rows]
-    whiskers = [
-        [row["ratio"]["median"] - row["ratio"]["low"] for row in rows],
-        [row["ratio"]["high"] - row["ratio"]["median"] for row in rows],
-    ]
     figure = Figure(figsize=look.inches, layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
 
@@ -58,15 +54,14 @@ def draw(content: Row, look: Look = LIGHT) -> "Figure":
     )
     ideal_line.set_gid("marks-ideal-ratio")
     measured_line, _, _ = above.errorbar(
-        layers, ratios, whiskers, color=look.measured, marker="o", capsize=4, label="measured (quartiles)"
+        layers, ratios, errors, color=look.measured, marker="o", capsize=4, label="measured (quartiles)"
     )
     measured_line.set_gid("marks-ratio")
     above.set_ylim(0, max(1.05, *(row["ratio"]["high"] + 0.05 for row in rows)))
     above.set_ylabel("latency with funnel / without")
     above.legend(loc="lower right")
-    if look.titled:
-        lines = title(content, rows[0], characters=int(10.5 * look.inches[0]))
-        figure.suptitle("\n".join(lines), x=0.02, ha="left", size="medium")
+    model, machine = describe_model(content["options"]["model"]), describe_machine(content["machine"])
+    entitle(figure, look, model, describe_kind(rows[0]), machine)
 
     savings = [row["saving_percent"] for row in rows]
     ideal_savings = [100 * (1 - ideal) for ideal in ideals]
@@ -135,13 +130,3 @@ def describe_kind(row: Row) -> str:
     funnel = row["funnel"]
     queries = ", queries only" if funnel["pool_query_only"] else ""
     return f"{row['batch']['name']}; {funnel['pool']} pooling{queries}, recovery {funnel['recovery'] or 'none'}"
-
-
-def title(content: Row, row: Row, characters: int) -> list[str]:
-    """Model, batch, dtype and machine, in lines of at most so many characters."""
-    facts = (
-        describe_model(content["options"]["model"]),
-        describe_kind(row),
-        describe_machine(content["machine"]),
-    )
-    return [line for fact in facts for line in textwrap.wrap(fact, characters)]

@@ -4,10 +4,11 @@ from functools import partial
 
 import numpy as np
 
+from funnel_benchmarks.describe import describe_backend, describe_model
 from funnel_benchmarks.latency.paper import PAPER, beside_paper
 from funnel_benchmarks.latency.plot import describe_kind, draw, draw_efficiency, series
-from funnel_benchmarks.latency.table import compile_seconds, describe_model, describe_peak
-from funnel_benchmarks.report.section import Cell, Plot, Section, Table
+from funnel_benchmarks.latency.table import compile_seconds, describe_peak
+from funnel_benchmarks.report.section import Cell, Plot, Section, Table, number, spread
 from funnel_benchmarks.results import Row
 
 HOW_TO_READ = (
@@ -94,16 +95,6 @@ def cells(row: Row) -> tuple[Cell, ...]:
     )
 
 
-def number(value: float, form: str) -> Cell:
-    return Cell(format(value, form), value=value)
-
-
-def spread(figure: Row, factor: float, form: str) -> Cell:
-    """A median, and below it the two bounds."""
-    low, median, high = (factor * figure[name] for name in ("low", "median", "high"))
-    return Cell(format(median, form), f"{low:{form}} \u2013 {high:{form}}", median)
-
-
 def facts(content: Row) -> dict[str, str]:
     """How it was measured."""
     options, rows = content["options"], content["rows"]
@@ -117,7 +108,7 @@ def facts(content: Row) -> dict[str, str]:
         "Method": f"{options['repeats']} times {options['order']} per row, medians of {2 * options['repeats']} runs; "
         f"random token ids, seed {options['seed']}",
         "Compilations while timing": "0",
-        "Backend": f"{options['backend']}, served by {options['served_by']}",
+        "Backend": describe_backend(options),
     }
     if rows:
         waste = max(row["baseline_padding_waste"] for row in rows)

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
-import numpy as np
-
+from funnel_benchmarks.funnels import NO_FUNNEL, check_funnel, funnel_facts, funnel_name
+from funnel_benchmarks.inputs import SEED, random_inputs
+from funnel_benchmarks.lengths import length_facts
 from funnel_benchmarks.machine import peak_memory_gb
 from funnel_benchmarks.measure import in_turns, spread
 from funnel_benchmarks.models import Model
@@ -24,10 +25,7 @@ from funnel_engine.config import check_positive
 from funnel_engine.flops import forward_flops, ideal_ratio
 from funnel_engine.packing import Ints, make_plan
 from funnel_kernels import dispatch
-from funnel_kernels.errors import ConfigError, InputError
-
-SEED = 0  # of the token ids
-NO_FUNNEL = FunnelConfig()
+from funnel_kernels.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -54,10 +52,7 @@ class Batch:
             "name": self.name,
             "source": self.source,
             "sequences": len(self.lengths),
-            "tokens": int(self.lengths.sum()),
-            "shortest": int(self.lengths.min()),
-            "median": float(np.median(self.lengths)),
-            "longest": int(self.lengths.max()),
+            **length_facts(self.lengths),
         }
 
 
@@ -89,9 +84,7 @@ class Suite:
                 f"{self.model.name} was made for; take shorter sequences"
             )
         for funnel in self.funnels:
-            if funnel.total_stride == 1:
-                raise ConfigError(f"strides={funnel.strides} pool nothing; a funnel needs a stride of at least 2")
-            make_plan(self.model.config, funnel)
+            check_funnel(self.model.config, funnel)
 
     def rows(self, funnel: FunnelConfig, batch: Batch) -> int:
         """Rows of the packed axis that a batch takes."""
@@ -108,14 +101,6 @@ class Suite:
             "order": "A B B A",
             "seed": SEED,
         }
-
-
-def funnel_name(funnel: FunnelConfig) -> str:
-    """Its places, and every option that is not the default: "2:1 after 2, 2:1 after 8, recovery tile"."""
-    places = [f"{stride}:1 after {layer}" for layer, stride in enumerate(funnel.strides) if stride > 1]
-    options = {name: value for name, value in vars(funnel).items() if name != "strides"}
-    chosen = [(name, value) for name, value in options.items() if value != getattr(NO_FUNNEL, name)]
-    return ", ".join([*places, *(name if value is True else f"{name} {value}" for name, value in chosen)])
 
 
 def cells(suite: Suite, weights: Mapping[str, Any], *, advance: Callable[[], object] = lambda: None) -> Iterator[Cell]:
@@ -156,7 +141,7 @@ def measure(calls: "Calls", funnel: FunnelConfig, advance: Callable[[], object])
     latency, measured = quartiles(samples), ratio(quartiles(samples), quartiles(baseline_samples))
     ideal = ideal_ratio(suite.model.config, funnel, lengths)
     return {
-        "funnel": {"name": funnel_name(funnel), **dataclasses.asdict(funnel)},
+        "funnel": funnel_facts(funnel),
         "batch": calls.batch.facts(),
         "seconds": spread(samples),
         "baseline_seconds": spread(baseline_samples),
@@ -181,10 +166,7 @@ class Calls:
 
     @functools.cached_property
     def inputs(self) -> tuple[Ints, Ints]:
-        """Random token ids [N] and offsets [B + 1]."""
-        lengths = self.batch.lengths
-        ids = np.random.default_rng(SEED).integers(0, self.suite.model.config.vocab_size, int(lengths.sum()), np.int32)
-        return ids, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        return random_inputs(self.suite.model.config.vocab_size, self.batch.lengths)
 
     @functools.cached_property
     def baseline(self) -> tuple[Engine, Callable[[], float]]:

@@ -1,7 +1,9 @@
 """A result as lines of text, printed while it grows."""
 
+from funnel_benchmarks.describe import describe_backend, describe_machine, describe_model
 from funnel_benchmarks.latency.paper import beside_paper
 from funnel_benchmarks.results import Row
+from funnel_benchmarks.text_table import head_line, table_line
 
 COLUMNS = (
     ("latency ms", 10), ("quartiles", 19), ("without", 9), ("ratio", 6), ("ideal", 6), ("saving", 7),
@@ -16,22 +18,11 @@ def introduction(content: Row) -> list[str]:
     return [
         describe_model(options["model"]),
         "; ".join(batch["name"] for batch in options["batches"]),
-        f"{describe_machine(content['machine'])}; backend {options['backend']}, served by {options['served_by']}",
+        f"{describe_machine(content['machine'])}; backend {describe_backend(options)}",
         f"medians of {2 * options['repeats']} runs, funnel and baseline in the order {options['order']}",
         "",
-        " ".join(f"{title:>{width}}" for title, width in COLUMNS) + f"  {LAST_COLUMN}",
+        head_line(COLUMNS, LAST_COLUMN),
     ]
-
-
-def describe_model(model: Row) -> str:
-    return (
-        f"{model['name']}: {model['layers']} layers of width {model['hidden_size']}, "
-        f"{model['parameters'] / 1e6:,.0f} M parameters ({model['weights']}), {model['dtype']}, {model['attention']}"
-    )
-
-
-def describe_machine(machine: Row) -> str:
-    return f"{', '.join(machine['devices'])}; {machine['cpu']}, {machine['cores']} cores"
 
 
 def row_line(row: Row) -> str:
@@ -47,7 +38,7 @@ def row_line(row: Row) -> str:
         f"{row['tokens_per_second']:,.0f}",
         f"{row['flops_per_second'] / 1e9:,.1f}",
     )
-    return " ".join(f"{cell:>{width}}" for cell, (_, width) in zip(cells, COLUMNS, strict=True)) + f"  {row['cell']}"
+    return table_line(COLUMNS, cells, row["cell"])
 
 
 def conclusion(content: Row) -> list[str]:

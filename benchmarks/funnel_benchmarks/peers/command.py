@@ -5,28 +5,25 @@ from pathlib import Path
 
 import click
 import numpy as np
-from rich.console import Console
 
+from funnel_benchmarks import suite_command
+from funnel_benchmarks.inputs import SEED
 from funnel_benchmarks.lengths import PRESETS as LENGTH_PRESETS
 from funnel_benchmarks.lengths import draw
-from funnel_benchmarks.machine import machine_facts
 from funnel_benchmarks.memory import check_memory
 from funnel_benchmarks.peers import table
 from funnel_benchmarks.peers.batches import ORDERS
-from funnel_benchmarks.peers.suite import PEERS, SCENARIOS, SEED, Suite, cells, model_fields
-from funnel_benchmarks.results import Results
+from funnel_benchmarks.peers.suite import PEERS, SCENARIOS, Suite, cells, model_fields
 from funnel_engine import HeadConfig
-from funnel_engine.output_files import check_writable
 from funnel_engine.packing import Ints
-from funnel_kernels.errors import ConfigError, InputError
+from funnel_kernels.errors import InputError
 
 LENGTHS = ("conll", "qnli", "passage")
-FILE = click.Path(path_type=Path)
 
 
 @click.command()
 @click.option("--preset", default="embeddinggemma-300m", show_default=True, help="Architecture, with random weights.")
-@click.option("--depth", type=int, help="Keep only so many of its first layers. Default: all.")
+@suite_command.depth_option
 @click.option(
     "--lengths", multiple=True, default=LENGTHS, show_default=True,
     help="A data set whose lengths of sequences are imitated, a file with one length a line, or a number: all "
@@ -50,10 +47,10 @@ FILE = click.Path(path_type=Path)
 @click.option(
     "--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Most sequences in a peer's batch."
 )
-@click.option("--backend", default="auto", show_default=True, help="What runs our kernels; see `funnel doctor`.")
-@click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Times A B B A is run.")
-@click.option("--json", "json_file", type=FILE, help="Write all figures here, for programs, after every row.")
-@click.option("--resume", is_flag=True, help="Keep the rows that the file of --json has, and measure those it lacks.")
+@suite_command.backend_option
+@suite_command.repeats_option
+@suite_command.json_option
+@suite_command.resume_option
 def peers(
     preset: str,
     depth: int | None,
@@ -75,10 +72,7 @@ def peers(
 
     Example: funnel bench peers --lengths conll --lengths 256 --peer hugging-face-compiled --json peers.json
     """
-    if json_file is not None:
-        check_writable(json_file, (".json",))
-    elif resume:
-        raise ConfigError("--resume goes on with the file of --json; name it")
+    suite_command.check_files(json=json_file, resume=resume)
     with tempfile.TemporaryDirectory() as folder:
         suite = Suite(
             fields=model_fields(preset, depth),
@@ -88,21 +82,10 @@ def peers(
         )  # fmt: skip
         rows = max(int(drawn.sum()) for drawn in suite.lengths.values())
         check_memory(suite.config, HeadConfig(), suite.dtype, rows)
-        console = Console()
-        results = Results(
-            json_file,
-            suite="peers",
-            options={"preset": preset, "depth": depth, **suite.options()},
-            machine=machine_facts(),
-            resume=resume,
-            show=table.row_line,
-            console=console,
-        )
-        for line in table.introduction(results.content):
-            results.tell(line)
+        options = {"preset": preset, "depth": depth, **suite.options()}
+        results = suite_command.begin("peers", table, options, json_file, resume)
         results.measure_all(cells(suite))
-    if results.failed:
-        raise SystemExit(1)
+    suite_command.end(results)
 
 
 def draw_lengths(name: str, sequences: int) -> Ints:

@@ -30,13 +30,14 @@ def make(task: dict[str, Any]) -> tuple[Callable[[int], np.ndarray], dict[str, A
     transformers: Any = importlib.import_module("transformers")
     use_cores(torch, task["cores"])
     transformers.AttentionInterface.register(WITHOUT_MASK, attention_without_mask)
-    attention = fastest_attention(task)
+    lengths = [[len(task["sequences"][number]) for number in numbers] for numbers in task["batches"]]
+    attention = fastest_attention(task["checkpoint"], lengths)
     model = load_model(task["checkpoint"], torch.bfloat16, attention)
     if task["mode"] == "frozen":
         inductor: Any = importlib.import_module("torch._inductor.config")
         inductor.freezing = True
     if task["mode"] != "eager":
-        model = torch.compile(model, dynamic=len(shapes(task)) > FEW_SHAPES)
+        model = torch.compile(model, dynamic=len(shapes(lengths)) > FEW_SHAPES)
 
     def run(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
         with torch.no_grad():
@@ -56,18 +57,16 @@ def make(task: dict[str, Any]) -> tuple[Callable[[int], np.ndarray], dict[str, A
     return embedding(task, run), facts
 
 
-def shapes(task: dict[str, Any]) -> set[tuple[int, int]]:
-    """Sequences and longest sequence of each batch."""
-    lengths = [[len(task["sequences"][number]) for number in numbers] for numbers in task["batches"]]
+def shapes(lengths: list[list[int]]) -> set[tuple[int, int]]:
+    """Of batches of sequences of these lengths: how many sequences each has, and the longest."""
     return {(len(batch), max(batch)) for batch in lengths}
 
 
-def fastest_attention(task: dict[str, Any]) -> str:
+def fastest_attention(checkpoint: str, lengths: list[list[int]]) -> str:
     """Without a mask, where every batch has sequences of one length, and each token sees all of its own."""
     transformers: Any = importlib.import_module("transformers")
-    window = getattr(transformers.AutoConfig.from_pretrained(task["checkpoint"]), "sliding_window", None)
-    lengths = [{len(task["sequences"][number]) for number in numbers} for numbers in task["batches"]]
-    equal = all(len(batch) == 1 for batch in lengths)
+    window = getattr(transformers.AutoConfig.from_pretrained(checkpoint), "sliding_window", None)
+    equal = all(min(batch) == max(batch) for batch in lengths)
     in_sight = window is None or max(map(max, lengths)) <= window  # of transformers: the least distance too far
     return WITHOUT_MASK if equal and in_sight else "sdpa"
 

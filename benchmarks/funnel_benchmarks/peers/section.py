@@ -2,12 +2,10 @@
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from funnel_benchmarks.peers.suite import SCENARIOS
 from funnel_benchmarks.peers.table import describe_lengths, describe_model
-from funnel_benchmarks.plot_style import Look
-from funnel_benchmarks.report.section import Cell, Plot, Section, Table
+from funnel_benchmarks.plot_style import Look, whiskers
+from funnel_benchmarks.report.section import Cell, Plot, Section, Table, number, spread
 from funnel_benchmarks.results import Row
 
 if TYPE_CHECKING:
@@ -83,17 +81,15 @@ def draw(rows: list[Row], look: Look) -> "Figure":
     from matplotlib.figure import Figure  # an optional dependency that takes a second
 
     names = [f"{row['peer']}\n{row['lengths']}" for row in rows]
-    low, median, high = (np.array([row["speedup"][name] for row in rows]) for name in ("low", "median", "high"))
+    median, errors = whiskers(row["speedup"] for row in rows)
     figure = Figure(figsize=(look.inches[0], 1.1 + 0.48 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    bars = axes.barh(
-        names, median, xerr=(median - low, high - median), color=look.measured, ecolor=look.ink, capsize=3, height=0.6
-    )
-    for number, bar in enumerate(bars):
-        bar.set_gid(f"marks-bar-{number}")
+    bars = axes.barh(names, median, xerr=errors, color=look.measured, ecolor=look.ink, capsize=3, height=0.6)
+    for place, (row, bar) in enumerate(zip(rows, bars, strict=True)):
+        bar.set_gid(f"marks-bar-{place}")
+        text, end = f"{row['speedup']['median']:.2f}", row["speedup"]["high"]
+        axes.annotate(text, (end, place), xytext=(6, 0), textcoords="offset points", va="center")
     axes.axvline(1.0, color=look.ideal, linewidth=1.5, linestyle="--", gid="marks-equal")
-    for number, (middle, end) in enumerate(zip(median, high, strict=True)):
-        axes.annotate(f"{middle:.2f}", (end, number), xytext=(6, 0), textcoords="offset points", va="center")
     axes.invert_yaxis()
     axes.margins(x=0.16)
     axes.set_xlim(left=0)
@@ -111,8 +107,7 @@ def table(rows: list[Row], scenario: str) -> Table:
 
 
 def first_cells(row: Row) -> tuple[Cell, ...]:
-    low, median, high = (row["speedup"][name] for name in ("low", "median", "high"))
-    return Cell(row["peer"], row["lengths"]), Cell(f"{median:.2f}", f"{low:.2f} - {high:.2f}", median)
+    return Cell(row["peer"], row["lengths"]), spread(row["speedup"], 1, ".2f")
 
 
 def batch_cells(row: Row) -> tuple[Cell, ...]:
@@ -129,7 +124,3 @@ def batch_cells(row: Row) -> tuple[Cell, ...]:
 def one_cells(row: Row) -> tuple[Cell, ...]:
     figures = row["seconds"]["median"], row["peer_seconds"]["median"], row["p90"], row["peer_p90"]
     return tuple(number(1e3 * seconds, ",.1f") for seconds in figures)
-
-
-def number(value: float, form: str) -> Cell:
-    return Cell(format(value, form), value=value)

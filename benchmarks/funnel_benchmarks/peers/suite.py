@@ -17,8 +17,11 @@ from typing import Any
 
 import numpy as np
 
+from funnel_benchmarks.inputs import SEED
+from funnel_benchmarks.lengths import length_facts
 from funnel_benchmarks.machine import usable_cores
 from funnel_benchmarks.measure import Call, Sample, compiling_nothing, sampler, spread
+from funnel_benchmarks.models import check_depth
 from funnel_benchmarks.peers import (
     hugging_face,
     llama_cpp_peer,
@@ -48,7 +51,6 @@ PEERS: dict[str, tuple[ModuleType, Row]] = {
     "llama-cpp": (llama_cpp_peer, {}),
 }
 SCENARIOS = ("batch", "one")
-SEED = 0
 VOCABULARY = 2048  # ids are only looked up: how many there are has no part in what is timed
 # Relative, between two vectors: rounding in other places makes 0.02, causal attention instead of bidirectional 0.7.
 TOLERANCE = 0.05
@@ -66,9 +68,7 @@ def model_fields(preset: str, depth: int | None) -> Fields:
     fields = PRESETS[preset] | {"use_bidirectional_attention": True, "vocab_size": VOCABULARY}
     if depth is None:
         return fields
-    layers = fields["num_hidden_layers"]
-    if not 1 <= depth <= layers:
-        raise ConfigError(f"a depth of {depth} is not to be had: {preset} has {layers} layers; take from 1 to {layers}")
+    check_depth(depth, preset, fields["num_hidden_layers"])
     kinds = {"layer_types": fields["layer_types"][:depth]} if "layer_types" in fields else {}
     return fields | {"num_hidden_layers": depth} | kinds
 
@@ -120,7 +120,9 @@ class Suite:
         """Everything that a cell depends on beside its own name, as the head of a result file."""
         return {
             "dtype": self.dtype,
-            "lengths": {name: length_facts(lengths) for name, lengths in self.lengths.items()},
+            "lengths": {
+                name: {"sequences": len(lengths), **length_facts(lengths)} for name, lengths in self.lengths.items()
+            },
             "order": self.order,
             "batch_size": self.batch_size,
             "repeats": self.repeats,
@@ -201,17 +203,6 @@ def measure(suite: Suite, peer_name: str, name: str, lengths: Ints, scenario: st
         "speedup": quartiles([theirs / ours for ours, theirs in pairs])._asdict(),
     }
     return row | rates(engine.config, lengths, row) if scenario == "batch" else row
-
-
-def length_facts(lengths: Ints) -> Row:
-    """How many sequences there are, and how long they are, in tokens."""
-    return {
-        "sequences": len(lengths),
-        "tokens": int(lengths.sum()),
-        "shortest": int(lengths.min()),
-        "median": float(np.median(lengths)),
-        "longest": int(lengths.max()),
-    }
 
 
 def random_sequences(lengths: Ints, vocab_size: int) -> list[list[int]]:

@@ -29,14 +29,21 @@ def circumstances(content: Row) -> Iterator[Fact]:
 
 def warning(content: Row) -> str:
     """What a reader must know before anything else; empty if all is well."""
+    missing = len(content["left_out"]) - len(repeated(content))
     counts = (
         (not content["complete"], "the run was stopped before its end"),
         (content["errors"], f"failed: {len(content['errors'])}"),
         (wrong(content), f"wrong results: {len(wrong(content))}"),
-        (content["left_out"], f"left out: {len(content['left_out'])}"),
+        (missing, f"left out: {missing}"),
     )
     said = "; ".join(text for count, text in counts if count)
     return f"Not everything is here: {said}. The circumstances below have the reasons." if said else ""
+
+
+def repeated(content: Row) -> list[Row]:
+    """What was left out because a row that is there says the same, so that nothing is missing."""
+    cells = [row["cell"] for row in content["rows"]]
+    return [entry for entry in content["left_out"] if entry.get("same_as") in cells]
 
 
 def wrong(content: Row) -> list[Row]:

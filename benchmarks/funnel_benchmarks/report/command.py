@@ -5,21 +5,19 @@ from pathlib import Path
 
 import click
 
-from funnel_benchmarks.plot_style import require_matplotlib
 from funnel_benchmarks.report.page import Article, article, assemble
 from funnel_benchmarks.report.suites import SECTIONS
 from funnel_benchmarks.results import error_text, read_results
-from funnel_engine.output_files import check_writable, write_text
+from funnel_benchmarks.suite_command import FILE, check_files
+from funnel_engine.output_files import write_text
 from funnel_kernels.errors import FunnelError, InputError
 
 REPORT = "report.html"
 
 
 @click.command()
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
-@click.option(
-    "--output", type=click.Path(path_type=Path), metavar="FILE", help=f"Where the page goes. Default: DIR/{REPORT}."
-)
+@click.argument("folder", metavar="DIR", type=FILE)
+@click.option("--output", type=FILE, metavar="FILE", help=f"Where the page goes. Default: DIR/{REPORT}.")
 def report(folder: Path, output: Path | None) -> None:
     """Show all results of a folder on one HTML page, which opens in any browser and needs no network.
 
@@ -31,8 +29,7 @@ def report(folder: Path, output: Path | None) -> None:
     if not folder.is_dir():
         raise InputError(f"{folder} is not a directory; name the folder that has the result files")
     output = output or folder / REPORT
-    check_writable(output, (".html",))
-    require_matplotlib()
+    check_files(html=output)
     files = sorted(folder.glob("*.json"))
     articles: list[Article] = []
     for number, file in enumerate(files, start=1):

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from html import escape
 from typing import NamedTuple
 
-from funnel_benchmarks.report.circumstances import circumstances, warning, where_and_when
+from funnel_benchmarks.report.circumstances import circumstances, repeated, warning, where_and_when
 from funnel_benchmarks.report.picture import picture
 from funnel_benchmarks.report.section import Section
 from funnel_benchmarks.report.style import SCRIPT, STYLE
@@ -56,12 +56,13 @@ def article(content: Row, section: Section, name: str, file: str = "") -> Articl
     """
     where = f"{file}; {where_and_when(content)}" if file else where_and_when(content)
     pictures = [picture(plot, f"{name}-plot-{number}") for number, plot in enumerate(section.plots, start=1)]
-    warned = warning(content)
+    warned, spared = warning(content), len(repeated(content))
     parts = [
         f'<article id="{name}">',
         f"<h2>{escape(section.title)}</h2>",
         f'<p class="quiet">{escape(where)}</p>',
         *([f'<p class="warning">{escape(warned)}</p>'] if warned else []),
+        *([f'<p class="quiet">Left out, as another row says the same: {spared}.</p>'] if spared else []),
         f"<p>{escape(section.summary)}</p>",
         *pictures,
         *map(html_table, section.tables),

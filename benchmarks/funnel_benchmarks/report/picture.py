@@ -13,8 +13,8 @@ from funnel_benchmarks.report.style import colours
 WIDE = LIGHT._replace(titled=False)
 NARROW = WIDE._replace(inches=(4.4, 6.6))  # for a telephone
 UNNAMED: Any = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-# Text stays text. A "$" in a name is no formula. Fonts: the one that lays the text out, and two of its width or less.
-TEXT: Any = {"svg.fonttype": "none", "text.parse_math": False, "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"]}
+# Text stays text. Fonts: the one that lays it out, and two of its width or less.
+TEXT: Any = {"svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"]}
 
 
 def picture(plot: Plot, name: str) -> str:

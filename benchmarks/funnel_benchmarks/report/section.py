@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from funnel_benchmarks.plot_style import Look
+from funnel_benchmarks.results import Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,6 +37,17 @@ class Cell(NamedTuple):
     text: str
     below: str = ""
     value: float | None = None
+
+
+def number(value: float, form: str) -> Cell:
+    """A number as `format` writes it in this form, e.g. ",.1f"."""
+    return Cell(format(value, form), value=value)
+
+
+def spread(figure: Row, factor: float, form: str) -> Cell:
+    """The median of {low, median, high}, and below it the two bounds; all times a factor, for their unit."""
+    low, median, high = (factor * figure[name] for name in ("low", "median", "high"))
+    return Cell(format(median, form), f"{low:{form}} \u2013 {high:{form}}", median)
 
 
 class Table(NamedTuple):

@@ -2,10 +2,10 @@
 
 from typing import TYPE_CHECKING
 
-from funnel_benchmarks.plot_style import LIGHT, Look, logarithmic_heights
+from funnel_benchmarks.describe import describe_machine, describe_model
+from funnel_benchmarks.plot_style import LIGHT, Look, entitle, logarithmic_heights, whiskers
 from funnel_benchmarks.results import Row
 from funnel_benchmarks.scaling.axes import AXES
-from funnel_benchmarks.serve.plot import title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,8 +31,7 @@ def draw(content: Row, look: Look = LIGHT) -> "Figure":
     for panel in panels[len(axes) :]:
         panel.set_visible(False)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", ncols=columns)
-    if look.titled:
-        figure.suptitle("\n".join(title(content, int(10.5 * look.inches[0]))), x=0.02, ha="left", size="medium")
+    entitle(figure, look, describe_model(content["options"]["model"]), describe_machine(content["machine"]))
     return figure
 
 
@@ -46,19 +45,14 @@ def draw_panel(panel: "Axes", rows: list[Row], axis: str, look: Look) -> None:
         ("baseline_", "no funnel", look.ideal, "D"),
         ("", "with funnel", look.measured, "o"),
     ):
-        figures = [row[f"{prefix}seconds"] for row in rows]
-        medians = [1e3 * figure["median"] for figure in figures]
-        whiskers = [
-            [1e3 * (figure["median"] - figure["low"]) for figure in figures],
-            [1e3 * (figure["high"] - figure["median"]) for figure in figures],
-        ]
+        medians, errors = whiskers((row[f"{prefix}seconds"] for row in rows), 1e3)
         works = [work(row, prefix) for row in rows]
         scaled = [medians[-1] * each / works[-1] for each in works]
         gid = f"marks-{axis}-{prefix or 'funnel_'}"
         (line,) = panel.plot(sizes, scaled, color=colour, linestyle="--", linewidth=1, label=f"{name}: its work")
         line.set_gid(f"{gid}work")
         points, _, _ = panel.errorbar(
-            sizes, medians, whiskers, color=colour, linestyle="none", marker=marker, markersize=5, capsize=4, label=name
+            sizes, medians, errors, color=colour, linestyle="none", marker=marker, markersize=5, capsize=4, label=name
         )
         points.set_gid(f"{gid}latency")
     panel.set_xscale("log")

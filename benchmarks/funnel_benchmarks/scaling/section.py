@@ -2,9 +2,8 @@
 
 from functools import partial
 
-from funnel_benchmarks.latency.section import number, spread
-from funnel_benchmarks.latency.table import describe_model
-from funnel_benchmarks.report.section import Cell, Plot, Section, Table
+from funnel_benchmarks.describe import describe_backend, describe_model
+from funnel_benchmarks.report.section import Cell, Plot, Section, Table, number, spread
 from funnel_benchmarks.results import Row
 from funnel_benchmarks.scaling.axes import AXES
 from funnel_benchmarks.scaling.plot import draw
@@ -107,5 +106,5 @@ def facts(options: Row) -> dict[str, str]:
         "Axes": "; ".join(f"{axis}: {text}" for axis, text in AXES.items()),
         "Method": f"{options['repeats']} times {options['order']} per row, {runs}",
         "Compilations while timing": "0",
-        "Backend": f"{options['backend']}, served by {options['served_by']}",
+        "Backend": describe_backend(options),
     }

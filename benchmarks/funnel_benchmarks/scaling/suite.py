@@ -13,9 +13,9 @@ from functools import partial
 from typing import Any
 
 import jax
-import numpy as np
 
-from funnel_benchmarks.latency.suite import NO_FUNNEL, SEED, funnel_name
+from funnel_benchmarks.funnels import NO_FUNNEL, check_funnel, funnel_facts, funnel_name
+from funnel_benchmarks.inputs import SEED, random_inputs
 from funnel_benchmarks.machine import usable_cores
 from funnel_benchmarks.measure import Sample, in_turns, spread
 from funnel_benchmarks.memory import activation_bytes, available_bytes
@@ -55,7 +55,7 @@ class Suite:
     def __post_init__(self) -> None:
         dispatch.check_backend(self.backend)
         check_positive("repeats", self.repeats)
-        make_plan(self.model.config, FunnelConfig.after(self.layer))
+        check_funnel(self.model.config, FunnelConfig.after(self.layer))
 
     def points(self) -> list[Point]:
         """All points of all axes, in the order of measuring."""
@@ -72,7 +72,7 @@ class Suite:
         funnel = FunnelConfig.after(self.layer)
         return {
             "model": self.model.facts(),
-            "funnel": {"name": funnel_name(funnel), **dataclasses.asdict(funnel)},
+            "funnel": funnel_facts(funnel),
             "most_tokens": self.most_tokens,
             "backend": self.backend,
             "served_by": self.model.served_by([funnel], self.backend),
@@ -167,8 +167,7 @@ def prepare(suite: Suite, weights: Mapping[str, Any], point: Point, funnel: Funn
         )
         for _ in range(point.engines)
     ]  # fmt: skip
-    ids = np.random.default_rng(SEED).integers(0, model.config.vocab_size, int(lengths.sum()), np.int32)
-    inputs = ids, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    inputs = random_inputs(model.config.vocab_size, lengths)
 
     def run(engine: Engine) -> None:
         """An engine's share of the calls."""

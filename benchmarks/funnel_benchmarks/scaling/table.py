@@ -1,8 +1,9 @@
 """A result as lines of text, printed while it grows."""
 
-from funnel_benchmarks.latency.table import describe_machine, describe_model
+from funnel_benchmarks.describe import describe_backend, describe_machine, describe_model
 from funnel_benchmarks.results import Row
 from funnel_benchmarks.scaling.slopes import Growth, Slope, growths
+from funnel_benchmarks.text_table import head_line, table_line
 
 COLUMNS = (
     ("latency ms", 10), ("quartiles", 19), ("GFLOP", 9), ("without", 10), ("quartiles", 19), ("GFLOP", 9),
@@ -17,23 +18,19 @@ def introduction(content: Row) -> list[str]:
     options = content["options"]
     return [
         describe_model(options["model"]),
-        f"funnel {options['funnel']['name']}, in models of fewer layers in proportion; backend {options['backend']}, "
-        f"served by {options['served_by']}",
+        f"funnel {options['funnel']['name']}, in models of fewer layers in proportion; "
+        f"backend {describe_backend(options)}",
         f"{describe_machine(content['machine'])}; medians of {2 * options['repeats']} runs, with the funnel and "
         f"without in the order {options['order']}",
         "",
-        " ".join(f"{title:>{width}}" for title, width in COLUMNS) + f"  {LAST_COLUMN}",
+        head_line(COLUMNS, LAST_COLUMN),
     ]
 
 
 def row_line(row: Row) -> str:
     peak = peak_bytes(row)
-    cells = (
-        *timings(row, ""),
-        *timings(row, "baseline_"),
-        "" if peak is None else f"{peak / 1e9:.2f}",
-    )
-    return " ".join(f"{cell:>{width}}" for cell, (_, width) in zip(cells, COLUMNS, strict=True)) + f"  {row['cell']}"
+    cells = *timings(row, ""), *timings(row, "baseline_"), "" if peak is None else f"{peak / 1e9:.2f}"
+    return table_line(COLUMNS, cells, row["cell"])
 
 
 def peak_bytes(row: Row) -> int | None:

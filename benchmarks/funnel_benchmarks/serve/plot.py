@@ -1,10 +1,9 @@
 """A result as a picture: latency over the rate of arrivals."""
 
-import textwrap
 from typing import TYPE_CHECKING
 
-from funnel_benchmarks.latency.table import describe_machine, describe_model
-from funnel_benchmarks.plot_style import LIGHT, Look, logarithmic_heights
+from funnel_benchmarks.describe import describe_machine, describe_model
+from funnel_benchmarks.plot_style import LIGHT, Look, entitle, logarithmic_heights
 from funnel_benchmarks.results import Row
 from funnel_benchmarks.serve.suite import BASELINE, offline_name, offline_rates
 
@@ -33,9 +32,7 @@ def draw(content: Row, look: Look = LIGHT) -> "Figure":
     panels[-1].set_xlabel("arrivals per second")
     columns = 2 if look.inches[0] > 6 else 1
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", ncols=columns)
-    if look.titled:
-        lines = title(content, characters=int(10.5 * look.inches[0]))
-        figure.suptitle("\n".join(lines), x=0.02, ha="left", size="medium")
+    entitle(figure, look, describe_model(content["options"]["model"]), describe_machine(content["machine"]))
     return figure
 
 
@@ -64,9 +61,3 @@ def draw_panel(axes: "Axes", content: Row, kind: str, gid: str, look: Look) -> N
     logarithmic_heights(axes)
     axes.set_ylabel("latency (ms)")
     axes.set_title(kind, loc="left", size="medium")
-
-
-def title(content: Row, characters: int) -> list[str]:
-    """Model and machine, in lines of at most so many characters."""
-    facts = describe_model(content["options"]["model"]), describe_machine(content["machine"])
-    return [line for fact in facts for line in textwrap.wrap(fact, characters)]

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from funnel_benchmarks.lengths import PRESETS, describe, draw
+from funnel_benchmarks.inputs import random_inputs
+from funnel_benchmarks.lengths import PRESETS, describe, draw, length_facts
 from funnel_benchmarks.results import Row
 from funnel_engine.config import check_positive
 from funnel_engine.packing import Ints
@@ -64,27 +65,16 @@ class Requests:
         return draw(self.source, self.count, LENGTHS_SEED)
 
     @functools.cached_property
-    def offsets(self) -> Ints:
-        """[count + 1] int32: request `i` is `ids[offsets[i]:offsets[i + 1]]`."""
-        return np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int32)
-
-    @functools.cached_property
-    def ids(self) -> Ints:
-        """[tokens] int32."""
-        return np.random.default_rng(IDS_SEED).integers(0, self.vocabulary, int(self.offsets[-1]), np.int32)
+    def inputs(self) -> tuple[Ints, Ints]:
+        """Ids [tokens] and offsets [count + 1]: request `i` is `ids[offsets[i]:offsets[i + 1]]`."""
+        return random_inputs(self.vocabulary, self.lengths, IDS_SEED)
 
     def take(self, first: int, stop: int) -> tuple[Ints, Ints]:
         """Requests `first ... stop - 1` as an engine takes them: ids and offsets."""
-        offsets = self.offsets[first : stop + 1]
-        return self.ids[offsets[0] : offsets[-1]], offsets - offsets[0]
+        ids, offsets = self.inputs
+        taken = offsets[first : stop + 1]
+        return ids[taken[0] : taken[-1]], taken - taken[0]
 
     def facts(self) -> Row:
         """For the head of a result file."""
-        return {
-            "name": self.name,
-            "source": describe(self.source),
-            "tokens": int(self.offsets[-1]),
-            "shortest": int(self.lengths.min()),
-            "median": float(np.median(self.lengths)),
-            "longest": int(self.lengths.max()),
-        }
+        return {"name": self.name, "source": describe(self.source), **length_facts(self.lengths)}

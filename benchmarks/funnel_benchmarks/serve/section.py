@@ -2,9 +2,8 @@
 
 from functools import partial
 
-from funnel_benchmarks.latency.section import number
-from funnel_benchmarks.latency.table import describe_model
-from funnel_benchmarks.report.section import Cell, Plot, Section, Table
+from funnel_benchmarks.describe import describe_backend, describe_model
+from funnel_benchmarks.report.section import Cell, Plot, Section, Table, number
 from funnel_benchmarks.results import Row
 from funnel_benchmarks.serve.plot import draw, online_rows
 from funnel_benchmarks.serve.suite import BASELINE, offline_rates
@@ -120,5 +119,5 @@ def facts(options: Row) -> dict[str, str]:
         "Batches": f"at most {options['max_batch_tokens']} tokens",
         "Seeds": ", ".join(f"{name} {seed}" for name, seed in options["seeds"].items()),
         "Compilations while timing": "0",
-        "Backend": f"{options['backend']}, served by {options['served_by']}",
+        "Backend": describe_backend(options),
     }

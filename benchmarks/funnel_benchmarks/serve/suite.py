@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from funnel_benchmarks.latency.suite import NO_FUNNEL, funnel_name
+from funnel_benchmarks.funnels import NO_FUNNEL, check_funnel, funnel_facts, funnel_name
 from funnel_benchmarks.measure import compiling_nothing, in_turns, spread
 from funnel_benchmarks.models import Model
 from funnel_benchmarks.results import Cell, LeftOut, Row
@@ -61,9 +61,7 @@ class Suite:
 
     def __post_init__(self) -> None:
         dispatch.check_backend(self.backend)
-        if self.funnel.total_stride == 1:
-            raise ConfigError(f"strides={self.funnel.strides} pool nothing; a funnel needs a stride of at least 2")
-        make_plan(self.model.config, self.funnel)
+        check_funnel(self.model.config, self.funnel)
         names = [kind.name for kind in self.kinds]
         for name in names:
             if names.count(name) > 1:
@@ -93,7 +91,7 @@ class Suite:
         """Everything that a cell depends on, as the head of a result file."""
         return {
             "model": self.model.facts(),
-            "funnel": {"name": funnel_name(self.funnel), **dataclasses.asdict(self.funnel)},
+            "funnel": funnel_facts(self.funnel),
             "lengths": [kind.facts() for kind in self.kinds],
             "requests": self.count,
             "max_batch_tokens": self.max_batch_tokens,
@@ -139,12 +137,16 @@ def cells(suite: Suite, weights: Mapping[str, Any], rows: list[Row]) -> Iterator
             *((share, BASELINE, engine) for share in SHARES for engine in (BASELINE, funneled)),
             *((share, funneled, funneled) for share in SHARES),
         ]:
-            name = f"{kind.name}: {engine} at {share} % of the rate of {owner}"
+            name = online_name(kind.name, engine, owner, share)
             yield name, partial(online, suite, engines, kind, engine, owner, share, rows)
 
 
 def offline_name(kind: str) -> str:
     return f"{kind}: offline"
+
+
+def online_name(kind: str, engine: str, owner: str, share: int) -> str:
+    return f"{kind}: {engine} at {share} % of the rate of {owner}"
 
 
 def warm_engine(suite: Suite, weights: Mapping[str, Any], funnel: FunnelConfig) -> Engine:
@@ -209,7 +211,10 @@ def online(
     if owner != BASELINE:
         for other in SHARES:
             if abs(other / 100 * baseline_rate / rate - 1) < NEAR:
-                raise LeftOut(f"{rate:.4g} requests a second are what {other} % of the rate of {BASELINE} are")
+                raise LeftOut(
+                    f"{rate:.4g} requests a second are what {other} % of the rate of {BASELINE} are",
+                    same_as=online_name(kind.name, engine, BASELINE, other),
+                )
     chosen = engines().baseline if engine == BASELINE else engines().funneled
     with compiling_nothing():
         served = run(suite, chosen, kind, poisson_arrivals(rate, suite.count))

@@ -1,8 +1,9 @@
 """A result as lines of text, printed while it grows."""
 
-from funnel_benchmarks.latency.table import describe_machine, describe_model
+from funnel_benchmarks.describe import describe_backend, describe_machine, describe_model
 from funnel_benchmarks.results import Row
 from funnel_benchmarks.serve.suite import SHARES, offline_rates
+from funnel_benchmarks.text_table import head_line, table_line
 
 COLUMNS = (
     ("requests/s", 10), ("p50 ms", 9), ("p90 ms", 9), ("p99 ms", 9), ("sequences", 9), ("tokens", 7), ("busy", 5),
@@ -15,14 +16,14 @@ def introduction(content: Row) -> list[str]:
     options = content["options"]
     return [
         describe_model(options["model"]),
-        f"{describe_machine(content['machine'])}; backend {options['backend']}, served by {options['served_by']}",
+        f"{describe_machine(content['machine'])}; backend {describe_backend(options)}",
         *(describe_lengths(facts) for facts in options["lengths"]),
         f"{options['requests']} requests in each line, so p99 is p99 of {options['requests']}; batches of at most "
         f"{options['max_batch_tokens']} tokens; sequences and tokens are means of a batch",
         "compiling comes first, and takes up to minutes; a line takes the number of requests over their rate, which is "
         "told as soon as it is known",
         "",
-        " ".join(f"{title:>{width}}" for title, width in COLUMNS) + f"  {LAST_COLUMN}",
+        head_line(COLUMNS, LAST_COLUMN),
     ]
 
 
@@ -40,7 +41,7 @@ def row_line(row: Row) -> str:
         f"{row['mean_batch']['tokens']:,.0f}",
         f"{100 * row['busy']:.0f} %",
     )
-    return " ".join(f"{cell:>{width}}" for cell, (_, width) in zip(cells, COLUMNS, strict=True)) + f"  {row['cell']}"
+    return table_line(COLUMNS, cells, row["cell"])
 
 
 def offline_line(row: Row) -> str:

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from functools import partial
 
-from funnel_benchmarks.accelerator.bench import NO_FUNNEL, Bench
+from funnel_benchmarks.accelerator.bench import Bench
+from funnel_benchmarks.funnels import NO_FUNNEL
 from funnel_benchmarks.measure import alone, spread
 from funnel_benchmarks.results import Cell, Row
 from funnel_benchmarks.statistics import quartiles

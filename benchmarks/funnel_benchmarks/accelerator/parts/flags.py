@@ -9,7 +9,8 @@ from typing import Any
 
 import jax
 
-from funnel_benchmarks.accelerator.bench import NO_FUNNEL, Bench
+from funnel_benchmarks.accelerator.bench import Bench
+from funnel_benchmarks.funnels import NO_FUNNEL
 from funnel_benchmarks.measure import Call, in_turns, spread
 from funnel_benchmarks.results import Cell, LeftOut, Row
 from funnel_benchmarks.statistics import quartiles, ratio

@@ -5,7 +5,8 @@ from functools import partial
 
 import numpy as np
 
-from funnel_benchmarks.accelerator.bench import NO_FUNNEL, Bench
+from funnel_benchmarks.accelerator.bench import Bench
+from funnel_benchmarks.funnels import NO_FUNNEL
 from funnel_benchmarks.measure import in_turns, spread
 from funnel_benchmarks.results import Cell, Row
 from funnel_benchmarks.statistics import quartiles, ratio

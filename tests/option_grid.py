@@ -356,6 +356,33 @@ GATED_CASES = {
 
 
 @dataclasses.dataclass(frozen=True)
+class LinearAddNormCase:
+    """A product that is added to the residual stream, after its own norm with `normed`, and the norm of the sum."""
+
+    rows: int
+    in_features: int
+    width: int
+    dtype: str = "float32"
+    normed: bool = False
+
+    def arrays(self) -> tuple[np.ndarray | None, ...]:
+        """x, weight, what is added to, the norm's weight and update_weight."""
+        x, weight, add = LinearCase(self.rows, self.in_features, self.width, self.dtype, add=True).arrays()
+        norm_weight, update_weight = 0.3 * normal(16, 2, self.width).astype(x.dtype)
+        return x, weight, add, norm_weight, update_weight if self.normed else None
+
+
+# From some hundred rows on the kernels for CPUs make whole rows at a time, if these are whole units of packed weights.
+LINEAR_ADD_NORM_CASES = {
+    f"{rows}x{in_features}x{width}, {dtype}{', normed' if normed else ''}":
+    LinearAddNormCase(rows, in_features, width, dtype, normed)
+    for rows, in_features, width in ((1, 1, 1), (5, 24, 40), (130, 96, 128), (500, 64, 192), (777, 1120, 64))
+    for dtype in DTYPES
+    for normed in (False, True)
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
 class HeadsCase:
     """A product that is cut into heads: of queries and keys, or of one of them, with norms or without; then values."""
 

@@ -11,6 +11,8 @@ namespace funnel {
 
 namespace ffi = xla::ffi;
 
+inline bool is_float(ffi::DataType dtype) { return dtype == ffi::BF16 || dtype == ffi::F32; }
+
 inline ffi::Error invalid(const std::string& message) { return ffi::Error::InvalidArgument("funnel_native: " + message); }
 
 // Whether a buffer has exactly this shape and dtype; `error` says what is wrong otherwise.

@@ -1,6 +1,5 @@
 #include "linear_kernels.h"
 
-#include "linear.h"
 #include "row.h"
 
 namespace funnel::FUNNEL_INSTRUCTION_SET {
@@ -68,69 +67,7 @@ void store_heads_as(const float* tile, int64_t tile_stride, int64_t rows, int64_
   }
 }
 
-#ifdef __AVX512BF16__
-
-constexpr int kBlockRows = 6, kVectors = kUnit / kLanes;  // 24 vectors of sums, 4 of weights
-constexpr int64_t kFetchingBlocks = 3;  // from so many on, there is time to fetch while multiplying
-
-typedef uint32_t Pair __attribute__((aligned(2), may_alias));  // two bfloat16
-
-// kRows rows of x, `depth` pairs each, times one unit of weights. With each pair of input features a cache line of
-// `ahead` is fetched, if that is not null.
-template <int kRows>
-void multiply_rows(const Pair* x, int64_t depth, const Pair* weights, const Pair* ahead, float* tile,
-                   int64_t tile_stride) {
-  __m512 sums[kRows][kVectors] = {};
-  for (int64_t i = 0; i < depth; ++i, weights += kUnit) {
-    if (ahead != nullptr) _mm_prefetch(reinterpret_cast<const char*>(ahead + i * kLanes), _MM_HINT_T1);
-    __m512bh columns[kVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) columns[v] = (__m512bh)_mm512_loadu_si512(weights + v * kLanes);
-#pragma GCC unroll 6
-    for (int r = 0; r < kRows; ++r) {
-      const auto pair = (__m512bh)_mm512_set1_epi32(x[r * depth + i]);
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sums[r][v] = _mm512_dpbf16_ps(sums[r][v], pair, columns[v]);
-    }
-  }
-  for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kVectors; ++v) _mm512_storeu_ps(tile + r * tile_stride + v * kLanes, sums[r][v]);
-  }
-}
-
-// The same for any number of rows up to kRows.
-template <int kRows>
-void multiply_up_to(int64_t rows, const Pair* x, int64_t depth, const Pair* weights, const Pair* ahead, float* tile,
-                    int64_t tile_stride) {
-  if constexpr (kRows > 1) {
-    if (rows < kRows) return multiply_up_to<kRows - 1>(rows, x, depth, weights, ahead, tile, tile_stride);
-  }
-  multiply_rows<kRows>(x, depth, weights, ahead, tile, tile_stride);
-}
-
-#endif
-
 }  // namespace
-
-#ifdef __AVX512BF16__
-
-void multiply_few(const void* x, int64_t rows, int64_t in_features, const void* weights, int64_t units, float* tile) {
-  const int64_t depth = in_features / 2, stride = units * kUnit;
-  const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows, block = (rows + blocks - 1) / blocks;
-  const auto* pairs = static_cast<const Pair*>(x);
-  const auto* packed = static_cast<const Pair*>(weights);
-  for (int64_t unit = 0; unit < units; ++unit, packed += depth * kUnit) {
-    for (int64_t row = 0, part = 0; row < rows; row += block, ++part) {
-      // The next unit has kVectors lines for each pair, so the first kVectors blocks of rows fetch all of it.
-      const bool fetches = blocks >= kFetchingBlocks && part < kVectors;
-      const Pair* ahead = fetches ? packed + depth * (kUnit + part * kLanes) : nullptr;
-      multiply_up_to<kBlockRows>(row + block < rows ? block : rows - row, pairs + row * depth, depth, packed, ahead,
-                                 tile + row * stride + unit * kUnit, stride);
-    }
-  }
-}
-
-#endif
 
 void store_product(const float* tile, int64_t tile_stride, int64_t rows, int64_t columns, const void* add,
                    bool add_is_bfloat16, void* out, bool out_is_bfloat16, int64_t stride) {

@@ -7,17 +7,6 @@
 
 namespace funnel {
 
-namespace avx512_bf16 {
-
-// The product of few rows: tile [rows, units * kUnit] = x [rows, in_features] times so many packed units, bfloat16. A
-// unit holds pairs of input features, one pair of every column after another: [in_features / 2, kUnit, 2].
-//
-// While a unit is multiplied, the next one comes from memory. oneDNN's kernel waits for each tile's weights when it
-// reads them for the first time, and then computes: with 19 rows of 768 input features that takes half as long again.
-void multiply_few(const void* x, int64_t rows, int64_t in_features, const void* weights, int64_t units, float* tile);
-
-}  // namespace avx512_bf16
-
 // out = tile + add, rounded to the dtype of out.
 //
 // tile: [rows, columns] float32, `tile_stride` elements from row to row. add: the same shape or null, out: the same

@@ -5,7 +5,7 @@
 
 #include "handlers.h"
 #include "instruction_set.h"
-#include "linear.h"
+#include "product.h"
 
 namespace py = pybind11;
 
@@ -25,6 +25,8 @@ PYBIND11_MODULE(_handlers, module) {
   module.def("prepare_product", &funnel::prepare_product, py::arg("rows"), py::arg("out_features"),
              py::arg("in_features"), py::arg("is_bfloat16"), py::arg("step"), py::arg("threads"),
              py::call_guard<py::gil_scoped_release>());
+  module.def("suits_whole_rows", &funnel::suits_whole_rows, py::arg("rows"), py::arg("out_features"),
+             py::arg("in_features"), py::arg("is_bfloat16"), py::arg("threads"));
   // Addresses, because NumPy's buffers do not know bfloat16; funnel_native.pack checks the arrays.
   module.def(
       "pack",

@@ -1,32 +1,61 @@
-// Matrix products with weights that are packed once: oneDNN on tiles, and what follows the product on the same tile.
+// Matrix products with weights that are packed once, tile by tile: what follows a product finds its tile in the cache.
 //
-// oneDNN computes one tile at a time, on one thread, into a buffer that stays in the cache; what follows (a sum, a gate,
-// rounding) reads it there and writes the result. The threads are XLA's (parallel.h): oneDNN starts none of its own.
-// On two Zen 4 cores this is as fast as oneDNN's own product over all threads, and the gate comes for free. Few rows in
-// bfloat16 have a kernel of their own (multiply_few), on weights in the same layout.
+// One tile is computed at a time, on one thread, into a buffer that stays in the cache; what follows (a sum, a gate, a
+// norm, rounding) reads it there and writes the result. Tiles are oneDNN's, or in bfloat16 with AVX-512 our own
+// (product_kernels.h), on weights in the same layout. The threads are XLA's (parallel.h): oneDNN starts none of its own.
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <string>
+
+#include "checks.h"
+#include "product_kernels.h"  // kUnit
 
 namespace funnel {
 
-// Weights [out_features, in_features] are packed in units of so many rows, each of which oneDNN has laid out for its
-// products. The last unit is filled up with zeros.
-constexpr int64_t kUnit = 64;
+constexpr int64_t kMostParts = 2;  // products with the same x that one tile needs: a gate and what it gates
+
+struct Product {
+  const void* x;        // [rows, in_features]
+  const void* weights;  // `parts` packed weights of out_features rows each, one after another
+  int64_t rows, in_features, out_features, parts;
+  int64_t step;  // units; a tile has a multiple of them, so that heads, or rows, are whole
+  bool is_bfloat16;
+
+  int64_t element() const { return is_bfloat16 ? 2 : 4; }  // bytes of one
+};
+
+// Rows and columns of a product, float32.
+struct Tile {
+  const float* parts[kMostParts];  // of the product with each part of the weights: [rows, columns]
+  int64_t stride;                  // elements from row to row
+  int64_t row, rows, column, columns;
+};
+
+// Runs `follow` on every tile of a product, on up to so many threads.
+ffi::Error by_tiles(ffi::ThreadPool& pool, int64_t threads, const Product& product,
+                    const std::function<void(const Tile&)>& follow);
+
+// Whether tiles of whole rows suit a product, for what follows needs them: every thread gets some, and the weights,
+// which each tile reads, stay in a cache.
+bool suits_whole_rows(int64_t rows, int64_t out_features, int64_t in_features, bool is_bfloat16, int64_t threads);
+
+// Makes what oneDNN needs for a product, so that its first call does not have to: code for each shape of a tile.
+// `step`: as in `Product`. False if tiles cannot have so many units.
+bool prepare_product(int64_t rows, int64_t out_features, int64_t in_features, bool is_bfloat16, int64_t step,
+                     int64_t threads);
+
+int64_t units_of(int64_t features);
 
 // Elements that a packed weight takes.
 int64_t packed_size(int64_t out_features, int64_t in_features, bool is_bfloat16);
 
-// Packs rows of a weight, [out_features, in_features] elements one row after another.
+// Packs rows of a weight, [out_features, in_features] elements one row after another: units of kUnit rows, each as oneDNN
+// lays it out for its products.
 void pack(const void* weight, int64_t out_features, int64_t in_features, bool is_bfloat16, void* packed);
 
-// Makes what oneDNN needs for a product, so that its first call does not have to: code for each shape of a tile.
-// `step`: a tile has a multiple of so many units. False if oneDNN's tiles cannot have so many.
-bool prepare_product(int64_t rows, int64_t out_features, int64_t in_features, bool is_bfloat16, int64_t step,
-                     int64_t threads);
-
-// Why oneDNN has no fast product of this dtype on this machine; empty if it has one.
+// Why there is no fast product of this dtype on this machine; empty if there is one.
 std::string no_product(bool is_bfloat16);
 
 }  // namespace funnel

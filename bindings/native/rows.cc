@@ -1,10 +1,9 @@
 // The handlers of the ops on whole rows; rows_kernels.h says what they compute.
 #include <algorithm>
-#include <memory>
-#include <new>
 #include <string>
 
 #include "checks.h"
+#include "factor.h"
 #include "handlers.h"
 #include "parallel.h"
 #include "rows_kernels.h"
@@ -23,7 +22,6 @@ void by_parts(ffi::ThreadPool& pool, int64_t threads, int64_t count, int64_t byt
                [&](int64_t part) { body(part * items, std::min(count, (part + 1) * items)); });
 }
 
-bool is_float(ffi::DataType dtype) { return dtype == ffi::BF16 || dtype == ffi::F32; }
 int64_t size_of(ffi::DataType dtype) { return dtype == ffi::BF16 ? 2 : 4; }
 
 // Reads the shape of a matrix of float32 or bfloat16, which must not be empty.
@@ -33,20 +31,6 @@ bool read_matrix(const char* name, const ffi::AnyBuffer& matrix, int64_t& rows, 
     return false;
   }
   rows = matrix.dimensions()[0], width = matrix.dimensions()[1];
-  return true;
-}
-
-// 1 + weight in float32, for a weight [width] of float32 or bfloat16.
-using Factor = std::unique_ptr<float[]>;
-bool read_factor(const char* name, const ffi::AnyBuffer& weight, int64_t width, Factor& factor, ffi::Error& error) {
-  const auto dtype = weight.element_type();
-  if (!fits(name, weight, is_float(dtype) ? dtype : ffi::F32, {width}, error)) return false;
-  factor.reset(new (std::nothrow) float[width]);
-  if (factor == nullptr) {
-    error = ffi::Error(ffi::ErrorCode::kResourceExhausted, "funnel_native: no memory for a norm's weight");
-    return false;
-  }
-  FUNNEL_BEST(make_factor)(weight.untyped_data(), dtype == ffi::BF16, width, factor.get());
   return true;
 }
 

@@ -14,7 +14,17 @@ import jax.numpy as jnp
 
 from funnel_engine.config import RECOVERIES, FunnelConfig, ModelConfig, Rope, layer_steps
 from funnel_engine.packing import Batch
-from funnel_kernels import Weight, add_norm, attention, gated_linear, linear, pool_norm, project_heads, recover_norm
+from funnel_kernels import (
+    Weight,
+    add_norm,
+    attention,
+    gated_linear,
+    linear,
+    linear_add_norm,
+    pool_norm,
+    project_heads,
+    recover_norm,
+)
 
 Params = Mapping[str, Any]  # names and shapes: `weights.expected_shapes`
 
@@ -148,8 +158,8 @@ def add_product(
 
     The product is summed over devices, and normalised before it is added if the family does that.
     """
-    if post_norm is None and axis is None:
-        return add_norm(linear(rows, weight, add=x, backend=backend), None, next_norm, eps=eps, backend=backend)
+    if axis is None:
+        return linear_add_norm(rows, weight, x, next_norm, update_weight=post_norm, eps=eps, backend=backend)
     update = total(linear(rows, weight, backend=backend), axis, x.dtype)
     return add_norm(x, update, next_norm, update_weight=post_norm, eps=eps, backend=backend)
 
@@ -190,12 +200,12 @@ def gather_columns(x: jax.Array, axis: str | None) -> jax.Array:
     return x if axis is None else jax.lax.all_gather(x, axis, axis=1, tiled=True)
 
 
-def total(update: jax.Array, axis: str | None, dtype: jnp.dtype) -> jax.Array:
-    """The sum of every device's share of an update, [N, D]; without an axis the update is whole.
+def total(update: jax.Array, axis: str, dtype: jnp.dtype) -> jax.Array:
+    """The sum of every device's share of an update, [N, D].
 
     It is summed in the dtype of the activations: in float32 twice as much would travel between devices.
     """
-    return update if axis is None else jax.lax.psum(update.astype(dtype), axis)
+    return jax.lax.psum(update.astype(dtype), axis)
 
 
 def rotation(rope: Rope, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -3,7 +3,15 @@
 from funnel_kernels.add_norm import add_norm
 from funnel_kernels.attention import attention
 from funnel_kernels.errors import BackendUnavailable, CheckpointError, ConfigError, FunnelError, InputError
-from funnel_kernels.linear import PackedWeight, Weight, gated_linear, linear, prepare, project_heads
+from funnel_kernels.linear import (
+    PackedWeight,
+    Weight,
+    gated_linear,
+    linear,
+    linear_add_norm,
+    prepare,
+    project_heads,
+)
 from funnel_kernels.norm import rms_norm
 from funnel_kernels.pool import pool_norm
 from funnel_kernels.recover import recover_norm
@@ -20,6 +28,7 @@ __all__ = [
     "attention",
     "gated_linear",
     "linear",
+    "linear_add_norm",
     "pool_norm",
     "prepare",
     "project_heads",

@@ -7,8 +7,28 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from funnel_kernels import BackendUnavailable, InputError, PackedWeight, gated_linear, linear, prepare, project_heads
-from option_grid import BACKENDS, DTYPES, GATED_CASES, HEADS_CASES, LINEAR_CASES, HeadsCase, LinearCase
+from funnel_kernels import (
+    BackendUnavailable,
+    InputError,
+    PackedWeight,
+    gated_linear,
+    linear,
+    linear_add_norm,
+    prepare,
+    project_heads,
+)
+from option_grid import (
+    BACKENDS,
+    DTYPES,
+    EPS,
+    GATED_CASES,
+    HEADS_CASES,
+    LINEAR_ADD_NORM_CASES,
+    LINEAR_CASES,
+    HeadsCase,
+    LinearAddNormCase,
+    LinearCase,
+)
 
 SERVED = [backend for backend in BACKENDS if backend not in ("triton", "tpu")]  # these two are XLA's products
 WIDE_ROUNDING = {"float32": 2**-22, "bfloat16": 2**-8}
@@ -57,6 +77,26 @@ def test_gated_linear_agrees_with_float64(backend, case):
     check(actual, expected, (1 + sizes[0]) * (1 + sizes[1]), WIDE_ROUNDING[case.dtype])
 
 
+@pytest.mark.parametrize("case", LINEAR_ADD_NORM_CASES.values(), ids=LINEAR_ADD_NORM_CASES.keys())
+@pytest.mark.parametrize("backend", SERVED)
+def test_linear_add_norm_agrees_with_float64(backend, case):
+    x, weight, add, norm_weight, update_weight = case.arrays()
+    run = jax.jit(lambda *arrays: linear_add_norm(*arrays[:4], update_weight=arrays[4], eps=EPS, backend=backend))
+    total, normed = run(x, prepare(weight, backend=backend), add, norm_weight, update_weight)
+    assert total.shape == normed.shape == add.shape
+    assert total.dtype == normed.dtype == x.dtype
+
+    exact_x, exact_weight, exact_add, factor, update_factor = exact(x, weight, add, norm_weight, update_weight)
+    update, size = exact_x @ exact_weight.T, np.abs(exact_x) @ np.abs(exact_weight.T)
+    if case.normed:
+        scale = (1 + update_factor) / np.sqrt((update**2).mean(1, keepdims=True) + EPS)
+        update, size = update * scale, size * np.abs(scale)
+    check(total, exact_add + update, np.abs(exact_add) + size, WIDE_ROUNDING[case.dtype])
+    rounded = np.asarray(total, np.float64)  # which is what the norm reads
+    expected = rounded / np.sqrt((rounded**2).mean(1, keepdims=True) + EPS) * (1 + factor)
+    check(normed, expected, np.ones_like(expected), WIDE_ROUNDING[case.dtype])
+
+
 def exact_heads(case: HeadsCase) -> list[np.ndarray]:
     """Each group of heads, [N, count * d] float64: pairs of a head as complex numbers, turned by multiplication."""
     x, weight, cos, sin, norms = case.arrays()
@@ -97,6 +137,9 @@ def test_on_accelerators_the_products_are_xlas(backend, interpreted_triton, inte
     assert prepare(weight, backend=backend) is weight
     assert (linear(x, weight, add, backend=backend) == linear(x, weight, add, backend="xla")).all()
     assert (gated_linear(x, weight, backend=backend) == gated_linear(x, weight, backend="xla")).all()
+    arrays = LinearAddNormCase(5, 24, 40).arrays()[:4]
+    results = [linear_add_norm(*arrays, eps=EPS, backend=name) for name in (backend, "xla")]
+    assert all((ours == expected).all() for ours, expected in zip(*results, strict=True))
     case = HeadsCase(5, 24, 8, (3, 1), 1, normed=True)
     results = [project_heads(*case.arrays(), **case.options(), backend=name) for name in (backend, "xla")]
     assert all((ours == expected).all() for ours, expected in zip(*results, strict=True))
@@ -171,6 +214,17 @@ def test_what_does_not_fit_is_refused():
         gated_linear(x, packed)
     with pytest.raises(InputError, match="63 rows; those of gate and up together are an even number"):
         gated_linear(x, weight[:63])
+    norm = np.ones(64, np.float32)
+    for arrays, update_weight, message in (
+        ((x, weight, add[:3], norm), None, r"add has shape \(3, 64\); here it must be \(4, 64\)"),
+        ((x, weight, add.astype(jnp.bfloat16), norm), None, "add is bfloat16 where float32"),
+        ((x, weight, add, norm[1:]), None, r"norm_weight has shape \(63,\); here it must be \(64,\)"),
+        ((x, weight, add, norm), norm[None], r"update_weight has shape \(1, 64\); it needs 1 ax"),
+        ((x, weight, add, norm), norm.astype(np.float16), "update_weight is float16"),
+        ((x, prepare(weight, parts=2, backend="cpu"), add, norm), None, "packed in 2 parts"),
+    ):
+        with pytest.raises(InputError, match=message):
+            linear_add_norm(*arrays, update_weight=update_weight, eps=EPS)
     x, weight, cos, sin, norms = HeadsCase(4, 32, 64, (2, 1), 1, normed=True).arrays()
     right = {"heads": (2, 1), "plain_heads": 1, "eps": 1e-6}
     for arrays, changed, message in (

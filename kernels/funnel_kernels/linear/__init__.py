@@ -11,7 +11,7 @@ from funnel_kernels.errors import InputError
 from funnel_kernels.linear import reference, xla
 from funnel_kernels.linear.packed import PackedWeight, Weight, prepare
 
-__all__ = ["PackedWeight", "Weight", "gated_linear", "linear", "prepare", "project_heads"]
+__all__ = ["PackedWeight", "Weight", "gated_linear", "linear", "linear_add_norm", "prepare", "project_heads"]
 
 # On GPUs and TPUs the products are XLA's: it calls cuBLAS there, or drives the matrix unit itself.
 IMPLEMENTATIONS = {
@@ -28,7 +28,13 @@ GATED_IMPLEMENTATIONS = {
     "tpu": pallas_calls.implementation("funnel_kernels.linear.xla", "gated_linear"),
     "cpu": native_calls.implementation("funnel_kernels.linear.native_cpu", "gated_linear"),
 }
-
+ADD_NORM_IMPLEMENTATIONS = {
+    "reference": reference.linear_add_norm,
+    "xla": xla.linear_add_norm,
+    "triton": triton_calls.implementation("funnel_kernels.linear.xla", "linear_add_norm"),
+    "tpu": pallas_calls.implementation("funnel_kernels.linear.xla", "linear_add_norm"),
+    "cpu": native_calls.implementation("funnel_kernels.linear.native_cpu", "linear_add_norm"),
+}
 HEADS_IMPLEMENTATIONS = {
     "reference": reference.project_heads,
     "xla": xla.project_heads,
@@ -90,6 +96,50 @@ def gated_linear(
     if weight.shape[0] % 2:
         raise InputError(f"weight has {weight.shape[0]} rows; those of gate and up together are an even number")
     return dispatch.serve("gated_linear", GATED_IMPLEMENTATIONS, backend, x, weight)
+
+
+def linear_add_norm(
+    x: jax.Array,  # [N, in]
+    weight: Weight,  # [D, in]
+    add: jax.Array,  # [N, D]
+    norm_weight: jax.Array,  # [D]
+    *,
+    update_weight: jax.Array | None = None,  # [D]
+    eps: float,
+    backend: str = "auto",
+) -> tuple[jax.Array, jax.Array]:  # ([N, D], [N, D]), dtype of x
+    """The end of a sub-layer: `x @ weight.T` added to the residual stream, and Gemma's RMSNorm of the sum.
+
+    It is `add_norm(add, linear(x, weight), ...)`, where the update need not pass through memory: product, sum and norms
+    are float32, the sum is rounded to the dtype of `x`, and the norm reads the rounded rows.
+
+    Args:
+        x: float32 or bfloat16.
+        weight: in the dtype of `x`, as `prepare` gives it for the backend.
+        add: in the dtype of `x`, the residual stream.
+        norm_weight: zero-centred weight (the factor is `1 + weight`) of the norm of the sum.
+        update_weight: with it, the product is normalised before it is added (Gemma 2's and 3's norm after a sub-layer).
+        eps: added to the mean square, in both norms.
+        backend: see `funnel_kernels.dispatch`.
+
+    Returns:
+        The sum (the new residual stream) and its norm (the next sub-layer's input).
+
+    Raises:
+        InputError: shapes or dtypes that do not fit together.
+        BackendUnavailable: the backend does not serve this call.
+    """
+    check_product(x, weight)
+    check_parts(weight, 1)
+    check_float("add", add, ndim=2, dtype=x.dtype)
+    check_shape("add", add, (x.shape[0], weight.shape[0]))
+    for name, norm in (("norm_weight", norm_weight), ("update_weight", update_weight)):
+        if norm is not None:
+            check_float(name, norm, ndim=1)
+            check_shape(name, norm, (weight.shape[0],))
+    return dispatch.serve(
+        "linear_add_norm", ADD_NORM_IMPLEMENTATIONS, backend, x, weight, add, norm_weight, update_weight, eps=eps
+    )
 
 
 def project_heads(

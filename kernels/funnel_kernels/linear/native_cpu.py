@@ -1,10 +1,11 @@
-"""oneDNN's products on tiles, each followed in the cache by what comes after it (bindings/native/linear.h)."""
+"""Products tile by tile, each followed in the cache by what comes after it (bindings/native/product.h)."""
 
 import jax
 import jax.numpy as jnp
 
 import funnel_native
 from funnel_kernels import native_calls
+from funnel_kernels.add_norm.native_cpu import add_norm
 from funnel_kernels.linear import xla
 from funnel_kernels.linear.packed import PackedWeight
 
@@ -20,6 +21,17 @@ def gated_linear(x, weight):
     out = jax.ShapeDtypeStruct((x.shape[0], weight.shape[0] // 2), x.dtype)
     prepare(x, weight, out.shape[1])
     return native_calls.call("funnel_gated_linear", out, x, packed(weight), out_features=out.shape[1])
+
+
+def linear_add_norm(x, weight, add, norm_weight, update_weight, *, eps):
+    is_bfloat16, threads = str(x.dtype) == "bfloat16", native_calls.threads()
+    if not funnel_native.handlers().suits_whole_rows(x.shape[0], *weight.shape, is_bfloat16, threads):
+        if update_weight is None:
+            return add_norm(linear(x, weight, add), None, norm_weight, None, eps=eps)
+        return add_norm(add, linear(x, weight, None), norm_weight, update_weight, eps=eps)
+    result = jax.ShapeDtypeStruct(add.shape, add.dtype)
+    norms = (norm_weight,) if update_weight is None else (norm_weight, update_weight)
+    return native_calls.call("funnel_linear_add_norm", (result, result), x, packed(weight), add, *norms, eps=float(eps))
 
 
 def project_heads(x, weight, cos, sin, norms, *, heads, plain_heads, eps):

@@ -1,8 +1,9 @@
-"""The specification of `linear` and `gated_linear`."""
+"""The specification of the products."""
 
 import jax
 import jax.numpy as jnp
 
+from funnel_kernels.add_norm import reference as add_norm
 from funnel_kernels.linear.packed import PackedWeight
 from funnel_kernels.norm import rms_norm
 
@@ -19,6 +20,10 @@ def linear(x, weight, add):
 def gated_linear(x, weight):
     gate, up = jnp.split(linear(x, weight, None), 2, axis=1)
     return (jax.nn.gelu(gate, approximate=True) * up).astype(x.dtype)
+
+
+def linear_add_norm(x, weight, add, norm_weight, update_weight, *, eps):
+    return add_norm.add_norm(add, linear(x, weight, None), norm_weight, update_weight, eps=eps)
 
 
 def project_heads(x, weight, cos, sin, norms, *, heads, plain_heads, eps):

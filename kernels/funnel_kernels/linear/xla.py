@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from funnel_kernels.add_norm.reference import add_norm
 from funnel_kernels.linear.packed import PackedWeight
 from funnel_kernels.norm import rms_norm
 
@@ -24,6 +25,12 @@ def gated(wide, x, weight):
     # Split first: XLA would widen the whole before it is written.
     gate, up = (half.astype(jnp.float32) for half in jnp.split(project(x, weight, wide), 2, axis=1))
     return (jax.nn.gelu(gate, approximate=True) * up).astype(x.dtype)
+
+
+def linear_add_norm(x, weight, add, norm_weight, update_weight, *, eps):
+    if update_weight is None:
+        return add_norm(linear(x, weight, add), None, norm_weight, None, eps=eps)
+    return add_norm(add, linear(x, weight, None), norm_weight, update_weight, eps=eps)
 
 
 def project_heads(x, weight, cos, sin, norms, *, heads, plain_heads, eps):

@@ -1,0 +1,28 @@
+// The factors of a norm, as the handlers read them from its weight.
+#pragma once
+
+#include <memory>
+#include <new>
+
+#include "checks.h"
+#include "rows_kernels.h"
+
+namespace funnel {
+
+using Factor = std::unique_ptr<float[]>;
+
+// 1 + weight in float32, for a weight [width] of float32 or bfloat16.
+inline bool read_factor(const char* name, const ffi::AnyBuffer& weight, int64_t width, Factor& factor,
+                        ffi::Error& error) {
+  const auto dtype = weight.element_type();
+  if (!fits(name, weight, is_float(dtype) ? dtype : ffi::F32, {width}, error)) return false;
+  factor.reset(new (std::nothrow) float[width]);
+  if (factor == nullptr) {
+    error = ffi::Error(ffi::ErrorCode::kResourceExhausted, "funnel_native: no memory for a norm's weight");
+    return false;
+  }
+  FUNNEL_BEST(make_factor)(weight.untyped_data(), dtype == ffi::BF16, width, factor.get());
+  return true;
+}
+
+}  // namespace funnel

@@ -1,0 +1,86 @@
+#include "product_kernels.h"
+
+#include <immintrin.h>
+
+namespace funnel::avx512_bf16 {
+namespace {
+
+constexpr int kLanes = 16;  // floats, or pairs of bfloat16, in a vector
+constexpr int kBlockRows = 6, kVectors = kUnit / kLanes;  // 24 vectors of sums, 4 of weights
+constexpr int64_t kFetchingBlocks = 3;  // from so many on, there is time to fetch while multiplying
+constexpr int64_t kPairs = 512;         // at most, in a pass: so many of a tile's x and weights stay in a core's cache
+
+// Nothing of the standard library here: the linker could give other sources its functions, made for this processor.
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+typedef uint32_t Pair __attribute__((aligned(2), may_alias));  // two bfloat16
+
+// Columns [0, pairs) of kRows rows of x, `x_stride` pairs apart, times one unit of weights. The tile is added to,
+// unless it is `fresh`. With each pair a cache line of `ahead` is fetched, if that is not null.
+template <int kRows>
+void multiply_rows(const Pair* x, int64_t x_stride, int64_t pairs, const Pair* weights, const Pair* ahead, bool fresh,
+                   float* tile, int64_t tile_stride) {
+  __m512 sums[kRows][kVectors] = {};
+  if (!fresh) {
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sums[r][v] = _mm512_loadu_ps(tile + r * tile_stride + v * kLanes);
+    }
+  }
+  for (int64_t i = 0; i < pairs; ++i, weights += kUnit) {
+    if (ahead != nullptr) _mm_prefetch(reinterpret_cast<const char*>(ahead + i * kLanes), _MM_HINT_T1);
+    __m512bh columns[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) columns[v] = (__m512bh)_mm512_loadu_si512(weights + v * kLanes);
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r) {
+      const auto pair = (__m512bh)_mm512_set1_epi32(x[r * x_stride + i]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sums[r][v] = _mm512_dpbf16_ps(sums[r][v], pair, columns[v]);
+    }
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) _mm512_storeu_ps(tile + r * tile_stride + v * kLanes, sums[r][v]);
+  }
+}
+
+// The same for any number of rows up to kRows.
+template <int kRows, typename... Arguments>
+void multiply_up_to(int64_t rows, Arguments... arguments) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) return multiply_up_to<kRows - 1>(rows, arguments...);
+  }
+  multiply_rows<kRows>(arguments...);
+}
+
+}  // namespace
+
+void multiply(const void* x, int64_t rows, int64_t in_features, const void* weights, int64_t units, float* tile) {
+  const int64_t depth = in_features / 2, stride = units * kUnit;
+  const int64_t passes = (depth + kPairs - 1) / kPairs, pass = (depth + passes - 1) / passes;
+  const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows, block = (rows + blocks - 1) / blocks;
+  const auto packed = [&](int64_t unit, int64_t first) {
+    return static_cast<const Pair*>(weights) + (unit * depth + first) * kUnit;
+  };
+  for (int64_t first = 0; first < depth; first += pass) {
+    const auto* from = static_cast<const Pair*>(x) + first;
+    const int64_t pairs = smaller(pass, depth - first);
+    for (int64_t unit = 0; unit < units; ++unit) {
+      const Pair* next = unit + 1 < units       ? packed(unit + 1, first)
+                         : first + pass < depth ? packed(0, first + pass)
+                                                : packed(units, 0);  // of another tile, and it may lie behind the last
+      for (int64_t row = 0, part = 0; row < rows; row += block, ++part) {
+        // The next pass has kVectors lines for each pair, so the first kVectors blocks of rows fetch all of it.
+        const bool fetches = blocks >= kFetchingBlocks && part < kVectors;
+        multiply_up_to<kBlockRows>(smaller(block, rows - row), from + row * depth, depth, pairs, packed(unit, first),
+                                   fetches ? next + part * pairs * kLanes : nullptr, first == 0,
+                                   tile + row * stride + unit * kUnit, stride);
+      }
+    }
+  }
+}
+
+}  // namespace funnel::avx512_bf16

@@ -1,0 +1,21 @@
+// The product of a tile in bfloat16, for processors that multiply it in AVX-512's registers.
+#pragma once
+
+#include <stdint.h>
+
+namespace funnel {
+
+// Output features that are packed together. The last unit of a weight is filled up with zeros.
+constexpr int64_t kUnit = 64;
+
+namespace avx512_bf16 {
+
+// tile [rows, units * kUnit] = x [rows, in_features] times so many packed units. A unit holds pairs of input features,
+// one pair of every column after another: [in_features / 2, kUnit, 2].
+//
+// While a unit is multiplied, the next one comes from memory. oneDNN's kernel waits for each tile's weights when it
+// reads them for the first time, and then computes: with 19 rows of 768 input features that takes half as long again.
+void multiply(const void* x, int64_t rows, int64_t in_features, const void* weights, int64_t units, float* tile);
+
+}  // namespace avx512_bf16
+}  // namespace funnel

@@ -18,7 +18,17 @@ from funnel_engine import Engine, FunnelConfig, HeadConfig, ModelConfig
 from funnel_engine.flops import forward_flops
 from funnel_engine.packing import Ints
 from funnel_engine.weights import DTYPES, random_weights
-from funnel_kernels import add_norm, attention, gated_linear, linear, pool_norm, prepare, project_heads, recover_norm
+from funnel_kernels import (
+    add_norm,
+    attention,
+    gated_linear,
+    linear,
+    linear_add_norm,
+    pool_norm,
+    prepare,
+    project_heads,
+    recover_norm,
+)
 from funnel_kernels.recover import MODES
 
 STRIDE = 2
@@ -77,10 +87,10 @@ def cases(sizes: Sizes) -> list[Case]:
     width, mlp, heads = config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim
     return [
         heads_case(sizes),
-        linear_case(sizes, "linear, attention's output", heads, width, add=True),
+        linear_add_norm_case(sizes, "attention's output", heads),
         gated_case(sizes),
-        linear_case(sizes, "linear, MLP's output", mlp, width, add=True),
-        linear_case(sizes, "linear, float32", width, mlp, add=False),
+        linear_add_norm_case(sizes, "MLP's output", mlp),
+        linear_case(sizes, width, mlp),
         attention_case(sizes, 1),
         attention_case(sizes, STRIDE),
         add_norm_case(sizes),
@@ -107,17 +117,31 @@ def heads_case(sizes: Sizes) -> Case:
     return Case(f"project_heads, {rows} x {width} x {out}", make, 2 * rows * width * out, moved)
 
 
-def linear_case(sizes: Sizes, name: str, width: int, out: int, *, add: bool) -> Case:
+def linear_case(sizes: Sizes, width: int, out: int) -> Case:
+    """The product alone, whose result is float32."""
     rows, itemsize = sizes.rows, sizes.itemsize
 
     def make(backend: str) -> Call:
-        x, residual = sizes.normal(rows, width), sizes.normal(rows, out, seed=2) if add else None
         weight = prepare(np.asarray(sizes.normal(out, width, seed=1)), backend=backend)
-        return partial(jax.jit(partial(linear, backend=backend)), x, weight, residual)
+        return partial(jax.jit(partial(linear, backend=backend)), sizes.normal(rows, width), weight)
 
-    result = 2 * itemsize if add else 4  # bytes of an element: the residual read and the sum written, or a float32
-    moved = itemsize * (rows * width + out * width) + result * rows * out
-    return Case(f"{name}, {rows} x {width} x {out}", make, 2 * rows * width * out, moved)
+    moved = itemsize * (rows * width + out * width) + 4 * rows * out
+    return Case(f"linear, {rows} x {width} x {out}", make, 2 * rows * width * out, moved)
+
+
+def linear_add_norm_case(sizes: Sizes, name: str, width: int) -> Case:
+    """The end of a sub-layer: its product, the residual sum, and the norms of the family."""
+    config, rows, out = sizes.config, sizes.rows, sizes.config.hidden_size
+
+    def make(backend: str) -> Call:
+        x, residual = sizes.normal(rows, width), sizes.normal(rows, out, seed=2)
+        weight = prepare(np.asarray(sizes.normal(out, width, seed=1)), backend=backend)
+        norm, post_norm = sizes.normal(out, seed=3), sizes.normal(out, seed=4) if config.post_norms else None
+        run = jax.jit(partial(linear_add_norm, eps=config.norm_eps, backend=backend))
+        return partial(run, x, weight, residual, norm, update_weight=post_norm)
+
+    moved = sizes.itemsize * (rows * width + out * width + 3 * rows * out)
+    return Case(f"linear_add_norm, {name}, {rows} x {width} x {out}", make, 2 * rows * width * out, moved)
 
 
 def gated_case(sizes: Sizes) -> Case:

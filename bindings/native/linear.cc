@@ -79,7 +79,7 @@ ffi::Error gated_linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w
 
 // The sum of a product and the residual stream `add`, and its norm: `add_norm` without the update in memory.
 ffi::Error linear_add_norm(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weights, ffi::AnyBuffer add,
-                           ffi::AnyBuffer weight, ffi::RemainingArgs rest, ffi::Result<ffi::AnyBuffer> sum,
+                           ffi::AnyBuffer norm_weight, ffi::RemainingArgs rest, ffi::Result<ffi::AnyBuffer> sum,
                            ffi::Result<ffi::AnyBuffer> normed, float eps, int64_t threads) {
   ffi::Error error;
   Product product;
@@ -92,13 +92,8 @@ ffi::Error linear_add_norm(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffe
   for (const auto& [name, matrix] : {std::pair("the matrix to add", &add), {"the sum", &*sum}, {"the norm", &*normed}}) {
     if (!fits(name, *matrix, dtype, {product.rows, width}, error)) return error;
   }
-  if (!read_factor("weight", weight, width, factor, error)) return error;
-  if (rest.size() > 1) return invalid("an update has at most one norm");
-  if (rest.size() == 1) {
-    const auto update_weight = rest.get<ffi::AnyBuffer>(0);
-    if (update_weight.has_error()) return update_weight.error();
-    if (!read_factor("update_weight", *update_weight, width, update_factor, error)) return error;
-  }
+  if (!read_factor("norm_weight", norm_weight, width, factor, error)) return error;
+  if (!read_update_factor(rest, width, update_factor, error)) return error;
   product.step = units_of(width);
   return by_tiles(pool, threads, product, [&](const Tile& tile) {
     const int64_t at = tile.row * width * product.element();

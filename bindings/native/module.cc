@@ -26,7 +26,8 @@ PYBIND11_MODULE(_handlers, module) {
              py::arg("in_features"), py::arg("is_bfloat16"), py::arg("step"), py::arg("threads"),
              py::call_guard<py::gil_scoped_release>());
   module.def("suits_whole_rows", &funnel::suits_whole_rows, py::arg("rows"), py::arg("out_features"),
-             py::arg("in_features"), py::arg("is_bfloat16"), py::arg("threads"));
+             py::arg("in_features"), py::arg("is_bfloat16"), py::arg("threads"),
+             py::call_guard<py::gil_scoped_release>());
   // Addresses, because NumPy's buffers do not know bfloat16; funnel_native.pack checks the arrays.
   module.def(
       "pack",

@@ -13,7 +13,7 @@
 namespace funnel {
 
 constexpr int64_t kMostThreads = 1024;
-constexpr int kSpins = 2000;  // some 40 us, see below
+constexpr int kSpins = 2000;  // 40 to 100 us, see below
 
 // A number of threads that a call asks for, made sane.
 inline int64_t sane_threads(int64_t threads) { return std::clamp<int64_t>(threads, 1, kMostThreads); }

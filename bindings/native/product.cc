@@ -26,6 +26,7 @@ constexpr int64_t kTileRows = 128;  // with kTileUnits, a tile's float32 result 
 constexpr int64_t kTileUnits = 4;
 constexpr int64_t kTileBytes = 384 << 10;  // of the result of a tile with more units, unless it has kFewestRows
 constexpr int64_t kFewestRows = 48;        // for which it is worth to read a tile's weights again
+constexpr int64_t kMostWholeColumns = 8192;  // 1.5 MB of kFewestRows
 constexpr int64_t kTilesPerThread = 4;     // at least, so that threads finish together
 constexpr int64_t kCachedWeights = int64_t{16} << 20;  // bytes of weights that stay in the cache that cores share
 constexpr int64_t kGroupBytes = int64_t{3} << 19;      // of x in a group of tiles, see Tiling
@@ -130,7 +131,7 @@ dnnl::memory::desc joined_layout(int64_t in_features, int64_t units, bool is_bfl
   return joins ? several : dnnl::memory::desc();
 }
 
-// Whether a packed unit is [in_features / 2, kUnit, 2] without padding, as multiply_few reads it.
+// Whether a packed unit is [in_features / 2, kUnit, 2] without padding, as our own kernel reads it.
 bool is_in_pairs(const dnnl::memory::desc& unit, int64_t in_features) {
   return in_features % 32 == 0 && unit.get_inner_blks() == dnnl::memory::dims{16, kUnit, 2} &&
          unit.get_inner_idxs() == dnnl::memory::dims{0, 1, 0} && unit.get_strides()[0] == 32 * kUnit;
@@ -164,7 +165,10 @@ const Weights& weights_of(int64_t in_features, bool is_bfloat16) {
 
 // Whether tiles are our own kernel's. Not with AMX, whose instructions are oneDNN's alone.
 bool is_ours(const Weights& weights) {
-  static const bool without_amx = dnnl::get_effective_cpu_isa() == dnnl::cpu_isa::avx512_core_bf16;
+  static const bool without_amx = [] {
+    const auto best = dnnl::get_effective_cpu_isa();
+    return best == dnnl::cpu_isa::avx512_core_bf16 || best == dnnl::cpu_isa::avx512_core_fp16;
+  }();
   return weights.in_pairs && without_amx && instruction_set() == InstructionSet::avx512_bf16;
 }
 
@@ -191,8 +195,8 @@ Scratch& scratch(int64_t which) {
 }
 
 // The most units of a tile that has a multiple of `step`; 0 if it cannot have so many.
-int64_t most_units(const Weights& weights, int64_t step) {
-  if (is_ours(weights)) return std::max(step, kTileUnits / step * step);
+int64_t most_units(const Weights& weights, int64_t step, bool ours) {
+  if (ours) return std::max(step, kTileUnits / step * step);
   return static_cast<int64_t>(weights.layouts.size()) / step * step;
 }
 
@@ -207,10 +211,15 @@ bool stays_cached(const Product& product, const Weights& weights) {
 // once for all rows. Where one holds them, rows are taken in groups that stay in a core's own cache from one column to
 // the next: with 768 input features that is a tenth faster on 8192 rows.
 struct Tiling {
-  int64_t all_units, tile_units, column_tiles, row_tiles, tile_rows, group_tiles;
+  bool ours;  // whose kernel: asked once, since the instruction set may be limited meanwhile
+  int64_t all_units, tile_units, column_tiles = 0, row_tiles = 0, tile_rows = 0, group_tiles = 0;
 
+  // No units and no tiles if a tile cannot have as many units as the product's step.
   Tiling(const Product& product, const Weights& weights, int64_t threads)
-      : all_units(units_of(product.out_features)), tile_units(most_units(weights, product.step)) {
+      : ours(is_ours(weights)),
+        all_units(units_of(product.out_features)),
+        tile_units(most_units(weights, product.step, ours)) {
+    if (tile_units == 0) return;
     const int64_t row_bytes = tile_units * kUnit * static_cast<int64_t>(sizeof(float));
     const int64_t most_rows = std::clamp(kTileBytes / row_bytes, kFewestRows, kTileRows);
     const int64_t tiles = kTilesPerThread * sane_threads(threads);
@@ -219,6 +228,7 @@ struct Tiling {
     column_tiles = (all_units + tile_units - 1) / tile_units;
     if (column_tiles == 1) row_tiles = std::max(row_tiles, std::min(tiles, product.rows / kFewestRows));
     tile_rows = (product.rows + row_tiles - 1) / row_tiles;
+    row_tiles = (product.rows + tile_rows - 1) / tile_rows;  // rounding up may leave fewer
     const int64_t x_bytes = tile_rows * product.in_features * product.element();
     const bool cached = stays_cached(product, weights);
     group_tiles = cached ? std::clamp<int64_t>(kGroupBytes / x_bytes, 1, row_tiles) : row_tiles;
@@ -232,21 +242,26 @@ struct Tiling {
   }
 };
 
-// The products of `rows` rows of x with so many units of each part of the weights, from `unit` on.
-void multiply_tile(const Product& product, const Weights& weights, const void* x, int64_t rows, int64_t unit,
-                   int64_t units, const float** tiles) {
+// The products of a tile with each part of the weights; `next_unit` is where the next tile's weights begin.
+void multiply_tile(const Product& product, const Weights& weights, bool ours, int64_t unit, int64_t next_unit,
+                   Tile& tile) {
+  const int64_t units = tile.stride / kUnit;
+  const auto packed = [&](int64_t part, int64_t of_unit) {
+    const int64_t first = (part * units_of(product.out_features) + of_unit) * weights.unit_elements;
+    return static_cast<const char*>(product.weights) + first * product.element();
+  };
+  const char* x = static_cast<const char*>(product.x) + tile.row * product.in_features * product.element();
   const TileProduct* onednn =
-      is_ours(weights) ? nullptr : &tile_product(rows, units, product.in_features, product.is_bfloat16);
+      ours ? nullptr : &tile_product(tile.rows, units, product.in_features, product.is_bfloat16);
   for (int64_t part = 0; part < product.parts; ++part) {
-    const int64_t first = (part * units_of(product.out_features) + unit) * weights.unit_elements;
-    const char* packed = static_cast<const char*>(product.weights) + first * product.element();
-    auto* tile = scratch(part).at_least<float>(rows * units * kUnit);
-    if (onednn == nullptr) {
-      avx512_bf16::multiply(x, rows, product.in_features, packed, units, tile);
+    auto* result = scratch(part).at_least<float>(tile.rows * tile.stride);
+    if (ours) {
+      const char* next = part + 1 < product.parts ? packed(part + 1, unit) : packed(0, next_unit);
+      avx512_bf16::multiply(x, tile.rows, product.in_features, packed(part, unit), units, next, result);
     } else {
-      onednn->run(x, packed, tile, scratch(kScratchpad).at_least<char>(onednn->scratchpad_bytes()));
+      onednn->run(x, packed(part, unit), result, scratch(kScratchpad).at_least<char>(onednn->scratchpad_bytes()));
     }
-    tiles[part] = tile;
+    tile.parts[part] = result;
   }
 }
 
@@ -256,20 +271,22 @@ ffi::Error by_tiles(ffi::ThreadPool& pool, int64_t threads, const Product& produ
                     const std::function<void(const Tile&)>& follow) {
   try {
     const Weights& weights = weights_of(product.in_features, product.is_bfloat16);
-    if (most_units(weights, product.step) == 0) return invalid("a whole head, or row, does not fit into a tile");
     const Tiling cut(product, weights, threads);
+    if (cut.tile_units == 0) return invalid("a whole head, or row, does not fit into a tile");
+    const int64_t tiles = cut.row_tiles * cut.column_tiles;
     std::atomic<bool> failed{false};
 
-    parallel_for(pool, threads, cut.row_tiles * cut.column_tiles, [&](int64_t index) {
+    parallel_for(pool, threads, tiles, [&](int64_t index) {
       try {
         const auto [row_tile, column_tile] = cut.place(index);
         const int64_t row = row_tile * cut.tile_rows, unit = column_tile * cut.tile_units;
         const int64_t rows = std::min(cut.tile_rows, product.rows - row);
         const int64_t units = std::min(cut.tile_units, cut.all_units - unit);
         const int64_t column = unit * kUnit, columns = std::min(units * kUnit, product.out_features - column);
-        const char* x = static_cast<const char*>(product.x) + row * product.in_features * product.element();
+        // Threads take tiles in turns, so this one's next is likely to be so many further on.
+        const int64_t next_tile = cut.place(std::min(index + sane_threads(threads), tiles - 1)).second;
         Tile tile = {{}, units * kUnit, row, rows, column, columns};
-        multiply_tile(product, weights, x, rows, unit, units, tile.parts);
+        multiply_tile(product, weights, cut.ours, unit, next_tile * cut.tile_units, tile);
         follow(tile);
       } catch (const std::exception&) {
         failed = true;
@@ -285,16 +302,16 @@ ffi::Error by_tiles(ffi::ThreadPool& pool, int64_t threads, const Product& produ
 bool suits_whole_rows(int64_t rows, int64_t out_features, int64_t in_features, bool is_bfloat16, int64_t threads) {
   const Weights& weights = weights_of(in_features, is_bfloat16);
   const Product product = {nullptr, nullptr, rows, in_features, out_features, 1, units_of(out_features), is_bfloat16};
-  return is_ours(weights) && out_features % kUnit == 0 && stays_cached(product, weights) &&
-         rows >= kFewestRows * kTilesPerThread * sane_threads(threads);
+  return is_ours(weights) && out_features % kUnit == 0 && out_features <= kMostWholeColumns &&
+         stays_cached(product, weights) && rows >= kFewestRows * kTilesPerThread * sane_threads(threads);
 }
 
 bool prepare_product(int64_t rows, int64_t out_features, int64_t in_features, bool is_bfloat16, int64_t step,
                      int64_t threads) {
   const Weights& weights = weights_of(in_features, is_bfloat16);
-  if (most_units(weights, step) == 0) return false;
-  if (is_ours(weights)) return true;
   const Tiling cut({nullptr, nullptr, rows, in_features, out_features, 1, step, is_bfloat16}, weights, threads);
+  if (cut.tile_units == 0) return false;
+  if (cut.ours) return true;
   for (const int64_t tile_rows : {cut.tile_rows, rows - (cut.row_tiles - 1) * cut.tile_rows}) {
     for (const int64_t units : {cut.tile_units, cut.all_units - (cut.column_tiles - 1) * cut.tile_units}) {
       tile_product(tile_rows, units, in_features, is_bfloat16);

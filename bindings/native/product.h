@@ -37,8 +37,8 @@ struct Tile {
 ffi::Error by_tiles(ffi::ThreadPool& pool, int64_t threads, const Product& product,
                     const std::function<void(const Tile&)>& follow);
 
-// Whether tiles of whole rows suit a product, for what follows needs them: every thread gets some, and the weights,
-// which each tile reads, stay in a cache.
+// Whether tiles of whole rows suit a product, because what follows needs them: they are our own kernel's (oneDNN's have
+// few columns) and of whole units, every thread gets some, and the weights, which each tile reads, stay in a cache.
 bool suits_whole_rows(int64_t rows, int64_t out_features, int64_t in_features, bool is_bfloat16, int64_t threads);
 
 // Makes what oneDNN needs for a product, so that its first call does not have to: code for each shape of a tile.

@@ -58,7 +58,8 @@ void multiply_up_to(int64_t rows, Arguments... arguments) {
 
 }  // namespace
 
-void multiply(const void* x, int64_t rows, int64_t in_features, const void* weights, int64_t units, float* tile) {
+void multiply(const void* x, int64_t rows, int64_t in_features, const void* weights, int64_t units, const void* next,
+              float* tile) {
   const int64_t depth = in_features / 2, stride = units * kUnit;
   const int64_t passes = (depth + kPairs - 1) / kPairs, pass = (depth + passes - 1) / passes;
   const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows, block = (rows + blocks - 1) / blocks;
@@ -69,14 +70,14 @@ void multiply(const void* x, int64_t rows, int64_t in_features, const void* weig
     const auto* from = static_cast<const Pair*>(x) + first;
     const int64_t pairs = smaller(pass, depth - first);
     for (int64_t unit = 0; unit < units; ++unit) {
-      const Pair* next = unit + 1 < units       ? packed(unit + 1, first)
-                         : first + pass < depth ? packed(0, first + pass)
-                                                : packed(units, 0);  // of another tile, and it may lie behind the last
+      const Pair* ahead = unit + 1 < units       ? packed(unit + 1, first)
+                          : first + pass < depth ? packed(0, first + pass)
+                                                 : static_cast<const Pair*>(next);
       for (int64_t row = 0, part = 0; row < rows; row += block, ++part) {
-        // The next pass has kVectors lines for each pair, so the first kVectors blocks of rows fetch all of it.
+        // What comes next has kVectors lines for each pair, so the first kVectors blocks of rows fetch all of it.
         const bool fetches = blocks >= kFetchingBlocks && part < kVectors;
         multiply_up_to<kBlockRows>(smaller(block, rows - row), from + row * depth, depth, pairs, packed(unit, first),
-                                   fetches ? next + part * pairs * kLanes : nullptr, first == 0,
+                                   fetches ? ahead + part * pairs * kLanes : nullptr, first == 0,
                                    tile + row * stride + unit * kUnit, stride);
       }
     }

@@ -62,12 +62,7 @@ ffi::Error add_norm(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer updat
   if (!fits("the sum", *sum, dtype, {rows, width}, error)) return error;
   if (!fits("the normed rows", *normed, dtype, {rows, width}, error)) return error;
   if (!read_factor("weight", weight, width, factor, error)) return error;
-  if (rest.size() > 1) return invalid("an update has at most one norm");
-  if (rest.size() == 1) {
-    const auto update_weight = rest.get<ffi::AnyBuffer>(0);
-    if (update_weight.has_error()) return update_weight.error();
-    if (!read_factor("update_weight", *update_weight, width, update_factor, error)) return error;
-  }
+  if (!read_update_factor(rest, width, update_factor, error)) return error;
   const AddNorm all = {x.untyped_data(),
                        update.untyped_data(),
                        update_factor.get(),

@@ -9,6 +9,7 @@ from funnel_engine.config import FunnelConfig, ModelConfig
 from funnel_kernels import dispatch
 from funnel_kernels.add_norm import IMPLEMENTATIONS as ADD_NORM
 from funnel_kernels.attention import IMPLEMENTATIONS as ATTENTION
+from funnel_kernels.linear import ADD_NORM_IMPLEMENTATIONS as LINEAR_ADD_NORM
 from funnel_kernels.linear import IMPLEMENTATIONS as LINEAR
 from funnel_kernels.linear import PackedWeight
 from funnel_kernels.linear.packed import packs
@@ -44,6 +45,9 @@ def served_by(
     x, short, weight = rows(ROWS, config.hidden_size), rows(ROWS // 2, config.hidden_size), rows(config.hidden_size, 0)
     answers = {
         "linear": dispatch.explain(LINEAR, backend, x, matrix, None),
+        "linear_add_norm": dispatch.explain(
+            LINEAR_ADD_NORM, backend, x, matrix, x, weight, None, eps=config.norm_eps
+        ),
         "attention": dispatch.explain(
             ATTENTION, backend,
             rows(ROWS, config.num_heads * config.head_dim), keys, keys, bounds, bounds,

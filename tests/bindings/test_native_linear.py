@@ -4,6 +4,7 @@ import functools
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from option_grid import EPS, HeadsCase, LinearAddNormCase, LinearCase
 
 HANDLERS = funnel_native.handlers()
 BEST = HANDLERS.instruction_set()
+OURS = BEST == "avx512_bf16" and "amx_tile" not in Path("/proc/cpuinfo").read_text()  # whose kernel multiplies bfloat16
 
 
 @functools.cache
@@ -69,18 +71,32 @@ def test_results_are_equal_to_the_bit_from_run_to_run(case):
 
 
 @pytest.mark.parametrize("normed", [False, True])
-@pytest.mark.parametrize("rows", [191, 192, 193, 1000])
-def test_a_sum_and_its_norm_are_the_same_with_the_product_and_after_it(rows, normed):
-    """One thread has whole rows enough from 192 on; 20 threads never, and take two ops."""
+@pytest.mark.parametrize(
+    ("rows", "threads"),
+    # The last five cut rows into fewer tiles than there were to be, because a tile has whole rows.
+    [(191, 1), (192, 1), (193, 1), (1000, 2), (1000, 20), (2497, 13), (2498, 13), (2499, 13), (4096, 20), (3500, 18)],
+)
+def test_a_sum_and_its_norm_are_the_same_with_the_product_and_after_it(rows, threads, normed):
+    """Every thread needs 192 rows, for the product to make whole ones."""
     x, weight, add, norm_weight, update_weight = LinearAddNormCase(rows, 96, 128, "bfloat16", normed).arrays()
     packed = prepare(weight, backend="cpu")
     expected = add_norm(add, linear(x, packed), norm_weight, update_weight=update_weight, eps=EPS, backend="cpu")
-    for threads in (1, 20):
-        with native_calls.use_threads(threads):
-            run = jax.jit(lambda *a: linear_add_norm(*a, update_weight=update_weight, eps=EPS, backend="cpu"))
-            results = run(x, packed, add, norm_weight)
-        for ours, two_ops in zip(results, expected, strict=True):
-            np.testing.assert_array_equal(ours, two_ops)
+    with native_calls.use_threads(threads):
+        run = jax.jit(lambda *a: linear_add_norm(*a, update_weight=update_weight, eps=EPS, backend="cpu"))
+        program = run.lower(x, packed, add, norm_weight)
+    for ours, two_ops in zip(program.compile()(x, packed, add, norm_weight), expected, strict=True):
+        np.testing.assert_array_equal(ours, two_ops)
+    with_product = HANDLERS.suits_whole_rows(rows, *weight.shape, True, threads)
+    assert ("funnel_linear_add_norm" in program.as_text()) == with_product == (OURS and rows >= 192 * threads)
+
+
+def test_which_products_make_whole_rows():
+    assert HANDLERS.suits_whole_rows(10**4, 2048, 4096, True, 2) == OURS  # 16 MiB of weights
+    assert not HANDLERS.suits_whole_rows(10**4, 2048, 4128, True, 2)
+    assert not HANDLERS.suits_whole_rows(10**4, 2000, 4096, True, 2)  # half a unit
+    assert HANDLERS.suits_whole_rows(10**4, 8192, 96, True, 2) == OURS
+    assert not HANDLERS.suits_whole_rows(10**4, 8256, 96, True, 2)
+    assert not HANDLERS.suits_whole_rows(10**4, 2048, 2048, False, 2)
 
 
 HEADS = [
@@ -224,7 +240,7 @@ BAD_ROWS = {
     "wider rows to add to": ((ROWS, ROWS), np.ones((4, 128), np.float32), (ROW_NORM,), "packed weights has shape"),
     "rows of another dtype": ((ROWS, ROWS), np.ones((4, 64), jnp.bfloat16), (ROW_NORM,), "the matrix to add has shape"),
     "half a unit": ((ROWS, ROWS), np.ones((4, 32), np.float32), (ROW_NORM,), "their width a multiple of 64"),
-    "a short norm": ((ROWS, ROWS), X @ np.ones((32, 64), np.float32), (ROW_NORM[1:],), "weight has shape"),
+    "a short norm": ((ROWS, ROWS), X @ np.ones((32, 64), np.float32), (ROW_NORM[1:],), "norm_weight has shape"),
     "a short norm of the update": ((ROWS, ROWS), X @ np.ones((32, 64), np.float32), (ROW_NORM, ROW_NORM[1:]), "update"),
     "three norms": ((ROWS, ROWS), X @ np.ones((32, 64), np.float32), (ROW_NORM,) * 3, "at most one norm"),
     "a small sum": ((Q, ROWS), X @ np.ones((32, 64), np.float32), (ROW_NORM,), "the sum has shape"),
@@ -237,6 +253,10 @@ def test_a_wrong_call_for_whole_rows_is_an_error_that_says_why(outs, add, norms,
     attributes = {"eps": np.float32(1e-6), "threads": np.int64(0)}
     with pytest.raises(Exception, match=message):
         jax.block_until_ready(jax.ffi.ffi_call("funnel_linear_add_norm", outs)(X, PACKED, add, *norms, **attributes))
+    add = np.arange(256, dtype=np.float32).reshape(4, 64)
+    total, normed = jax.ffi.ffi_call("funnel_linear_add_norm", (ROWS, ROWS))(X, PACKED, add, ROW_NORM, **attributes)
+    np.testing.assert_array_equal(total, add + 32)  # the next call is served, by oneDNN since it is float32
+    np.testing.assert_allclose((np.asarray(normed) ** 2).mean(1), 4, rtol=1e-5)  # the factor is 2
 
 
 def test_heads_that_fit_into_no_tile():
@@ -267,10 +287,12 @@ def test_without_bfloat16_products_the_product_is_left_to_xla():
     """oneDNN has no blocked bfloat16 product below AVX-512; the rest of the kernels still run."""
     code = """
 import numpy as np, jax.numpy as jnp, funnel_native
-from funnel_kernels import PackedWeight, linear, prepare
+from funnel_kernels import PackedWeight, linear, linear_add_norm, prepare
 half = np.ones((64, 32), jnp.bfloat16)
 assert not isinstance(prepare(half), PackedWeight)
 assert (linear(half[:4], prepare(half)) == 32).all()
+total, _ = linear_add_norm(half[:4], prepare(half), np.ones((4, 64), jnp.bfloat16), half[:, 0], eps=1e-6)
+assert (total == 33).all()
 packed = funnel_native.pack(np.ones((64, 32), np.float32)).astype(jnp.bfloat16)
 try:
     linear(half[:4], PackedWeight(packed, (64, 32)), backend="cpu")

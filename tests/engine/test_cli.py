@@ -132,7 +132,7 @@ def test_convert_options(folder, tmp_path):
 
 def test_doctor_says_what_serves_each_op():
     facts = json.loads(run("doctor", "--json").stdout)
-    for op in ("linear", "attention", "add_norm", "pool_norm", "recover_norm"):
+    for op in ("linear", "linear_add_norm", "attention", "add_norm", "pool_norm", "recover_norm"):
         assert facts[op].startswith("cpu; not triton: ")
     assert "not triton: JAX runs on cpu; on a machine with an NVIDIA GPU, install" in facts["attention"]
     assert "only when asked for by name" in facts["reference"]

@@ -24,6 +24,7 @@ def gated_linear(x, weight):
 
 
 def linear_add_norm(x, weight, add, norm_weight, update_weight, *, eps):
+    packed(weight)  # refuses what cannot run
     is_bfloat16, threads = str(x.dtype) == "bfloat16", native_calls.threads()
     if not funnel_native.handlers().suits_whole_rows(x.shape[0], *weight.shape, is_bfloat16, threads):
         if update_weight is None:

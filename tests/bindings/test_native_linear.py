@@ -54,7 +54,7 @@ def test_every_instruction_set_rounds_alike(instruction_set, case):
 
 
 # Input features: few; with padding, so that the tiles are oneDNN's; and more than our own kernel takes in a pass.
-@pytest.mark.parametrize(("width", "out"), [(32, 64), (96, 200), (80, 130), (1056, 100), (2080, 520)])
+@pytest.mark.parametrize(("width", "out"), [(32, 64), (96, 200), (80, 130), (1056, 100), (2080, 70)])
 @pytest.mark.parametrize("rows", [1, 2, 5, 6, 7, 11, 12, 13, 18, 19, 24, 25, 31, 43, 48, 127, 128, 129, 300])
 def test_any_number_of_rows_in_bfloat16(instruction_set, rows, width, out):
     case = LinearCase(rows, width, out, "bfloat16", False, False)

@@ -201,6 +201,9 @@ def test_the_command(tiny, tmp_path, monkeypatch):
 
 def check_section(content):
     made = section(content)
+    assert made.title.endswith(", 7")
+    unsorted = content | {"options": content["options"] | {"order": "unsorted"}}
+    assert section(unsorted).title.endswith(", 7, batches unsorted")
     assert made.facts["Lengths"] == "7: 3 sequences of 7 tokens, 21 in all"
     assert "dtype bfloat16" in made.facts["hugging-face-eager"]
     assert [table.caption for table in made.tables] == ["All sequences", "One sequence after another"]

@@ -39,8 +39,9 @@ def section(content: Row) -> Section:
     rows, options = content["rows"], content["options"]
     shown = [scenario for scenario in SCENARIOS if any(row["scenario"] == scenario for row in rows)]
     versions = {row["peer"]: ", ".join(f"{name} {value}" for name, value in row["facts"].items()) for row in rows}
+    order = "" if options["order"] == "sorted" else f", batches {options['order']}"
     return Section(
-        title=f"Against other engines: {options['preset']}, {', '.join(options['lengths'])}",
+        title=f"Against other engines: {options['preset']}, {', '.join(options['lengths'])}{order}",
         summary="; ".join(summary(rows, scenario) for scenario in shown),
         plots=[plot(rows, scenario) for scenario in shown],
         tables=[table(rows, scenario) for scenario in shown],

@@ -18,7 +18,7 @@ from types import ModuleType
 import jax
 import numpy as np
 
-UNIT = 64  # output features that are packed together (kUnit in bindings/native/product_kernels.h)
+UNIT = 64  # output features that are packed together (kUnit in bindings/native/product_avx512_bf16.h)
 ONEDNN = "onednn-cpu-gomp"  # its wheel puts the library below the environment's prefix
 
 

@@ -109,14 +109,24 @@ def test_installing_without_a_compiler_leaves_them_out_and_says_so(tmp_path):
     assert "/bin/false" in reason or "compiler" in reason
 
 
+NATIVE = ROOT / "bindings" / "native"
+AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16")
+
+
 @pytest.mark.parametrize(
-    "source", sorted((ROOT / "bindings" / "native").glob("*_kernels.cc")), ids=lambda path: path.name
+    ("source", "instruction_set"),
+    [
+        *((path, "avx2") for path in sorted(NATIVE.glob("*_kernels.cc"))),
+        (NATIVE / "product_avx512_bf16.cc", "avx512_bf16"),
+    ],
+    ids=lambda value: value.name if isinstance(value, Path) else value,
 )
-def test_no_kernel_brings_functions_of_the_standard_library(source, tmp_path):
+def test_no_kernel_brings_functions_of_the_standard_library(source, instruction_set, tmp_path):
     """The linker keeps one copy of an inline function: were it one of a kernel's, older machines could not run it."""
     built = tmp_path / "kernels.o"
-    flags = ["-std=c++17", "-O2", "-mavx2", "-mfma", "-DFUNNEL_INSTRUCTION_SET=avx2"]
+    flags = ["-std=c++17", "-O2", "-mavx2", "-mfma", f"-DFUNNEL_INSTRUCTION_SET={instruction_set}"]
+    flags += AVX512 if instruction_set == "avx512_bf16" else ()
     subprocess.run(["g++", *flags, "-c", source, "-o", built], check=True)
     symbols = subprocess.run(["nm", "-C", built], capture_output=True, text=True, check=True).stdout.splitlines()
-    assert any("T funnel::avx2::" in line for line in symbols)
+    assert any(f"T funnel::{instruction_set}::" in line for line in symbols)
     assert not [line for line in symbols if re.search(r" [WwVvu] ", line)]

@@ -192,6 +192,15 @@ def test_only_backend_cpu_reads_a_packed_weight_and_only_that():
     np.testing.assert_allclose(linear(x, weight), x @ weight.T, rtol=1e-4, atol=1e-5)  # auto goes on to xla
 
 
+def test_after_a_product_that_is_xlas_the_norms_are_native_all_the_same():
+    x, weight, add, norm_weight, update_weight = LinearAddNormCase(37, 48, 64, normed=True).arrays()
+    run = jax.jit(lambda *arrays: linear_add_norm(*arrays[:4], update_weight=arrays[4], eps=EPS))
+    program = run.lower(x, weight, add, norm_weight, update_weight).as_text()
+    assert "dot_general" in program
+    assert "funnel_add_norm" in program
+    assert "funnel_linear" not in program
+
+
 def test_what_does_not_fit_is_refused():
     x, weight, add = LinearCase(4, 32, 64, add=True).arrays()
     packed = prepare(weight, backend="cpu")

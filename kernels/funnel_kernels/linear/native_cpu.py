@@ -24,12 +24,11 @@ def gated_linear(x, weight):
 
 
 def linear_add_norm(x, weight, add, norm_weight, update_weight, *, eps):
-    packed(weight)  # refuses what cannot run
-    is_bfloat16, threads = str(x.dtype) == "bfloat16", native_calls.threads()
-    if not funnel_native.handlers().suits_whole_rows(x.shape[0], *weight.shape, is_bfloat16, threads):
+    if not has_whole_rows(x, weight):
+        product = linear if isinstance(weight, PackedWeight) else xla.linear  # then the norms alone are native
         if update_weight is None:
-            return add_norm(linear(x, weight, add), None, norm_weight, None, eps=eps)
-        return add_norm(add, linear(x, weight, None), norm_weight, update_weight, eps=eps)
+            return add_norm(product(x, weight, add), None, norm_weight, None, eps=eps)
+        return add_norm(add, product(x, weight, None), norm_weight, update_weight, eps=eps)
     result = jax.ShapeDtypeStruct(add.shape, add.dtype)
     norms = (norm_weight,) if update_weight is None else (norm_weight, update_weight)
     return native_calls.call("funnel_linear_add_norm", (result, result), x, packed(weight), add, *norms, eps=float(eps))
@@ -46,6 +45,15 @@ def project_heads(x, weight, cos, sin, norms, *, heads, plain_heads, eps):
         "funnel_project_heads", outs, x, packed(weight), cos, sin, *(norms or ()),
         heads=heads, plain_heads=plain_heads, head_dim=head_dim, eps=float(eps),
     )  # fmt: skip
+
+
+def has_whole_rows(x, weight):
+    """Whether a norm can follow the product on its tiles, because these have whole rows."""
+    if not isinstance(weight, PackedWeight):
+        return False
+    packed(weight)  # refuses what cannot run
+    is_bfloat16, threads = str(x.dtype) == "bfloat16", native_calls.threads()
+    return funnel_native.handlers().suits_whole_rows(x.shape[0], *weight.shape, is_bfloat16, threads)
 
 
 def prepare(x, weight, out_features, step=1):

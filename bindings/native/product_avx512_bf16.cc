@@ -1,4 +1,4 @@
-#include "product_kernels.h"
+#include "product_avx512_bf16.h"
 
 #include <immintrin.h>
 

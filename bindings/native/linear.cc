@@ -1,5 +1,4 @@
 // The handlers of products with a model's weights, and of what follows them tile by tile.
-#include <algorithm>
 #include <string>
 #include <utility>
 #include <vector>

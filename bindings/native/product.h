@@ -2,7 +2,8 @@
 //
 // One tile is computed at a time, on one thread, into a buffer that stays in the cache; what follows (a sum, a gate, a
 // norm, rounding) reads it there and writes the result. Tiles are oneDNN's, or in bfloat16 with AVX-512 our own
-// (product_avx512_bf16.h), on weights in the same layout. The threads are XLA's (parallel.h): oneDNN starts none of its own.
+// (product_avx512_bf16.h), on weights in the same layout. The threads are XLA's (parallel.h): oneDNN starts none of its
+// own.
 #pragma once
 
 #include <cstdint>

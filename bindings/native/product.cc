@@ -43,7 +43,7 @@ class OneThread {
 };
 
 const dnnl::engine& cpu() {
-  static const dnnl::engine engine(dnnl::engine::kind::cpu, 0);
+  static const auto& engine = *new dnnl::engine(dnnl::engine::kind::cpu, 0);  // never destroyed: threads may run at exit
   return engine;
 }
 
@@ -147,7 +147,7 @@ struct Weights {
 // Found once for each number of input features.
 const Weights& weights_of(int64_t in_features, bool is_bfloat16) {
   static std::mutex mutex;
-  static std::map<std::pair<int64_t, bool>, Weights> known;
+  static auto& known = *new std::map<std::pair<int64_t, bool>, Weights>;  // never destroyed, as the engine
   std::lock_guard<std::mutex> lock(mutex);
   const auto key = std::make_pair(in_features, is_bfloat16);
   const auto found = known.find(key);
@@ -175,7 +175,7 @@ bool is_ours(const Weights& weights) {
 // Products are made once for each shape of a tile; there are at most a few hundred, as the engine has few buckets.
 const TileProduct& tile_product(int64_t rows, int64_t units, int64_t in_features, bool is_bfloat16) {
   static std::shared_mutex mutex;
-  static std::map<std::tuple<int64_t, int64_t, int64_t, bool>, std::unique_ptr<TileProduct>> products;
+  static auto& products = *new std::map<std::tuple<int64_t, int64_t, int64_t, bool>, std::unique_ptr<TileProduct>>;
   const auto key = std::make_tuple(rows, units, in_features, is_bfloat16);
   {
     std::shared_lock<std::shared_mutex> lock(mutex);

@@ -4,7 +4,6 @@ import dataclasses
 import os
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -268,15 +267,23 @@ class Engine:
         """
         return self._split_rows(inputs, truncate, lambda rows, batches, where: rows)
 
-    def warmup(self, progress: bool = True) -> None:
+    def warmup(
+        self, progress: bool | Callable[[int, int], None] = True, *, buckets: Sequence[int] | None = None
+    ) -> None:
         """Compiles the programs of every bucket, so that no later call compiles.
 
         Args:
-            progress: show a progress bar, if standard error is a terminal.
+            progress: show a progress bar, if standard error is a terminal; or a function of how many programs of how
+                many are compiled, called after each. What it raises ends the warm-up.
+            buckets: numbers of rows, of each of which only the smallest bucket that holds them is compiled. A sequence
+                takes as many rows as it has tokens, rounded up to a multiple of the funnel's total stride.
+
+        Raises:
+            InputError: `buckets` holds something that no bucket holds.
         """
         tasks = ["embed", "classify"] if self.head.task == "classify" else ["embed"]
         jobs: list[tuple[str, int, int]] = []
-        for rows in self.buckets:
+        for rows in self.buckets if buckets is None else self._buckets_for(buckets):
             jobs.append(("forward", rows, 0))
             counts = sequence_buckets(rows // self.plan.total_stride)
             jobs += [(task, rows, count) for task in tasks for count in counts]
@@ -286,11 +293,17 @@ class Engine:
         from rich.progress import track
 
         console = Console(stderr=True)
-        hidden = not (progress and console.is_terminal)
+        hidden = progress is not True or not console.is_terminal
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            compiled = pool.map(lambda job: self._program(*job), jobs)
-            bar = track(compiled, "Compiling", total=len(jobs), console=console, disable=hidden, transient=True)
-            deque(bar, maxlen=0)
+            compiled = [pool.submit(self._program, *job) for job in jobs]
+            bar = track(compiled, "Compiling", console=console, disable=hidden, transient=True)
+            try:
+                for done, program in enumerate(bar, 1):
+                    program.result()
+                    if callable(progress):
+                        progress(done, len(jobs))
+            finally:
+                pool.shutdown(cancel_futures=True)  # of those that wait, if one has failed
         self._warm = True
 
     def stats(self) -> dict[str, float]:
@@ -324,6 +337,19 @@ class Engine:
     def embedding_size(self) -> int:
         """Dimensions of the vectors that `embed` returns."""
         return self.head.dense[-1].out_features if self.head.dense else self.config.hidden_size
+
+    def _buckets_for(self, asked: Sequence[int]) -> list[int]:
+        """The buckets that hold these numbers of rows, each once, in order."""
+        if not isinstance(asked, (Sequence, np.ndarray)) or len(asked) == 0:
+            raise InputError(f"buckets={asked!r} must be a list of numbers of rows, or None for all buckets")
+        for rows in asked:
+            is_integer = isinstance(rows, (int, np.integer)) and not isinstance(rows, bool)
+            if not (is_integer and 1 <= rows <= self.buckets[-1]):
+                raise InputError(
+                    f"buckets holds {rows!r}; give numbers of rows from 1 to {self.buckets[-1]}, the largest bucket, "
+                    "or raise max_batch_tokens"
+                )
+        return sorted({next(bucket for bucket in self.buckets if bucket >= rows) for rows in asked})
 
     def _read(self, inputs: Any, truncate: bool, prompt_name: str | None = None) -> Ragged:
         prompt = self.text.prompt(prompt_name)

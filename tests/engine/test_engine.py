@@ -109,6 +109,45 @@ def test_nothing_compiles_after_warmup(funnel):
     assert stats["compilations_after_warmup"] == 0
 
 
+def test_a_warmup_of_chosen_buckets_compiles_those_that_hold_the_rows():
+    engine = make_engine()
+    small, *_, largest = engine.buckets
+    engine.warmup(progress=False, buckets=[small - 1, np.int32(small), 1])
+    assert {rows for _, rows, _ in engine._programs} == {small}
+    engine.embed([[5, 6, 7]])
+    assert engine.stats()["compilations_after_warmup"] == 0
+    engine.warmup(progress=False, buckets=[largest])
+    assert {rows for _, rows, _ in engine._programs} == {small, largest}
+    for wrong, message in (
+        ([0], f"buckets holds 0; give numbers of rows from 1 to {largest}"),
+        ([largest + 1], f"buckets holds {largest + 1}; .*raise max_batch_tokens"),
+        ([True], "buckets holds True"),
+        ([2.0], "buckets holds 2.0"),
+        ("8", "buckets holds '8'"),
+        (8, "buckets=8 must be a list of numbers of rows"),
+        ([], r"buckets=\[\] must be a list"),
+    ):
+        with pytest.raises(InputError, match=message):
+            engine.warmup(progress=False, buckets=wrong)
+
+
+def test_a_warmup_reports_its_progress_and_ends_with_what_that_raises():
+    engine, told = make_engine(), []
+    engine.warmup(lambda done, total: told.append((done, total)))
+    programs = engine.stats()["compilations"]
+    assert told == [(done, programs) for done in range(1, programs + 1)]
+    engine = make_engine(max_batch_tokens=4096)
+
+    def stop(done, total):
+        raise StopAsyncIteration
+
+    with pytest.raises(StopAsyncIteration):
+        engine.warmup(stop)
+    assert engine.stats()["compilations"] < 2 * len(engine.buckets)
+    engine.embed([[5, 6, 7]])
+    assert engine.stats()["compilations_after_warmup"] == 0
+
+
 def test_a_compilation_after_warmup_is_counted():
     engine = make_engine(max_batch_tokens=16)
     engine.warmup(progress=False)

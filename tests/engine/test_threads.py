@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from funnel_engine import ConfigError, FunnelConfig
-from funnel_engine.threads import count_threads
+from funnel_engine.threads import MOST_THREADS, count_threads
 from funnel_engine.xla_options import compiler_options
 from tiny_models import make_engine
 
@@ -32,6 +32,15 @@ def test_numbers_that_are_none(monkeypatch):
         monkeypatch.setenv("OMP_NUM_THREADS", wrong)
         with pytest.raises(ConfigError, match=f"OMP_NUM_THREADS='{wrong}' must be a positive integer"):
             count_threads(None)
+
+
+def test_more_threads_than_the_kernels_ever_use(monkeypatch):
+    assert count_threads(MOST_THREADS) == MOST_THREADS
+    with pytest.raises(ConfigError, match="threads=1025 is more than the limit of 1024; give "):
+        count_threads(1025)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1000000")
+    with pytest.raises(ConfigError, match="OMP_NUM_THREADS=1000000 is more than the limit of 1024"):
+        count_threads(None)
 
 
 @pytest.mark.parametrize("threads", [1, 2])

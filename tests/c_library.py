@@ -54,6 +54,10 @@ class Info(ctypes.Structure):
     )
 
 
+LOG = ctypes.CFUNCTYPE(None, ctypes.c_int32, ctypes.c_char_p, ctypes.c_void_p)
+PROGRESS = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p)
+
+
 class Refused(Exception):
     def __init__(self, status: int, message: str):
         super().__init__(f"{next(name for name, value in STATUSES.items() if value == status)}: {message}")
@@ -79,7 +83,10 @@ class Library:
         assert error.value == b""
 
     def open(self, checkpoint: Any = None, options: str | None = OPTIONS, **fields: Any) -> ctypes.c_void_p:
-        fields = {"struct_size": ctypes.sizeof(Options), "options": options and options.encode()} | fields
+        fields = {
+            "struct_size": ctypes.sizeof(Options),
+            "options": None if options is None else options.encode(),
+        } | fields
         handle = ctypes.c_void_p(1)
         try:
             given = Options(checkpoint=checkpoint and os.fsencode(checkpoint), **fields)
@@ -97,15 +104,33 @@ class Library:
         self.call("embed", handle, pointer(ids), pointer(offsets), count, normalize, truncate_dim, *floats(out))
         return out
 
+    def embed_texts(
+        self, handle: Any, texts: list[bytes | None], *, lengths: list[int] | None = None,
+        prompt_name: bytes | None = None, truncate: int = 0, normalize: int = 1, truncate_dim: int = 0,
+        out: np.ndarray | None = None,
+    ) -> np.ndarray:  # fmt: skip
+        count = len(texts)
+        out = np.full((count, truncate_dim or WIDTH), np.nan, np.float32) if out is None else out
+        given = (ctypes.c_char_p * count)(*texts), lengths and (ctypes.c_size_t * count)(*lengths), count
+        self.call("embed_texts", handle, *given, prompt_name, truncate, normalize, truncate_dim, *floats(out))
+        return out
+
+    def warmup(self, handle: Any, buckets: list[int] | None = None, progress: Any = None) -> None:
+        rows = None if buckets is None else np.array(buckets, np.int32)
+        self.call("warmup_buckets", handle, pointer(rows), len(buckets or ()), PROGRESS(progress or 0), None)
+
     def label(self, function: str, handle: Any, out: np.ndarray, ids=IDS, offsets=OFFSETS) -> np.ndarray:
         self.call(function, handle, pointer(ids), pointer(offsets), len(offsets) - 1, *floats(out))
         return out
 
     def stats(self, handle: Any) -> dict[str, float]:
-        text, needed = ctypes.create_string_buffer(1000), ctypes.c_size_t()
-        self.call("stats", handle, text, ctypes.c_size_t(len(text)), ctypes.byref(needed))
+        return json.loads(self.text("stats", handle))
+
+    def text(self, function: str, handle: Any) -> str:
+        text, needed = ctypes.create_string_buffer(5000), ctypes.c_size_t()
+        self.call(function, handle, text, ctypes.c_size_t(len(text)), ctypes.byref(needed))
         assert needed.value == len(text.value) + 1
-        return json.loads(text.value)
+        return text.value.decode()
 
     def close(self, handle: Any) -> None:
         self.call("close", handle)

@@ -1,4 +1,4 @@
-// The Python interpreter of the process: starting it, holding its lock, calling into it.
+// The Python interpreter of the process: starting it, holding its lock, calling into it, and when neither is possible.
 #ifndef FUNNEL_C_API_INTERPRETER_H_
 #define FUNNEL_C_API_INTERPRETER_H_
 
@@ -11,19 +11,60 @@
 
 namespace funnel_c_api {
 
+// One call of an exported function. `status` says why the call must not touch Python: in a child of the process that
+// started it, after the process has begun to end, beside sub-interpreters, or inside a callback.
+class Call {
+ public:
+  Call();
+  ~Call();
+  Call(const Call&) = delete;
+  Call& operator=(const Call&) = delete;
+
+  Status status;
+
+ private:
+  bool entered_ = false;
+};
+
+// Runs a callback of the host, without the interpreter's lock. The host must not call this library from inside.
+class Callback {
+ public:
+  Callback();
+  ~Callback();
+  Callback(const Callback&) = delete;
+  Callback& operator=(const Callback&) = delete;
+
+  static bool runs_here();  // on this thread
+
+ private:
+  PyThreadState* saved_;
+};
+
+// Whether the process has begun to end.
+bool stopping();
+
+// Makes `exit` wait for the calls that run, and refuse later ones, before it destroys what was made until now. JAX makes
+// objects that `exit` destroys when it first compiles and runs, so this is called again after that.
+void wait_at_exit();
+
 // Makes sure that an interpreter runs. `python` is as in funnel_options. Not to be called with the lock held.
 Status start_interpreter(const char* python);
 
-// Holds the interpreter's lock, from any thread, whether it holds it already or Python has never seen it.
+// Holds the interpreter's lock, from any thread, whether it holds it already or Python has never seen it. An exception
+// that the host has pending is put aside and comes back.
 class InterpreterLock {
  public:
-  InterpreterLock() : state_(PyGILState_Ensure()) {}
-  ~InterpreterLock() { PyGILState_Release(state_); }
+  InterpreterLock() : state_(PyGILState_Ensure()) { PyErr_Fetch(&type_, &value_, &traceback_); }
+  ~InterpreterLock() {
+    PyErr_Restore(type_, value_, traceback_);
+    PyGILState_Release(state_);
+  }
   InterpreterLock(const InterpreterLock&) = delete;
   InterpreterLock& operator=(const InterpreterLock&) = delete;
 
  private:
   PyGILState_STATE state_;
+  PyObject *type_, *value_, *traceback_;
 };
 
 // One reference to a Python object, or none. Lives and dies under the interpreter's lock.
@@ -38,7 +79,6 @@ class Reference {
   }
 
   PyObject* get() const { return object_; }
-  void forget() { object_ = nullptr; }
   explicit operator bool() const { return object_ != nullptr; }
 
  private:

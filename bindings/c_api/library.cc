@@ -58,15 +58,33 @@ const char* python_of(const funnel_options* options) {
   return has_python ? options->python : nullptr;
 }
 
+// Calls the function of the same name in libfunnel_python.so.
+#define CALL(name, ...) reinterpret_cast<decltype(&name)>(dlsym(functions, #name))(__VA_ARGS__)
+
+// What is known before libfunnel_python.so is loaded. Never destroyed: threads may call until the process ends.
+struct Early {
+  std::mutex mutex;
+  funnel_log_function log = nullptr;
+  void* user = nullptr;
+};
+
+Early& early() {
+  static Early& only = *new Early;
+  return only;
+}
+
 Status load_functions(const funnel_options* options) {
-  static std::mutex& mutex = *new std::mutex;  // never destroyed: threads may call until the process ends
-  std::lock_guard<std::mutex> guard(mutex);
+  if (functions != nullptr) return {};
+  std::lock_guard<std::mutex> guard(early().mutex);
   if (functions != nullptr) return {};
   const Status status = provide_python(python_of(options));
   if (!status.ok()) return status;
   functions = dlopen((library_directory() + "/libfunnel_python.so").c_str(), RTLD_NOW | RTLD_LOCAL);
-  if (functions != nullptr) return {};
-  return {FUNNEL_PYTHON, std::string("the library's other half cannot be loaded: ") + dlerror()};
+  if (functions == nullptr) {
+    return {FUNNEL_PYTHON, std::string("the library's other half cannot be loaded: ") + dlerror()};
+  }
+  if (early().log != nullptr) CALL(funnel_set_log, early().log, early().user, nullptr, 0);
+  return {};
 }
 
 Status no_engine(const funnel_engine* engine) {
@@ -83,8 +101,17 @@ int32_t funnel_api_version(void) { return FUNNEL_API_VERSION; }
 
 const char* funnel_version(void) { return FUNNEL_VERSION; }
 
-// Calls the function of the same name in libfunnel_python.so.
-#define CALL(name, ...) reinterpret_cast<decltype(&name)>(dlsym(functions, #name))(__VA_ARGS__)
+funnel_status funnel_set_log(funnel_log_function log, void* user, char* error, size_t error_size) {
+  if (functions == nullptr) {
+    std::lock_guard<std::mutex> guard(early().mutex);
+    if (functions == nullptr) {
+      early().log = log;
+      early().user = user;
+      return answer(error, error_size, [] { return Status{}; });
+    }
+  }
+  return CALL(funnel_set_log, log, user, error, error_size);
+}
 
 funnel_status funnel_open(const funnel_options* options, funnel_engine** engine, char* error, size_t error_size) {
   const funnel_status status = answer(error, error_size, [&] { return load_functions(options); });
@@ -102,6 +129,11 @@ funnel_status funnel_open(const funnel_options* options, funnel_engine** engine,
 
 FORWARD(funnel_warmup, (funnel_engine* engine, char* error, size_t error_size), engine, error, error_size)
 
+FORWARD(funnel_warmup_buckets,
+        (funnel_engine* engine, const int32_t* buckets, int32_t count, funnel_progress_function progress, void* user,
+         char* error, size_t error_size),
+        engine, buckets, count, progress, user, error, error_size)
+
 FORWARD(funnel_get_info, (funnel_engine* engine, funnel_info* info, char* error, size_t error_size), engine, info,
         error, error_size)
 
@@ -109,6 +141,13 @@ FORWARD(funnel_embed,
         (funnel_engine* engine, const int32_t* ids, const int32_t* offsets, int32_t count, int32_t normalize,
          int32_t truncate_dim, float* out, size_t out_floats, char* error, size_t error_size),
         engine, ids, offsets, count, normalize, truncate_dim, out, out_floats, error, error_size)
+
+FORWARD(funnel_embed_texts,
+        (funnel_engine* engine, const char* const* texts, const size_t* lengths, int32_t count,
+         const char* prompt_name, int32_t truncate, int32_t normalize, int32_t truncate_dim, float* out,
+         size_t out_floats, char* error, size_t error_size),
+        engine, texts, lengths, count, prompt_name, truncate, normalize, truncate_dim, out, out_floats, error,
+        error_size)
 
 FORWARD(funnel_classify,
         (funnel_engine* engine, const int32_t* ids, const int32_t* offsets, int32_t count, float* out,
@@ -123,5 +162,9 @@ FORWARD(funnel_tag,
 FORWARD(funnel_stats,
         (funnel_engine* engine, char* json, size_t json_size, size_t* needed, char* error, size_t error_size), engine,
         json, json_size, needed, error, error_size)
+
+FORWARD(funnel_describe,
+        (funnel_engine* engine, char* text, size_t text_size, size_t* needed, char* error, size_t error_size), engine,
+        text, text_size, needed, error, error_size)
 
 FORWARD(funnel_close, (funnel_engine* engine, char* error, size_t error_size), engine, error, error_size)

@@ -4,19 +4,27 @@
  *
  *  1. Python and the packages that `pip install funnel-engine` brings are needed at run time.
  *  2. A process has one interpreter. The first funnel_open starts it and nothing stops it before the process ends.
- *     Where the process already runs Python, that interpreter is used. Signal handlers are left as they are.
+ *     Where the process already runs Python, that interpreter is used. Where it has run Python and stopped it, or has
+ *     sub-interpreters, calls return FUNNEL_PYTHON. Signal handlers and a pending Python exception are left as they are.
  *  3. Every function may be called from any thread. Calls take turns on the interpreter's lock, which is free while a
  *     model computes. Throughput comes from many sequences in a call, not from many threads.
- *  4. fork() after funnel_open is not supported in the child, unless it calls exec at once.
- *  5. There is no tokenizer here: inputs are token ids, with the begin and end ids that the model expects.
- *  6. A batch is run in the next larger of a few sizes (buckets). The first call that needs one compiles it, which
- *     takes seconds for a large model; funnel_warmup compiles all of them beforehand.
+ *  4. In a child that fork() makes after funnel_open every call returns FUNNEL_PYTHON. Fork before, or call exec.
+ *  5. `exit`, the return of `main`, and Py_FinalizeEx wait for the calls that run; a warm-up stops early. Later calls
+ *     return FUNNEL_PYTHON. Only a call that compiles its bucket while `exit` begins may crash: warm up, or end threads
+ *     before.
+ *  6. Inputs are token ids, with the begin and end ids that the model expects; funnel_embed_texts takes texts.
+ *  7. A batch is run in the next larger of a few sizes (buckets). The first call that needs one compiles it, which
+ *     takes seconds for a large model; funnel_warmup compiles all of them beforehand. The option "compilation_cache"
+ *     names a directory that keeps what was compiled for the next process.
+ *  8. The first funnel_open changes the environment: JAX sets TF_CPP_MIN_LOG_LEVEL and TPU_SKIP_MDS_QUERY, and on
+ *     machines with TPUs more. Other threads must not read or write the environment at that time.
  *
  * Sequences come as `ids`, one after another, and `offsets`, `count + 1` numbers: sequence b is
  * ids[offsets[b]] ... ids[offsets[b + 1] - 1]. So offsets[0] is 0, and offsets[count] is how many ids are read.
  *
  * Results go to memory of the caller, whose length is given in floats (not bytes) and checked before anything is read
- * or run. Nothing is written unless the call returns FUNNEL_OK. No pointer is kept after a call.
+ * or run. With `out` NULL and `out_floats` 0 a call checks the other arguments and returns FUNNEL_BUFFER_TOO_SMALL if
+ * they are right. Nothing is written unless the call returns FUNNEL_OK. No pointer is kept after a call.
  *
  * Every function that can fail takes `error` and `error_size`: a buffer for a message in UTF-8 that names the value,
  * the limit and the remedy. It is cut to the size given, always ends with 0, and is empty after FUNNEL_OK. 512 bytes hold
@@ -31,7 +39,7 @@
 #define FUNNEL_API __attribute__((visibility("default")))
 
 /* Grows when functions or fields are added; nothing that was there is removed or changes its meaning. */
-#define FUNNEL_API_VERSION 1
+#define FUNNEL_API_VERSION 2
 
 #ifdef __cplusplus
 extern "C" {
@@ -50,8 +58,9 @@ typedef enum funnel_status {
   FUNNEL_CONFIG = 5,              /* an option, or a combination of options, that no model or funnel can have */
   FUNNEL_CHECKPOINT = 6,          /* the checkpoint is missing, damaged, or of another version */
   FUNNEL_BACKEND_UNAVAILABLE = 7, /* no such backend here */
-  FUNNEL_PYTHON = 8,              /* Python cannot be started, or does not have the funnel-engine package */
-  FUNNEL_INTERNAL = 9             /* anything else, such as running out of memory; the engine stays usable */
+  FUNNEL_PYTHON = 8,              /* Python cannot be started or used here, or lacks the funnel-engine package */
+  FUNNEL_INTERNAL = 9,            /* anything else, such as running out of memory; the engine stays usable */
+  FUNNEL_CANCELLED = 10           /* a progress function, or the end of the process, has stopped the warm-up */
 } funnel_status;
 
 typedef enum funnel_task { FUNNEL_TASK_NONE = 0, FUNNEL_TASK_CLASSIFY = 1, FUNNEL_TASK_TAG = 2 } funnel_task;
@@ -65,8 +74,9 @@ typedef struct funnel_options {
   const char* python;     /* Python executable of the environment that has funnel-engine. NULL: that of an interpreter
                              which already runs, or else the one that this library was built with. An interpreter that
                              runs cannot be exchanged: another value is refused */
-  const char* options;    /* JSON object, or NULL: the keyword arguments of Python's Engine.load by name, except path
-                             and mesh. "funnel" is itself an object with the fields of FunnelConfig. For example
+  const char* options;    /* JSON object, or NULL for the defaults: the keyword arguments of Python's Engine.load by
+                             name, except path and mesh. "funnel" is itself an object with the fields of FunnelConfig.
+                             An empty string is not JSON. For example
                              {"backend": "xla", "max_batch_tokens": 4096, "funnel": {"strides": [1, 1, 2]}} */
 } funnel_options;
 
@@ -84,11 +94,36 @@ typedef struct funnel_info {
 
 #define FUNNEL_INFO_INIT {sizeof(funnel_info), 0, 0, 0, 0, FUNNEL_TASK_NONE}
 
+typedef enum funnel_log_level {
+  FUNNEL_LOG_DEBUG = 10,
+  FUNNEL_LOG_INFO = 20,
+  FUNNEL_LOG_WARNING = 30,
+  FUNNEL_LOG_ERROR = 40,
+  FUNNEL_LOG_CRITICAL = 50
+} funnel_log_level;
+
+/* Gets a message in UTF-8 and its level, which is one of funnel_log_level or lies between two of them. The message is
+ * valid during the call only. Called from any thread, but by one at a time. */
+typedef void (*funnel_log_function)(int32_t level, const char* message, void* user);
+
+/* Told after each program of a warm-up how many of all are compiled, by the thread that called for the warm-up.
+ * Returns 0 to go on, and anything else to stop. */
+typedef int (*funnel_progress_function)(int32_t done, int32_t total, void* user);
+
+/* Both kinds of functions run inside a call. They must return, without exit and without a C++ exception, and must not
+ * wait for another thread's call. What they call of this library returns FUNNEL_INVALID_ARGUMENT. */
+
 /* FUNNEL_API_VERSION of the library, to be compared with that of the header. */
 FUNNEL_API int32_t funnel_api_version(void);
 
 /* Version of the library, such as "0.1.0". */
 FUNNEL_API const char* funnel_version(void);
+
+/* Sends what Python logs, warnings of the module `warnings` included, to a function, for the whole process; NULL restores
+ * what was before. May be called before the first funnel_open, whose messages the function then gets too. After the
+ * return the function given before is not called any more. What XLA itself writes to standard error stays there.
+ *   user  handed to the function as it is */
+FUNNEL_API funnel_status funnel_set_log(funnel_log_function log, void* user, char* error, size_t error_size);
 
 /* Loads a checkpoint. *engine is NULL unless FUNNEL_OK is returned. */
 FUNNEL_API funnel_status funnel_open(const funnel_options* options, funnel_engine** engine, char* error,
@@ -96,6 +131,16 @@ FUNNEL_API funnel_status funnel_open(const funnel_options* options, funnel_engin
 
 /* Compiles every bucket, so that no later call compiles. Takes seconds to minutes. */
 FUNNEL_API funnel_status funnel_warmup(funnel_engine* engine, char* error, size_t error_size);
+
+/* Compiles some buckets, and tells how far it is.
+ *   buckets   `count` numbers of rows: of each, the smallest bucket that holds them is compiled. A sequence takes as many
+ *             rows as it has tokens, rounded up to a multiple of the funnel's total stride. NULL with count 0: all
+ *   progress  NULL for none
+ *   user      handed to progress as it is
+ * FUNNEL_CANCELLED: progress has stopped it. What was compiled stays, so that a second call goes on from there. */
+FUNNEL_API funnel_status funnel_warmup_buckets(funnel_engine* engine, const int32_t* buckets, int32_t count,
+                                               funnel_progress_function progress, void* user, char* error,
+                                               size_t error_size);
 
 FUNNEL_API funnel_status funnel_get_info(funnel_engine* engine, funnel_info* info, char* error, size_t error_size);
 
@@ -106,6 +151,17 @@ FUNNEL_API funnel_status funnel_get_info(funnel_engine* engine, funnel_info* inf
 FUNNEL_API funnel_status funnel_embed(funnel_engine* engine, const int32_t* ids, const int32_t* offsets, int32_t count,
                                       int32_t normalize, int32_t truncate_dim, float* out, size_t out_floats,
                                       char* error, size_t error_size);
+
+/* As funnel_embed, of texts, by the checkpoint's tokenizer. Begin and end ids are added.
+ *   texts        `count` pointers to UTF-8
+ *   lengths      their bytes; NULL: each text ends with 0
+ *   prompt_name  which of the checkpoint's prompts goes before each text. NULL: its default prompt, if it has one
+ *   truncate     not 0: cut the end off texts that are longer than max_length tokens; 0 refuses them
+ * FUNNEL_INPUT: the checkpoint has no tokenizer or no such prompt, or a text is empty, too long or not UTF-8. */
+FUNNEL_API funnel_status funnel_embed_texts(funnel_engine* engine, const char* const* texts, const size_t* lengths,
+                                            int32_t count, const char* prompt_name, int32_t truncate,
+                                            int32_t normalize, int32_t truncate_dim, float* out, size_t out_floats,
+                                            char* error, size_t error_size);
 
 /* Raw logits of each sequence, [count, labels]; out_floats is at least count * labels.
  * FUNNEL_CONFIG: the checkpoint has no sequence classifier. */
@@ -125,6 +181,11 @@ FUNNEL_API funnel_status funnel_tag(funnel_engine* engine, const int32_t* ids, c
  *              NULL and json_size 0 a call asks for it alone */
 FUNNEL_API funnel_status funnel_stats(funnel_engine* engine, char* json, size_t json_size, size_t* needed, char* error,
                                       size_t error_size);
+
+/* What runs here and how, for people: Python's Engine.describe. The text may change from version to version.
+ *   text, text_size, needed  as json, json_size, needed of funnel_stats */
+FUNNEL_API funnel_status funnel_describe(funnel_engine* engine, char* text, size_t text_size, size_t* needed,
+                                         char* error, size_t error_size);
 
 /* Closes an engine. Calls that run in other threads finish, and the last of them frees its memory. */
 FUNNEL_API funnel_status funnel_close(funnel_engine* engine, char* error, size_t error_size);

@@ -9,6 +9,9 @@
 
 #include <funnel.h>
 
+#include <cstdint>
+#include <exception>
+#include <functional>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -37,11 +40,19 @@ struct Sequences {
 
   Sequences(const std::vector<int32_t>& ids, const std::vector<int32_t>& offsets)
       : Sequences(ids.data(), offsets.data(), static_cast<int32_t>(offsets.size()) - 1) {
-    if (offsets.empty() || offsets.back() < 0 || static_cast<size_t>(offsets.back()) != ids.size()) {
+    if (offsets.empty() || offsets.size() - 1 > INT32_MAX || offsets.back() < 0 ||
+        static_cast<size_t>(offsets.back()) != ids.size()) {
       throw Error(FUNNEL_INVALID_ARGUMENT, "offsets must end at the number of ids, " + std::to_string(ids.size()));
     }
   }
 };
+
+// Sends what is logged in the process to a function, which must not throw; nullptr restores what was before.
+inline void set_log(funnel_log_function log, void* user = nullptr) {
+  char error[512];
+  const funnel_status status = funnel_set_log(log, user, error, sizeof(error));
+  if (status != FUNNEL_OK) throw Error(status, error);
+}
 
 // An open engine, closed when its owner dies. Every method but move assignment and close may be called from any thread.
 class Engine {
@@ -66,55 +77,84 @@ class Engine {
     return *this;
   }
 
-  void warmup() {
-    check([&](char* error, size_t size) { return funnel_warmup(engine_, error, size); });
+  // Compiles all buckets, or those that hold so many rows. What `progress` throws stops the warm-up, and leaves it.
+  using Progress = std::function<void(int32_t done, int32_t total)>;
+  void warmup(const std::vector<int32_t>& buckets = {}, const Progress& progress = {}) {
+    struct Told {
+      const Progress& progress;
+      std::exception_ptr thrown;
+    } told = {progress, nullptr};
+    const auto tell = [](int32_t done, int32_t total, void* user) -> int {
+      auto& [progress, thrown] = *static_cast<Told*>(user);
+      try {
+        if (progress) progress(done, total);
+      } catch (...) {
+        thrown = std::current_exception();
+      }
+      return thrown != nullptr;
+    };
+    char error[512];
+    const funnel_status status =
+        funnel_warmup_buckets(engine_, buckets.empty() ? nullptr : buckets.data(), count_of(buckets), tell, &told,
+                              error, sizeof(error));
+    if (told.thrown != nullptr) std::rethrow_exception(told.thrown);
+    if (status != FUNNEL_OK) throw Error(status, error);
   }
 
   const funnel_info& info() const { return info_; }
 
   // [count, truncate_dim or embedding_size]
-  std::vector<float> embed(Sequences sequences, bool normalize = true, int32_t truncate_dim = 0) const {
-    std::vector<float> out(floats(sequences.count, truncate_dim > 0 ? truncate_dim : info_.embedding_size));
-    check([&](char* error, size_t size) {
-      return funnel_embed(engine_, sequences.ids, sequences.offsets, sequences.count, normalize, truncate_dim,
-                          out.data(), out.size(), error, size);
-    });
-    return out;
+  std::vector<float> embed(Sequences given, bool normalize = true, int32_t truncate_dim = 0) const {
+    return run(
+        [&](float* out, size_t floats, char* error, size_t size) {
+          return funnel_embed(engine_, given.ids, given.offsets, given.count, normalize, truncate_dim, out, floats,
+                              error, size);
+        },
+        [&] { return floats(given.count, truncate_dim > 0 ? truncate_dim : info_.embedding_size); });
+  }
+
+  // [texts, truncate_dim or embedding_size]. prompt_name: empty for the checkpoint's default prompt.
+  std::vector<float> embed_texts(const std::vector<std::string>& texts, const std::string& prompt_name = {},
+                                 bool truncate = false, bool normalize = true, int32_t truncate_dim = 0) const {
+    const int32_t count = count_of(texts);
+    std::vector<const char*> begins;
+    std::vector<size_t> lengths;
+    for (const std::string& text : texts) {
+      begins.push_back(text.data());
+      lengths.push_back(text.size());
+    }
+    return run(
+        [&](float* out, size_t floats, char* error, size_t size) {
+          return funnel_embed_texts(engine_, begins.data(), lengths.data(), count,
+                                    prompt_name.empty() ? nullptr : prompt_name.c_str(), truncate, normalize,
+                                    truncate_dim, out, floats, error, size);
+        },
+        [&] { return floats(count, truncate_dim > 0 ? truncate_dim : info_.embedding_size); });
   }
 
   // [count, labels]
-  std::vector<float> classify(Sequences sequences) const {
-    std::vector<float> out(floats(sequences.count, info_.labels));
-    check([&](char* error, size_t size) {
-      return funnel_classify(engine_, sequences.ids, sequences.offsets, sequences.count, out.data(), out.size(), error,
-                             size);
-    });
-    return out;
+  std::vector<float> classify(Sequences given) const {
+    return run(
+        [&](float* out, size_t floats, char* error, size_t size) {
+          return funnel_classify(engine_, given.ids, given.offsets, given.count, out, floats, error, size);
+        },
+        [&] { return floats(given.count, info_.labels); });
   }
 
   // [tokens, labels]
-  std::vector<float> tag(Sequences sequences) const {
-    std::vector<float> out(floats(sequences.count > 0 ? sequences.offsets[sequences.count] : 0, info_.labels));
-    check([&](char* error, size_t size) {
-      return funnel_tag(engine_, sequences.ids, sequences.offsets, sequences.count, out.data(), out.size(), error,
-                        size);
-    });
-    return out;
+  std::vector<float> tag(Sequences given) const {
+    return run(
+        [&](float* out, size_t floats, char* error, size_t size) {
+          return funnel_tag(engine_, given.ids, given.offsets, given.count, out, floats, error, size);
+        },
+        [&] { return floats(given.offsets[given.count], info_.labels); });
   }
 
   // Counters as a JSON object.
-  std::string stats() const {
-    std::string text;
-    size_t needed = 512;
-    do {  // again if it was longer than that
-      text.resize(needed);
-      char error[512];
-      const funnel_status status = funnel_stats(engine_, text.data(), text.size(), &needed, error, sizeof(error));
-      if (status != FUNNEL_OK && status != FUNNEL_BUFFER_TOO_SMALL) throw Error(status, error);
-    } while (needed > text.size());
-    text.resize(needed - 1);
-    return text;
-  }
+  std::string stats() const { return text(funnel_stats); }
+
+  // What runs here and how, for people.
+  std::string describe() const { return text(funnel_describe); }
 
   // Every later call throws FUNNEL_CLOSED or FUNNEL_INVALID_ARGUMENT. Calls that run in other threads finish.
   void close() noexcept {
@@ -129,8 +169,39 @@ class Engine {
     if (status != FUNNEL_OK) throw Error(status, error);
   }
 
-  static size_t floats(int32_t rows, int32_t width) {
-    return rows > 0 ? static_cast<size_t>(rows) * static_cast<size_t>(width) : 0;
+  // The result of `call(out, floats, error, size)`, which checks the arguments once before memory is taken for it. Only
+  // then `floats()`, which trusts them, is asked how much.
+  template <typename Call, typename Floats>
+  static std::vector<float> run(Call call, Floats floats) {
+    char error[512];
+    const funnel_status status = call(nullptr, 0, error, sizeof(error));
+    if (status != FUNNEL_BUFFER_TOO_SMALL) throw Error(status, error);
+    std::vector<float> out(floats());
+    check([&](char* message, size_t size) { return call(out.data(), out.size(), message, size); });
+    return out;
+  }
+
+  static size_t floats(int32_t rows, int32_t width) { return static_cast<size_t>(rows) * static_cast<size_t>(width); }
+
+  template <typename Item>
+  static int32_t count_of(const std::vector<Item>& items) {
+    if (items.size() <= INT32_MAX) return static_cast<int32_t>(items.size());
+    throw Error(FUNNEL_INVALID_ARGUMENT, std::to_string(items.size()) + " items are more than a call takes, 2**31 - 1");
+  }
+
+  // What funnel_stats or funnel_describe writes.
+  template <typename Write>
+  std::string text(Write write) const {
+    std::string text;
+    size_t needed = 1024;
+    do {  // again if it was longer than that
+      text.resize(needed);
+      char error[512];
+      const funnel_status status = write(engine_, text.data(), text.size(), &needed, error, sizeof(error));
+      if (status != FUNNEL_OK && status != FUNNEL_BUFFER_TOO_SMALL) throw Error(status, error);
+    } while (needed > text.size());
+    text.resize(needed - 1);
+    return text;
   }
 
   funnel_engine* engine_ = nullptr;

@@ -4,21 +4,31 @@ The library has checked pointers, offsets and the sizes of the caller's buffers,
 bytes; what ids and options mean is checked here, by the engine. Semantics: bindings/include/funnel.h.
 """
 
+import functools
 import inspect
 import json
+import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from funnel_engine.config import FunnelConfig
 from funnel_engine.engine import Engine
 from funnel_kernels.errors import BackendUnavailable, CheckpointError, ConfigError, InputError
 
-API_VERSION = 1  # FUNNEL_API_VERSION of the libraries that this module serves
-STATUSES = {InputError: 4, ConfigError: 5, CheckpointError: 6, BackendUnavailable: 7}  # of funnel_status
+API_VERSION = 2  # FUNNEL_API_VERSION of the libraries that this module serves
+
+
+class Cancelled(Exception):
+    """A host has stopped the warm-up."""
+
+
+STATUSES = {InputError: 4, ConfigError: 5, CheckpointError: 6, BackendUnavailable: 7, Cancelled: 10}  # funnel_status
 INTERNAL = 9
 TASKS = {None: 0, "classify": 1, "tag": 2}  # of funnel_task
 
@@ -29,7 +39,8 @@ FUNNEL_OPTIONS = tuple(field.name for field in fields(FunnelConfig))
 
 def open_engine(checkpoint: bytes, options: bytes | None) -> tuple[Engine, tuple[int, ...]]:
     """The engine, and what funnel_info says about it, in its order."""
-    engine = Engine.load(os.fsdecode(checkpoint), **read_options(options or b"{}"))
+    compile_something()
+    engine = Engine.load(os.fsdecode(checkpoint), **read_options(b"{}" if options is None else options))
     head, config = engine.head, engine.config
     return engine, (
         engine.embedding_size,
@@ -40,6 +51,12 @@ def open_engine(checkpoint: bytes, options: bytes | None) -> tuple[Engine, tuple
     )
 
 
+@functools.cache
+def compile_something() -> None:
+    """Has XLA make for its first program what `exit` destroys, before the library registers for `exit`."""
+    jax.jit(lambda x: jnp.exp(x @ x))(np.ones((8, 8), np.float32)).block_until_ready()
+
+
 def read_options(text: bytes) -> dict[str, Any]:
     """The keyword arguments for `Engine.load` in a JSON object.
 
@@ -48,8 +65,9 @@ def read_options(text: bytes) -> dict[str, Any]:
     """
     try:
         options = json.loads(text.decode())
-    except ValueError as error:  # malformed JSON, or not UTF-8
-        raise ConfigError(f'options are no JSON: {error}; give an object such as {{"backend": "xla"}}') from None
+    except (ValueError, RecursionError) as error:  # malformed, not UTF-8, or nested too deeply
+        remedy = 'give an object such as {"backend": "xla"}, or NULL for the defaults'
+        raise ConfigError(f"options are not JSON: {error}; {remedy}") from None
     check_names("options", options, ENGINE_OPTIONS)
     if "funnel" in options:
         check_names("funnel", options["funnel"], FUNNEL_OPTIONS)
@@ -65,14 +83,46 @@ def check_names(where: str, value: Any, known: Iterable[str]) -> None:
         raise ConfigError(f"{where} has the unknown name {unknown[0]!r}; choose of {', '.join(known)}")
 
 
-def warmup(engine: Engine) -> None:
-    engine.warmup(progress=False)
+def warmup(engine: Engine, buckets: memoryview | None, report: Callable[[int, int], bool]) -> None:
+    """Compiles the buckets for these numbers of rows, or all; `report(done, total)` says whether to stop."""
+
+    def progress(done: int, total: int) -> None:
+        if report(done, total):
+            raise Cancelled(f"the warm-up was stopped after {done} of {total} programs; call it again to go on")
+
+    engine.warmup(progress, buckets=None if buckets is None else np.frombuffer(buckets, np.int32).tolist())
 
 
 def embed(
     engine: Engine, ids: memoryview, offsets: memoryview, normalize: int, truncate_dim: int, out: memoryview
 ) -> None:
-    write(engine.embed(ragged(ids, offsets), bool(normalize), truncate_dim or None), out)
+    write(engine.embed(ragged(ids, offsets), normalize=bool(normalize), truncate_dim=truncate_dim or None), out)
+
+
+def embed_texts(
+    engine: Engine,
+    texts: list[bytes],
+    prompt_name: bytes | None,
+    truncate: int,
+    normalize: int,
+    truncate_dim: int,
+    out: memoryview,
+) -> None:
+    vectors = engine.embed(
+        [decode(f"input {index}", text) for index, text in enumerate(texts)],
+        normalize=bool(normalize),
+        truncate_dim=truncate_dim or None,
+        prompt_name=None if prompt_name is None else decode("prompt_name", prompt_name),
+        truncate=bool(truncate),
+    )
+    write(vectors, out)
+
+
+def decode(name: str, text: bytes) -> str:
+    try:
+        return text.decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name} is not UTF-8: {error.reason} at byte {error.start}; encode it as UTF-8") from None
 
 
 def classify(engine: Engine, ids: memoryview, offsets: memoryview, out: memoryview) -> None:
@@ -85,6 +135,31 @@ def tag(engine: Engine, ids: memoryview, offsets: memoryview, out: memoryview) -
 
 def stats(engine: Engine) -> bytes:
     return json.dumps(engine.stats()).encode()
+
+
+def describe(engine: Engine) -> bytes:
+    return engine.describe().encode()
+
+
+class HostLog(logging.Handler):
+    """Hands log records to the host."""
+
+    def __init__(self, write: Callable[[int, bytes], None]):
+        super().__init__()
+        self.write = write
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.write(record.levelno, self.format(record).replace("\0", "\\0").encode(errors="replace"))
+
+
+def log_to(write: Callable[[int, bytes], None] | None) -> None:
+    """Has `write(level, message)` get what is logged, in place of standard error; None ends it."""
+    root = logging.getLogger()
+    for handler in [handler for handler in root.handlers if isinstance(handler, HostLog)]:
+        root.removeHandler(handler)
+    if write is not None:
+        root.addHandler(HostLog(write))
+    logging.captureWarnings(write is not None)
 
 
 def ragged(ids: memoryview, offsets: memoryview) -> tuple[np.ndarray, np.ndarray]:

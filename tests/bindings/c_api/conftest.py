@@ -26,16 +26,22 @@ HEADS = {
 }
 
 
-def write_model(directory: Path, head: HeadConfig) -> None:
-    """A checkpoint of the tiny model with random weights."""
+TEXT = TextConfig(begin=2, prompts={"query": "pools ", "größe": "small "}, default_prompt_name="query")
+
+
+def write_model(directory: Path, head: HeadConfig, text: TextConfig = TextConfig()) -> None:
+    """A checkpoint of the tiny model with random weights, and a tokenizer if there is anything to say about texts."""
     config = tiny_models.CONFIG
     weights = {
         name: (SimpleNamespace(tensor=SimpleNamespace(path=directory / "none"), pieces=lambda array=array: [array]),)
         for name, array in random_weights(config, head, "float32", seed=7).items()
     }
-    write_checkpoint(
-        directory, SourceModel("funnel", config, head, weights, {}, TextConfig(), None, directory), "float32"
-    )
+    tokenizer = None
+    if text != TextConfig():
+        tokenizer = directory.with_suffix(".json")
+        tiny_models.make_tokenizer().save(str(tokenizer))
+    source = SourceModel("funnel", config, head, weights, {}, text, tokenizer, directory)
+    write_checkpoint(directory, source, "float32")
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +49,8 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
     directory = tmp_path_factory.mktemp("checkpoints")
     for name, head in HEADS.items():
         write_model(directory / name, head)
-    return {name: directory / name for name in HEADS}
+    write_model(directory / "texts", HeadConfig(), TEXT)
+    return {name: directory / name for name in (*HEADS, "texts")}
 
 
 @pytest.fixture(scope="session")
@@ -84,7 +91,7 @@ def built(tmp_path_factory) -> Built:
     found = f"-DCMAKE_PREFIX_PATH={prefix}"
     example = re.search(r"```c\n(.*?)```", (ROOT / "docs" / "c-api.md").read_text(encoding="utf-8"), re.DOTALL)
     (directory / "documented.c").write_text(example[1])
-    names = f"-DDOCUMENTED={directory / 'documented.c'}", f"-DSERVER={SERVER}"
+    names = f"-DDOCUMENTED={directory / 'documented.c'}", f"-DSERVER={SERVER}", f"-DPython_EXECUTABLE={sys.executable}"
     programs = configure(PROGRAMS, directory / "programs", found, *names)
     run("cmake", "--build", programs)
     server = configure(SERVER, directory / "server", found)
@@ -100,6 +107,11 @@ def library(built) -> Library:
 @pytest.fixture(scope="session")
 def plain(library, checkpoints) -> ctypes.c_void_p:
     return library.open(checkpoints["plain"])
+
+
+@pytest.fixture(scope="session")
+def texts(library, checkpoints) -> ctypes.c_void_p:
+    return library.open(checkpoints["texts"])
 
 
 @pytest.fixture(scope="session")

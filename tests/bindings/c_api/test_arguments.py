@@ -77,6 +77,9 @@ def test_short_memory_for_stats(library, plain):
 def test_null_pointers(library, plain, checkpoints):
     for function, arguments in (
         ("warmup", ()),
+        ("warmup_buckets", (None, 0, None, None)),
+        ("embed_texts", (None, None, 1, None, 0, 1, 0, None, ctypes.c_size_t(0))),
+        ("describe", (None, ctypes.c_size_t(0), None)),
         ("get_info", (ctypes.byref(Info(ctypes.sizeof(Info))),)),
         ("embed", (pointer(IDS), pointer(OFFSETS), 3, 1, 0, *floats(np.empty(100, np.float32)))),
         ("classify", (pointer(IDS), pointer(OFFSETS), 3, *floats(np.empty(100, np.float32)))),
@@ -103,6 +106,47 @@ def test_null_pointers(library, plain, checkpoints):
         library.call("open", ctypes.byref(Options(ctypes.sizeof(Options), b"x")), None)
     with refusal("INVALID_ARGUMENT: checkpoint is NULL"):
         library.open(None)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"texts": [b"a", None]}, r"INVALID_ARGUMENT: texts\[1\] is NULL"),
+        ({"texts": []}, "INVALID_ARGUMENT: count is 0"),
+        ({"lengths": [2**64 - 1]}, r"INVALID_ARGUMENT: lengths\[0\] is 18446744073709551615, more than memory"),
+        ({"truncate_dim": 2**28, "out": np.empty(1, np.float32)}, "INVALID_ARGUMENT: truncate_dim is 268435456"),
+        ({"out": np.empty(WIDTH - 1, np.float32)}, f"BUFFER_TOO_SMALL: .* 1 x {WIDTH} = {WIDTH};"),
+        ({"prompt_name": b"other"}, "INPUT: prompt_name='other' is unknown; this checkpoint's prompts: query, größe"),
+        ({"prompt_name": b"\xff"}, "INPUT: prompt_name is not UTF-8"),
+        ({"texts": [b"a", b"small \xc3"]}, "INPUT: input 1 is not UTF-8: unexpected end of data at byte 6"),
+        ({"texts": [b""]}, "INPUT: input 0 is an empty text"),
+        ({"texts": [b"a " * 20]}, "INPUT: input 0 has 22 tokens, more than the limit of 16"),
+    ],
+)
+def test_texts_that_are_refused(library, texts, change, message):
+    with refusal(message):
+        library.embed_texts(texts, **({"texts": [b"a"]} | change))
+
+
+def test_texts_without_a_tokenizer(library, plain):
+    with refusal("INPUT: this checkpoint has no tokenizer"):
+        library.embed_texts(plain, [b"a"])
+
+
+@pytest.mark.parametrize(
+    ("rows", "count", "message"),
+    [
+        (None, 2, "INVALID_ARGUMENT: buckets is NULL but count is 2"),
+        ([3], 0, "INVALID_ARGUMENT: buckets is given but count is 0"),
+        ([3], -1, "INVALID_ARGUMENT: count is -1"),
+        ([3, 0], 2, "INPUT: buckets holds 0; give numbers of rows from 1 to 16"),
+        ([17], 1, "INPUT: buckets holds 17; "),
+    ],
+)
+def test_buckets_that_are_refused(library, plain, rows, count, message):
+    given = None if rows is None else pointer(np.array(rows, np.int32))
+    with refusal(message):
+        library.call("warmup_buckets", plain, given, count, None, None)
 
 
 def test_tasks_that_the_checkpoint_has_no_head_for(library, plain, classifier):

@@ -23,7 +23,10 @@ def test_calls_after_close(library, checkpoints, plain):
         lambda: library.embed(handle),
         lambda: library.label("classify", handle, np.empty(9, np.float32)),
         lambda: library.label("tag", handle, np.empty(36, np.float32)),
+        lambda: library.embed_texts(handle, [b"a"]),
+        lambda: library.warmup(handle, [3]),
         lambda: library.stats(handle),
+        lambda: library.text("describe", handle),
     ):
         with refusal("CLOSED: the engine was closed"):
             call()
@@ -38,13 +41,13 @@ def test_closing_under_a_running_call(library, checkpoints, engines, monkeypatch
     running, closed, alive = threading.Event(), threading.Event(), []
     embed = Engine.embed
 
-    def held_up(engine, *arguments):
+    def held_up(engine, *arguments, **options):
         alive.append(weakref.ref(engine))
         running.set()
         assert closed.wait(60)
         if fails:
             raise InputError("too late")
-        return embed(engine, *arguments)
+        return embed(engine, *arguments, **options)
 
     monkeypatch.setattr(Engine, "embed", held_up)
     with ThreadPoolExecutor(1) as pool:

@@ -17,11 +17,12 @@ def test_a_host_without_python(built, checkpoints, engines):
     """Results, bit for bit; threads that Python has never seen; see embedded.c."""
     arguments = [checkpoints[name] for name in ("plain", "classifier", "tagger")]
     environment = os.environ | {"PYTHONPATH": "/nowhere", "PYTHONHOME": "/nowhere", "LC_ALL": "C"}
+    for name in ("TF_CPP_MIN_LOG_LEVEL", "TPU_SKIP_MDS_QUERY"):  # this process's JAX has set them
+        environment.pop(name, None)
     lines = run(built.programs / "embedded", *arguments, cwd="/", env=environment).splitlines()
-    found = {
-        name: [float.fromhex(value) for value in values.split()]
-        for name, values in zip(*[iter(lines)] * 2, strict=True)
-    }
+    lines = dict(zip(*[iter(lines)] * 2, strict=True))
+    assert set(lines.pop("environment").split()) == {"TF_CPP_MIN_LOG_LEVEL", "TPU_SKIP_MDS_QUERY"}  # as funnel.h says
+    found = {name: [float.fromhex(value) for value in values.split()] for name, values in lines.items()}
     inputs = IDS, OFFSETS
     np.testing.assert_array_equal(found["embed"], engines["plain"].embed(inputs).ravel())
     np.testing.assert_array_equal(found["classify"], engines["classifier"].classify(inputs).ravel())
@@ -64,7 +65,21 @@ def test_the_documented_example(built, checkpoints):
 
 
 def test_the_cpp_wrapper(built, checkpoints):
-    run(built.programs / "wrapper", checkpoints["classifier"])
+    run(built.programs / "wrapper", *(checkpoints[name] for name in ("classifier", "tagger", "texts")))
+
+
+@pytest.mark.parametrize(
+    "case", ["stopped_before", "stopped_after", "stopped_under_calls", "pending_exception", "subinterpreter"]
+)
+def test_a_host_that_runs_python_itself(built, checkpoints, case):
+    run(built.programs / "python_host", case, sys.executable, checkpoints["plain"])
+
+
+@pytest.mark.parametrize("work", ["calls", "warmup"])
+def test_main_returns_while_threads_call(built, checkpoints, work):
+    """Without the wait at exit, most runs with calls crash."""
+    for _ in range(3 if work == "calls" else 1):
+        run(built.programs / "ending", work, checkpoints["plain"])
 
 
 def test_a_plugin_out_of_sight_of_the_process(built, checkpoints):

@@ -33,7 +33,7 @@ def engines_alive() -> list[Engine]:
     return [item for item in gc.get_objects() if type(item) is Engine]
 
 
-def test_a_thousand_calls_keep_nothing(library, classifier, tagger):
+def test_a_thousand_calls_keep_nothing(library, classifier, tagger, texts):
     """Calls of every kind, those that fail too."""
     bad = IDS.copy()
     bad[3] = -1
@@ -49,9 +49,14 @@ def test_a_thousand_calls_keep_nothing(library, classifier, tagger):
         "embed": lambda: library.embed(classifier, out=vectors),
         "classify": lambda: library.label("classify", classifier, logits),
         "tag": lambda: library.label("tag", tagger, logits),
+        "embed_texts": lambda: library.embed_texts(texts, [b"a small", b"funnel"], prompt_name=b"query"),
+        "warmup": lambda: library.warmup(texts, [3], lambda *_: 0),
         "stats": lambda: library.stats(tagger),
+        "describe": lambda: library.text("describe", texts),
         "info": lambda: library.call("get_info", tagger, ctypes.byref(info)),
         "an error of the engine": lambda: refused(lambda: library.embed(classifier, bad, out=vectors)),
+        "an error of a text": lambda: refused(lambda: library.embed_texts(texts, [b"\xff"])),
+        "a warm-up that is stopped": lambda: refused(lambda: library.warmup(texts, [3], lambda *_: 1)),
         "an error of a task": lambda: refused(lambda: library.label("classify", tagger, logits)),
         "an error of an argument": lambda: refused(lambda: library.embed(classifier, count=0, out=vectors)),
         "an error of opening": lambda: refused(lambda: library.open("/nowhere")),

@@ -53,7 +53,10 @@ def test_the_options_of_an_older_header_get_defaults(library, checkpoints):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("{", "CONFIG: options are no JSON"),
+        ("{", "CONFIG: options are not JSON"),
+        ("", "CONFIG: options are not JSON: .*, or NULL for the defaults"),
+        ('{"threads": ' + "[" * 100_000, "CONFIG: options are not JSON: maximum recursion depth"),
+        ('{"threads": 1000000}', "CONFIG: threads=1000000 is more than the limit of 1024"),
         ("[]", r"CONFIG: options must be a JSON object with some of funnel, backend, .*; it is \[\]"),
         ('{"beam": 4}', "CONFIG: options has the unknown name 'beam'; choose of funnel, backend, dtype"),
         ('{"path": "x"}', "CONFIG: options has the unknown name 'path'"),
@@ -73,7 +76,7 @@ def test_options_that_the_engine_refuses(library, checkpoints, options, message)
 
 def test_options_that_are_not_utf8(library, checkpoints):
     given = Options(ctypes.sizeof(Options), os.fsencode(checkpoints["plain"]), None, b'{"\xff": 1}')
-    with refusal("CONFIG: options are no JSON: .*utf-8"):
+    with refusal("CONFIG: options are not JSON: .*utf-8"):
         library.call("open", ctypes.byref(given), ctypes.byref(ctypes.c_void_p()))
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from c_library import IDS, OFFSETS, WIDTH, Info
+from funnel_engine import Engine
 
 
 @pytest.mark.parametrize(("normalize", "truncate_dim"), [(1, 0), (0, 0), (1, 7), (0, WIDTH)])
@@ -38,6 +39,26 @@ def test_info(library, plain, classifier, tagger):
         found = info.embedding_size, info.labels, info.max_length, info.vocabulary_size, info.task
         assert found == (WIDTH, labels, 16, 101, task)
         assert info.struct_size == ctypes.sizeof(Info)
+
+
+@pytest.mark.parametrize("prompt", [None, "query", "größe"])
+@pytest.mark.parametrize(("normalize", "truncate_dim", "truncate"), [(1, 0, 0), (0, 7, 1)])
+def test_embed_texts_is_the_engines(library, texts, checkpoints, prompt, normalize, truncate_dim, truncate):
+    given = ["a small funnel", "pools", "of " * (40 if truncate else 4)]
+    expected = Engine.load(checkpoints["texts"], max_batch_tokens=16).embed(
+        given, normalize=bool(normalize), truncate_dim=truncate_dim or None, prompt_name=prompt, truncate=bool(truncate)
+    )
+    options = {"normalize": normalize, "truncate_dim": truncate_dim, "truncate": truncate}
+    name, encoded = prompt and prompt.encode(), [text.encode() for text in given]
+    np.testing.assert_array_equal(library.embed_texts(texts, encoded, prompt_name=name, **options), expected)
+    lengths = [len(text) for text in encoded]
+    longer = [text + b" not read" for text in encoded]
+    found = library.embed_texts(texts, longer, lengths=lengths, prompt_name=name, **options)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_describe_is_the_engines(library, plain, engines):
+    assert library.text("describe", plain) == engines["plain"].describe()
 
 
 def test_warmup_compiles_all_and_stats_say_so(library, checkpoints):

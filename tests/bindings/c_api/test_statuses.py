@@ -10,12 +10,13 @@ from funnel_engine import Engine, FunnelError, c_host
 
 
 def test_every_error_of_the_project_has_a_status_of_its_own():
-    assert set(c_host.STATUSES) == set(FunnelError.__subclasses__())
+    assert set(c_host.STATUSES) == {*FunnelError.__subclasses__(), c_host.Cancelled}
     assert {kind.__name__: status for kind, status in c_host.STATUSES.items()} == {
         "InputError": STATUSES["INPUT"],
         "ConfigError": STATUSES["CONFIG"],
         "CheckpointError": STATUSES["CHECKPOINT"],
         "BackendUnavailable": STATUSES["BACKEND_UNAVAILABLE"],
+        "Cancelled": STATUSES["CANCELLED"],
     }
     assert STATUSES["INTERNAL"] == c_host.INTERNAL
 
@@ -30,7 +31,7 @@ def test_a_package_of_another_version(library, checkpoints, monkeypatch):
 def test_no_exception_gets_out(library, plain, monkeypatch, kind):
     expected = library.embed(plain)
 
-    def embed(*_):
+    def embed(*_, **__):
         raise kind("boom")
 
     with monkeypatch.context() as patch:

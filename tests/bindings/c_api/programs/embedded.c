@@ -9,6 +9,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #define CHECK(condition)                                                                      \
   do {                                                                                        \
@@ -75,8 +77,48 @@ static void start(pthread_t* thread, void* (*function)(void*), struct job* job) 
   CHECK(pthread_create(thread, NULL, function, job) == 0);
 }
 
+extern char** environ;
+
+/* Prints "environment" and the names of variables that were not there when the program started. */
+static void print_new_variables(char* const* before) {
+  printf("environment\n");
+  for (char** variable = environ; *variable != NULL; ++variable) {
+    int known = 0;
+    for (char* const* old = before; *old != NULL; ++old) known |= strcmp(*old, *variable) == 0;
+    if (!known) printf("%.*s ", (int)strcspn(*variable, "="), *variable);
+  }
+  printf("\n");
+}
+
+/* A child of a process that has an engine is refused everything, at once. */
+static void refuse_in_a_fork(funnel_engine* engine, const char* checkpoint) {
+  fflush(stdout);
+  const pid_t child = fork();
+  if (child == 0) {
+    float out[COUNT * WIDTH];
+    funnel_info info = FUNNEL_INFO_INIT;
+    funnel_engine* another;
+    funnel_options options = FUNNEL_OPTIONS_INIT;
+    options.checkpoint = checkpoint;
+    const int refused = embed(engine, out) == FUNNEL_PYTHON &&
+                        funnel_warmup(engine, error, sizeof error) == FUNNEL_PYTHON &&
+                        funnel_get_info(engine, &info, error, sizeof error) == FUNNEL_PYTHON &&
+                        funnel_stats(engine, NULL, 0, NULL, error, sizeof error) == FUNNEL_PYTHON &&
+                        funnel_set_log(NULL, NULL, error, sizeof error) == FUNNEL_PYTHON &&
+                        funnel_close(engine, error, sizeof error) == FUNNEL_PYTHON &&
+                        funnel_open(&options, &another, error, sizeof error) == FUNNEL_PYTHON;
+    _exit(refused && another == NULL && strstr(error, "is a fork of") != NULL ? 0 : 1);
+  }
+  int status;
+  CHECK(waitpid(child, &status, 0) == child && WIFEXITED(status) && WEXITSTATUS(status) == 0);
+}
+
 int main(int argc, char** argv) {
   CHECK(argc == 4);
+  size_t variables = 0;
+  while (environ[variables] != NULL) ++variables;
+  char** before_opening = malloc((variables + 1) * sizeof *before_opening);
+  memcpy(before_opening, environ, (variables + 1) * sizeof *before_opening);
   struct sigaction before[SIGUSR2 + 1], after;
   for (int number = 1; number <= SIGUSR2; ++number) sigaction(number, NULL, &before[number]);
 
@@ -108,6 +150,10 @@ int main(int argc, char** argv) {
   const int tag_logits = TOKENS * info.labels;
   CHECK(funnel_tag(tagger, ids, offsets, COUNT, logits, tag_logits, error, sizeof error) == FUNNEL_OK);
   print("tag", logits, tag_logits);
+
+  print_new_variables(before_opening);
+  free(before_opening);
+  refuse_in_a_fork(plain, argv[1]);
 
   /* Threads that Python has never seen. */
   pthread_t threads[THREADS];

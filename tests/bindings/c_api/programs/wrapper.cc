@@ -1,7 +1,8 @@
-// wrapper CHECKPOINT: funnel.hpp against funnel.h. The checkpoint is a classifier.
+// wrapper CLASSIFIER TAGGER TEXTS: funnel.hpp against funnel.h.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <climits>
 #include <funnel.hpp>
 #include <type_traits>
 
@@ -55,6 +56,63 @@ int main(int, char** argv) {
   CHECK(throws(FUNNEL_INVALID_ARGUMENT, "truncate_dim is -1", [&] { first.embed({ids, offsets}, true, -1); }));
   CHECK(throws(FUNNEL_INVALID_ARGUMENT, "end at the number of ids, 6", [&] { first.embed({ids, {0, 4}}); }));
   CHECK(throws(FUNNEL_INVALID_ARGUMENT, "end at the number of ids, 6", [&] { first.embed({ids, {}}); }));
+
+  // Nothing is allocated before the arguments are checked.
+  const std::vector<int32_t> huge = {0, INT_MAX};
+  CHECK(throws(FUNNEL_INVALID_ARGUMENT, "truncate_dim is 268435456", [&] { first.embed({ids, offsets}, true, 1 << 28); }));
+  for (auto call : {+[](funnel::Engine& engine, funnel::Sequences given) { engine.embed(given); },
+                    +[](funnel::Engine& engine, funnel::Sequences given) { engine.classify(given); },
+                    +[](funnel::Engine& engine, funnel::Sequences given) { engine.tag(given); }}) {
+    const auto given = [&](const int32_t* ids, const int32_t* offsets, int32_t count) {
+      return [&, ids, offsets, count] { call(first, {ids, offsets, count}); };
+    };
+    CHECK(throws(FUNNEL_INPUT, "has 2147483647 tokens", given(ids.data(), huge.data(), 1)));
+    CHECK(throws(FUNNEL_INVALID_ARGUMENT, "offsets is NULL", given(ids.data(), nullptr, 2)));
+    CHECK(throws(FUNNEL_INVALID_ARGUMENT, "ids is NULL", given(nullptr, offsets.data(), 2)));
+    CHECK(throws(FUNNEL_INVALID_ARGUMENT, "count is -1", given(ids.data(), offsets.data(), -1)));
+    CHECK(throws(FUNNEL_INVALID_ARGUMENT, "count is 0", given(ids.data(), offsets.data(), 0)));
+  }
+  {
+    const funnel::Engine tagger(argv[2], options);
+    CHECK(tagger.tag({ids, offsets}).size() == static_cast<size_t>(6 * tagger.info().labels));
+    CHECK(throws(FUNNEL_CONFIG, "classify needs", [&] { tagger.classify({ids, offsets}); }));
+  }
+
+  // Texts.
+  funnel::Engine texts(argv[3], options);
+  const std::vector<float> known = texts.embed({{2, 7, 4, 5}, {0, 4}});  // <bos> pools a small
+  CHECK(texts.embed_texts({"a small"}) == known && texts.embed_texts({"a small"}, "query") == known);
+  CHECK(texts.embed_texts({"a small"}, "größe") == texts.embed({{2, 5, 4, 5}, {0, 4}}));
+  CHECK(texts.embed_texts({"a", "small"}, {}, false, false, 5).size() == 2 * 5);
+  std::string nul = "a small";
+  nul[1] = '\0';
+  CHECK(texts.embed_texts({nul}) != texts.embed_texts({"a"}));
+  CHECK(throws(FUNNEL_INPUT, "prompt_name='other' is unknown", [&] { texts.embed_texts({"a"}, "other"); }));
+  CHECK(throws(FUNNEL_INPUT, "input 1 is not UTF-8", [&] { texts.embed_texts({"a", "\xff"}); }));
+  CHECK(throws(FUNNEL_INVALID_ARGUMENT, "texts is NULL", [&] { texts.embed_texts({}); }));
+  CHECK(throws(FUNNEL_INVALID_ARGUMENT, "truncate_dim is 268435456",
+               [&] { texts.embed_texts({"a"}, {}, false, true, 1 << 28); }));
+  std::string long_text;
+  for (int i = 0; i < 50; ++i) long_text += "a ";
+  CHECK(throws(FUNNEL_INPUT, "more than the limit of 16", [&] { texts.embed_texts({long_text}); }));
+  CHECK(texts.embed_texts({long_text}, {}, true).size() == static_cast<size_t>(size));
+
+  // Warm-up, which an exception of the caller leaves.
+  int32_t told = 0;
+  texts.warmup({3}, [&](int32_t done, int32_t total) { CHECK(done == ++told && done <= total); });
+  CHECK(told > 0);
+  bool left = false;
+  try {
+    texts.warmup({}, [](int32_t, int32_t) { throw std::string("enough"); });
+  } catch (const std::string& what) {
+    left = what == "enough";
+  }
+  CHECK(left);
+  texts.warmup();
+  CHECK(throws(FUNNEL_INPUT, "buckets holds 0", [&] { texts.warmup({0}); }));
+  CHECK(texts.describe().find("limits") != std::string::npos && texts.describe().back() != '\0');
+  funnel::set_log([](int32_t, const char*, void*) {});
+  funnel::set_log(nullptr);
 
   funnel::Engine second(std::move(first));
   CHECK(throws(FUNNEL_INVALID_ARGUMENT, "engine is NULL", [&] { first.embed({ids, offsets}); }));  // NOLINT: moved from

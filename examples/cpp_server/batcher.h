@@ -27,7 +27,7 @@ class Batcher {
   // Sequences one after another, as (ids, offsets) -> one vector after another.
   using Embed = std::function<std::vector<float>(const std::vector<int32_t>&, const std::vector<int32_t>&)>;
 
-  // answered: is called after every batch, in the batcher's thread. batch_tokens: a batch takes further requests as long
+  // answered: is called by the batcher's thread after every batch. batch_tokens: a batch takes further requests as long
   // as it has no more tokens than this. queue: how many requests may wait; the next one is refused at once, because a
   // queue that only grows helps nobody.
   Batcher(Embed embed, std::function<void()> answered, size_t batch_tokens, size_t queue)

@@ -1,4 +1,4 @@
-// One client: reads a request, gets it answered, writes the answer, and so on. It never waits. README.md has the protocol.
+// One client: reads a request, writes the answer, and so on. It never waits. The protocol is in README.md.
 #ifndef FUNNEL_EXAMPLE_CONNECTION_H_
 #define FUNNEL_EXAMPLE_CONNECTION_H_
 

@@ -25,15 +25,15 @@ class Listener {
     const size_t limit = sizeof address.sun_path - 1;
     if (path.empty()) throw std::runtime_error("SOCKET is empty; give a path");
     if (path.size() > limit) {
-      throw std::runtime_error(path + " has " + std::to_string(path.size()) + " bytes; the path of a socket has at most " +
-                               std::to_string(limit));
+      throw std::runtime_error(path + " has " + std::to_string(path.size()) +
+                               " bytes; the path of a socket has at most " + std::to_string(limit));
     }
     address.sun_family = AF_UNIX;
     std::memcpy(address.sun_path, path.c_str(), path.size());
     const auto* where = reinterpret_cast<const sockaddr*>(&address);
 
     // Servers that start at the same time take turns; otherwise one could remove what another has just made.
-    const std::string folder = (std::filesystem::absolute(path).parent_path()).string();
+    const std::string folder = std::filesystem::absolute(path).parent_path().string();
     const int turn = open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (turn < 0 || flock(turn, LOCK_EX) != 0) fail("cannot open " + folder);
     if (lstat(path.c_str(), &file_) == 0) {

@@ -108,7 +108,7 @@ class Server {
     }
     std::printf("%s\n", service_.stats().c_str());
     if (!connections_.empty()) {
-      std::fprintf(stderr, "%zu clients have not got or read all their answers\n", connections_.size());
+      std::fprintf(stderr, "clients that have not read all their answers: %zu\n", connections_.size());
       std::fflush(stdout);
       std::_Exit(0);  // does not wait for a batch that still runs
     }

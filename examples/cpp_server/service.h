@@ -1,4 +1,4 @@
-// What is done with requests: loads the model, checks requests, and hands them to the batcher, whose thread runs the model.
+// Loads the model, checks requests, and hands them to the batcher, whose thread runs the model.
 #ifndef FUNNEL_EXAMPLE_SERVICE_H_
 #define FUNNEL_EXAMPLE_SERVICE_H_
 

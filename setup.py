@@ -71,11 +71,12 @@ def run(*command: str) -> None:
 
 
 def first_errors(error: OSError | subprocess.CalledProcessError) -> str:
-    """The lines in which a command first says what is wrong, or its last ones."""
+    """The lines in which a command first says what is wrong, or its last ones. CMake does so below a heading."""
     said = getattr(error, "output", None) or str(error)
-    lines = [line.rstrip() for line in said.splitlines() if line.strip()]
+    lines = [line.rstrip() for line in said.splitlines() if line.strip()] or ["no reason given"]
     marks = re.compile(r"\berror\b|cannot find|undefined reference", re.IGNORECASE)
-    first = next((index for index, line in enumerate(lines) if marks.search(line)), -5)
+    first = next((index for index, line in enumerate(lines) if marks.search(line)), max(len(lines) - 5, 0))
+    first += lines[first].startswith("CMake Error") and lines[first].endswith(":")
     return "\n".join(lines[first:][:5])
 
 

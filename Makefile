@@ -17,8 +17,8 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# For every Linux whose glibc is as new as this machine's. auditwheel leaves out oneDNN, which comes with its own wheel,
-# and the OpenMP library, of which a process needs the one that oneDNN uses.
+# Runs on every Linux whose glibc is at least as new as the wheel's name says. auditwheel does not copy oneDNN into it,
+# which comes with its own wheel, nor libgomp, which oneDNN takes from the system too.
 wheel: $(VENV)/wheel-tools
 	rm -rf dist
 	FUNNEL_REQUIRE_NATIVE=1 $(BIN)/python -m build --wheel --outdir dist/local

@@ -1,5 +1,5 @@
-// funnel.h: checks what C callers hand in, keeps the table of open engines, and passes calls on to Python. This is built
-// into libfunnel_python.so, which libfunnel.so loads (library.cc).
+// funnel.h: checks what C callers hand in, keeps the table of open engines, and passes calls on to Python. It is in
+// libfunnel_python.so, which libfunnel.so loads (library.cc).
 
 #include "funnel.h"
 

@@ -71,13 +71,18 @@ def run(*command: str) -> None:
 
 
 def first_errors(error: OSError | subprocess.CalledProcessError) -> str:
-    """The lines in which a command first says what is wrong, or its last ones. CMake does so below a heading."""
+    """The lines in which a compiler first says what is wrong, or else CMake below its heading; or the last ones."""
     said = getattr(error, "output", None) or str(error)
-    lines = [line.rstrip() for line in said.splitlines() if line.strip()] or ["no reason given"]
-    marks = re.compile(r"\berror\b|cannot find|undefined reference", re.IGNORECASE)
-    first = next((index for index, line in enumerate(lines) if marks.search(line)), max(len(lines) - 5, 0))
-    first += lines[first].startswith("CMake Error") and lines[first].endswith(":")
-    return "\n".join(lines[first:][:5])
+    lines = [line.rstrip() for line in said.splitlines() if line.strip()]
+    for mark, offset in (
+        (r"\berror: |cannot find|undefined reference", 0),
+        (r"^CMake Error.*:$", 1),
+        (r"\bError\b", 0),
+    ):
+        for index, line in enumerate(lines):
+            if re.search(mark, line):
+                return "\n".join(lines[index + offset :][:5])
+    return "\n".join(lines[-5:])
 
 
 setup(

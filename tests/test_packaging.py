@@ -14,7 +14,8 @@ import pytest
 
 from c_library import ROOT, run
 from funnel_benchmarks import c_api
-from funnel_engine import Engine, FunnelConfig
+from funnel_benchmarks.random_checkpoint import write_random_model
+from funnel_engine import Engine, FunnelConfig, convert
 
 PACKAGES = ("funnel_benchmarks", "funnel_engine", "funnel_kernels", "funnel_native")
 LINKS = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
@@ -112,7 +113,9 @@ def test_a_c_program_runs_with_nothing_but_the_wheel(installed, tmp_path):
     def ask(*questions: str) -> list[str]:
         return run(installed, "-m", "funnel_native", *questions, env=environment(), cwd=tmp_path).split()
 
-    checkpoint = c_api.make_model(tmp_path)
+    checkpoint = tmp_path / "model"
+    write_random_model(tmp_path / "source", c_api.CONFIG | {"num_hidden_layers": 2})
+    convert(tmp_path / "source", checkpoint, dtype="float32")
     expected = Engine.load(checkpoint, FunnelConfig((1, 2)), max_batch_tokens=16).embed([[2, 17, 93, 5], [2, 40]])
     example = re.search(r"```c\n(.*?)```", (ROOT / "docs" / "c-api.md").read_text(encoding="utf-8"), re.DOTALL)
     (tmp_path / "program.c").write_text(example[1])

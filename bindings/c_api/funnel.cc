@@ -1,10 +1,10 @@
-// funnel.h: checks what C callers hand in, keeps the table of open engines, and passes calls on to Python.
+// funnel.h: checks what C callers hand in, keeps the table of open engines, and passes calls on to Python. It is in
+// libfunnel_python.so, which libfunnel.so loads (library.cc).
 
 #include "funnel.h"
 
 #include <algorithm>
 #include <cstring>
-#include <exception>
 #include <initializer_list>
 #include <memory>
 #include <mutex>
@@ -75,31 +75,6 @@ Table& table() {
 }
 
 Status invalid(std::string message) { return {FUNNEL_INVALID_ARGUMENT, std::move(message)}; }
-
-// Copies a message into the caller's buffer, cut between two characters of UTF-8 if it is too long.
-void write_error(const char* message, char* error, size_t error_size) {
-  if (error == nullptr || error_size == 0) return;
-  size_t length = std::strlen(message);
-  if (length >= error_size) {
-    length = error_size - 1;
-    while (length > 0 && (static_cast<unsigned char>(message[length]) & 0xC0) == 0x80) --length;
-  }
-  std::memcpy(error, message, length);
-  error[length] = '\0';
-}
-
-// Runs the body of an exported function, so that neither a C++ exception nor a status without its message gets out.
-template <typename Body>
-funnel_status answer(char* error, size_t error_size, Body body) {
-  try {
-    const Status status = body();
-    write_error(status.message.c_str(), error, error_size);
-    return status.code;
-  } catch (const std::exception& exception) {
-    write_error(exception.what(), error, error_size);
-    return FUNNEL_INTERNAL;
-  }
-}
 
 // `body(engine)` of an open engine, in an interpreter that runs.
 template <typename Body>
@@ -295,10 +270,6 @@ Status close(const funnel_engine* handle) {
 }  // namespace funnel_c_api
 
 using namespace funnel_c_api;  // the exported functions only pass on
-
-int32_t funnel_api_version(void) { return FUNNEL_API_VERSION; }
-
-const char* funnel_version(void) { return FUNNEL_VERSION; }
 
 funnel_status funnel_open(const funnel_options* options, funnel_engine** engine, char* error, size_t error_size) {
   return answer(error, error_size, [&] { return open(options, engine); });

@@ -1,23 +1,14 @@
 #include "interpreter.h"
 
-#include <dlfcn.h>
 #include <signal.h>
-#include <unistd.h>
 
 #include <mutex>
 #include <string>
 
+#include "environment.h"
+
 namespace funnel_c_api {
 namespace {
-
-// Extension modules such as NumPy's find Python's symbols only in the global scope. They are not there if the host has
-// opened this library as a plugin (dlopen with RTLD_LOCAL), so libpython is moved there.
-void share_python_symbols() {
-  Dl_info python;
-  if (dladdr(reinterpret_cast<void*>(&Py_IsInitialized), &python) != 0) {
-    dlopen(python.dli_fname, RTLD_NOW | RTLD_NOLOAD | RTLD_GLOBAL);
-  }
-}
 
 // Starts Python as `python` would: with its environment's packages, but without PYTHON* variables, signal handlers, or
 // the working directory on its path. UTF-8 is its encoding whatever the host's locale is.
@@ -74,12 +65,9 @@ Status start_interpreter(const char* python) {
   if (!started.empty()) {
     return {FUNNEL_PYTHON, "the interpreter of this process was stopped and cannot run again; start a new process"};
   }
-  const std::string path = python != nullptr ? python : FUNNEL_DEFAULT_PYTHON;
-  if (access(path.c_str(), X_OK) != 0) {
-    return {FUNNEL_PYTHON, "there is no Python executable at " + path +
-                               "; set funnel_options.python to that of an environment with funnel-engine"};
-  }
-  share_python_symbols();
+  std::string path;
+  const Status found = find_python(python, &path);
+  if (!found.ok()) return found;
   const PyStatus status = initialize(path.c_str());
   if (PyStatus_Exception(status)) {
     const std::string reason = status.err_msg != nullptr ? status.err_msg : "no reason given";

@@ -50,9 +50,10 @@ def handlers() -> ModuleType:
         preload_onednn()
         return importlib.import_module("funnel_native._handlers")
     except ModuleNotFoundError as error:
-        why = reason.read_text().strip() if reason.exists() else "it is not there"
+        why = " ".join(reason.read_text(encoding="utf-8").split()) if reason.exists() else "it is not there"
         raise ImportError(
-            f"the compiled module was not built ({why}); install a C++17 compiler and install funnel-engine again"
+            f"the compiled module was not built ({why}); install a C++17 compiler, and funnel-engine again with "
+            "pip install --no-cache-dir --force-reinstall --no-deps"
         ) from error
     except (ImportError, OSError) as error:
         raise ImportError(f"the compiled module cannot be loaded: {error}") from error

@@ -63,8 +63,8 @@ typedef struct funnel_options {
   size_t struct_size;     /* sizeof(funnel_options) */
   const char* checkpoint; /* directory that `funnel convert` has written */
   const char* python;     /* Python executable of the environment that has funnel-engine. NULL: that of an interpreter
-                             which already runs, or else the one that this library was built with. An interpreter that
-                             runs cannot be exchanged: another value is refused */
+                             which already runs, or else that of the environment which the library is installed in
+                             or was built for. An interpreter that runs cannot be exchanged: another value is refused */
   const char* options;    /* JSON object, or NULL: the keyword arguments of Python's Engine.load by name, except path
                              and mesh. "funnel" is itself an object with the fields of FunnelConfig. For example
                              {"backend": "xla", "max_batch_tokens": 4096, "funnel": {"strides": [1, 1, 2]}} */

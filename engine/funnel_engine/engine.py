@@ -123,6 +123,8 @@ class Engine:
             check_dtype(dtype)
         self.plan = make_plan(config, funnel)
         self.devices = OneDevice(config, backend) if mesh is None else DeviceMesh(mesh, config)
+        if backend == "auto" and mesh is None:
+            native_calls.warn_without_kernels()
         check_weights(weights, config, head)
         if compilation_cache is not None:
             keep_compiled_programs(Path(compilation_cache))

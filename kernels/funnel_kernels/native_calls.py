@@ -5,6 +5,9 @@ import contextvars
 import functools
 import importlib
 import os
+import platform
+import sys
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -38,15 +41,28 @@ def implementation(module: str, name: str) -> Callable[..., Any]:
 @functools.cache
 def check_runs() -> None:
     """Raises `NotImplementedError` unless JAX runs on a CPU for which the kernels were built."""
-    platform = jax.devices()[0].platform
-    if platform != "cpu":
-        raise NotImplementedError(f"JAX runs on {platform}")
+    device = jax.devices()[0].platform
+    if device != "cpu":
+        raise NotImplementedError(f"JAX runs on {device}")
     try:
         import funnel_native
     except ImportError as error:
         raise NotImplementedError("the package funnel_native is not installed") from error
     if problem := funnel_native.problem():
         raise NotImplementedError(problem)
+
+
+@functools.cache
+def warn_without_kernels() -> None:
+    """Warns once in a process where the kernels were made for this machine, but are not installed."""
+    if (sys.platform, platform.machine()) != ("linux", "x86_64") or jax.devices()[0].platform != "cpu":
+        return
+    try:
+        import funnel_native
+
+        funnel_native.handlers()
+    except ImportError as error:
+        warnings.warn(f"models run without the kernels for CPUs, several times slower: {error}", stacklevel=4)
 
 
 def threads() -> int:

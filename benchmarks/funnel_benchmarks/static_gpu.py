@@ -136,9 +136,7 @@ def attention_variants(target: str, sample: bool) -> Iterator[Variant]:
         shapes = list({(shape[0] // shape[1], shape[2], shape[4]): shape for shape in shapes}.values())
     for dtype, (heads, kv_heads, head_dim, scale, softcap) in itertools.product(POINTERS, shapes):
         sizes = attention.rule(attention.padded(head_dim), jnp.dtype(dtype), capability)
-        _, options = attention.launch(
-            ROWS, ROWS, jnp.dtype(dtype), heads, kv_heads, head_dim, scale, softcap or None, sizes
-        )
+        _, options = attention.launch(ROWS, jnp.dtype(dtype), heads, kv_heads, head_dim, scale, softcap or None, sizes)
         if on_amd:  # which has no TF32
             options["precision"] = "ieee"
         pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), POINTERS[dtype])
@@ -170,7 +168,8 @@ def compile_for(target: str, variant: Variant) -> Compiled:
     constants = dict(variant.options)
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages")} | {"enable_fp_fusion": True}
     kernel = KERNELS[variant.op]
-    signature = {name: variant.pointers.get(name, "constexpr") for name in kernel.arg_names}
+    types = variant.pointers | dict.fromkeys(constants, "constexpr")
+    signature = {name: types.get(name, "i32") for name in kernel.arg_names}  # what is left are numbers of rows
     # JAX's arrays start at multiples of 16 bytes and more.
     aligned = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in variant.pointers}
     metadata: dict[str, Any] = {}

@@ -64,6 +64,12 @@ def launch(rows, dtype, heads, kv_heads, head_dim, scale, softcap, sizes):
     return (triton.cdiv(rows * group, block_q) * kv_heads,), options
 
 
+def shared_bytes(block_d, dtype, sizes):
+    """What a program needs of shared memory: its queries and, for each stage, a block of keys and one of values. With
+    wide float32 rows, which are taken part by part, it is less."""
+    return dtype.itemsize * block_d * (sizes.block_q + 2 * sizes.stages * sizes.block_k)
+
+
 def rule(block_d, dtype, capability):
     """Sizes whose tiles fit the registers and the shared memory."""
     if dtype == jnp.float32:

@@ -1,11 +1,13 @@
 """The matrix products and `prepare`: every implementation against float64, and what is refused."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
 from funnel_kernels import (
     BackendUnavailable,
@@ -17,6 +19,7 @@ from funnel_kernels import (
     prepare,
     project_heads,
 )
+from funnel_kernels.linear import xla
 from option_grid import (
     BACKENDS,
     DTYPES,
@@ -95,6 +98,39 @@ def test_linear_add_norm_agrees_with_float64(backend, case):
     rounded = np.asarray(total, np.float64)  # which is what the norm reads
     expected = rounded / np.sqrt((rounded**2).mean(1, keepdims=True) + EPS) * (1 + factor)
     check(normed, expected, np.ones_like(expected), WIDE_ROUNDING[case.dtype])
+
+
+@pytest.mark.parametrize("normed", [False, True], ids=["plain update", "normed update"])
+@pytest.mark.parametrize(("platform", "wide"), [("cpu", "f32"), ("cuda", "bf16"), ("tpu", "bf16")])
+def test_an_accelerator_sums_the_residual_stream_in_its_own_dtype(platform, wide, normed):
+    """XLA for GPUs leaves out the rounding of a float32 sum, and the stream becomes float32 altogether."""
+    shapes = [(5, 16), (24, 16), (5, 24), (24,), (24,)]
+    x, weight, add, factor, update_factor = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
+
+    def run(x, weight, add, factor, update_weight):
+        return linear_add_norm(x, weight, add, factor, update_weight=update_weight, eps=EPS, backend="xla")
+
+    exported = export.export(jax.jit(run), platforms=[platform])(
+        x, weight, add, factor, update_factor if normed else None
+    )
+    text = exported.mlir_module()
+    assert re.findall(r"stablehlo\.add .* : tensor<5x24x(\w+)>", text) == [wide]
+    product = "f32" if normed else wide  # a norm reads it unrounded
+    assert re.findall(r"stablehlo\.dot_general .* -> tensor<5x24x(\w+)>", text) == [product]
+
+
+@pytest.mark.parametrize("case", [case for case in LINEAR_ADD_NORM_CASES.values() if case.dtype == "bfloat16"], ids=str)
+def test_what_an_accelerator_sums_is_two_roundings_from_float64(case):
+    x, weight, add, _, update_weight = case.arrays()
+    total = xla.total_in(jnp.bfloat16, x, weight, add, update_weight, eps=EPS)
+    exact_x, exact_weight, exact_add, update_factor = exact(x, weight, add, update_weight)
+    update, size = exact_x @ exact_weight.T, np.abs(exact_x) @ np.abs(exact_weight.T)
+    if case.normed:
+        scale = (1 + update_factor) / np.sqrt((update**2).mean(1, keepdims=True) + EPS)
+        update, size = update * scale, size * np.abs(scale)
+    expected = exact_add + update
+    error = np.abs(np.asarray(total, np.float64) - expected)
+    assert (error <= 2**-8 * (np.abs(update) + np.abs(expected)) + 2**-20 * (np.abs(exact_add) + size)).all()
 
 
 def exact_heads(case: HeadsCase) -> list[np.ndarray]:

@@ -46,8 +46,8 @@ def serve(op: str, implementations: Implementations, backend: str, *arrays: Any,
     name, result, refusals = attempt(implementations, backend, *arrays, **options)
     if name is None:
         reasons = "; ".join(f"{refuser}: {reason}" for refuser, reason in refusals.items())
-        known = ", ".join(BACKENDS)
-        raise BackendUnavailable(f"{op} is not served by backend {backend!r}: {reasons}; the backends are {known}")
+        known = ", ".join(("auto", *BACKENDS))
+        raise BackendUnavailable(f"{op} is not served by backend {backend!r}: {reasons}; choose one of {known}")
     return result
 
 

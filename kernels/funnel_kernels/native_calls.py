@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from funnel_kernels.errors import ConfigError
+
 THREADS = contextvars.ContextVar("threads", default=0)
 
 
@@ -37,7 +39,11 @@ def implementation(module: str, name: str) -> Callable[..., Any]:
 
 @functools.cache
 def check_runs() -> None:
-    """Raises `NotImplementedError` unless JAX runs on a CPU for which the kernels were built."""
+    """Raises `NotImplementedError` unless JAX runs on a CPU for which the kernels were built.
+
+    Raises:
+        ConfigError: FUNNEL_CPU_ISA names no instruction set.
+    """
     platform = jax.devices()[0].platform
     if platform != "cpu":
         raise NotImplementedError(f"JAX runs on {platform}")
@@ -45,8 +51,28 @@ def check_runs() -> None:
         import funnel_native
     except ImportError as error:
         raise NotImplementedError("the package funnel_native is not installed") from error
-    if problem := funnel_native.problem():
+    try:
+        problem = funnel_native.problem()
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if problem:
         raise NotImplementedError(problem)
+
+
+def instruction_set() -> str:
+    """What the kernels use of this processor, e.g. "avx512_bf16", or why they do not run; for people.
+
+    Raises:
+        ConfigError: FUNNEL_CPU_ISA names no instruction set.
+    """
+    try:
+        check_runs()
+    except NotImplementedError as reason:
+        return f"none: {reason}"
+    import funnel_native
+
+    found, limit = funnel_native.handlers().processor(), funnel_native.limit()
+    return f"{found}, limited by {funnel_native.LIMIT}={limit}" if limit else found
 
 
 def threads() -> int:
@@ -60,8 +86,12 @@ def check_product(dtype: np.dtype) -> None:
     check_runs()
     import funnel_native
 
-    if problem := funnel_native.handlers().no_product(str(dtype) == "bfloat16"):
-        raise NotImplementedError(problem)
+    is_bfloat16, no_product = str(dtype) == "bfloat16", funnel_native.handlers().no_product
+    if problem := no_product(is_bfloat16):
+        limit = funnel_native.limit()
+        limited = f", with {funnel_native.LIMIT}={limit}" if limit else ""
+        other = "; dtype='float32' has one" if is_bfloat16 and not no_product(False) else ""
+        raise NotImplementedError(f"{problem}{limited}{other}")
 
 
 def call(target: str, out_shape: Any, *arrays: jax.Array, **attributes: int | float | bool | tuple[int, ...]) -> Any:

@@ -296,6 +296,7 @@ ffi::Error by_tiles(ffi::ThreadPool& pool, int64_t threads, const Product& produ
 }
 
 bool suits_whole_rows(int64_t rows, int64_t out_features, int64_t in_features, bool is_bfloat16, int64_t threads) {
+  if (!no_product(is_bfloat16).empty()) return false;
   const Weights& weights = weights_of(in_features, is_bfloat16);
   const Product product = {nullptr, nullptr, rows, in_features, out_features, 1, units_of(out_features), is_bfloat16};
   return is_ours(weights) && out_features % kUnit == 0 && out_features <= kMostWholeColumns &&

@@ -27,7 +27,7 @@ found = {
     "set": module.instruction_set(),
     "products": [name for name in ("float32", "bfloat16") if not module.no_product(name == "bfloat16")],
     "onednn": ctypes.CDLL("libdnnl.so.3").dnnl_get_effective_cpu_isa(),
-    "lifted": [module.limit_instruction_set(set) and module.instruction_set() for set in funnel_native.INSTRUCTION_SETS],
+    "lifted": [module.limit_instruction_set(s) and module.instruction_set() for s in funnel_native.INSTRUCTION_SETS],
 }
 print(json.dumps(found))
 """

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from funnel_kernels import BackendUnavailable, dispatch, native_calls
+from funnel_kernels import BackendUnavailable, PackedWeight, dispatch, native_calls, prepare
 from funnel_kernels.recover import MODES, SITES
 
 BACKENDS = tuple(dispatch.BACKENDS)
@@ -41,6 +41,16 @@ def no_product(dtype: str) -> str | None:
     except NotImplementedError as reason:
         return str(reason)
     return None
+
+
+def packed_weight(weight: np.ndarray, parts: int = 1) -> PackedWeight:
+    """As `prepare` packs it for backend "cpu"; where that has no products, one that nothing may read."""
+    prepared = prepare(weight, parts=parts, backend="cpu")
+    if no_product(str(weight.dtype)):
+        assert prepared is weight
+        return PackedWeight(weight.ravel(), weight.shape, parts)
+    assert isinstance(prepared, PackedWeight)
+    return prepared
 
 
 @contextlib.contextmanager

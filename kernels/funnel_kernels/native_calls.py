@@ -59,16 +59,16 @@ def check_runs() -> None:
         raise NotImplementedError(problem)
 
 
-def instruction_set() -> str:
-    """What the kernels use of this processor, e.g. "avx512_bf16", or why they do not run; for people.
+def instruction_set() -> str | None:
+    """The best that this processor has, e.g. "avx512_bf16", and its limit, for people; None where no kernels run.
 
     Raises:
         ConfigError: FUNNEL_CPU_ISA names no instruction set.
     """
     try:
         check_runs()
-    except NotImplementedError as reason:
-        return f"none: {reason}"
+    except NotImplementedError:
+        return None
     import funnel_native
 
     found, limit = funnel_native.handlers().processor(), funnel_native.limit()

@@ -30,6 +30,7 @@ from option_grid import (
     LinearAddNormCase,
     LinearCase,
     no_product,
+    packed_weight,
     served_or_refused,
 )
 
@@ -46,16 +47,6 @@ def check(actual: jax.Array, expected: np.ndarray, size: np.ndarray, rounding: f
     error = np.abs(np.asarray(actual, np.float64) - expected)
     allowed = rounding * np.abs(expected) + 2**-20 * size
     assert (error <= allowed).all(), (error / allowed).max()
-
-
-def packed_weight(weight: np.ndarray, parts: int = 1) -> PackedWeight:
-    """As `prepare` packs it for backend "cpu"; where that has no products, one that nothing may read."""
-    prepared = prepare(weight, parts=parts, backend="cpu")
-    if no_product(str(weight.dtype)):
-        assert prepared is weight
-        return PackedWeight(weight.ravel(), weight.shape, parts)
-    assert isinstance(prepared, PackedWeight)
-    return prepared
 
 
 @pytest.mark.parametrize("case", LINEAR_CASES.values(), ids=LINEAR_CASES.keys())

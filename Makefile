@@ -7,7 +7,8 @@ PYTEST_OPTIONS := -n 2 --dist worksteal -p no:benchmark
 # What is different on processors without bfloat16 products, or without AVX-512: simulated before the whole run.
 OLDER_CPUS := -k 'not (reference- or xla- or triton or tpu)' tests/bindings/test_native_linear.py \
 	tests/kernels/test_linear.py tests/kernels/test_attention.py tests/kernels/test_add_norm.py \
-	tests/engine/test_model.py tests/engine/test_threads.py tests/engine/test_weights.py tests/benchmarks/test_kernels.py
+	tests/engine/test_threads.py tests/engine/test_weights.py \
+	tests/engine/test_model.py::test_every_backend_gives_what_the_reference_gives
 
 .PHONY: demo test lint clean
 

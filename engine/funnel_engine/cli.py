@@ -25,7 +25,7 @@ from funnel_engine.inspection import inspect_checkpoint
 from funnel_engine.output_files import check_writable, write_bytes
 from funnel_engine.presets import preset
 from funnel_engine.weights import DTYPES
-from funnel_kernels import dispatch
+from funnel_kernels import dispatch, native_calls
 from funnel_kernels.errors import ConfigError, FunnelError, InputError
 from funnel_kernels.pool import POOLS
 
@@ -178,6 +178,7 @@ def doctor(as_json: bool) -> None:
         "platform": jax.default_backend(),
         "devices": [str(device) for device in jax.devices()],
         "cpus": os.cpu_count(),
+        "instruction set": native_calls.instruction_set(),
     }
     served = served_by(preset(DOCTORS_MODEL), FunnelConfig(), "bfloat16", "auto")
     facts |= {op: str(answer) for op, answer in served.items()} | dispatch.BACKENDS

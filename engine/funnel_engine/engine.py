@@ -111,7 +111,7 @@ class Engine:
         Raises:
             ConfigError: options that contradict the model or each other, or a mesh that does not divide the model.
             CheckpointError: weights that are missing, unknown, misshapen or of another dtype.
-            BackendUnavailable: no such backend here.
+            BackendUnavailable: no such backend here, or one that does not serve this model.
         """
         dispatch.check_backend(backend)
         check_positive("max_batch_tokens", max_batch_tokens)
@@ -139,6 +139,9 @@ class Engine:
         self._lock = threading.Lock()  # guards the programs and the counters
         self._stats = dict.fromkeys(COUNTERS, 0) | {"compile_seconds": 0.0}
         self._warm = False
+        if backend != "auto":  # which has always one that serves; another may refuse, now and not in the first call
+            self._traced("forward", self.buckets[0], 0)
+            self._traced("embed", self.buckets[0], 1)
 
     @classmethod
     def load(
@@ -308,19 +311,19 @@ class Engine:
         served = served_by(
             self.devices.config, self.funnel, dtype, self.backend, over_mesh=isinstance(self.devices, DeviceMesh)
         )
-        return "\n".join(
-            [
-                f"model        {config.family}, {config.num_layers} layers of width {config.hidden_size}, "
-                f"{config.attention} attention, {dtype}",
-                f"funnel       {describe_funnel(self.funnel)}; ideal latency ratio at {lengths[0]} tokens {ratio:.3f}",
-                f"head         pooling {self.head.pooling}, {len(self.head.dense)} dense layers, "
-                f"task {self.head.task or 'none'}",
-                *(f"{op:<13}{answer}" for op, answer in served.items()),
-                f"devices      {self.devices}",
-                f"buckets      {len(self.buckets)} from {self.buckets[0]} to {self.buckets[-1]} rows",
-                f"limits       {self.max_length} tokens a sequence",
-            ]
-        )
+        facts = {
+            "model": f"{config.family}, {config.num_layers} layers of width {config.hidden_size}, "
+            f"{config.attention} attention, {dtype}",
+            "funnel": f"{describe_funnel(self.funnel)}; ideal latency ratio at {lengths[0]} tokens {ratio:.3f}",
+            "head": f"pooling {self.head.pooling}, {len(self.head.dense)} dense layers, "
+            f"task {self.head.task or 'none'}",
+            **served,
+            "devices": self.devices,
+            "buckets": f"{len(self.buckets)} from {self.buckets[0]} to {self.buckets[-1]} rows",
+            "limits": f"{self.max_length} tokens a sequence",
+        }
+        width = max(map(len, facts))
+        return "\n".join(f"{name:<{width}}  {fact}" for name, fact in facts.items())
 
     @property
     def embedding_size(self) -> int:
@@ -418,24 +421,33 @@ class Engine:
         return program.result()
 
     def _compile(self, name: str, rows: int, sequences: int) -> Program:
+        lowered = self._traced(name, rows, sequences).lower()
+        return self.devices.queued(lowered.compile(compiler_options(jax.default_backend(), self.threads)))
+
+    def _traced(self, name: str, rows: int, sequences: int) -> jax.stages.Traced:
+        """The program of a bucket, for what the devices run at once.
+
+        Raises:
+            BackendUnavailable: the backend refuses an op of it.
+        """
+        params: Params
+        shapes: tuple[Any, ...]
         if name == "forward":
-            encoder = partial(
+            function: Program = partial(
                 forward, config=self.devices.config, funnel=self.funnel, backend=self.backend, axis=self.devices.axis
             )
-            return self._compiled(encoder, self.params, batch_shapes(self.plan, rows))
-        width, dtype = self.config.hidden_size, self.params["embedding"].dtype
-        hidden = jax.ShapeDtypeStruct((rows // self.plan.output_stride, width), dtype)
-        per_sequence = jax.ShapeDtypeStruct((sequences,), np.int32)
-        function, integers = HEAD_PROGRAMS[name]
-        options = {"head": self.head} | ({"backend": self.backend} if name == "embed" else {})
-        return self._compiled(partial(function, **options), self.head_params, hidden, *[per_sequence] * integers)
-
-    def _compiled(self, function: Program, params: Params, *shapes: Any) -> Program:
-        """`function(params, *arrays)` of one batch's arrays, compiled for what the devices run at once."""
+            params, shapes = self.params, (batch_shapes(self.plan, rows),)
+        else:
+            width, dtype = self.config.hidden_size, self.params["embedding"].dtype
+            hidden = jax.ShapeDtypeStruct((rows // self.plan.output_stride, width), dtype)
+            per_sequence = jax.ShapeDtypeStruct((sequences,), np.int32)
+            program, integers = HEAD_PROGRAMS[name]
+            options = {"head": self.head} | ({"backend": self.backend} if name == "embed" else {})
+            function = partial(program, **options)
+            params, shapes = self.head_params, (hidden, *[per_sequence] * integers)
         spread = jax.jit(self.devices.spread(function, params))
         with native_calls.use_threads(self.threads):
-            lowered = spread.lower(params, *self.devices.shapes(shapes))
-        return self.devices.queued(lowered.compile(compiler_options(jax.default_backend(), self.threads)))
+            return spread.trace(params, *self.devices.shapes(shapes))
 
     def _count(self, **counts: float) -> None:
         with self._lock:

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from funnel_engine import Engine, FunnelConfig
 from funnel_engine.cli import main
 from hugging_face_models import build, gemma2
+from option_grid import no_product
 from tiny_models import make_tokenizer
 
 TEXTS = ["a small funnel", "pools pairs of tokens", "tokens", "of a"]
@@ -132,8 +133,13 @@ def test_convert_options(folder, tmp_path):
 
 def test_doctor_says_what_serves_each_op():
     facts = json.loads(run("doctor", "--json").stdout)
-    for op in ("linear", "linear_add_norm", "attention", "add_norm", "pool_norm", "recover_norm"):
+    for op in ("linear_add_norm", "attention", "add_norm", "pool_norm", "recover_norm"):
         assert facts[op].startswith("cpu; not triton: ")
+    if reason := no_product("bfloat16"):
+        assert facts["linear"].startswith("xla; not triton: ")
+        assert facts["linear"].endswith(f"; not cpu: {reason}")
+    else:
+        assert facts["linear"].startswith("cpu; not triton: ")
     assert "not triton: JAX runs on cpu; on a machine with an NVIDIA GPU, install" in facts["attention"]
     assert "only when asked for by name" in facts["reference"]
     assert facts["devices"]

@@ -154,6 +154,12 @@ def test_describe_names_what_runs():
         assert part in text
 
 
+def test_describe_is_a_table_whatever_the_length_of_a_name():
+    lines = make_engine(backend="xla").describe().splitlines()
+    assert "linear_add_norm  xla" in lines
+    assert len({len(line) - len(line.split("  ", 1)[1].lstrip()) for line in lines}) == 1
+
+
 def test_classify_reads_the_last_token_that_is_not_padding():
     engine = make_engine(CLASSIFIER)
     one, padded, inside, all_pads = [5, 6, 7], [5, 6, 7, 0, 0], [5, 0, 7], [0, 0]
@@ -184,6 +190,11 @@ def test_bad_options():
         make_engine(backend="cuda")
     with pytest.raises(BackendUnavailable, match=r"backend \['xla'\] does not exist"):
         make_engine(backend=["xla"])
+    for backend in ("tpu", "triton"):
+        with pytest.raises(
+            BackendUnavailable, match=f"is not served by backend '{backend}': {backend}: JAX runs on cpu"
+        ):
+            make_engine(backend=backend)
     with pytest.raises(ConfigError, match="max_batch_tokens=0 must be an integer of at least 1"):
         make_engine(max_batch_tokens=0)
     with pytest.raises(ConfigError, match="max_batch_tokens=2147483648 is beyond the limit of 16777216"):

@@ -36,7 +36,7 @@ def test_numbers_that_are_none(monkeypatch):
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_kernels_of_an_engine_are_told(threads):
-    engine = make_engine(funnel=FunnelConfig.after(1), backend="cpu", threads=threads)
+    engine = make_engine(funnel=FunnelConfig.after(1), threads=threads)
     engine.embed(IDS)
     (forward,) = [program.result() for key, program in engine._programs.items() if key[0] == "forward"]
     told = re.findall(r"threads = (\d+)", forward.as_text())

@@ -72,7 +72,7 @@ def warmup(engine: Engine) -> None:
 def embed(
     engine: Engine, ids: memoryview, offsets: memoryview, normalize: int, truncate_dim: int, out: memoryview
 ) -> None:
-    write(engine.embed(ragged(ids, offsets), bool(normalize), truncate_dim or None), out)
+    write(engine.embed(ragged(ids, offsets), normalize=bool(normalize), truncate_dim=truncate_dim or None), out)
 
 
 def classify(engine: Engine, ids: memoryview, offsets: memoryview, out: memoryview) -> None:

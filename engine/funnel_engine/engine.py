@@ -19,10 +19,11 @@ from jax.sharding import Mesh
 
 from funnel_engine.backends import served_by
 from funnel_engine.checkpoints.native import read_checkpoint
-from funnel_engine.config import FunnelConfig, ModelConfig, check_positive
+from funnel_engine.config import FunnelConfig, ModelConfig, check_flag, check_integer, check_positive
 from funnel_engine.flops import ideal_ratio
 from funnel_engine.heads import HeadConfig, class_logits, head_shapes, sentence_vectors, sequence_logits
-from funnel_engine.inputs import Ragged, holds_texts, read_inputs
+from funnel_engine.inputs import Ragged, read_inputs
+from funnel_engine.jax_settings import guarded, own_settings
 from funnel_engine.model import Params, forward
 from funnel_engine.packing import (
     Ints,
@@ -71,8 +72,12 @@ class Engine:
     A call packs its sequences into batches of at most `max_batch_tokens` rows, longest sequences first, and returns
     its results in input order. Every batch runs in a *bucket*, a size of the packed axis that is compiled once, by
     `warmup` or else by the first call that needs it.
+
+    JAX's settings of the process, e.g. `jax_enable_x64`, do not reach it. A process that is forked after an engine was
+    made gets `BackendUnavailable` from every method that needs JAX.
     """
 
+    @guarded
     def __init__(
         self,
         config: ModelConfig,
@@ -95,7 +100,7 @@ class Engine:
             config: the architecture.
             head: what stands on top of the encoder.
             weights: arrays by the names and of the shapes that `weights.expected_shapes` gives, all float32 or all
-                bfloat16. Without a mesh, JAX arrays are used as they are, so engines can share them.
+                bfloat16. Without a mesh, JAX arrays on the device are used as they are, so engines can share them.
             funnel: where and how the token axis is pooled.
             backend: "auto", "triton", "tpu", "xla" or "reference", see `funnel_kernels.dispatch`.
             tokenizer: makes ids of texts; None takes token ids only.
@@ -114,7 +119,7 @@ class Engine:
             BackendUnavailable: no such backend here, or one that does not serve this model.
         """
         dispatch.check_backend(backend)
-        check_positive("max_batch_tokens", max_batch_tokens)
+        max_batch_tokens = check_positive("max_batch_tokens", max_batch_tokens)
         if max_batch_tokens > MAX_BATCH_TOKENS:
             raise ConfigError(f"max_batch_tokens={max_batch_tokens} is beyond the limit of {MAX_BATCH_TOKENS} (2**24)")
         if not isinstance(funnel, FunnelConfig):
@@ -127,7 +132,7 @@ class Engine:
             native_calls.warn_without_kernels()
         check_weights(weights, config, head)
         if compilation_cache is not None:
-            keep_compiled_programs(Path(compilation_cache))
+            keep_compiled_programs(compilation_cache)
         self.config, self.head, self.funnel, self.backend = config, head, funnel, backend
         self.threads = count_threads(threads)
         self.tokenizer, self.text = tokenizer, text
@@ -147,6 +152,7 @@ class Engine:
     def load(
         cls,
         path: str | PathLike[str],
+        *,
         funnel: FunnelConfig = FunnelConfig(),
         backend: str = "auto",
         dtype: str | None = None,
@@ -173,7 +179,7 @@ class Engine:
             CheckpointError: the directory is not a whole checkpoint.
             ConfigError, BackendUnavailable: as `Engine`.
         """
-        checkpoint = read_checkpoint(path, verify=verify)
+        checkpoint = read_checkpoint(path, verify=check_flag("verify", verify))
         config, head = checkpoint.config, checkpoint.head
         if attention is not None:
             config = dataclasses.replace(config, attention=attention)
@@ -194,19 +200,34 @@ class Engine:
             threads=threads,
         )
 
+    def token_ids(self, inputs: Any, *, prompt_name: str | None = None, truncate: bool = False) -> Ragged:
+        """The token ids `(ids, offsets)` that the other methods run for these inputs, and take in their place.
+
+        So everything can be checked before anything is run. The arguments are those of `embed`.
+
+        Raises:
+            InputError: inputs that cannot be run.
+        """
+        truncate = check_flag("truncate", truncate, error=InputError)
+        return read_inputs(
+            inputs, self.tokenizer, self.text, prompt_name=prompt_name,
+            vocab_size=self.config.vocab_size, max_length=self.max_length, truncate=truncate,
+        )  # fmt: skip
+
+    @guarded
     def embed(
         self,
         inputs: Any,
+        *,
         normalize: bool = True,
         truncate_dim: int | None = None,
         prompt_name: str | None = None,
-        *,
         truncate: bool = False,
     ) -> np.ndarray:
         """One vector per input: its rows pooled, then the head's dense layers if it has any.
 
         Args:
-            inputs: a text, a list of texts, a list of token-id sequences, or ragged `(ids, offsets)`.
+            inputs: a text, texts, sequences of token ids, or ragged `(ids, offsets)`, see `inputs.read_inputs`.
             normalize: scale each vector to length 1.
             truncate_dim: keep only the first dimensions, before normalising (Matryoshka, arXiv:2205.13147).
             prompt_name: which of the checkpoint's prompts to put before each text.
@@ -218,19 +239,19 @@ class Engine:
         Raises:
             InputError: inputs that cannot be run; the engine stays usable.
         """
+        normalize = check_flag("normalize", normalize, error=InputError)
         width = self.embedding_size
-        is_integer = isinstance(truncate_dim, (int, np.integer)) and not isinstance(truncate_dim, bool)
-        if truncate_dim is not None and not (is_integer and 1 <= truncate_dim <= width):
-            raise InputError(f"truncate_dim={truncate_dim!r} must be an integer from 1 to the vector's size, {width}")
-        ragged = self._read(inputs, truncate, prompt_name)
+        if truncate_dim is not None:
+            width = check_integer("truncate_dim", truncate_dim, least=1, most=width, error=InputError)
+        ragged = self.token_ids(inputs, prompt_name=prompt_name, truncate=truncate)
         vectors = np.empty((len(ragged.lengths), width), np.float32)
         for order, _, result in self._run(ragged, self._embed_rows):
-            vectors[order] = result[: len(order)]
-        vectors = vectors[:, :truncate_dim]
+            vectors[order] = result[: len(order), :width]
         if normalize:
             vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
         return vectors
 
+    @guarded
     def classify(self, inputs: Any, *, truncate: bool = False) -> np.ndarray:
         """Raw logits of each input, [B, labels] float32: the classifier at the last token that is not padding.
 
@@ -242,12 +263,13 @@ class Engine:
             InputError: inputs that cannot be run.
         """
         self._require_task("classify")
-        ragged = self._read(inputs, truncate)
+        ragged = self.token_ids(inputs, truncate=truncate)
         logits = np.empty((len(ragged.lengths), len(self.head.labels)), np.float32)
         for order, _, result in self._run(ragged, self._classify_rows):
             logits[order] = result[: len(order)]
         return logits
 
+    @guarded
     def tag(self, inputs: Any, *, truncate: bool = False) -> list[np.ndarray]:
         """Raw logits of each token, one [T, labels] float32 array per input.
 
@@ -263,6 +285,7 @@ class Engine:
             )
         return self._split_rows(inputs, truncate, self._tag_rows)
 
+    @guarded
     def hidden_states(self, inputs: Any, *, truncate: bool = False) -> list[np.ndarray]:
         """The encoder's rows after the final norm, one [R, D] float32 array per input.
 
@@ -273,12 +296,14 @@ class Engine:
         """
         return self._split_rows(inputs, truncate, lambda rows, batches, where: rows)
 
-    def warmup(self, progress: bool = True) -> None:
+    @guarded
+    def warmup(self, *, progress: bool = True) -> None:
         """Compiles the programs of every bucket, so that no later call compiles.
 
         Args:
             progress: show a progress bar, if standard error is a terminal.
         """
+        progress = check_flag("progress", progress, error=InputError)
         tasks = ["embed", "classify"] if self.head.task == "classify" else ["embed"]
         jobs: list[tuple[str, int, int]] = []
         for rows in self.buckets:
@@ -298,11 +323,13 @@ class Engine:
             deque(bar, maxlen=0)
         self._warm = True
 
+    @guarded
     def stats(self) -> dict[str, float]:
         """Counters since the engine was made, see `COUNTERS`, and `compile_seconds`, summed over threads."""
         with self._lock:
             return dict(self._stats)
 
+    @guarded
     def describe(self) -> str:
         """What runs here and how, for people."""
         config, lengths = self.config, np.full(1, min(512, self.max_length), np.int32)
@@ -329,15 +356,6 @@ class Engine:
     def embedding_size(self) -> int:
         """Dimensions of the vectors that `embed` returns."""
         return self.head.dense[-1].out_features if self.head.dense else self.config.hidden_size
-
-    def _read(self, inputs: Any, truncate: bool, prompt_name: str | None = None) -> Ragged:
-        prompt = self.text.prompt(prompt_name)
-        if prompt_name is not None and not holds_texts(inputs):
-            raise InputError(f"prompt_name={prompt_name!r} needs texts; token ids must already begin with the prompt's")
-        return read_inputs(
-            inputs, self.tokenizer, self.text, prompt=prompt,
-            vocab_size=self.config.vocab_size, max_length=self.max_length, truncate=truncate,
-        )  # fmt: skip
 
     def _run(self, ragged: Ragged, head: Head) -> Iterator[tuple[Ints, Spans, np.ndarray]]:
         """Runs all batches; yields each one's sequence indices, its output rows, and the head's result.
@@ -367,12 +385,11 @@ class Engine:
             jax.block_until_ready(running)  # an interrupted caller must not free weights that are being read
 
     def _split_rows(self, inputs: Any, truncate: bool, head: Head) -> list[np.ndarray]:
-        ragged = self._read(inputs, truncate)
+        ragged = self.token_ids(inputs, truncate=truncate)
         results: list[np.ndarray] = [np.empty(0)] * len(ragged.lengths)
         for order, where, result in self._run(ragged, head):
-            rows = result.astype(np.float32)
             for index, first, count in zip(order, where.first, where.rows, strict=True):
-                results[index] = rows[first : first + count]
+                results[index] = result[first : first + count].astype(np.float32)  # a copy: it must not hold the batch
         return results
 
     def _embed_rows(self, rows: jax.Array, batches: list[Ragged], where: list[Spans]) -> jax.Array:
@@ -408,7 +425,8 @@ class Engine:
         if mine:
             begin = time.perf_counter()
             try:
-                program.set_result(self._compile(*key))
+                with own_settings(), jax.default_device(self.devices.device):  # in whatever thread
+                    program.set_result(self._compile(*key))
             except BaseException as error:
                 with self._lock:
                     del self._programs[key]  # the next caller tries again
@@ -495,8 +513,11 @@ def check_weights(weights: Mapping[str, Any], config: ModelConfig, head: HeadCon
         raise CheckpointError(f"weights are {', '.join(sorted(dtypes))}; they must all be bfloat16 or all float32")
 
 
-def keep_compiled_programs(directory: Path) -> None:
-    """Makes JAX store compiled programs in `directory`, from now on and for the whole process."""
+def keep_compiled_programs(place: str | PathLike[str]) -> None:
+    """Makes JAX store compiled programs in the directory `place`, from now on and for the whole process."""
+    if not isinstance(place, (str, PathLike)) or not os.fspath(place):
+        raise ConfigError(f"compilation_cache={place!r} is not the name of a directory; name one, or give None")
+    directory = Path(place)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -20,8 +20,7 @@ def count_threads(asked: int | None) -> int:
         ConfigError: either is no positive integer.
     """
     if asked is not None:
-        check_positive("threads", asked)
-        return asked
+        return check_positive("threads", asked)
     value = os.environ.get(VARIABLE, "").split(",")[0].strip()  # OpenMP allows a list, one for each level of nesting
     if not value:
         return 0

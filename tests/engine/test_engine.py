@@ -78,6 +78,60 @@ def test_normalize_and_truncate(engine):
             engine.embed(ids, truncate_dim=size)
 
 
+@pytest.mark.parametrize("value", ["query", 16, None, 0, np.array([True])])
+@pytest.mark.parametrize("flag", ["normalize", "truncate"])
+def test_a_flag_is_true_or_false(engine, flag, value):
+    with pytest.raises(InputError, match=rf"{flag}=.* must be True or False"):
+        engine.embed([[3, 4]], **{flag: value})
+    ids = random_ids([3])
+    np.testing.assert_array_equal(engine.embed(ids, **{flag: np.True_}), engine.embed(ids, **{flag: True}))
+
+
+def test_the_flag_of_every_other_call(engine):
+    for call in (engine.hidden_states, engine.token_ids, make_engine(CLASSIFIER).classify, make_engine(TAGGER).tag):
+        with pytest.raises(InputError, match="truncate='left' must be True or False"):
+            call([[3, 4]], truncate="left")
+    with pytest.raises(InputError, match="progress=1 must be True or False"):
+        engine.warmup(progress=1)
+
+
+def test_options_of_calls_have_names(engine):
+    for call in (
+        lambda: engine.embed(["a"], "query"),
+        lambda: engine.embed(["a"], 16),
+        lambda: engine.hidden_states(["a"], True),
+        lambda: engine.warmup(False),
+        lambda: Engine.load("nowhere", FunnelConfig()),
+    ):
+        with pytest.raises(TypeError, match="positional"):
+            call()
+
+
+def test_token_ids_are_what_the_texts_are_run_as(engine):
+    texts = ["a small funnel", "pools"]
+    ids, offsets = ragged = engine.token_ids(texts, prompt_name="query")
+    assert [part.tolist() for part in np.split(ids, offsets[1:-1])] == [[2, 3, 3, 4, 5, 6], [2, 3, 3, 7]]
+    np.testing.assert_array_equal(engine.embed(ragged), engine.embed(texts, prompt_name="query"))
+    with pytest.raises(InputError, match="input 1 has 66 tokens, more than the limit of 64"):
+        engine.token_ids(["a", "a " * 65])
+
+
+def test_texts_in_an_array_get_the_prompt(engine):
+    texts = ["a small funnel", "pools pairs"]
+    expected = engine.embed(texts, prompt_name="query")
+    np.testing.assert_array_equal(engine.embed(np.array(texts), prompt_name="query"), expected)
+
+
+def test_a_result_that_is_kept_does_not_hold_its_batch(engine):
+    ids = random_ids([2, 60, 60])
+    tagger = make_engine(TAGGER)
+    for results in (engine.hidden_states(ids), tagger.tag(ids)):
+        assert all(rows.base is None and rows.flags.owndata and rows.flags.writeable for rows in results)
+    assert engine.embed(ids, normalize=False, truncate_dim=3).flags.owndata
+    assert engine.embed(ids, truncate_dim=3).flags.owndata
+    assert make_engine(CLASSIFIER).classify(ids).flags.owndata
+
+
 def test_a_refused_call_leaves_the_engine_usable(engine):
     before = engine.embed([[3, 4]])
     for bad in ([], [[]], [[-1]], [[3] * 65]):
@@ -205,6 +259,11 @@ def test_bad_options():
         make_engine(funnel=FunnelConfig((1, 1, 1, 2)))
     with pytest.raises(ConfigError, match=r"strides \(9, 8\) pool 72 tokens into one row, more than .* 64"):
         make_engine(funnel=FunnelConfig((9, 8)))
+    for wrong in ("xla", 3, b"xla"):
+        with pytest.raises(ConfigError, match="mesh="):
+            make_engine(mesh=wrong)
+    with pytest.raises(ConfigError, match="pooler=1 must be True or False"):
+        HeadConfig(pooler=1)
     with pytest.raises(ConfigError, match="pooling='attention' needs the learned query"):
         HeadConfig(pooling="attention")
 
@@ -247,3 +306,13 @@ def test_compiled_programs_outlive_the_process(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="file cannot be made a directory: File exists"):
         make_engine(compilation_cache=tmp_path / "file")
+
+
+@pytest.mark.parametrize("place", ["", 3, True, b"cache"])
+def test_a_cache_without_a_name_is_refused(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"compilation_cache=.* is not the name of a directory; name one, or give None"
+    ):
+        make_engine(compilation_cache=place).embed(random_ids([5]))
+    assert not list(tmp_path.iterdir())

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from funnel_engine.checkpoints.files import to_path
 from funnel_engine.checkpoints.formats import read_source
 from funnel_engine.checkpoints.native import MANIFEST, synchronize, write_checkpoint
+from funnel_engine.config import check_flag
 from funnel_engine.weights import DTYPES, check_dtype, count_parameters, expected_shapes
 from funnel_kernels.errors import CheckpointError
 
@@ -50,9 +51,10 @@ def convert(
     Raises:
         CheckpointError: a source that is missing, damaged or of a form that the engine does not run; a destination
             that exists or cannot be written.
-        ConfigError: another dtype or format.
+        ConfigError: another dtype or format, or a flag that is not True or False.
     """
     check_dtype(dtype)
+    overwrite, allow_nonfinite = check_flag("overwrite", overwrite), check_flag("allow_nonfinite", allow_nonfinite)
     source, destination = to_path(source), to_path(destination).resolve()
     clear_up(destination)
     check_destination(destination, source.resolve(), overwrite)

@@ -14,6 +14,7 @@ import pytest
 
 import funnel_native
 from funnel_kernels import add_norm, gated_linear, linear, linear_add_norm, native_calls, prepare, project_heads
+from funnel_kernels.linear.packed import packs
 from option_grid import EPS, HeadsCase, LinearAddNormCase, LinearCase, no_product, served_or_refused
 
 HANDLERS = funnel_native.handlers()
@@ -72,6 +73,39 @@ def test_results_are_equal_to_the_bit_from_run_to_run(case):
         with served_or_refused(case.dtype):
             first = run(case, threads)
             assert all((run(case, threads) == first).all() for _ in range(5))
+
+
+def row_results(op: str, dtype: str):
+    """A function that makes an op's results of rows `first` to `last` of its input, always with the same weights."""
+    if op == "project_heads":
+        heads = HeadsCase(400, 384, 128, (3, 1), 1, dtype, normed=True)
+        x, weight, cos, sin, norms = heads.arrays()
+        packed = prepare(weight, backend="cpu")
+        return lambda *rows: project_heads(
+            x[slice(*rows)], packed, cos[slice(*rows)], sin[slice(*rows)], norms, **heads.options(), backend="cpu"
+        )
+    if op == "linear_add_norm":
+        x, weight, add, norm, update_norm = LinearAddNormCase(400, 384, 384, dtype, normed=True).arrays()
+        packed, options = prepare(weight, backend="cpu"), {"update_weight": update_norm, "eps": EPS, "backend": "cpu"}
+        return lambda *rows: linear_add_norm(x[slice(*rows)], packed, add[slice(*rows)], norm, **options)
+    x, weight, _ = LinearCase(400, 384, 600, dtype, gated=op == "gated_linear").arrays()
+    packed = prepare(weight, parts=1 + (op == "gated_linear"), backend="cpu")
+    product = gated_linear if op == "gated_linear" else linear
+    return lambda *rows: [product(x[slice(*rows)], packed, backend="cpu")]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("op", ["linear", "gated_linear", "linear_add_norm", "project_heads"])
+def test_a_row_has_the_same_bits_among_any_number_of_rows(op, dtype):
+    """Whatever tile it is in: of one row or many, of few columns or whole rows."""
+    if not (OURS if dtype == "bfloat16" else packs(np.dtype(dtype), "cpu")):
+        pytest.skip("XLA makes these products here, or oneDNN with AMX")
+    results = row_results(op, dtype)
+    with native_calls.use_threads(2):
+        together = results(0, 400)
+        for first, last in ((0, 1), (5, 7), (3, 15), (100, 148), (7, 136), (1, 130), (200, 400), (1, 399)):
+            for result, all_rows in zip(results(first, last), together, strict=True):
+                np.testing.assert_array_equal(result, all_rows[first:last], err_msg=f"rows {first} to {last}")
 
 
 @pytest.mark.parametrize("normed", [False, True])

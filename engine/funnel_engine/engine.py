@@ -24,6 +24,7 @@ from funnel_engine.flops import ideal_ratio
 from funnel_engine.heads import HeadConfig, class_logits, head_shapes, sentence_vectors, sequence_logits
 from funnel_engine.inputs import Ragged, read_inputs
 from funnel_engine.jax_settings import guarded, own_settings
+from funnel_engine.messages import first_of
 from funnel_engine.model import Params, forward
 from funnel_engine.packing import (
     Ints,
@@ -125,7 +126,7 @@ class Engine:
         if not isinstance(funnel, FunnelConfig):
             raise ConfigError(f"funnel={funnel!r} must be a FunnelConfig; no funnel is FunnelConfig()")
         if dtype is not None:
-            check_dtype(dtype)
+            dtype = check_dtype(dtype)
         self.plan = make_plan(config, funnel)
         self.devices = OneDevice(config, backend) if mesh is None else DeviceMesh(mesh, config)
         if backend == "auto" and mesh is None:
@@ -507,7 +508,7 @@ def check_weights(weights: Mapping[str, Any], config: ModelConfig, head: HeadCon
         if name in weights and tuple(weights[name].shape) != shape
     ]
     if wrong:
-        raise CheckpointError(f"weights do not fit the config: {'; '.join(wrong)}")
+        raise CheckpointError(f"weights do not fit the config: {'; '.join(first_of(wrong))}")
     dtypes = {str(weight.dtype) for weight in weights.values()}
     if len(dtypes) > 1 or not dtypes <= set(DTYPES):
         raise CheckpointError(f"weights are {', '.join(sorted(dtypes))}; they must all be bfloat16 or all float32")

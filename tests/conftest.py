@@ -23,7 +23,7 @@ INTERPRETED = {"triton": "interpreted_triton", "tpu": "interpreted_pallas"}
 ONE_AT_A_TIME = threading.Lock()
 
 
-def interpret(kernel, *arrays, out_shape, grid, num_warps, num_stages, **options):
+def interpret(kernel, *arguments, out_shape, grid, num_warps, num_stages, **options):
     """What `triton_calls.call` does, on the host.
 
     bfloat16 is computed as float32, because the interpreter multiplies its bits as integers; only the results are
@@ -34,9 +34,12 @@ def interpret(kernel, *arrays, out_shape, grid, num_warps, num_stages, **options
     def widened(array):
         return array.astype(jnp.float32) if array.dtype == jnp.bfloat16 else array
 
+    arrays = [argument for argument in arguments if not isinstance(argument, int)]
+
     def run(*values):
         outputs = [torch.full(result.shape, float("nan")) for result in results]
-        inputs = [torch.from_numpy(np.array(value)) for value in values]
+        tensors = (torch.from_numpy(np.array(value)) for value in values)
+        inputs = [argument if isinstance(argument, int) else next(tensors) for argument in arguments]
         with ONE_AT_A_TIME:
             kernel[grid](*inputs, *outputs, **options)
         return tuple(output.numpy() for output in outputs)

@@ -7,16 +7,18 @@ most of it compilation: it gets a part of the grid, in which every value of ever
 Nothing here uses the engine: the intervals of packed sequences are spelled out row by row.
 """
 
+import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from funnel_kernels import dispatch
+from funnel_kernels import BackendUnavailable, PackedWeight, dispatch, native_calls, prepare
 from funnel_kernels.recover import MODES, SITES
 
 BACKENDS = tuple(dispatch.BACKENDS)
@@ -30,6 +32,33 @@ REFUSALS: dict[tuple[str, str], Callable[[Any], bool]] = {
 
 def refuses(op: str, backend: str, case: Any) -> bool:
     return REFUSALS.get((op, backend), lambda case: False)(case)
+
+
+def no_product(dtype: str) -> str | None:
+    """Why backend "cpu" has no matrix products of a dtype on this processor; None if it has."""
+    try:
+        native_calls.check_product(jnp.dtype(dtype))
+    except NotImplementedError as reason:
+        return str(reason)
+    return None
+
+
+def packed_weight(weight: np.ndarray, parts: int = 1) -> PackedWeight:
+    """As `prepare` packs it for backend "cpu"; where that has no products, one that nothing may read."""
+    prepared = prepare(weight, parts=parts, backend="cpu")
+    if no_product(str(weight.dtype)):
+        assert prepared is weight
+        return PackedWeight(weight.ravel(), weight.shape, parts)
+    assert isinstance(prepared, PackedWeight)
+    return prepared
+
+
+@contextlib.contextmanager
+def served_or_refused(dtype: str, backend: str = "cpu") -> Iterator[None]:
+    """Products of a dtype inside are served where the backend has them, and elsewhere refused with the reason."""
+    reason = no_product(dtype) if backend == "cpu" else None
+    with pytest.raises(BackendUnavailable, match=re.escape(reason)) if reason else contextlib.nullcontext():
+        yield
 
 
 def over_the_grid(op: str, backends: Iterable[str] = BACKENDS) -> pytest.MarkDecorator:

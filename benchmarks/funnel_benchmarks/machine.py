@@ -12,11 +12,14 @@ import jax
 import jaxlib
 import numpy as np
 
+from funnel_kernels import native_calls
+
 
 def machine_facts() -> dict[str, Any]:
     """Processor, memory, devices and versions, as plain JSON values."""
     return {
         "cpu": cpu_model(),
+        "instruction_set": native_calls.instruction_set(),
         "cores": usable_cores(),
         "memory_gb": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1),
         "platform": f"{platform.system()} {platform.machine()}",

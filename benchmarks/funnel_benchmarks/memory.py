@@ -7,6 +7,7 @@ import jax
 
 from funnel_engine.config import ModelConfig
 from funnel_engine.heads import HeadConfig
+from funnel_engine.jax_settings import default_device
 from funnel_engine.model import rows_per_block
 from funnel_engine.weights import DTYPES, count_parameters, expected_shapes
 from funnel_kernels.errors import InputError
@@ -41,7 +42,7 @@ def activation_bytes(config: ModelConfig, rows: int) -> int:
     estimate: buffers of attention and of the MLP, counted both, can share memory.
     """
     heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    block = min(rows, rows_per_block(config)) if jax.default_backend() == "cpu" else rows
+    block = min(rows, rows_per_block(config)) if default_device().platform == "cpu" else rows
     mlp = block * MLP_BYTES * config.intermediate_size
     return mlp + rows * (WIDTH_BYTES * config.hidden_size + HEAD_BYTES * heads)
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 SCHEMA = 2
-SAME_MACHINE = ("cpu", "cores", "devices")  # facts that may not change within a file
+SAME_MACHINE = ("cpu", "instruction_set", "cores", "devices")  # facts that may not change within a file
 FIELDS: dict[str, type] = {
     "suite": str, "started": str, "options": dict, "machine": dict, "resumed": list, "complete": bool, "rows": list,
     "left_out": list, "errors": list,

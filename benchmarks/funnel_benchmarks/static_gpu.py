@@ -42,7 +42,7 @@ from funnel_kernels.pool import POOLS
 from funnel_kernels.pool import triton_gpu as pool
 from funnel_kernels.recover import SITES
 from funnel_kernels.recover import triton_gpu as recover
-from funnel_kernels.triton_calls import row_rule
+from funnel_kernels.triton_calls import RowSizes, row_rule
 
 ROWS = 65_536
 EPS = 1e-6
@@ -129,35 +129,42 @@ def few(first: list[Any], second: list[Any]) -> Iterator[tuple[Any, Any]]:
 
 
 def attention_variants(target: str, sample: bool) -> Iterator[Variant]:
-    on_amd = TARGETS[target].backend == "hip"
-    capability = HOPPER if on_amd else TARGETS[target].arch
+    capability = HOPPER if TARGETS[target].backend == "hip" else TARGETS[target].arch
     shapes = sorted({(c.num_heads, c.num_kv_heads, c.head_dim, c.query_scale, c.softcap or 0.0) for c in configs()})
     if sample:  # heads that share a key, head dim and softcap shape the program
         shapes = list({(shape[0] // shape[1], shape[2], shape[4]): shape for shape in shapes}.values())
-    for dtype, (heads, kv_heads, head_dim, scale, softcap) in itertools.product(POINTERS, shapes):
-        sizes = attention.rule(attention.padded(head_dim), jnp.dtype(dtype), capability)
-        _, options = attention.launch(
-            ROWS, ROWS, jnp.dtype(dtype), heads, kv_heads, head_dim, scale, softcap or None, sizes
-        )
-        if on_amd:  # which has no TF32
-            options["precision"] = "ieee"
-        pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), POINTERS[dtype])
-        pointers |= dict.fromkeys(("lo_ptr", "hi_ptr"), "*i32")
-        details = f"{heads}/{kv_heads} heads of {head_dim}, softcap {softcap:g}, {dtype}"
-        yield Variant("attention", details, pointers, options)
+    for dtype, shape in itertools.product(POINTERS, shapes):
+        sizes = attention.rule(attention.padded(shape[2]), jnp.dtype(dtype), capability)
+        yield attention_variant(target, dtype, shape, sizes)
 
 
-def pool_variant(width: int, mode: str, dtype: str, stride: int) -> Variant:
-    sizes = row_rule(triton.next_power_of_2(width))
+def attention_variant(
+    target: str, dtype: str, shape: tuple[int, int, int, float, float], sizes: attention.Sizes
+) -> Variant:
+    """`shape`: heads, key/value heads, head dim, scale, softcap."""
+    heads, kv_heads, head_dim, scale, softcap = shape
+    _, options = attention.launch(ROWS, jnp.dtype(dtype), heads, kv_heads, head_dim, scale, softcap or None, sizes)
+    if TARGETS[target].backend == "hip":  # which has no TF32
+        options["precision"] = "ieee"
+    pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), POINTERS[dtype])
+    pointers |= dict.fromkeys(("lo_ptr", "hi_ptr"), "*i32")
+    details = f"{heads}/{kv_heads} heads of {head_dim}, softcap {softcap:g}, {dtype}"
+    return Variant("attention", details, pointers, options)
+
+
+def pool_variant(width: int, mode: str, dtype: str, stride: int, sizes: RowSizes | None = None) -> Variant:
+    sizes = sizes or row_rule(triton.next_power_of_2(width))
     _, options = pool.launch(ROWS // stride, width, stride, mode, EPS, sizes)
     pointers = dict.fromkeys(("x_ptr", "weight_ptr", "pooled_ptr", "normed_ptr"), POINTERS[dtype])
     details = f"{mode}, stride {stride}, width {width}, {dtype}"
     return Variant("pool_norm", details, pointers | {"real_ptr": "*i1"}, options)
 
 
-def recover_variant(width: int, mode: str, site: str, dtype: str, full: str, stride: int) -> Variant:
+def recover_variant(
+    width: int, mode: str, site: str, dtype: str, full: str, stride: int, sizes: RowSizes | None = None
+) -> Variant:
     """`full` is the dtype of the full-length activations: a running mean is float32 whatever the model."""
-    sizes = row_rule(triton.next_power_of_2(width))
+    sizes = sizes or row_rule(triton.next_power_of_2(width))
     _, options = recover.launch(ROWS // stride, width, stride, mode, site, EPS, sizes)
     pointers = dict.fromkeys(("short_ptr", "weight_ptr", "out_ptr"), POINTERS[dtype])
     details = f"{mode}, {site}, stride {stride}, width {width}, {dtype}"
@@ -170,7 +177,8 @@ def compile_for(target: str, variant: Variant) -> Compiled:
     constants = dict(variant.options)
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages")} | {"enable_fp_fusion": True}
     kernel = KERNELS[variant.op]
-    signature = {name: variant.pointers.get(name, "constexpr") for name in kernel.arg_names}
+    types = variant.pointers | dict.fromkeys(constants, "constexpr")
+    signature = {name: types.get(name, "i32") for name in kernel.arg_names}  # what is left are numbers of rows
     # JAX's arrays start at multiples of 16 bytes and more.
     aligned = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in variant.pointers}
     metadata: dict[str, Any] = {}

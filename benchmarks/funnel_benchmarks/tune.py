@@ -2,14 +2,16 @@
 
     python -m funnel_benchmarks.tune
 
-Every candidate runs on the same random data, is held against the `xla` backend, and is timed in turns with the others;
-the median decides. The table, `funnel_kernels/tuned/DEVICE.json`, is written after each op, width and dtype, and keeps
-the entries that are not measured again. An engine that is loaded afterwards uses it.
+What does not fit the GPU's shared memory is no candidate. Candidates are first compiled in processes side by side, and
+those that spill registers are dropped. The others run on the same random data, are held against the `xla` backend, and
+are timed in turns; the median decides. The table, `funnel_kernels/tuned/DEVICE.json`, is written after each op, width
+and dtype, and keeps the entries that are not measured again. An engine that is loaded afterwards uses it.
 """
 
 import importlib.metadata
 import itertools
 import json
+import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -55,6 +57,7 @@ class Problem(NamedTuple):
         make: block sizes -> the op with them.
         expected: the op of the `xla` backend.
         candidates: block sizes to try.
+        variant: block sizes -> what `static_gpu` compiles.
     """
 
     key: tuning.Key
@@ -63,6 +66,7 @@ class Problem(NamedTuple):
     make: Callable[[Any], Callable[..., Any]]
     expected: Callable[..., Any]
     candidates: Sequence[Any]
+    variant: Callable[[Any], Any]
 
 
 class Timing(NamedTuple):
@@ -85,23 +89,31 @@ def problems() -> Iterator[tuple[tuning.Key, Callable[[], Problem]]]:
 
 
 def attention_problem(head_dim: int, dtype: str) -> Problem:
+    from funnel_benchmarks import static_gpu
     from funnel_kernels.attention import triton_gpu
 
+    target, block_d = f"sm_{triton_calls.capability()}", triton_gpu.padded(head_dim)
+    limit = static_gpu.SHARED.get(target, max(static_gpu.SHARED.values()))
+    sizes = [triton_gpu.Sizes(*sizes) for sizes in itertools.product(*ATTENTION_SIZES[dtype])]
+    if dtype == "bfloat16":
+        sizes = [each for each in sizes if triton_gpu.shared_bytes(block_d, jnp.dtype(dtype), each) <= limit]
     generator = np.random.default_rng(0)
     q, k, v = (random_array(generator, (TOKENS, heads * head_dim), dtype) for heads in (HEADS, 1, 1))
     lo = jnp.arange(TOKENS, dtype=jnp.int32) // LENGTH * LENGTH
     options: dict[str, Any] = {"heads": HEADS, "kv_heads": 1, "scale": head_dim**-0.5, "softcap": None}
     return Problem(
-        tuning.Key("attention", triton_gpu.padded(head_dim), dtype),
+        tuning.Key("attention", block_d, dtype),
         f"{TOKENS // LENGTH} x {LENGTH} tokens, {HEADS} heads of {head_dim} on 1",
         (q, k, v, lo, lo + LENGTH),
         lambda sizes: lambda *arrays: triton_gpu.attention(*arrays, sizes=sizes, **options),
         lambda *arrays: attention(*arrays, backend="xla", **options),
-        [triton_gpu.Sizes(*sizes) for sizes in itertools.product(*ATTENTION_SIZES[dtype])],
+        sizes,
+        partial(static_gpu.attention_variant, target, dtype, (HEADS, 1, head_dim, head_dim**-0.5, 0.0)),
     )
 
 
 def pool_problem(width: int, dtype: str) -> Problem:
+    from funnel_benchmarks import static_gpu
     from funnel_kernels.pool import triton_gpu
 
     generator = np.random.default_rng(0)
@@ -114,10 +126,12 @@ def pool_problem(width: int, dtype: str) -> Problem:
         lambda sizes: lambda *arrays: triton_gpu.pool_norm(*arrays, sizes=sizes, **options),
         lambda *arrays: pool_norm(*arrays, backend="xla", **options),
         row_candidates(width),
+        partial(static_gpu.pool_variant, width, "max", dtype, STRIDE),
     )
 
 
 def recover_problem(width: int, dtype: str) -> Problem:
+    from funnel_benchmarks import static_gpu
     from funnel_kernels.recover import triton_gpu
 
     generator = np.random.default_rng(0)
@@ -130,6 +144,7 @@ def recover_problem(width: int, dtype: str) -> Problem:
         lambda sizes: lambda *arrays: triton_gpu.recover_norm(*arrays, sizes=sizes, **options),
         lambda *arrays: recover_norm(*arrays, backend="xla", **options),
         row_candidates(width),
+        partial(static_gpu.recover_variant, width, "sum", "before_norm", dtype, dtype, STRIDE),
     )
 
 
@@ -152,10 +167,15 @@ def measure(problem: Problem, advance: Callable[[], object]) -> list[Timing]:
     Args:
         advance: called once for each candidate, when it is compiled.
     """
-    expected = jax.tree.map(to_float64, jax.jit(problem.expected)(*problem.arrays))
+    expected = jax.jit(problem.expected)(*problem.arrays)
     calls: dict[Any, Callable[[], object]] = {}
     failures = []
+    refused = static_problems(problem)
     for sizes in problem.candidates:
+        if sizes in refused:
+            failures.append(Timing(sizes, None, refused[sizes]))
+            advance()
+            continue
         try:
             program = jax.jit(problem.make(sizes)).lower(*problem.arrays).compile()
             error = relative_error(program(*problem.arrays), expected)
@@ -176,16 +196,31 @@ def measure(problem: Problem, advance: Callable[[], object]) -> list[Timing]:
     return sorted(timings, key=microseconds) + failures
 
 
-def to_float64(array: jax.Array) -> np.ndarray:
-    return np.asarray(array).astype(np.float64)
+def static_problems(problem: Problem) -> dict[Any, str]:
+    """The candidates that spill registers or do not compile for this GPU, with the reason; none on a GPU that
+    `static_gpu` does not know."""
+    from funnel_benchmarks import static_gpu
+
+    target = f"sm_{triton_calls.capability()}"
+    if target not in static_gpu.TARGETS:
+        return {}
+    variants = {sizes: problem.variant(sizes)._replace(details=str(sizes)) for sizes in problem.candidates}
+    compiled = static_gpu.compile_all([(target, it) for it in variants.values()], multiprocessing.cpu_count())
+    found = {sizes: static_gpu.problem(target, compiled[it.name, target]) for sizes, it in variants.items()}
+    return {sizes: text for sizes, text in found.items() if text}
+
+
+@jax.jit
+def relative_errors(results: Any, expected: Any) -> list[jax.Array]:
+    """||result - expected|| / ||expected|| of each of an op's results, on the device: they are large."""
+    pairs = zip(jax.tree.leaves(results), jax.tree.leaves(expected), strict=True)
+    wide = [(result.astype(jnp.float32), wanted.astype(jnp.float32)) for result, wanted in pairs]
+    return [jnp.linalg.norm(result - wanted) / jnp.linalg.norm(wanted) for result, wanted in wide]
 
 
 def relative_error(results: Any, expected: Any) -> float:
-    """The largest ||result - expected|| / ||expected|| over the op's results; NaN is infinite."""
-    errors = jax.tree.map(
-        lambda result, wanted: np.linalg.norm(to_float64(result) - wanted) / np.linalg.norm(wanted), results, expected
-    )
-    return max(float(np.nan_to_num(error, nan=np.inf)) for error in jax.tree.leaves(errors))
+    """The largest one; NaN is infinite."""
+    return max(float(np.nan_to_num(error, nan=np.inf)) for error in relative_errors(results, expected))
 
 
 def calls_per_sample(call: Callable[[], object]) -> int:

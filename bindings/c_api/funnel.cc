@@ -1,5 +1,5 @@
-// funnel.h: checks what C callers hand in, keeps the table of open engines, and passes calls on to Python. This is built
-// into libfunnel_python.so, which libfunnel.so loads (library.cc).
+// funnel.h: checks what C callers hand in, keeps the table of open engines, and passes calls on to Python. It is in
+// libfunnel_python.so, which libfunnel.so loads (library.cc).
 
 #include "funnel.h"
 
@@ -182,8 +182,8 @@ Status call_host(const Engine& engine, const char* function, const char* format,
   return done ? Status{} : raised(engine.host.get());
 }
 
-// After a program was compiled or the model has run. What JAX makes late, it makes in the first of these; later ones are
-// followed ever more rarely, because `exit` keeps each entry.
+// After a program was compiled or the model has run. What JAX makes late, it makes in the first of these; later ones
+// are followed ever more rarely, because `exit` keeps each entry.
 void register_for_exit(const Engine& engine) {
   const uint64_t runs = ++engine.runs;
   if ((runs & (runs - 1)) == 0) wait_at_exit();

@@ -14,8 +14,8 @@
 namespace funnel_c_api {
 namespace {
 
-// The process that has an interpreter, or 0. In its children there are neither the threads that JAX needs nor those that
-// may have held a lock when they were made.
+// The process that has an interpreter, or 0. In its children there are neither the threads that JAX needs nor those
+// that may have held a lock when they were made.
 std::atomic<pid_t> python_process{0};
 
 bool forked() {
@@ -127,8 +127,8 @@ Reference take_exception() {
 
 Call::Call() {
   if (forked()) {
-    status = {FUNNEL_PYTHON, "this process is a fork of the one that opened an engine, and neither Python's threads nor "
-                             "JAX's are in it; open engines after the fork only, or start a new program"};
+    status = {FUNNEL_PYTHON, "this process is a fork of the one that opened an engine, and neither Python's threads "
+                             "nor JAX's are in it; open engines after the fork only, or start a new program"};
   } else if (in_callback) {
     status = {FUNNEL_INVALID_ARGUMENT, "a callback cannot call this library; return from it first"};
   } else if (has_subinterpreters()) {

@@ -43,8 +43,8 @@ class Callback {
 // Whether the process has begun to end.
 bool stopping();
 
-// Makes `exit` wait for the calls that run, and refuse later ones, before it destroys what was made until now. JAX makes
-// objects that `exit` destroys when it first compiles and runs, so this is called again after that.
+// Makes `exit` wait for the calls that run, and refuse later ones, before it destroys what was made until now. JAX
+// makes objects that `exit` destroys when it first compiles and runs, so this is called again after that.
 void wait_at_exit();
 
 // Makes sure that an interpreter runs. `python` is as in funnel_options. Not to be called with the lock held.

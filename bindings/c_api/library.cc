@@ -32,13 +32,13 @@ Status load_libpython(const char* given) {
   for (const char* library : {beside.c_str(), kLibpython}) {
     if (dlopen(library, RTLD_NOW | RTLD_GLOBAL) != nullptr) return {};
   }
-  return {FUNNEL_PYTHON, "no shared " + std::string(kLibpython) + " for " + python + " (tried " + beside +
-                             " and the loader's path); install it, e.g. libpython" FUNNEL_PYTHON_VERSION
-                             " of Debian, or take a Python built with --enable-shared"};
+  return {FUNNEL_PYTHON, "there is no " + std::string(kLibpython) + " for " + python + " (tried " + beside +
+                             " and the loader's path); install it (Debian: libpython" FUNNEL_PYTHON_VERSION
+                             "), or set funnel_options.python to a Python that was built with --enable-shared"};
 }
 
-// Makes Python's symbols visible in the whole process, where extension modules such as NumPy's look for them. A host may
-// have them already, and a plugin of the host (dlopen with RTLD_LOCAL) may have them out of sight.
+// Makes Python's symbols visible in the whole process, where extension modules such as NumPy's look for them. A host
+// may have them already, and a plugin of the host (dlopen with RTLD_LOCAL) may have them out of sight.
 Status provide_python(const char* given) {
   const bool is_loaded = dlopen(kLibpython, RTLD_NOW | RTLD_NOLOAD | RTLD_GLOBAL) != nullptr;
   if (!is_loaded && dlsym(RTLD_DEFAULT, "Py_GetVersion") == nullptr) {

@@ -10,6 +10,7 @@ import ctypes
 import functools
 import importlib
 import importlib.metadata
+import os
 import platform
 import sys
 from pathlib import Path
@@ -20,11 +21,29 @@ import numpy as np
 
 UNIT = 64  # output features that are packed together (kUnit in bindings/native/product_avx512_bf16.h)
 ONEDNN = "onednn-cpu-gomp"  # its wheel puts the library below the environment's prefix
+LIMIT = "FUNNEL_CPU_ISA"  # the variable that limits the kernels, and oneDNN, to an instruction set and those below it
+INSTRUCTION_SETS = ("avx2", "avx512", "avx512_bf16", "amx")
+
+
+def limit() -> str | None:
+    """The best instruction set that FUNNEL_CPU_ISA allows; None without a limit.
+
+    Raises:
+        ValueError: it names no instruction set.
+    """
+    name = os.environ.get(LIMIT) or None
+    if name is not None and name not in INSTRUCTION_SETS:
+        raise ValueError(f"{LIMIT}={name!r} must be one of {', '.join(INSTRUCTION_SETS)}; correct it or unset it")
+    return name
 
 
 @functools.cache
 def problem() -> str | None:
-    """Why the kernels cannot run on this machine; None if they can, and then they are registered."""
+    """Why the kernels cannot run on this machine; None if they can, and then they are registered.
+
+    Raises:
+        ValueError: as `limit`.
+    """
     try:
         module = handlers()
     except ImportError as error:
@@ -42,7 +61,9 @@ def handlers() -> ModuleType:
 
     Raises:
         ImportError: it is for other machines, it was not built, or oneDNN is missing; the message says what to do.
+        ValueError: as `limit`.
     """
+    limit()  # which the module reads as it is loaded
     if (sys.platform, platform.machine()) != ("linux", "x86_64"):
         raise ImportError(f"the kernels are for Linux on x86-64, and this is {sys.platform} on {platform.machine()}")
     reason = Path(__file__).with_name("not_built.txt")
@@ -50,9 +71,10 @@ def handlers() -> ModuleType:
         preload_onednn()
         return importlib.import_module("funnel_native._handlers")
     except ModuleNotFoundError as error:
-        why = reason.read_text().strip() if reason.exists() else "it is not there"
+        why = " ".join(reason.read_text(encoding="utf-8").split()) if reason.exists() else "it is not there"
         raise ImportError(
-            f"the compiled module was not built ({why}); install a C++17 compiler and install funnel-engine again"
+            f"the compiled module was not built ({why}); install a C++17 compiler, and funnel-engine again with "
+            "pip install --no-cache-dir --force-reinstall --no-deps"
         ) from error
     except (ImportError, OSError) as error:
         raise ImportError(f"the compiled module cannot be loaded: {error}") from error

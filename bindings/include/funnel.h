@@ -5,7 +5,7 @@
  *  1. Python and the packages that `pip install funnel-engine` brings are needed at run time.
  *  2. A process has one interpreter. The first funnel_open starts it and nothing stops it before the process ends.
  *     Where the process already runs Python, that interpreter is used. Where it has run Python and stopped it, or has
- *     sub-interpreters, calls return FUNNEL_PYTHON. Signal handlers and a pending Python exception are left as they are.
+ *     sub-interpreters, calls return FUNNEL_PYTHON. Signal handlers and a pending Python exception stay as they are.
  *  3. Every function may be called from any thread. Calls take turns on the interpreter's lock, which is free while a
  *     model computes. Throughput comes from many sequences in a call, not from many threads.
  *  4. In a child that fork() makes after funnel_open every call returns FUNNEL_PYTHON. Fork before, or call exec.
@@ -24,11 +24,12 @@
  *
  * Results go to memory of the caller, whose length is given in floats (not bytes) and checked before anything is read
  * or run. With `out` NULL and `out_floats` 0 a call checks the other arguments and returns FUNNEL_BUFFER_TOO_SMALL if
- * they are right. Nothing is written unless the call returns FUNNEL_OK. No pointer is kept after a call.
+ * they are right. Nothing is written unless the call returns FUNNEL_OK. No pointer is kept after a call,
+ * except by funnel_set_log.
  *
  * Every function that can fail takes `error` and `error_size`: a buffer for a message in UTF-8 that names the value,
- * the limit and the remedy. It is cut to the size given, always ends with 0, and is empty after FUNNEL_OK. 512 bytes hold
- * nearly every message; NULL with size 0 asks for none.
+ * the limit and the remedy. It is cut to the size given, always ends with 0, and is empty after FUNNEL_OK. 512 bytes
+ * hold nearly every message; NULL with size 0 asks for none.
  */
 #ifndef FUNNEL_H_
 #define FUNNEL_H_
@@ -72,8 +73,8 @@ typedef struct funnel_options {
   size_t struct_size;     /* sizeof(funnel_options) */
   const char* checkpoint; /* directory that `funnel convert` has written */
   const char* python;     /* Python executable of the environment that has funnel-engine. NULL: that of an interpreter
-                             which already runs, or else the one that this library was built with. An interpreter that
-                             runs cannot be exchanged: another value is refused */
+                             which already runs, or else that of the environment which the library is installed in
+                             or was built for. An interpreter that runs cannot be exchanged: another value is refused */
   const char* options;    /* JSON object, or NULL for the defaults: the keyword arguments of Python's Engine.load by
                              name, except path and mesh. "funnel" is itself an object with the fields of FunnelConfig.
                              An empty string is not JSON. For example
@@ -119,9 +120,9 @@ FUNNEL_API int32_t funnel_api_version(void);
 /* Version of the library, such as "0.1.0". */
 FUNNEL_API const char* funnel_version(void);
 
-/* Sends what Python logs, warnings of the module `warnings` included, to a function, for the whole process; NULL restores
- * what was before. May be called before the first funnel_open, whose messages the function then gets too. After the
- * return the function given before is not called any more. What XLA itself writes to standard error stays there.
+/* Sends what Python logs, warnings of the module `warnings` included, to a function, for the whole process; NULL
+ * restores what was before. May be called before the first funnel_open, whose messages the function then gets too. After
+ * the return the function given before is not called any more. What XLA itself writes to standard error stays there.
  *   user  handed to the function as it is */
 FUNNEL_API funnel_status funnel_set_log(funnel_log_function log, void* user, char* error, size_t error_size);
 
@@ -133,8 +134,8 @@ FUNNEL_API funnel_status funnel_open(const funnel_options* options, funnel_engin
 FUNNEL_API funnel_status funnel_warmup(funnel_engine* engine, char* error, size_t error_size);
 
 /* Compiles some buckets, and tells how far it is.
- *   buckets   `count` numbers of rows: of each, the smallest bucket that holds them is compiled. A sequence takes as many
- *             rows as it has tokens, rounded up to a multiple of the funnel's total stride. NULL with count 0: all
+ *   buckets   `count` numbers of rows: of each, the smallest bucket that holds them is compiled. A sequence takes as
+ *             many rows as it has tokens, rounded up to a multiple of the funnel's total stride. NULL with count 0: all
  *   progress  NULL for none
  *   user      handed to progress as it is
  * FUNNEL_CANCELLED: progress has stopped it. What was compiled stays, so that a second call goes on from there. */

@@ -1,10 +1,13 @@
-// The XLA FFI handler of attention: checks, packs keys and values in parallel, then works on tiles in parallel.
+// The XLA FFI handler of attention: checks, finds places for the keys, packs them and the values in parallel, then works
+// on tiles in parallel.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <exception>
-#include <limits>
+#include <numeric>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "attention_kernels.h"
 #include "checks.h"
@@ -18,7 +21,9 @@ namespace {
 constexpr int64_t kTileRows = 96;        // score rows; with head_dim 256, a tile's sums take 96 KB of a core's cache
 constexpr int64_t kLeastTileRows = 24;   // smaller tiles would not keep the vector units busy
 constexpr int64_t kTilesPerThread = 4;   // at least, if tiles do not become too small, so that threads finish together
-constexpr int64_t kKeysPacked = 4 * kKeyStep;  // at once
+constexpr int64_t kMostLanes = 16;
+constexpr int64_t kMostKeys = int64_t{1} << 29;  // they take at most twice as many places, and one step more
+constexpr int64_t kPlacesPacked = 4 * kKeyStep;  // at once
 
 // Query rows of a tile: as many as the cache holds, or fewer if that would leave threads without work.
 int64_t tile_rows(const Attention& call, int64_t threads) {
@@ -31,28 +36,73 @@ int64_t tile_rows(const Attention& call, int64_t threads) {
   return rows;
 }
 
-void run(ffi::ThreadPool& pool, int64_t threads, Attention& call, bool is_bfloat16) {
-  const AttentionKernels kernels = FUNNEL_BEST(attention_kernels)(is_bfloat16);
-  threads = sane_threads(threads);
+// Where keys are packed, so that a row's result does not depend on where its sequence lies in the batch.
+//
+// Keys that intervals join, such as those of a sequence, form a run. A run that fits into what is left of a block lies
+// in that block; a longer one begins a block. So blocks cut a run at the same keys wherever it is. Its first key lies at
+// a multiple of its length, rounded up to a power of two, or of kKeyStep if that is less: the lanes of vectors are then
+// added in the same order. Keys that nobody sees, such as the padding at the end of a batch, have no place.
+struct Places {
+  std::vector<int32_t> lo, hi, keys, starts;  // as in Attention
 
-  // Rows that nobody sees, such as the padding at the end of a batch, are not packed.
-  int64_t first = call.keys, last = 0;
-  for (int64_t i = 0; i < call.rows; ++i) {
-    const int64_t lo = std::max<int64_t>(call.lo[i], 0), hi = std::min<int64_t>(call.hi[i], call.keys);
-    if (lo < hi) {
-      first = std::min(first, lo);
-      last = std::max(last, hi);
+  Places(int64_t rows, int64_t key_rows, const int32_t* from, const int32_t* to) : lo(rows), hi(rows) {
+    const auto sees = [=](int64_t row) {
+      return std::pair<int64_t, int64_t>(std::max(from[row], 0), std::min<int64_t>(to[row], key_rows));
+    };
+    std::vector<int32_t> reach(key_rows), place(key_rows);  // reach: the end of the longest interval that begins here
+    for (int64_t row = 0; row < rows; ++row) {
+      const auto [first, last] = sees(row);
+      if (first < last) reach[first] = std::max<int32_t>(reach[first], last);
+    }
+    for (int64_t first = 0, last; first < key_rows; first = std::max(last, first + 1)) {
+      last = reach[first];
+      for (int64_t key = first + 1; key < last; ++key) last = std::max<int64_t>(last, reach[key]);
+      if (first < last) add(first, last, place.data() + first);
+    }
+    pad(kKeyStep);
+    starts.push_back(keys.size());
+    for (int64_t row = 0; row < rows; ++row) {
+      const auto [first, last] = sees(row);
+      if (first < last) lo[row] = place[first], hi[row] = place[last - 1] + 1;
     }
   }
-  call.first_key = std::min(first, last) / kKeyStep * kKeyStep;
-  call.last_key = (last + kKeyStep - 1) / kKeyStep * kKeyStep;
+
+ private:
+  void pad(int64_t step) { keys.resize((keys.size() + step - 1) / step * step, -1); }
+
+  void add(int64_t first, int64_t last, int32_t* place) {
+    const int64_t count = last - first;
+    int64_t step = 1;
+    while (step < std::min(count, kMostLanes)) step *= 2;
+    pad(step);
+    int64_t at = keys.size();
+    if (starts.empty() || at + count > starts.back() + kKeyBlock) {
+      pad(kKeyStep);
+      at = keys.size();
+      for (int64_t start = at; start < at + count; start += kKeyBlock) starts.push_back(start);
+    }
+    keys.resize(at + count);
+    std::iota(keys.begin() + at, keys.end(), first);
+    std::iota(place, place + count, at);
+  }
+};
+
+void run(ffi::ThreadPool& pool, int64_t threads, Attention& call, const Places& places, bool is_bfloat16) {
+  const AttentionKernels kernels = FUNNEL_BEST(attention_kernels)(is_bfloat16);
+  threads = sane_threads(threads);
+  call.lo = places.lo.data();
+  call.hi = places.hi.data();
+  call.keys = places.keys.data();
+  call.places = places.keys.size();
+  call.starts = places.starts.data();
+  call.blocks = places.starts.size() - 1;
 
   const Memory packed = allocate(sizeof(uint32_t) * kernels.packed_words(call));
   call.packed = static_cast<uint32_t*>(packed.get());
-  const int64_t pieces = (call.last_key - call.first_key + kKeysPacked - 1) / kKeysPacked;
+  const int64_t pieces = (call.places + kPlacesPacked - 1) / kPlacesPacked;
   parallel_for(pool, threads, call.kv_heads * pieces, [&](int64_t index) {
-    const int64_t from = call.first_key + index % pieces * kKeysPacked;
-    kernels.pack(call, index / pieces, from, std::min(from + kKeysPacked, call.last_key));
+    const int64_t from = index % pieces * kPlacesPacked;
+    kernels.pack(call, index / pieces, from, std::min(from + kPlacesPacked, call.places));
   });
 
   const int64_t rows = tile_rows(call, threads), tiles = (call.rows + rows - 1) / rows;
@@ -84,8 +134,8 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, f
                    " and be a multiple of kv_heads=" + std::to_string(kv_heads));
   }
   const int64_t head_dim = width / heads;
-  if (rows < 1 || keys < 1 || keys > std::numeric_limits<int32_t>::max()) {
-    return invalid("attention needs at least one query row, one key row, and at most 2^31 - 1 key rows");
+  if (rows < 1 || keys < 1 || keys > kMostKeys) {
+    return invalid("attention needs at least one query row, one key row, and at most 2^29 key rows");
   }
   if (!std::isfinite(scale) || !std::isfinite(softcap) || softcap < 0) {
     return invalid("scale=" + std::to_string(scale) + " and softcap=" + std::to_string(softcap) +
@@ -104,18 +154,17 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, f
   call.q = q.untyped_data();
   call.k = k.untyped_data();
   call.v = v.untyped_data();
-  call.lo = static_cast<const int32_t*>(lo.untyped_data());
-  call.hi = static_cast<const int32_t*>(hi.untyped_data());
   call.out = out->untyped_data();
   call.rows = rows;
-  call.keys = keys;
   call.heads = heads;
   call.kv_heads = kv_heads;
   call.head_dim = head_dim;
   call.scale = scale;
   call.softcap = softcap;
   try {
-    run(pool, threads, call, dtype == ffi::BF16);
+    const Places places(rows, keys, static_cast<const int32_t*>(lo.untyped_data()),
+                        static_cast<const int32_t*>(hi.untyped_data()));
+    run(pool, threads, call, places, dtype == ffi::BF16);
   } catch (const std::exception&) {
     return ffi::Error(ffi::ErrorCode::kResourceExhausted, "funnel_native: no memory for attention");
   }

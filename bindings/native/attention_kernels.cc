@@ -2,10 +2,9 @@
 // word at a time, times a panel of B that is kPanel columns wide. A word is a float or, where the processor multiplies
 // them so, two bfloat16 that follow each other in the sum.
 //
-// A row's softmax is computed block by block of kBlock keys, with a running maximum and sum (Milakov and Gimelshein,
-// arXiv:1805.02867; FlashAttention, arXiv:2205.14135). Scores are in units of ln 2: weights are powers of two. Blocks
-// start at multiples of kBlock whatever a row sees, and a key outside its interval adds an exact 0, so a row's result
-// does not depend on the rows that it shares a tile with.
+// A row's softmax is computed block by block, with a running maximum and sum (Milakov and Gimelshein, arXiv:1805.02867;
+// FlashAttention, arXiv:2205.14135). Scores are in units of ln 2: weights are powers of two. A key that a row does not
+// see adds an exact 0. So a row's result does not depend on the rows that it shares a tile with.
 #include "attention_kernels.h"
 
 #include "simd.h"
@@ -16,10 +15,9 @@ namespace {
 // kRows x 2 vectors of sums, 2 of B and one of A fill the registers: 32 with AVX-512, 16 without.
 constexpr int kRows = kLanes == 16 ? 12 : 6;
 constexpr int kPanel = 2 * kLanes;
-constexpr int64_t kBlock = 256;                    // keys; scores and weights of kRows rows stay in the first cache
-constexpr int64_t kScoreStride = kBlock + kLanes;  // no multiple of 1 KB: rows do not compete for the same cache lines
-constexpr float kLowest = -3e38f;                  // below any score, and finite
-static_assert(kKeyStep % kPanel == 0 && kBlock % kKeyStep == 0);
+constexpr int64_t kScoreStride = kKeyBlock + kLanes;  // no multiple of 1 KB: rows would compete for cache lines
+constexpr float kLowest = -3e38f;                     // below any score, and finite
+static_assert(kKeyStep % kPanel == 0);
 
 // Elements in a word.
 #ifdef __AVX512BF16__
@@ -97,9 +95,8 @@ void spread(const Element* row, int64_t elements, uint32_t* to, int64_t stride) 
 
 template <typename Element>
 int64_t packed_words(const Attention& call) {
-  const int64_t keys = call.last_key - call.first_key;
-  return call.kv_heads *
-         (keys * words_of<Element>(call.head_dim) + round_up(call.head_dim, kPanel) * words_of<Element>(keys));
+  return call.kv_heads * (call.places * words_of<Element>(call.head_dim) +
+                          round_up(call.head_dim, kPanel) * words_of<Element>(call.places));
 }
 
 // Where the packed keys and values of one head are.
@@ -114,31 +111,32 @@ struct Packed {
   Packed(const Attention& call, int64_t kv_head)
       : depth(words_of<Element>(call.head_dim)),
         columns(round_up(call.head_dim, kPanel)),
-        key_words(words_of<Element>(call.last_key - call.first_key)),
+        key_words(words_of<Element>(call.places)),
         k(call.packed + kv_head * (packed_words<Element>(call) / call.kv_heads)),
-        v(k + (call.last_key - call.first_key) * depth) {}
+        v(k + call.places * depth) {}
 };
 
 template <typename Element>
 void pack(const Attention& call, int64_t kv_head, int64_t first, int64_t last) {
   const Packed<Element> packed(call, kv_head);
-  const auto row_of = [&](const void* array, int64_t key) {
-    const Element* row = static_cast<const Element*>(array) + (key * call.kv_heads + kv_head) * call.head_dim;
-    return key < call.keys ? row : nullptr;
+  const auto row_of = [&](const void* array, int64_t place) {
+    const int64_t key = call.keys[place];
+    return key < 0 ? nullptr : static_cast<const Element*>(array) + (key * call.kv_heads + kv_head) * call.head_dim;
   };
-  const auto value_of = [&](int64_t key, int64_t column) {
-    const Element* row = row_of(call.v, key);
+  const auto value_of = [&](int64_t place, int64_t column) {
+    const Element* row = row_of(call.v, place);
     return row == nullptr ? Words{} : (Words)load_some(row + column, call.head_dim - column);
   };
-  for (int64_t key = first; key < last; ++key) {
-    const int64_t at = key - call.first_key;
-    spread(row_of(call.k, key), call.head_dim, packed.k + round_down(at, kPanel) * packed.depth + at % kPanel, kPanel);
+  for (int64_t at = first; at < last; ++at) {
+    const Element* row = row_of(call.k, at);
+    if (row == nullptr) continue;  // no row sees the place: its score, whatever it is, becomes a weight of 0
+    spread(row, call.head_dim, packed.k + round_down(at, kPanel) * packed.depth + at % kPanel, kPanel);
   }
-  for (int64_t key = first; key < last; key += kPerWord<Element>) {
-    uint32_t* to = packed.v + (key - call.first_key) / kPerWord<Element> * kPanel;
+  for (int64_t at = first; at < last; at += kPerWord<Element>) {
+    uint32_t* to = packed.v + at / kPerWord<Element> * kPanel;
     for (int64_t column = 0; column < packed.columns; column += kLanes) {
-      Words words = value_of(key, column);
-      if constexpr (kPerWord<Element> == 2) words = words >> 16 | value_of(key + 1, column);
+      Words words = value_of(at, column);
+      if constexpr (kPerWord<Element> == 2) words = words >> 16 | value_of(at + 1, column);
       store_words(to + round_down(column, kPanel) * packed.key_words + column % kPanel, words);
     }
   }
@@ -222,8 +220,8 @@ float weigh(const float* scores, int64_t count, int64_t lo, int64_t hi, Softmax&
 // A score row is one query head of one query row. A tile works on them in strips of kRows; those that fill up the last
 // strip hold zeros and see nothing.
 struct Strip {
-  int64_t lo[kRows], hi[kRows];  // the keys that each row sees
-  int64_t first, last;           // the keys that any of them sees lie in [first, last)
+  int64_t lo[kRows], hi[kRows];  // the places that each row sees
+  int64_t first, last;           // the places that any of them sees lie in [first, last)
   Softmax softmax[kRows];
 };
 
@@ -255,16 +253,16 @@ class Tile {
   }
 
   void run() {
-    int64_t first = call_.last_key, last = call_.first_key;
+    int64_t first = call_.places, last = 0;
     for (int64_t s = 0; s < strips_; ++s) {
       start(s);
       first = least(first, strip_[s].first);
       last = greatest(last, strip_[s].last);
     }
-    for (int64_t block = round_down(first, kBlock); block < last; block += kBlock) {
+    for (const int32_t* block = block_of(first); *block < last; ++block) {
       for (int64_t s = 0; s < strips_; ++s) {
-        const int64_t from = greatest(block, round_down(strip_[s].first, kPanel));
-        const int64_t to = least(block + kBlock, strip_[s].last);
+        const int64_t from = greatest(block[0], round_down(strip_[s].first, kPanel));
+        const int64_t to = least(block[1], strip_[s].last);
         if (from < to) visit(s, from, to);
       }
     }
@@ -278,6 +276,20 @@ class Tile {
     return (rows * (call.heads / call.kv_heads) + kRows - 1) / kRows;
   }
 
+  // The start of the block that holds a place, or the end of all blocks.
+  const int32_t* block_of(int64_t place) const {
+    int64_t low = 0, high = call_.blocks;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (call_.starts[middle + 1] <= place) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    return call_.starts + low;
+  }
+
   // Offset of a score row in q and out.
   int64_t offset(int64_t i) const { return (i / group_ * call_.heads + i % group_) * call_.head_dim; }
 
@@ -285,13 +297,13 @@ class Tile {
 
   void start(int64_t s) {
     Strip& strip = strip_[s];
-    strip.first = call_.last_key;
-    strip.last = call_.first_key;
+    strip.first = call_.places;
+    strip.last = 0;
     for (int64_t r = 0; r < kRows; ++r) {
       const int64_t i = s * kRows + r;
       const bool real = i < score_rows_;
-      strip.lo[r] = real ? greatest(lo_[i / group_], 0) : 0;
-      strip.hi[r] = real ? least(hi_[i / group_], call_.keys) : 0;
+      strip.lo[r] = real ? lo_[i / group_] : 0;
+      strip.hi[r] = real ? hi_[i / group_] : 0;
       if (strip.lo[r] < strip.hi[r]) {
         strip.first = least(strip.first, strip.lo[r]);
         strip.last = greatest(strip.last, strip.hi[r]);
@@ -302,11 +314,11 @@ class Tile {
     for (int64_t j = 0; j < kRows * packed_.columns; j += kLanes) store(sums(s, 0) + j, Floats{});
   }
 
-  // Adds what the keys [from, to), which lie in one block, contribute to a strip; `from` is a multiple of kPanel.
+  // Adds what the places [from, to), which lie in one block, contribute to a strip; `from` is a multiple of kPanel.
   void visit(int64_t s, int64_t from, int64_t to) {
     Strip& strip = strip_[s];
-    const int64_t count = to - from, at = from - call_.first_key;
-    score(queries_ + s * packed_.depth * kRows, at, count);
+    const int64_t count = to - from;
+    score(queries_ + s * packed_.depth * kRows, from, count);
 
     float shrink[kRows];
     for (int64_t r = 0; r < kRows; ++r) {
@@ -326,7 +338,7 @@ class Tile {
     for (int64_t column = 0; column < packed_.columns; column += kPanel) {
       float* to_sums = sums(s, column);
       multiply<Element, kWeightStride, 1>(
-          weights_, packed_.v + column * packed_.key_words + at / kPerWord<Element> * kPanel, words_of<Element>(count),
+          weights_, packed_.v + column * packed_.key_words + from / kPerWord<Element> * kPanel, words_of<Element>(count),
           [&](int r, int j, Floats product) {
             float* sum = to_sums + r * kPanel + j;
             store(sum, load(sum) * shrink[r] + product);

@@ -14,22 +14,26 @@ struct Attention {
   const void* q;                            // [rows, heads * head_dim]
   const void* k;                            // [keys, kv_heads * head_dim]
   const void* v;                            // as k
-  const int32_t* lo;                        // [rows], any values: what lies outside [0, keys] is clamped
-  const int32_t* hi;                        // [rows]
   void* out;                                // as q
-  int64_t rows, keys, heads, kv_heads, head_dim;
+  int64_t rows, heads, kv_heads, head_dim;
   float scale, softcap;                     // a softcap of 0 is none
-  int64_t first_key, last_key;              // multiples of kKeyStep between which every interval lies
+  // Keys have a place in the packed order, see attention.cc.
+  const int32_t* lo;                        // [rows]: row i sees the places lo[i] <= j < hi[i]
+  const int32_t* hi;                        // [rows]
+  const int32_t* keys;                      // [places]: the row of k and v, or -1 for none, which is packed as zeros
+  int64_t places;                           // a multiple of kKeyStep
+  const int32_t* starts;                    // [blocks + 1]: of each block, multiples of kKeyStep; the last is `places`
+  int64_t blocks;
   uint32_t* packed;                         // packed_words, on a cache line
 };
 
-// What is packed at once is a multiple of so many keys.
-constexpr int64_t kKeyStep = 32;
+constexpr int64_t kKeyStep = 32;    // what is packed at once is a multiple of so many places
+constexpr int64_t kKeyBlock = 256;  // places in a block, at most
 
 struct AttentionKernels {
   // 4-byte words that the packed keys and values of all heads take.
   int64_t (*packed_words)(const Attention&);
-  // Packs the keys and values of one head from row `first` to row `last`, multiples of kKeyStep.
+  // Packs the keys and values of one head from place `first` to place `last`, multiples of kKeyStep.
   void (*pack)(const Attention&, int64_t kv_head, int64_t first, int64_t last);
   // 4-byte words that `attend` needs as scratch memory.
   int64_t (*scratch_words)(const Attention&, int64_t rows);

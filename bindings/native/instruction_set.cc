@@ -1,41 +1,111 @@
 #include "instruction_set.h"
 
+#include <cpuid.h>
+
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <cctype>
+#include <cstdlib>
+#include <stdexcept>
+#include <utility>
+
+#include "oneapi/dnnl/dnnl.hpp"
 
 namespace funnel {
 namespace {
 
-constexpr std::array<const char*, 4> kNames = {"none", "avx2", "avx512", "avx512_bf16"};
+constexpr std::array<const char*, 5> kNames = {"none", "avx2", "avx512", "avx512_bf16", "amx"};
+constexpr const char* kVariable = "FUNNEL_CPU_ISA";
 
-InstructionSet of_this_machine() {
+// Asked of the processor itself, because clang's __builtin_cpu_supports does not know AMX.
+bool has_amx() {
+  unsigned eax, ebx, ecx, edx;
+  constexpr unsigned kTilesOfBfloat16 = 1u << 24 | 1u << 22;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & kTilesOfBfloat16) != kTilesOfBfloat16) return false;
+  unsigned low, high;
+  asm("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (low >> 17 & 3) == 3;  // the system keeps tiles when it switches threads
+}
+
+InstructionSet of_this_processor() {
   __builtin_cpu_init();
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return InstructionSet::none;
   if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
       !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl")) {
     return InstructionSet::avx2;
   }
-  return __builtin_cpu_supports("avx512bf16") ? InstructionSet::avx512_bf16 : InstructionSet::avx512;
+  if (!__builtin_cpu_supports("avx512bf16")) return InstructionSet::avx512;
+  return has_amx() ? InstructionSet::amx : InstructionSet::avx512_bf16;
 }
 
-const InstructionSet kMachine = of_this_machine();
-std::atomic<InstructionSet> limit{InstructionSet::avx512_bf16};
+// `none` for a name that is none of these.
+InstructionSet named(const std::string& name) {
+  const auto found = std::find(kNames.begin(), kNames.end(), name);
+  return static_cast<InstructionSet>(found == kNames.end() ? 0 : found - kNames.begin());
+}
+
+std::string name_of(InstructionSet set) { return kNames[static_cast<size_t>(set)]; }
+
+// What FUNNEL_CPU_ISA allows: everything if it is not set. The Python package refuses a name that it does not know.
+InstructionSet allowed() {
+  const char* value = std::getenv(kVariable);
+  const InstructionSet set = value ? named(value) : InstructionSet::none;
+  return set == InstructionSet::none ? InstructionSet::amx : set;
+}
+
+const InstructionSet kProcessor = of_this_processor(), kAllowed = allowed(), kBest = std::min(kProcessor, kAllowed);
+std::atomic<InstructionSet> current{kBest};
+
+// What the user allows oneDNN, by its own variable; a set of bits, as dnnl::cpu_isa is.
+unsigned onednn_allowed() {
+  constexpr std::array<std::pair<const char*, dnnl::cpu_isa>, 11> kIsas = {{
+      {"SSE41", dnnl::cpu_isa::sse41},
+      {"AVX", dnnl::cpu_isa::avx},
+      {"AVX2", dnnl::cpu_isa::avx2},
+      {"AVX2_VNNI", dnnl::cpu_isa::avx2_vnni},
+      {"AVX2_VNNI_2", dnnl::cpu_isa::avx2_vnni_2},
+      {"AVX512_CORE", dnnl::cpu_isa::avx512_core},
+      {"AVX512_CORE_VNNI", dnnl::cpu_isa::avx512_core_vnni},
+      {"AVX512_CORE_BF16", dnnl::cpu_isa::avx512_core_bf16},
+      {"AVX512_CORE_FP16", dnnl::cpu_isa::avx512_core_fp16},
+      {"AVX512_CORE_AMX", dnnl::cpu_isa::avx512_core_amx},
+      {"AVX512_CORE_AMX_FP16", dnnl::cpu_isa::avx512_core_amx_fp16},
+  }};
+  const char* value = std::getenv("ONEDNN_MAX_CPU_ISA");
+  if (value == nullptr) value = std::getenv("DNNL_MAX_CPU_ISA");  // its older name
+  std::string name = value ? value : "";
+  std::transform(name.begin(), name.end(), name.begin(), [](unsigned char c) { return std::toupper(c); });
+  for (const auto& [known, isa] : kIsas) {
+    if (name == known) return static_cast<unsigned>(isa);
+  }
+  return ~0u;
+}
 
 }  // namespace
 
-InstructionSet instruction_set() { return std::min(kMachine, limit.load(std::memory_order_relaxed)); }
+InstructionSet instruction_set() { return current.load(std::memory_order_relaxed); }
+
+std::string instruction_set_name() { return name_of(instruction_set()); }
+
+std::string processor_name() { return name_of(kProcessor); }
 
 bool limit_instruction_set(const std::string& name) {
-  for (size_t i = 1; i < kNames.size(); ++i) {
-    if (name == kNames[i]) {
-      limit = static_cast<InstructionSet>(i);
-      return true;
-    }
-  }
-  return false;
+  const InstructionSet set = named(name);
+  if (set == InstructionSet::none) return false;
+  current = std::min(set, kBest);
+  return true;
 }
 
-std::string instruction_set_name() { return kNames[static_cast<size_t>(instruction_set())]; }
+void limit_onednn() {
+  constexpr std::array<dnnl::cpu_isa, 4> kIsas = {
+      dnnl::cpu_isa::isa_default, dnnl::cpu_isa::avx2, dnnl::cpu_isa::avx512_core_vnni, dnnl::cpu_isa::avx512_core_bf16};
+  if (kAllowed == InstructionSet::amx) return;  // which is all that there is
+  // The bits that both have are an instruction set, too.
+  const unsigned isa = static_cast<unsigned>(kIsas[static_cast<size_t>(kAllowed)]) & onednn_allowed();
+  if (dnnl::set_max_cpu_isa(static_cast<dnnl::cpu_isa>(isa)) != dnnl::status::success) {
+    throw std::runtime_error(std::string(kVariable) + " comes too late: oneDNN is in use in this process");
+  }
+}
 
 }  // namespace funnel

@@ -10,12 +10,19 @@
 
 namespace funnel {
 
-enum class InstructionSet { none, avx2, avx512, avx512_bf16 };
+// Each has all of those before it. With `amx` our own kernels are those of avx512_bf16: its products are oneDNN's.
+enum class InstructionSet { none, avx2, avx512, avx512_bf16, amx };
 
-InstructionSet instruction_set();  // the best of this machine that `limit_instruction_set` allows
-// "avx2", "avx512" or "avx512_bf16"; the tests run every form that the machine can. False for any other name.
-bool limit_instruction_set(const std::string& name);
+InstructionSet instruction_set();  // the one that kernels run with
 std::string instruction_set_name();
+std::string processor_name();  // the best of this processor, whatever limits it
+
+// Kernels run with `name` ("avx2", ..., "amx") from now on, or with the best set below it that this processor has and
+// FUNNEL_CPU_ISA allows: the tests run every form. False for any other name.
+bool limit_instruction_set(const std::string& name);
+
+// Makes oneDNN, which must not have been used yet, keep to FUNNEL_CPU_ISA. Throws if it cannot.
+void limit_onednn();
 
 }  // namespace funnel
 
@@ -30,7 +37,7 @@ std::string instruction_set_name();
   result name(__VA_ARGS__);              \
   }
 
-#define FUNNEL_BEST(name)                                                                         \
-  (::funnel::instruction_set() == ::funnel::InstructionSet::avx512_bf16 ? ::funnel::avx512_bf16::name \
+#define FUNNEL_BEST(name)                                                                            \
+  (::funnel::instruction_set() >= ::funnel::InstructionSet::avx512_bf16 ? ::funnel::avx512_bf16::name \
    : ::funnel::instruction_set() == ::funnel::InstructionSet::avx512    ? ::funnel::avx512::name      \
                                                                         : ::funnel::avx2::name)

@@ -10,6 +10,7 @@
 namespace py = pybind11;
 
 PYBIND11_MODULE(_handlers, module) {
+  funnel::limit_onednn();
   module.def("handlers", [] {
     py::dict all;
     for (const auto& handlers : {funnel::attention_handlers(), funnel::linear_handlers(), funnel::rows_handlers()}) {
@@ -18,6 +19,7 @@ PYBIND11_MODULE(_handlers, module) {
     return all;
   });
   module.def("instruction_set", &funnel::instruction_set_name);
+  module.def("processor", &funnel::processor_name);
   module.def("limit_instruction_set", &funnel::limit_instruction_set, py::arg("name"));
   module.def("no_product", &funnel::no_product, py::arg("is_bfloat16"));
   module.def("packed_size", &funnel::packed_size, py::arg("out_features"), py::arg("in_features"),

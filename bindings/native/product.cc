@@ -43,7 +43,7 @@ class OneThread {
 };
 
 const dnnl::engine& cpu() {
-  static const auto& engine = *new dnnl::engine(dnnl::engine::kind::cpu, 0);  // never destroyed: threads may run at exit
+  static const auto& engine = *new dnnl::engine(dnnl::engine::kind::cpu, 0);  // never destroyed: threads may run on
   return engine;
 }
 
@@ -165,11 +165,7 @@ const Weights& weights_of(int64_t in_features, bool is_bfloat16) {
 
 // Whether tiles are our own kernel's. Not with AMX, whose instructions are oneDNN's alone.
 bool is_ours(const Weights& weights) {
-  static const bool without_amx = [] {
-    const auto best = dnnl::get_effective_cpu_isa();
-    return best == dnnl::cpu_isa::avx512_core_bf16 || best == dnnl::cpu_isa::avx512_core_fp16;
-  }();
-  return weights.in_pairs && without_amx && instruction_set() == InstructionSet::avx512_bf16;
+  return weights.in_pairs && instruction_set() == InstructionSet::avx512_bf16;
 }
 
 // Products are made once for each shape of a tile; there are at most a few hundred, as the engine has few buckets.
@@ -300,6 +296,7 @@ ffi::Error by_tiles(ffi::ThreadPool& pool, int64_t threads, const Product& produ
 }
 
 bool suits_whole_rows(int64_t rows, int64_t out_features, int64_t in_features, bool is_bfloat16, int64_t threads) {
+  if (!no_product(is_bfloat16).empty()) return false;
   const Weights& weights = weights_of(in_features, is_bfloat16);
   const Product product = {nullptr, nullptr, rows, in_features, out_features, 1, units_of(out_features), is_bfloat16};
   return is_ours(weights) && out_features % kUnit == 0 && out_features <= kMostWholeColumns &&
@@ -354,14 +351,14 @@ std::string no_product(bool is_bfloat16) {
   static const std::array<std::string, 2> reasons = [] {
     std::array<std::string, 2> found;
     for (const bool bfloat16 : {false, true}) {
-      std::string name = "nothing";
+      std::string name;
       try {
         name = TileProduct(kTileRows, 1, 1024, bfloat16, any_layout(1024, 1, bfloat16)).description.impl_info_str();
       } catch (const dnnl::error&) {  // it has no product of this dtype at all
       }
       if (name.rfind("brg:", 0) != 0) {
         found[bfloat16] = std::string("oneDNN has no blocked product of ") + (bfloat16 ? "bfloat16" : "float32") +
-                          " for this processor (it would run " + name + ")";
+                          " for this processor" + (name.empty() ? "" : " (it would run " + name + ")");
       }
     }
     return found;

@@ -19,6 +19,7 @@ import numpy as np
 
 from funnel_engine.config import FunnelConfig
 from funnel_engine.engine import Engine
+from funnel_engine.jax_settings import own_settings
 from funnel_kernels.errors import BackendUnavailable, CheckpointError, ConfigError, InputError
 
 API_VERSION = 2  # FUNNEL_API_VERSION of the libraries that this module serves
@@ -39,8 +40,8 @@ FUNNEL_OPTIONS = tuple(field.name for field in fields(FunnelConfig))
 
 def open_engine(checkpoint: bytes, options: bytes | None) -> tuple[Engine, tuple[int, ...]]:
     """The engine, and what funnel_info says about it, in its order."""
-    compile_something()
     engine = Engine.load(os.fsdecode(checkpoint), **read_options(b"{}" if options is None else options))
+    compile_something()
     head, config = engine.head, engine.config
     return engine, (
         engine.embedding_size,
@@ -54,7 +55,8 @@ def open_engine(checkpoint: bytes, options: bytes | None) -> tuple[Engine, tuple
 @functools.cache
 def compile_something() -> None:
     """Has XLA make for its first program what `exit` destroys, before the library registers for `exit`."""
-    jax.jit(lambda x: jnp.exp(x @ x))(np.ones((8, 8), np.float32)).block_until_ready()
+    with own_settings():
+        jax.jit(lambda x: jnp.exp(x @ x))(np.ones((8, 8), np.float32)).block_until_ready()
 
 
 def read_options(text: bytes) -> dict[str, Any]:
@@ -90,7 +92,7 @@ def warmup(engine: Engine, buckets: memoryview | None, report: Callable[[int, in
         if report(done, total):
             raise Cancelled(f"the warm-up was stopped after {done} of {total} programs; call it again to go on")
 
-    engine.warmup(progress, buckets=None if buckets is None else np.frombuffer(buckets, np.int32).tolist())
+    engine.warmup(progress=progress, buckets=None if buckets is None else np.frombuffer(buckets, np.int32).tolist())
 
 
 def embed(

@@ -1,14 +1,16 @@
 """The `funnel` command. `bench` and `demo` join it through the entry-point group `funnel_engine.commands`."""
 
+import contextlib
 import importlib.metadata
 import io
 import json
 import os
 import platform
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TypeVar
 
 import click
 import jax
@@ -21,11 +23,13 @@ from funnel_engine.checkpoints.convert import convert as convert_checkpoint
 from funnel_engine.checkpoints.formats import FORMATS
 from funnel_engine.config import ATTENTIONS, FunnelConfig
 from funnel_engine.engine import Engine, describe_funnel
+from funnel_engine.inputs import TooLong
 from funnel_engine.inspection import inspect_checkpoint
+from funnel_engine.jax_settings import default_device, device_name
 from funnel_engine.output_files import check_writable, write_bytes
 from funnel_engine.presets import preset
 from funnel_engine.weights import DTYPES
-from funnel_kernels import dispatch
+from funnel_kernels import dispatch, native_calls
 from funnel_kernels.errors import ConfigError, FunnelError, InputError
 from funnel_kernels.pool import POOLS
 
@@ -58,13 +62,13 @@ class FunnelGroup(click.Group):
             return super().invoke(ctx)
         except FunnelError as error:
             raise Refusal(" ".join(str(error).split())) from error
-        except UnicodeDecodeError as error:
-            raise Refusal(f"the text is not UTF-8 ({error.reason} at byte {error.start}); convert it first") from error
         except KeyboardInterrupt:
             # Everything half-written is removed by now, but the device may still be reading weights that are mapped
             # into memory; the interpreter's own end would unmap them under it.
             click.echo("Interrupted", err=True)
             os._exit(INTERRUPTED)
+        except BrokenPipeError:  # the reader has left, e.g. `| head`; click ends the process without a word
+            raise
         except OSError as error:
             raise Refusal(f"{error.filename or 'output'}: {error.strerror or error}") from error
 
@@ -170,23 +174,31 @@ def inspect(
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 def doctor(as_json: bool) -> None:
-    """Show versions, devices, and which backend serves which op, and why not the others."""
+    """Show versions, devices, and which backend serves which op, and why not the others.
+
+    With problems the exit status is 2.
+    """
     packages = ("funnel-engine", "jax", "jaxlib", "numpy", "tokenizers")
     facts: dict[str, Any] = {
         "python": platform.python_version(),
         **{package: importlib.metadata.version(package) for package in packages},
-        "platform": jax.default_backend(),
-        "devices": [str(device) for device in jax.devices()],
         "cpus": os.cpu_count(),
     }
-    served = served_by(preset(DOCTORS_MODEL), FunnelConfig(), "bfloat16", "auto")
-    facts |= {op: str(answer) for op, answer in served.items()} | dispatch.BACKENDS
-    print_facts(facts, as_json)
+    try:
+        facts |= {"platform": default_device().platform, "devices": list(map(device_name, jax.devices()))}
+        facts["instruction set"] = native_calls.instruction_set()
+        served = served_by(preset(DOCTORS_MODEL), FunnelConfig(), "bfloat16", "auto")
+        facts |= {op: str(answer) for op, answer in served.items()}
+    except FunnelError as error:
+        facts["problems"] = [str(error)]
+    print_facts(facts | dispatch.BACKENDS, as_json)
+    if "problems" in facts:
+        raise SystemExit(2)
 
 
 @main.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.argument("texts", type=click.File(encoding="utf-8-sig"), default="-")
+@click.argument("texts", type=click.Path(exists=True, dir_okay=False, allow_dash=True), default="-")
 @click.option(
     "--output", "-o", required=True, type=click.Path(path_type=Path, dir_okay=False),
     help="File to write: .npy (an array [texts, size]) or .jsonl (one JSON list a line).",
@@ -200,7 +212,7 @@ def doctor(as_json: bool) -> None:
 @funnel_options
 def embed(
     checkpoint: Path,
-    texts: TextIO,
+    texts: str,
     output: Path,
     truncate_dim: int | None,
     prompt_name: str | None,
@@ -212,34 +224,72 @@ def embed(
     stride: int | None,
     pool: str | None,
 ) -> None:
-    """Turn texts into vectors, one per line of TEXTS (a file, or - for standard input).
+    """Turn texts into vectors, one per line of TEXTS (a file of UTF-8, or - for standard input).
+
+    All lines are checked before the first is computed.
 
     Example: funnel embed my-gemma sentences.txt --after 2 -o vectors.npy
     """
     check_writable(output, (".npy", ".jsonl"))
-    lines = [line.rstrip("\r\n") for line in texts]
+    lines = read_lines(texts)
     for number, line in enumerate(lines, start=1):
         if not line:
             raise InputError(f"line {number} of the texts is empty; each line must hold one text")
     if not lines:
         raise InputError("there is no text to embed; give one text a line")
     engine = Engine.load(checkpoint, funnel=make_funnel(after, stride, pool), backend=backend, attention=attention)
-    console = Console(stderr=True)
-    starts = range(0, len(lines), TEXTS_PER_CALL)
-    bar = track(starts, "Embedding", console=console, transient=True, disable=not console.is_terminal)
-    parts = []
-    for start in bar:
+    calls = []
+    for start in show_progress(range(0, len(lines), TEXTS_PER_CALL), "Reading"):
+        part = lines[start : start + TEXTS_PER_CALL]
         try:
-            parts.append(
-                engine.embed(
-                    lines[start : start + TEXTS_PER_CALL],
-                    normalize=normalize, truncate_dim=truncate_dim, prompt_name=prompt_name, truncate=truncate,
-                )
-            )  # fmt: skip
-        except InputError as error:  # the engine counts from 0 within a call
+            calls.append(engine.token_ids(part, prompt_name=prompt_name, truncate=truncate))
+        except TooLong as error:  # the engine counts from 0 within a call
+            raise InputError(
+                f"line {start + error.index + 1} has {error.tokens} tokens, more than the limit of {error.limit}; "
+                "shorten it, or cut the ends of such lines off with --truncate"
+            ) from error
+        except InputError as error:
             raise InputError(name_line(str(error), start)) from error
+    embedding = show_progress(calls, "Embedding")
+    parts = [engine.embed(ids, normalize=normalize, truncate_dim=truncate_dim) for ids in embedding]
     write_vectors(output, np.concatenate(parts))
     click.echo(f"Wrote {len(lines)} vectors of size {parts[0].shape[1]} to {output}")
+
+
+def read_lines(texts: str) -> list[str]:
+    """The lines of a file, or of standard input for "-", without their ends.
+
+    They are those of `wc -l` and of editors: only a line feed ends a line, with a carriage return before it or not, and
+    the last line may be without one.
+
+    Raises:
+        InputError: a line is not UTF-8, or standard input is closed.
+    """
+    if texts == "-" and sys.stdin is None:
+        raise InputError("standard input is closed; name a file of texts, or pipe them in")
+    lines, before = [], 0
+    with contextlib.nullcontext(sys.stdin.buffer) if texts == "-" else open(texts, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                lines.append(line.decode().removesuffix("\r\n").removesuffix("\n"))
+            except UnicodeDecodeError as error:
+                raise InputError(
+                    f"line {number} of the texts is not UTF-8: {error.reason} at byte {error.start + 1} of the line, "
+                    f"byte {before + error.start + 1} of all; convert the texts to UTF-8 first"
+                ) from error
+            before += len(line)
+    if lines:
+        lines[0] = lines[0].removeprefix("\ufeff")  # a byte order mark
+    return lines
+
+
+Item = TypeVar("Item")
+
+
+def show_progress(items: Sequence[Item], what: str) -> Iterable[Item]:
+    """The items, with a bar on standard error if that is a terminal."""
+    console = Console(stderr=True)
+    return track(items, what, console=console, transient=True, disable=not console.is_terminal)
 
 
 def name_line(message: str, start: int) -> str:

@@ -4,9 +4,12 @@ What differs between model families is data here, so that `model.forward` has on
 """
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
-from funnel_kernels.errors import ConfigError
+import numpy as np
+
+from funnel_kernels.errors import ConfigError, FunnelError
 from funnel_kernels.pool import POOLS
 from funnel_kernels.recover import SITES
 
@@ -89,8 +92,10 @@ class ModelConfig:
 
     def __post_init__(self):
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim"):
-            check_positive(name, getattr(self, name))
-        check_positive("max_positions", self.max_positions)
+            set_field(self, name, check_positive(name, getattr(self, name)))
+        set_field(self, "max_positions", check_positive("max_positions", self.max_positions))
+        for name in ("post_norms", "qk_norm"):
+            set_field(self, name, check_flag(name, getattr(self, name)))
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
         if self.head_dim % 2:
@@ -103,8 +108,13 @@ class ModelConfig:
         if "sliding" in self.layer_types and (self.causal_window is None or self.bidirectional_window is None):
             raise ConfigError("the model has sliding layers but no window; set sliding_window in its config")
         for name in ("norm_eps", "query_scale", *(["softcap"] if self.softcap is not None else [])):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name}={getattr(self, name)} must be greater than 0")
+            set_field(self, name, check_number(name, getattr(self, name)))
+        for name in ("full_rope", "sliding_rope"):
+            rope = getattr(self, name)
+            if not isinstance(rope, Rope):
+                raise ConfigError(f"{name}={rope!r} must be a Rope")
+            theta, factor = check_number(f"{name}.theta", rope.theta), check_number(f"{name}.factor", rope.factor)
+            set_field(self, name, Rope(theta, factor))
 
     @property
     def num_layers(self) -> int:
@@ -143,6 +153,7 @@ class FunnelConfig:
     """
 
     strides: tuple[int, ...] = ()
+    _: dataclasses.KW_ONLY
     pool: str = "max"
     pool_query_only: bool = False
     positions: str = "first"
@@ -153,14 +164,11 @@ class FunnelConfig:
     def __post_init__(self):
         if not isinstance(self.strides, (tuple, list)):
             raise ConfigError(f"strides={self.strides!r} must be a tuple of integers, one for each layer")
-        object.__setattr__(self, "strides", tuple(self.strides))
-        for index, stride in enumerate(self.strides):
-            if isinstance(stride, bool) or not isinstance(stride, int) or stride < 1:
-                raise ConfigError(f"strides[{index}]={stride!r} must be an integer of at least 1 (1 is no pooling)")
+        strides = tuple(check_positive(f"strides[{index}]", stride) for index, stride in enumerate(self.strides))
+        set_field(self, "strides", strides)
         check_option("pool", self.pool, POOLS)
         for name in ("pool_query_only", "keep_first"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name}={getattr(self, name)!r} must be True or False")
+            set_field(self, name, check_flag(name, getattr(self, name)))
         check_option("positions", self.positions, POSITIONS)
         check_option("recovery_site", self.recovery_site, SITES)
         if self.recovery is not None:
@@ -179,9 +187,7 @@ class FunnelConfig:
     @classmethod
     def after(cls, layers: int, *, stride: int = 2, **options: Any) -> "FunnelConfig":
         """One funnel after `layers` full-length layers: `after(6)` has strides `(1, 1, 1, 1, 1, 1, 2)`."""
-        if isinstance(layers, bool) or not isinstance(layers, int) or layers < 0:
-            raise ConfigError(f"layers={layers!r} before the funnel must be an integer of at least 0")
-        return cls(strides=(1,) * layers + (stride,), **options)
+        return cls(strides=(1,) * check_integer("layers", layers, least=0) + (stride,), **options)
 
     @property
     def total_stride(self) -> int:
@@ -236,13 +242,46 @@ def layer_steps(config: ModelConfig, funnel: FunnelConfig) -> list[LayerStep]:
     return steps
 
 
-def check_positive(name: str, value: Any) -> None:
+# The checks of what a caller gives. Each returns the value as a plain one of Python, so that NumPy's may be given too.
+
+
+def check_integer(
+    name: str, value: Any, *, least: int, most: int | None = None, error: type[FunnelError] = ConfigError
+) -> int:
+    """Raises `error` unless `value` is an integer within the limits. A bool is not an integer here."""
+    is_integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not is_integer or value < least or (most is not None and value > most):
+        limits = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise error(f"{name}={value!r} must be an integer {limits}")
+    return int(value)
+
+
+def check_positive(name: str, value: Any) -> int:
     """Raises `ConfigError` unless `value` is an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name}={value!r} must be an integer of at least 1")
+    return check_integer(name, value, least=1)
+
+
+def check_number(name: str, value: Any) -> float:
+    """Raises `ConfigError` unless `value` is a finite number greater than 0."""
+    is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    if not is_number or not 0 < value < math.inf:
+        raise ConfigError(f"{name}={value!r} must be a finite number greater than 0")
+    return float(value)
+
+
+def check_flag(name: str, value: Any, *, error: type[FunnelError] = ConfigError) -> bool:
+    """Raises `error` unless `value` is True or False."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise error(f"{name}={value!r} must be True or False")
+    return bool(value)
 
 
 def check_option(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raises `ConfigError` unless `value` is one of `choices`."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ConfigError(f"{name}={value!r} is unknown; choose one of {', '.join(choices)}")
+
+
+def set_field(instance: Any, name: str, value: Any) -> None:
+    """Sets a field of a frozen dataclass, which only its own `__post_init__` may do."""
+    object.__setattr__(instance, name, value)

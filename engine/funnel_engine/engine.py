@@ -18,10 +18,12 @@ from jax.sharding import Mesh
 
 from funnel_engine.backends import served_by
 from funnel_engine.checkpoints.native import read_checkpoint
-from funnel_engine.config import FunnelConfig, ModelConfig, check_positive
+from funnel_engine.config import FunnelConfig, ModelConfig, check_flag, check_integer, check_positive
 from funnel_engine.flops import ideal_ratio
 from funnel_engine.heads import HeadConfig, class_logits, head_shapes, sentence_vectors, sequence_logits
-from funnel_engine.inputs import Ragged, holds_texts, read_inputs
+from funnel_engine.inputs import Ragged, read_inputs
+from funnel_engine.jax_settings import guarded, own_settings
+from funnel_engine.messages import first_of
 from funnel_engine.model import Params, forward
 from funnel_engine.packing import (
     Ints,
@@ -70,8 +72,12 @@ class Engine:
     A call packs its sequences into batches of at most `max_batch_tokens` rows, longest sequences first, and returns
     its results in input order. Every batch runs in a *bucket*, a size of the packed axis that is compiled once, by
     `warmup` or else by the first call that needs it.
+
+    JAX's settings of the process, e.g. `jax_enable_x64`, do not reach it. A process that is forked after an engine was
+    made gets `BackendUnavailable` from every method that needs JAX.
     """
 
+    @guarded
     def __init__(
         self,
         config: ModelConfig,
@@ -94,7 +100,7 @@ class Engine:
             config: the architecture.
             head: what stands on top of the encoder.
             weights: arrays by the names and of the shapes that `weights.expected_shapes` gives, all float32 or all
-                bfloat16. Without a mesh, JAX arrays are used as they are, so engines can share them.
+                bfloat16. Without a mesh, JAX arrays on the device are used as they are, so engines can share them.
             funnel: where and how the token axis is pooled.
             backend: "auto", "triton", "tpu", "xla" or "reference", see `funnel_kernels.dispatch`.
             tokenizer: makes ids of texts; None takes token ids only.
@@ -110,21 +116,23 @@ class Engine:
         Raises:
             ConfigError: options that contradict the model or each other, or a mesh that does not divide the model.
             CheckpointError: weights that are missing, unknown, misshapen or of another dtype.
-            BackendUnavailable: no such backend here.
+            BackendUnavailable: no such backend here, or one that does not serve this model.
         """
         dispatch.check_backend(backend)
-        check_positive("max_batch_tokens", max_batch_tokens)
+        max_batch_tokens = check_positive("max_batch_tokens", max_batch_tokens)
         if max_batch_tokens > MAX_BATCH_TOKENS:
             raise ConfigError(f"max_batch_tokens={max_batch_tokens} is beyond the limit of {MAX_BATCH_TOKENS} (2**24)")
         if not isinstance(funnel, FunnelConfig):
             raise ConfigError(f"funnel={funnel!r} must be a FunnelConfig; no funnel is FunnelConfig()")
         if dtype is not None:
-            check_dtype(dtype)
+            dtype = check_dtype(dtype)
         self.plan = make_plan(config, funnel)
         self.devices = OneDevice(config, backend) if mesh is None else DeviceMesh(mesh, config)
+        if backend == "auto" and mesh is None:
+            native_calls.warn_without_kernels()
         check_weights(weights, config, head)
         if compilation_cache is not None:
-            keep_compiled_programs(Path(compilation_cache))
+            keep_compiled_programs(compilation_cache)
         self.config, self.head, self.funnel, self.backend = config, head, funnel, backend
         self.threads = count_threads(threads)
         self.tokenizer, self.text = tokenizer, text
@@ -136,11 +144,15 @@ class Engine:
         self._lock = threading.Lock()  # guards the programs and the counters
         self._stats = dict.fromkeys(COUNTERS, 0) | {"compile_seconds": 0.0}
         self._warm = False
+        if backend != "auto":  # which has always one that serves; another may refuse, now and not in the first call
+            self._traced("forward", self.buckets[0], 0)
+            self._traced("embed", self.buckets[0], 1)
 
     @classmethod
     def load(
         cls,
         path: str | PathLike[str],
+        *,
         funnel: FunnelConfig = FunnelConfig(),
         backend: str = "auto",
         dtype: str | None = None,
@@ -167,7 +179,7 @@ class Engine:
             CheckpointError: the directory is not a whole checkpoint.
             ConfigError, BackendUnavailable: as `Engine`.
         """
-        checkpoint = read_checkpoint(path, verify=verify)
+        checkpoint = read_checkpoint(path, verify=check_flag("verify", verify))
         config, head = checkpoint.config, checkpoint.head
         if attention is not None:
             config = dataclasses.replace(config, attention=attention)
@@ -188,19 +200,34 @@ class Engine:
             threads=threads,
         )
 
+    def token_ids(self, inputs: Any, *, prompt_name: str | None = None, truncate: bool = False) -> Ragged:
+        """The token ids `(ids, offsets)` that the other methods run for these inputs, and take in their place.
+
+        So everything can be checked before anything is run. The arguments are those of `embed`.
+
+        Raises:
+            InputError: inputs that cannot be run.
+        """
+        truncate = check_flag("truncate", truncate, error=InputError)
+        return read_inputs(
+            inputs, self.tokenizer, self.text, prompt_name=prompt_name,
+            vocab_size=self.config.vocab_size, max_length=self.max_length, truncate=truncate,
+        )  # fmt: skip
+
+    @guarded
     def embed(
         self,
         inputs: Any,
+        *,
         normalize: bool = True,
         truncate_dim: int | None = None,
         prompt_name: str | None = None,
-        *,
         truncate: bool = False,
     ) -> np.ndarray:
         """One vector per input: its rows pooled, then the head's dense layers if it has any.
 
         Args:
-            inputs: a text, a list of texts, a list of token-id sequences, or ragged `(ids, offsets)`.
+            inputs: a text, texts, sequences of token ids, or ragged `(ids, offsets)`, see `inputs.read_inputs`.
             normalize: scale each vector to length 1.
             truncate_dim: keep only the first dimensions, before normalising (Matryoshka, arXiv:2205.13147).
             prompt_name: which of the checkpoint's prompts to put before each text.
@@ -212,19 +239,19 @@ class Engine:
         Raises:
             InputError: inputs that cannot be run; the engine stays usable.
         """
+        normalize = check_flag("normalize", normalize, error=InputError)
         width = self.embedding_size
-        is_integer = isinstance(truncate_dim, (int, np.integer)) and not isinstance(truncate_dim, bool)
-        if truncate_dim is not None and not (is_integer and 1 <= truncate_dim <= width):
-            raise InputError(f"truncate_dim={truncate_dim!r} must be an integer from 1 to the vector's size, {width}")
-        ragged = self._read(inputs, truncate, prompt_name)
+        if truncate_dim is not None:
+            width = check_integer("truncate_dim", truncate_dim, least=1, most=width, error=InputError)
+        ragged = self.token_ids(inputs, prompt_name=prompt_name, truncate=truncate)
         vectors = np.empty((len(ragged.lengths), width), np.float32)
         for order, _, result in self._run(ragged, self._embed_rows):
-            vectors[order] = result[: len(order)]
-        vectors = vectors[:, :truncate_dim]
+            vectors[order] = result[: len(order), :width]
         if normalize:
             vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
         return vectors
 
+    @guarded
     def classify(self, inputs: Any, *, truncate: bool = False) -> np.ndarray:
         """Raw logits of each input, [B, labels] float32: the classifier at the last token that is not padding.
 
@@ -236,12 +263,13 @@ class Engine:
             InputError: inputs that cannot be run.
         """
         self._require_task("classify")
-        ragged = self._read(inputs, truncate)
+        ragged = self.token_ids(inputs, truncate=truncate)
         logits = np.empty((len(ragged.lengths), len(self.head.labels)), np.float32)
         for order, _, result in self._run(ragged, self._classify_rows):
             logits[order] = result[: len(order)]
         return logits
 
+    @guarded
     def tag(self, inputs: Any, *, truncate: bool = False) -> list[np.ndarray]:
         """Raw logits of each token, one [T, labels] float32 array per input.
 
@@ -257,6 +285,7 @@ class Engine:
             )
         return self._split_rows(inputs, truncate, self._tag_rows)
 
+    @guarded
     def hidden_states(self, inputs: Any, *, truncate: bool = False) -> list[np.ndarray]:
         """The encoder's rows after the final norm, one [R, D] float32 array per input.
 
@@ -267,8 +296,9 @@ class Engine:
         """
         return self._split_rows(inputs, truncate, lambda rows, batches, where: rows)
 
+    @guarded
     def warmup(
-        self, progress: bool | Callable[[int, int], None] = True, *, buckets: Sequence[int] | None = None
+        self, *, progress: bool | Callable[[int, int], None] = True, buckets: Sequence[int] | None = None
     ) -> None:
         """Compiles the programs of every bucket, so that no later call compiles.
 
@@ -281,6 +311,8 @@ class Engine:
         Raises:
             InputError: `buckets` holds something that no bucket holds.
         """
+        if not callable(progress):
+            progress = check_flag("progress", progress, error=InputError)
         tasks = ["embed", "classify"] if self.head.task == "classify" else ["embed"]
         jobs: list[tuple[str, int, int]] = []
         for rows in self.buckets if buckets is None else self._buckets_for(buckets):
@@ -306,11 +338,13 @@ class Engine:
                 pool.shutdown(cancel_futures=True)  # of those that wait, if one has failed
         self._warm = True
 
+    @guarded
     def stats(self) -> dict[str, float]:
         """Counters since the engine was made, see `COUNTERS`, and `compile_seconds`, summed over threads."""
         with self._lock:
             return dict(self._stats)
 
+    @guarded
     def describe(self) -> str:
         """What runs here and how, for people."""
         config, lengths = self.config, np.full(1, min(512, self.max_length), np.int32)
@@ -319,19 +353,19 @@ class Engine:
         served = served_by(
             self.devices.config, self.funnel, dtype, self.backend, over_mesh=isinstance(self.devices, DeviceMesh)
         )
-        return "\n".join(
-            [
-                f"model        {config.family}, {config.num_layers} layers of width {config.hidden_size}, "
-                f"{config.attention} attention, {dtype}",
-                f"funnel       {describe_funnel(self.funnel)}; ideal latency ratio at {lengths[0]} tokens {ratio:.3f}",
-                f"head         pooling {self.head.pooling}, {len(self.head.dense)} dense layers, "
-                f"task {self.head.task or 'none'}",
-                *(f"{op:<13}{answer}" for op, answer in served.items()),
-                f"devices      {self.devices}",
-                f"buckets      {len(self.buckets)} from {self.buckets[0]} to {self.buckets[-1]} rows",
-                f"limits       {self.max_length} tokens a sequence",
-            ]
-        )
+        facts = {
+            "model": f"{config.family}, {config.num_layers} layers of width {config.hidden_size}, "
+            f"{config.attention} attention, {dtype}",
+            "funnel": f"{describe_funnel(self.funnel)}; ideal latency ratio at {lengths[0]} tokens {ratio:.3f}",
+            "head": f"pooling {self.head.pooling}, {len(self.head.dense)} dense layers, "
+            f"task {self.head.task or 'none'}",
+            **served,
+            "devices": self.devices,
+            "buckets": f"{len(self.buckets)} from {self.buckets[0]} to {self.buckets[-1]} rows",
+            "limits": f"{self.max_length} tokens a sequence",
+        }
+        width = max(map(len, facts))
+        return "\n".join(f"{name:<{width}}  {fact}" for name, fact in facts.items())
 
     @property
     def embedding_size(self) -> int:
@@ -342,23 +376,9 @@ class Engine:
         """The buckets that hold these numbers of rows, each once, in order."""
         if not isinstance(asked, (Sequence, np.ndarray)) or len(asked) == 0:
             raise InputError(f"buckets={asked!r} must be a list of numbers of rows, or None for all buckets")
-        for rows in asked:
-            is_integer = isinstance(rows, (int, np.integer)) and not isinstance(rows, bool)
-            if not (is_integer and 1 <= rows <= self.buckets[-1]):
-                raise InputError(
-                    f"buckets holds {rows!r}; give numbers of rows from 1 to {self.buckets[-1]}, the largest bucket, "
-                    "or raise max_batch_tokens"
-                )
+        for index, rows in enumerate(asked):
+            check_integer(f"buckets[{index}]", rows, least=1, most=self.buckets[-1], error=InputError)
         return sorted({next(bucket for bucket in self.buckets if bucket >= rows) for rows in asked})
-
-    def _read(self, inputs: Any, truncate: bool, prompt_name: str | None = None) -> Ragged:
-        prompt = self.text.prompt(prompt_name)
-        if prompt_name is not None and not holds_texts(inputs):
-            raise InputError(f"prompt_name={prompt_name!r} needs texts; token ids must already begin with the prompt's")
-        return read_inputs(
-            inputs, self.tokenizer, self.text, prompt=prompt,
-            vocab_size=self.config.vocab_size, max_length=self.max_length, truncate=truncate,
-        )  # fmt: skip
 
     def _run(self, ragged: Ragged, head: Head) -> Iterator[tuple[Ints, Spans, np.ndarray]]:
         """Runs all batches; yields each one's sequence indices, its output rows, and the head's result.
@@ -388,12 +408,11 @@ class Engine:
             jax.block_until_ready(running)  # an interrupted caller must not free weights that are being read
 
     def _split_rows(self, inputs: Any, truncate: bool, head: Head) -> list[np.ndarray]:
-        ragged = self._read(inputs, truncate)
+        ragged = self.token_ids(inputs, truncate=truncate)
         results: list[np.ndarray] = [np.empty(0)] * len(ragged.lengths)
         for order, where, result in self._run(ragged, head):
-            rows = result.astype(np.float32)
             for index, first, count in zip(order, where.first, where.rows, strict=True):
-                results[index] = rows[first : first + count]
+                results[index] = result[first : first + count].astype(np.float32)  # a copy: it must not hold the batch
         return results
 
     def _embed_rows(self, rows: jax.Array, batches: list[Ragged], where: list[Spans]) -> jax.Array:
@@ -429,7 +448,8 @@ class Engine:
         if mine:
             begin = time.perf_counter()
             try:
-                program.set_result(self._compile(*key))
+                with own_settings(), jax.default_device(self.devices.device):  # in whatever thread
+                    program.set_result(self._compile(*key))
             except BaseException as error:
                 with self._lock:
                     del self._programs[key]  # the next caller tries again
@@ -442,24 +462,33 @@ class Engine:
         return program.result()
 
     def _compile(self, name: str, rows: int, sequences: int) -> Program:
+        lowered = self._traced(name, rows, sequences).lower()
+        return self.devices.queued(lowered.compile(compiler_options(jax.default_backend(), self.threads)))
+
+    def _traced(self, name: str, rows: int, sequences: int) -> jax.stages.Traced:
+        """The program of a bucket, for what the devices run at once.
+
+        Raises:
+            BackendUnavailable: the backend refuses an op of it.
+        """
+        params: Params
+        shapes: tuple[Any, ...]
         if name == "forward":
-            encoder = partial(
+            function: Program = partial(
                 forward, config=self.devices.config, funnel=self.funnel, backend=self.backend, axis=self.devices.axis
             )
-            return self._compiled(encoder, self.params, batch_shapes(self.plan, rows))
-        width, dtype = self.config.hidden_size, self.params["embedding"].dtype
-        hidden = jax.ShapeDtypeStruct((rows // self.plan.output_stride, width), dtype)
-        per_sequence = jax.ShapeDtypeStruct((sequences,), np.int32)
-        function, integers = HEAD_PROGRAMS[name]
-        options = {"head": self.head} | ({"backend": self.backend} if name == "embed" else {})
-        return self._compiled(partial(function, **options), self.head_params, hidden, *[per_sequence] * integers)
-
-    def _compiled(self, function: Program, params: Params, *shapes: Any) -> Program:
-        """`function(params, *arrays)` of one batch's arrays, compiled for what the devices run at once."""
+            params, shapes = self.params, (batch_shapes(self.plan, rows),)
+        else:
+            width, dtype = self.config.hidden_size, self.params["embedding"].dtype
+            hidden = jax.ShapeDtypeStruct((rows // self.plan.output_stride, width), dtype)
+            per_sequence = jax.ShapeDtypeStruct((sequences,), np.int32)
+            program, integers = HEAD_PROGRAMS[name]
+            options = {"head": self.head} | ({"backend": self.backend} if name == "embed" else {})
+            function = partial(program, **options)
+            params, shapes = self.head_params, (hidden, *[per_sequence] * integers)
         spread = jax.jit(self.devices.spread(function, params))
         with native_calls.use_threads(self.threads):
-            lowered = spread.lower(params, *self.devices.shapes(shapes))
-        return self.devices.queued(lowered.compile(compiler_options(jax.default_backend(), self.threads)))
+            return spread.trace(params, *self.devices.shapes(shapes))
 
     def _count(self, **counts: float) -> None:
         with self._lock:
@@ -501,14 +530,17 @@ def check_weights(weights: Mapping[str, Any], config: ModelConfig, head: HeadCon
         if name in weights and tuple(weights[name].shape) != shape
     ]
     if wrong:
-        raise CheckpointError(f"weights do not fit the config: {'; '.join(wrong)}")
+        raise CheckpointError(f"weights do not fit the config: {'; '.join(first_of(wrong))}")
     dtypes = {str(weight.dtype) for weight in weights.values()}
     if len(dtypes) > 1 or not dtypes <= set(DTYPES):
         raise CheckpointError(f"weights are {', '.join(sorted(dtypes))}; they must all be bfloat16 or all float32")
 
 
-def keep_compiled_programs(directory: Path) -> None:
-    """Makes JAX store compiled programs in `directory`, from now on and for the whole process."""
+def keep_compiled_programs(place: str | PathLike[str]) -> None:
+    """Makes JAX store compiled programs in the directory `place`, from now on and for the whole process."""
+    if not isinstance(place, (str, PathLike)) or not os.fspath(place):
+        raise ConfigError(f"compilation_cache={place!r} is not the name of a directory; name one, or give None")
+    directory = Path(place)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from funnel_engine.config import check_option, check_positive
+from funnel_engine.config import check_flag, check_option, check_positive, set_field
 from funnel_kernels import attention
 from funnel_kernels.errors import ConfigError
 
@@ -38,8 +38,9 @@ class DenseConfig:
     activation: str = "identity"
 
     def __post_init__(self):
-        check_positive("features of a dense layer", self.out_features)
-        check_positive("features of a dense layer", self.in_features)
+        for name in ("out_features", "in_features"):
+            set_field(self, name, check_positive(f"{name} of a dense layer", getattr(self, name)))
+        set_field(self, "bias", check_flag("bias of a dense layer", self.bias))
         check_option("activation of a dense layer", self.activation, tuple(ACTIVATIONS))
 
 
@@ -67,6 +68,8 @@ class HeadConfig:
 
     def __post_init__(self):
         check_option("pooling", self.pooling, POOLINGS)
+        for name in ("pooler", "classifier_bias"):
+            set_field(self, name, check_flag(name, getattr(self, name)))
         if self.pooling == "attention" and not self.pooler:
             raise ConfigError(
                 "pooling='attention' needs the learned query 'pooler.query', which this checkpoint does not have; "

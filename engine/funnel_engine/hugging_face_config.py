@@ -57,6 +57,8 @@ def read_model_config(config: dict[str, Any], sliding_window: int | None = None)
     if not isinstance(config, dict):
         raise ConfigError(f"a config is a JSON object; this one is a {type(config).__name__}")
     refuse_own_code(config)
+    refuse_other_files(config)
+    refuse_quantized(config)
     family = config.get("model_type")
     text = config
     if isinstance(family, str) and family in NESTED:
@@ -64,6 +66,7 @@ def read_model_config(config: dict[str, Any], sliding_window: int | None = None)
         text = config.get(key) or {}
         if not isinstance(text, dict):
             raise ConfigError(f"{key} in the config is a {type(text).__name__}; it must be a JSON object")
+        refuse_quantized(text)
     if not isinstance(family, str) or family not in DEFAULTS:
         known = ", ".join(sorted({*DEFAULTS, *NESTED}))
         raise ConfigError(
@@ -83,7 +86,7 @@ def read_model_config(config: dict[str, Any], sliding_window: int | None = None)
     softcap = fields.get("attn_logit_softcapping") if family in ("gemma2", "t5gemma") else None
     if text.get("attn_logit_softcapping", softcap) is None:  # an explicit null switches it off
         softcap = None
-    scalar = number(fields, "query_pre_attn_scalar") if "query_pre_attn_scalar" in fields else float(head_dim)
+    scalar = float(head_dim) if family == "gemma" else number(fields, "query_pre_attn_scalar")
     full_rope, sliding_rope = read_ropes(family, fields)
     return ModelConfig(
         family=family,
@@ -130,6 +133,28 @@ def refuse_own_code(config: dict[str, Any]) -> None:
             f"auto_map={shorten(auto_map)} names a class with code of its own, which this engine does not run; if its "
             "forward is the standard one, delete auto_map from config.json"
         )
+
+
+def refuse_other_files(config: dict[str, Any]) -> None:
+    """Fields that name other files, which transformers would read instead of those that this engine reads."""
+    for name in ("transformers_weights", "configuration_files"):
+        if config.get(name):
+            raise ConfigError(
+                f"{name}={shorten(config[name])} names other files for transformers to read; load the model with "
+                "transformers and save it, which writes one config.json and model.safetensors"
+            )
+
+
+def refuse_quantized(config: dict[str, Any]) -> None:
+    for name in ("quantization_config", "compression_config", "quantization"):
+        value = config.get(name)
+        if value:
+            method = value.get("quant_method") if isinstance(value, dict) else value
+            by = shorten(method or ("mlx" if "quantization" in config else value))
+            raise ConfigError(
+                f"{name} says that the weights are quantized, by {by}; this engine reads plain weights. Convert the "
+                "model that it was made from, or load it with transformers, call model.dequantize() and save it"
+            )
 
 
 def refuse_unsupported(family: str, fields: dict[str, Any]) -> None:
@@ -182,6 +207,11 @@ def read_windows(
         return None, None
     width = integer(fields, "sliding_window")
     if family == "gemma3_text":
+        if fields.get("is_causal", True) is False and not fields.get("use_bidirectional_attention"):
+            raise ConfigError(
+                f"is_causal=false in a Gemma 3 would see {width} tokens on each side in transformers, not half of them "
+                "as a bidirectional Gemma 3 does; if it was trained as the latter, set use_bidirectional_attention=true"
+            )
         if width % 2 and is_bidirectional(family, fields):
             raise ConfigError(
                 f"sliding_window={width} is odd in a bidirectional Gemma 3: an old save wrote the halved window back. "
@@ -212,6 +242,9 @@ def read_ropes(family: str, fields: dict[str, Any]) -> tuple[Rope, Rope]:
 def read_rope(parameters: dict[str, Any]) -> Rope:
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     theta = positive("rope_theta", number(parameters, "rope_theta"))
+    if parameters.get("partial_rotary_factor") not in (None, 1):
+        factor = shorten(parameters["partial_rotary_factor"])
+        raise ConfigError(f"partial_rotary_factor={factor} is not supported: Gemma rotates whole heads")
     if kind == "default":
         return Rope(theta)
     if kind == "linear":

@@ -28,9 +28,16 @@ class Ragged(NamedTuple):
         return Ragged(self.ids[index], offsets)
 
 
-def holds_texts(inputs: Any) -> bool:
-    """Whether these inputs are texts rather than token ids."""
-    return isinstance(inputs, str) or (isinstance(inputs, Sequence) and any(isinstance(item, str) for item in inputs))
+class TooLong(InputError):
+    """An input that has more tokens than the engine takes."""
+
+    def __init__(self, index: int, tokens: int, limit: int):
+        super().__init__(
+            f"input {index} has {tokens} tokens, more than the limit of {limit} (the smallest of the model's "
+            "max_positions, its checkpoint's max_tokens and the engine's max_batch_tokens); shorten it, cut its end "
+            "off with truncate=True, or raise max_batch_tokens"
+        )
+        self.index, self.tokens, self.limit = index, tokens, limit
 
 
 def read_inputs(
@@ -38,18 +45,21 @@ def read_inputs(
     tokenize: Tokenize | None,
     text: TextConfig,
     *,
-    prompt: str = "",
+    prompt_name: str | None = None,
     vocab_size: int,
     max_length: int,
     truncate: bool = False,
 ) -> Ragged:
-    """Accepts one text, a list of texts, a list of id sequences, or a tuple `(ids, offsets)` of integer arrays.
+    """Accepts one text, texts, sequences of token ids, or a tuple `(ids, offsets)` of integer arrays.
+
+    Several texts or sequences are a list, a tuple, or whatever NumPy makes an array of: arrays of NumPy, PyTorch and
+    JAX, columns of pandas.
 
     Args:
         inputs: see above.
         tokenize: for texts; None if the checkpoint has no tokenizer.
-        text: the ids that go before and after those of a text; token ids are taken as they are.
-        prompt: put before every text.
+        text: the prompts, and the ids that go before and after those of a text; token ids are taken as they are.
+        prompt_name: of the prompt that is put before every text.
         vocab_size: ids must lie in `[0, vocab_size)`.
         max_length: the most tokens a sequence may have.
         truncate: cut the end off what is longer (of a text, before its last id is added), instead of refusing it.
@@ -57,32 +67,42 @@ def read_inputs(
     Raises:
         InputError: anything that cannot be run, with the index of the first offender.
     """
-    if isinstance(inputs, str):
-        inputs = [inputs]
-    if isinstance(inputs, np.ndarray):
-        inputs = list(np.atleast_1d(inputs))
-    if isinstance(inputs, tuple) and len(inputs) == 2 and not holds_texts(inputs):
+    prompt = text.prompt(prompt_name)
+    items = list_items(inputs)
+    is_texts = any(isinstance(item, str) for item in items)
+    if prompt_name is not None and not is_texts:
+        raise InputError(f"prompt_name={prompt_name!r} needs texts; token ids must already begin with the prompt's")
+    if is_texts:
+        ragged = join(read_texts(items, tokenize, text, prompt, max_length if truncate else None))
+    elif isinstance(inputs, tuple) and len(inputs) == 2:
         if not all(hasattr(part, "dtype") for part in inputs):
             raise InputError(
                 "a tuple of two is (ids, offsets), and both must be integer arrays; give two sequences as a list"
             )
         ragged = read_ragged(*inputs)
-    elif not isinstance(inputs, Sequence) or isinstance(inputs, bytes):
-        raise InputError(
-            f"inputs of type {type(inputs).__name__} cannot be read; give a text, a list of texts, a list of token-id "
-            "sequences, or a tuple (ids, offsets) of integer arrays"
-        )
-    elif len(inputs) == 0:
-        raise InputError("the list of inputs is empty; give at least one text or sequence")
-    elif holds_texts(inputs):
-        ragged = join(read_texts(inputs, tokenize, text, prompt, max_length if truncate else None))
     else:
-        ragged = join([read_ids(index, item) for index, item in enumerate(inputs)])
+        ragged = join([read_ids(index, item) for index, item in enumerate(items)])
     if truncate and ragged.lengths.max() > max_length:
         ragged = join([ids[:max_length] for ids in np.split(ragged.ids, ragged.offsets[1:-1])])
     check_lengths(ragged.lengths, max_length)
     check_vocabulary(ragged, vocab_size)
     return ragged
+
+
+def list_items(inputs: Any) -> Sequence[Any]:
+    """The texts or sequences that these inputs are."""
+    if isinstance(inputs, str):
+        return [inputs]
+    if hasattr(inputs, "__array__"):
+        inputs = list(np.atleast_1d(to_array("the array of inputs", inputs)))
+    if not isinstance(inputs, Sequence) or isinstance(inputs, (bytes, bytearray, memoryview)):
+        raise InputError(
+            f"inputs of type {type(inputs).__name__} cannot be read; give a text, a list of texts, a list of token-id "
+            "sequences, or a tuple (ids, offsets) of integer arrays"
+        )
+    if len(inputs) == 0:
+        raise InputError("the list of inputs is empty; give at least one text or sequence")
+    return inputs
 
 
 def read_texts(
@@ -115,22 +135,20 @@ def read_texts(
 
 def read_ids(index: int, item: Any) -> Ints:
     """One sequence of token ids."""
-    try:
-        ids = np.asarray(item)
-    except ValueError:  # nested lists of unequal lengths
-        raise InputError(f"input {index} is not a flat sequence of token ids") from None
+    ids = to_array(f"input {index}", item)
     if ids.ndim == 0:
-        raise InputError(f"input {index} is {item!r:.40}, no sequence of token ids; one sequence is [[2, 5, 7]]")
-    if ids.ndim != 1:
-        raise InputError(f"input {index} has {ids.ndim} axes; a sequence of token ids has one")
+        raise InputError(f"input {index} is {item!r:.40}, not a sequence of token ids; one sequence is [[2, 5, 7]]")
     if ids.size == 0:
         raise InputError(f"input {index} is an empty sequence; give at least one token id")
-    return to_int32(f"input {index}", ids)
+    ids = to_int32(f"input {index}", ids)
+    if ids.ndim != 1:
+        raise InputError(f"input {index} has {ids.ndim} axes; a sequence of token ids has one")
+    return ids
 
 
 def read_ragged(ids: Any, offsets: Any) -> Ragged:
     """The pair (ids [total], offsets [B + 1]), also known as cumulative sequence lengths."""
-    ids, offsets = to_int32("ids", np.asarray(ids)), to_int32("offsets", np.asarray(offsets))
+    ids, offsets = to_int32("ids", to_array("ids", ids)), to_int32("offsets", to_array("offsets", offsets))
     if ids.ndim != 1 or offsets.ndim != 1:
         raise InputError(f"ids and offsets have {ids.ndim} and {offsets.ndim} axes; both have one")
     if offsets.size < 2:
@@ -151,7 +169,25 @@ def join(sequences: list[Ints]) -> Ragged:
     return Ragged(np.concatenate(sequences), offsets)
 
 
+def to_array(name: str, value: Any) -> np.ndarray:
+    """A list, or an array of any library, as an array of NumPy."""
+    try:
+        return np.asarray(value)
+    except ValueError:  # nested lists of unequal lengths
+        raise InputError(f"{name} is not a flat sequence of token ids") from None
+    except Exception as error:  # of the library whose array it is, e.g. because it is on an accelerator
+        raise InputError(
+            f"{name}, of type {type(value).__name__}, cannot be read as an array of NumPy ({error!s:.200}); copy it to "
+            "the host first"
+        ) from error
+
+
 def to_int32(name: str, array: np.ndarray) -> Ints:
+    if array.dtype.kind in "USTO" and any(isinstance(value, (str, bytes)) for value in array.flat):
+        raise InputError(
+            f"{name} holds several texts where token ids are needed; give texts in one flat list, and a pair of texts "
+            "as one text"
+        )
     if array.dtype.kind not in "iu":
         nan = " (it holds NaN)" if array.dtype.kind == "f" and np.isnan(array).any() else ""
         raise InputError(f"{name} has dtype {array.dtype}{nan}; it must be an integer array")
@@ -167,11 +203,7 @@ def check_lengths(lengths: Ints, max_length: int) -> None:
         raise InputError(f"input {index} is an empty sequence; give at least one token id")
     index = int(np.argmax(lengths))
     if lengths[index] > max_length:
-        raise InputError(
-            f"input {index} has {lengths[index]} tokens, more than the limit of {max_length} (the smallest of the "
-            "model's max_positions, its checkpoint's max_tokens and the engine's max_batch_tokens); shorten it, cut "
-            "its end off with truncate=True, or raise max_batch_tokens"
-        )
+        raise TooLong(index, int(lengths[index]), max_length)
 
 
 def check_vocabulary(ragged: Ragged, vocab_size: int) -> None:

@@ -31,6 +31,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from funnel_engine.checkpoints.safetensors_file import release
 from funnel_engine.config import FunnelConfig, ModelConfig
 from funnel_engine.heads import HeadConfig
+from funnel_engine.jax_settings import default_device, device_name
 from funnel_engine.model import Params, forward
 from funnel_engine.packing import Ints, Plan, make_plan, pack, split
 from funnel_engine.weights import DTYPES, check_dtype, expected_shapes, nest, prepare_weight
@@ -46,7 +47,7 @@ QUEUE = threading.Lock()
 
 
 class OneDevice:
-    """An engine without a mesh: JAX's default device runs one batch after another.
+    """An engine without a mesh: one device, JAX's default where the engine is made, runs one batch after another.
 
     What its methods are for stands in `DeviceMesh`, which has the same.
     """
@@ -55,14 +56,15 @@ class OneDevice:
     axis: str | None = None
 
     def __init__(self, config: ModelConfig, backend: str):
-        self.config, self.backend = config, backend
+        self.config, self.backend, self.device = config, backend, default_device()
 
     def groups(self, plan: Plan, lengths: Ints, buckets: Sequence[int]) -> list[list[Ints]]:
         return [[batch] for batch in split(plan, lengths, buckets[-1])]
 
     def place(self, weights: Params, funnel: FunnelConfig, dtype: str) -> dict[str, Any]:
         """Each weight is replaced as soon as it is on the device, so that host memory holds one of them twice."""
-        return map_weights(partial(to_device, dtype=dtype, backend=self.backend), nest(weights, self.config, funnel))
+        put = partial(to_device, dtype=dtype, backend=self.backend, device=self.device)
+        return map_weights(put, nest(weights, self.config, funnel))
 
     def stack(self, batches: Sequence[Tree]) -> Tree:
         return batches[0]
@@ -80,7 +82,7 @@ class OneDevice:
         return program
 
     def __str__(self) -> str:
-        return ", ".join(map(str, jax.devices()))
+        return device_name(self.device)
 
 
 class DeviceMesh:
@@ -88,6 +90,7 @@ class DeviceMesh:
 
     Attributes:
         mesh: the mesh with both axes, ("data", "model"); one that was not given has size 1.
+        device: its first device.
         data, model: their sizes.
         axis: the axis over which `model.forward` sums; None if the model is not split.
         whole, config: the model, and one device's share of it.
@@ -105,6 +108,7 @@ class DeviceMesh:
         self.data, self.model = (mesh.shape.get(name, 1) for name in AXES)
         order = [mesh.axis_names.index(name) for name in AXES if name in mesh.axis_names]
         self.mesh = Mesh(mesh.devices.transpose(order).reshape(self.data, self.model), AXES)
+        self.device = self.mesh.devices.flat[0]
         self.axis = "model" if self.model > 1 else None
         self.config = share(config, self.model)
         self.whole = config
@@ -207,7 +211,7 @@ class DeviceMesh:
         return jax.ShapeDtypeStruct(shape, weight.dtype, sharding=NamedSharding(self.mesh, spec))
 
     def __str__(self) -> str:
-        return f"data {self.data} x model {self.model}: {', '.join(map(str, self.mesh.devices.flat))}"
+        return f"data {self.data} x model {self.model}: {', '.join(map(device_name, self.mesh.devices.flat))}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,12 +298,18 @@ def map_weights(function: Callable[[str, Any], Any], tree: dict[str, Any]) -> di
     return mapped
 
 
-def to_device(name: str, weight: Any, dtype: str, backend: str) -> Weight:
-    """Casts, prepares and transfers one weight. On a CPU, one that needs none of it stays where its file is mapped."""
+def to_device(name: str, weight: Any, dtype: str, backend: str, device: jax.Device | None = None) -> Weight:
+    """Casts, prepares and transfers one weight. On a CPU, one that needs none of it stays where its file is mapped.
+
+    Args:
+        device: None takes JAX's default.
+    """
     prepared = prepare_weight(name, weight, dtype, backend)
     if prepared is not weight and isinstance(weight, np.ndarray):
         release(weight)
-    return jax.device_put(prepared)
+    arrays = jax.tree.leaves(prepared)
+    is_there = all(isinstance(array, jax.Array) and array.devices() == {device} for array in arrays)
+    return prepared if is_there else jax.device_put(prepared, device)
 
 
 def abstract_forward(
@@ -317,7 +327,7 @@ def abstract_forward(
     Raises:
         ConfigError: the mesh or the funnel does not fit the model, or there is no such dtype.
     """
-    check_dtype(dtype)
+    dtype = check_dtype(dtype)
     devices = DeviceMesh(mesh, config)
     encoder = partial(forward, config=devices.config, funnel=funnel, backend=backend, axis=devices.axis)
     params = devices.weight_shapes(funnel, dtype)

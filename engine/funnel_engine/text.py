@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from funnel_engine.checkpoints import files as checkpoint_files
 from funnel_engine.config import check_positive
+from funnel_engine.messages import first_of
 from funnel_kernels.errors import CheckpointError, ConfigError, FunnelError, InputError
 
 if TYPE_CHECKING:
@@ -44,7 +46,7 @@ class TextConfig:
         if self.max_tokens is not None:
             check_positive("max_tokens", self.max_tokens)
         if self.default_prompt_name not in (None, *self.prompts):
-            known = ", ".join(self.prompts) or "none"
+            known = ", ".join(first_of(self.prompts)) or "none"
             raise ConfigError(f"default_prompt_name={self.default_prompt_name!r} is none of the prompts: {known}")
 
     def prompt(self, name: str | None) -> str:
@@ -56,7 +58,7 @@ class TextConfig:
         if name is None:
             name = self.default_prompt_name
         if name is not None and name not in tuple(self.prompts):
-            known = ", ".join(self.prompts) or "none"
+            known = ", ".join(first_of(self.prompts)) or "none"
             raise InputError(f"prompt_name={name!r} is unknown; this checkpoint's prompts: {known}")
         return "" if name is None else self.prompts[name]
 
@@ -71,7 +73,7 @@ def read_tokenizer(file: Path) -> Tokenize:
 
 
 def read_tokenizer_json(file: Path) -> Tokenize:
-    tokenizer = load_tokenizer_json(file)
+    tokenizer, _ = load_tokenizer_json(file)
 
     def tokenize(texts: Sequence[str]) -> list[list[int]]:
         with raising(InputError, f"{file} cannot read these texts", REPAIR):
@@ -80,16 +82,17 @@ def read_tokenizer_json(file: Path) -> Tokenize:
     return tokenize
 
 
-def load_tokenizer_json(file: Path) -> "Tokenizer":
-    """A tokenizer that neither pads nor truncates, whatever the file says."""
+def load_tokenizer_json(file: Path) -> tuple["Tokenizer", dict[str, Any] | None]:
+    """A tokenizer that neither pads nor truncates, and how the file says that it truncates."""
     from tokenizers import Tokenizer  # imported here: an engine that is given ids needs no tokenizer
 
     check_file(file)
     with raising(CheckpointError, f"{file} is not a tokenizer that the tokenizers library reads", FETCH_AGAIN):
         tokenizer = Tokenizer.from_file(str(file))
+    truncation = tokenizer.truncation
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    return tokenizer
+    return tokenizer, truncation
 
 
 @contextlib.contextmanager
@@ -112,6 +115,7 @@ def check_file(file: Path) -> None:
         raise CheckpointError(f"{file} is not a regular file; put the tokenizer itself there")
     if (size := os.path.getsize(file)) > MAX_FILE_BYTES:
         raise CheckpointError(f"{file} has {size:,} bytes; a tokenizer has at most {MAX_FILE_BYTES:,}. {FETCH_AGAIN}")
+    checkpoint_files.check_file(file)
 
 
 def read_sentencepiece(file: Path) -> Tokenize:

@@ -7,7 +7,7 @@ whole process off some cores, start it with `taskset`.
 
 import os
 
-from funnel_engine.config import check_positive
+from funnel_engine.config import check_integer
 from funnel_kernels.errors import ConfigError
 
 VARIABLE = "OMP_NUM_THREADS"
@@ -18,20 +18,15 @@ def count_threads(asked: int | None) -> int:
     """The number of threads that is asked for, or that OMP_NUM_THREADS says; 0 stands for all.
 
     Raises:
-        ConfigError: either is not a positive integer, or is more than `MOST_THREADS`.
+        ConfigError: either is not an integer from 1 to `MOST_THREADS`.
     """
     if asked is not None:
-        check_positive("threads", asked)
-        return check_most("threads", asked)
+        return check_integer("threads", asked, least=1, most=MOST_THREADS)
     value = os.environ.get(VARIABLE, "").split(",")[0].strip()  # OpenMP allows a list, one for each level of nesting
     if not value:
         return 0
-    if not value.isdecimal() or int(value) < 1:
-        raise ConfigError(f"{VARIABLE}={os.environ[VARIABLE]!r} must be a positive integer; correct it or unset it")
-    return check_most(VARIABLE, int(value))
-
-
-def check_most(name: str, count: int) -> int:
-    if count > MOST_THREADS:
-        raise ConfigError(f"{name}={count} is more than the limit of {MOST_THREADS}; give the cores to use, or nothing")
-    return count
+    if not value.isdecimal() or not 1 <= int(value) <= MOST_THREADS:
+        raise ConfigError(
+            f"{VARIABLE}={os.environ[VARIABLE]!r} must be an integer from 1 to {MOST_THREADS}; correct it or unset it"
+        )
+    return int(value)

@@ -4,13 +4,14 @@ Inside the engine a model's weights are one flat table of names, also on disk; `
 reads. Matrices are `[out, in]`.
 """
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from funnel_engine.config import FunnelConfig, ModelConfig, check_option, layer_steps
+from funnel_engine.config import FunnelConfig, ModelConfig, layer_steps
 from funnel_engine.heads import HeadConfig, head_shapes
 from funnel_kernels import PackedWeight, Weight, prepare
 from funnel_kernels.errors import ConfigError
@@ -21,11 +22,21 @@ Shapes = dict[str, tuple[int, ...]]
 PRODUCTS = {"qkv": 1, "q": 1, "kv": 1, "attention_output": 1, "gate_up": 2, "down": 1}
 
 
-def check_dtype(dtype: str) -> None:
-    """Raises `ConfigError` unless the engine runs weights of this dtype."""
-    if dtype == "float16":
+def check_dtype(dtype: Any) -> str:
+    """The name of a dtype that is given as a name, or as NumPy or JAX have it, e.g. `jnp.bfloat16`.
+
+    Raises:
+        ConfigError: the engine does not run weights of this dtype, or it is none.
+    """
+    name = dtype
+    if dtype is not None and not isinstance(dtype, str):
+        with contextlib.suppress(TypeError):
+            name = np.dtype(dtype).name
+    if isinstance(name, str) and name in DTYPES:
+        return name
+    if isinstance(name, str) and name == "float16":
         raise ConfigError("dtype 'float16' is refused: Gemma's residual stream overflows it; use bfloat16 or float32")
-    check_option("dtype", dtype, tuple(DTYPES))
+    raise ConfigError(f"dtype={name!r:.80} is unknown; choose one of {', '.join(DTYPES)}")
 
 
 def expected_shapes(config: ModelConfig, head: HeadConfig) -> Shapes:

@@ -1,7 +1,9 @@
 """Compiler options that the engine sets for XLA, by platform. What `XLA_FLAGS` names is left as it says there.
 
-On NVIDIA GPUs XLA by itself tries out its own and cuBLAS's matrix products while it compiles, and records whole
-programs, kernels of Triton included, as CUDA graphs (`xla_gpu_autotune_level`, `xla_gpu_enable_command_buffer`).
+On NVIDIA GPUs XLA by itself tries out its own and cuBLAS's matrix products while it compiles
+(`xla_gpu_autotune_level`), and records runs of at least five kernels as CUDA graphs (`xla_gpu_enable_command_buffer`).
+A call of the legacy custom-call interface ends such a run. The Triton kernels are called through the typed one
+(`funnel_kernels.triton_calls`), so a forward pass is one graph.
 `python -m funnel_benchmarks.accelerator --only flags` measures what other options would change.
 """
 

@@ -14,7 +14,7 @@
 #include <utility>
 #include <vector>
 
-enum class Code : uint32_t { kOk = 0, kBadRequest = 1, kOverloaded = 2, kFailed = 3 };
+enum class Code : uint32_t { kOk = 0, kBadRequest = 1, kBusy = 2, kFailed = 3 };
 
 struct Answer {
   Code code;
@@ -27,10 +27,15 @@ class Batcher {
   // Sequences one after another, as (ids, offsets) -> one vector after another.
   using Embed = std::function<std::vector<float>(const std::vector<int32_t>&, const std::vector<int32_t>&)>;
 
-  // batch_tokens: a batch takes further requests as long as it has no more tokens than this. queue: how many requests
-  // may wait; the next one is refused at once, because a queue that only grows helps nobody.
-  Batcher(Embed embed, size_t batch_tokens, size_t queue)
-      : embed_(std::move(embed)), batch_tokens_(batch_tokens), capacity_(queue), thread_([this] { run(); }) {}
+  // answered: is called by the batcher's thread after every batch. batch_tokens: a batch takes further requests as long
+  // as it has no more tokens than this. queue: how many requests may wait; the next one is refused at once, because a
+  // queue that only grows helps nobody.
+  Batcher(Embed embed, std::function<void()> answered, size_t batch_tokens, size_t queue)
+      : embed_(std::move(embed)),
+        answered_(std::move(answered)),
+        batch_tokens_(batch_tokens),
+        capacity_(queue),
+        thread_([this] { run(); }) {}
 
   // Answers what is queued, then stops.
   ~Batcher() {
@@ -47,7 +52,7 @@ class Batcher {
     std::future<Answer> answer = request.answer.get_future();
     std::lock_guard<std::mutex> guard(mutex_);
     if (waiting_.size() >= capacity_) {
-      request.answer.set_value({Code::kOverloaded, {}, std::to_string(capacity_) + " requests wait; try again later"});
+      request.answer.set_value({Code::kBusy, {}, std::to_string(capacity_) + " requests wait; try again later"});
     } else {
       waiting_.push_back(std::move(request));
       changed_.notify_one();
@@ -62,7 +67,10 @@ class Batcher {
   };
 
   void run() {
-    for (std::vector<Request> batch = take(); !batch.empty(); batch = take()) answer(batch);
+    for (std::vector<Request> batch = take(); !batch.empty(); batch = take()) {
+      answer(batch);
+      answered_();
+    }
   }
 
   // Waits for a request; takes it and those behind it that fit. Empty once there is nothing left to do.
@@ -102,6 +110,7 @@ class Batcher {
   }
 
   const Embed embed_;
+  const std::function<void()> answered_;
   const size_t batch_tokens_, capacity_;
   std::mutex mutex_;
   std::condition_variable changed_;

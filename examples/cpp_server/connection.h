@@ -1,111 +1,108 @@
-// One client: reads its requests one after another, and answers each. The protocol is in README.md.
+// One client: reads a request, writes the answer, and so on. It never waits. The protocol is in README.md.
 #ifndef FUNNEL_EXAMPLE_CONNECTION_H_
 #define FUNNEL_EXAMPLE_CONNECTION_H_
 
-#include <funnel.h>
+#include <poll.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cerrno>
+#include <chrono>
 #include <cstdint>
+#include <future>
 #include <string>
-#include <thread>
 #include <utility>
 #include <vector>
 
-#include "batcher.h"
+#include "service.h"
 
 class Connection {
  public:
-  // Takes over the descriptor of a connected socket.
-  Connection(int socket, const funnel_info& info, Batcher& batcher)
-      : socket_(socket), info_(info), batcher_(batcher), thread_([this] { serve(); }) {}
+  // Takes over the descriptor of a connected socket that does not block. timeout: how long the client may take to send
+  // a whole request, and to read a whole answer.
+  Connection(int socket, std::chrono::seconds timeout)
+      : socket_(socket), timeout_(timeout), deadline_(Clock::now() + timeout) {}
+  ~Connection() { close(socket_); }
+  Connection(const Connection&) = delete;
 
-  // Waits until the client has left, or after finish() until it has its answers.
-  ~Connection() {
-    thread_.join();
-    close(socket_);
+  // What poll should wait for: nothing while the model works for this client.
+  pollfd interest() const {
+    if (!out_.empty()) return {socket_, POLLOUT, 0};
+    return {whole() ? -1 : socket_, POLLIN, 0};
   }
 
-  // No more requests than have arrived by now. What lies in the socket's buffer is still read and answered.
+  // Goes on as far as it can. False once the client has left or has taken too long.
+  bool advance(bool socket_ready, Service& service) {
+    if (socket_ready && !(out_.empty() ? receive(service) : send())) return false;
+    if (whole() && answer_.wait_for(std::chrono::seconds(0)) == std::future_status::ready) {
+      return reply(answer_.get());
+    }
+    return whole() || Clock::now() < deadline_;
+  }
+
+  // Begins to send an answer.
+  bool reply(const Answer& answer) {
+    const bool ok = answer.code == Code::kOk;
+    const size_t bytes = ok ? answer.vector.size() * sizeof(float) : answer.error.size();
+    const uint32_t head[] = {static_cast<uint32_t>(bytes), static_cast<uint32_t>(answer.code)};
+    out_.assign(reinterpret_cast<const char*>(head), sizeof head);
+    out_.append(ok ? reinterpret_cast<const char*>(answer.vector.data()) : answer.error.data(), bytes);
+    got_ = sent_ = 0;
+    deadline_ = Clock::now() + timeout_;
+    return send();
+  }
+
+  // Takes no more requests than have arrived by now. What is in the socket's buffer is still read and answered.
   void finish() { shutdown(socket_, SHUT_RD); }
 
-  bool done() const { return done_; }
-
  private:
-  void serve() {
-    uint32_t bytes;
-    while (receive(&bytes, sizeof bytes) && serve_one(bytes)) {
-    }
-    shutdown(socket_, SHUT_RDWR);  // tells the client; the descriptor is closed by the destructor
-    done_ = true;
-  }
+  using Clock = std::chrono::steady_clock;
 
-  // Reads the rest of a request and answers it. False if the client has gone.
-  bool serve_one(uint32_t bytes) {
-    const uint32_t limit = static_cast<uint32_t>(info_.max_length) * 4;
-    if (bytes == 0 || bytes % 4 != 0 || bytes > limit) {
-      return skip(bytes) && refuse("a request has " + std::to_string(bytes) +
-                                   " bytes; give 4 for each token id, and 1 ... " + std::to_string(info_.max_length) +
-                                   " ids");
-    }
-    std::vector<int32_t> ids(bytes / 4);
-    if (!receive(ids.data(), bytes)) return false;
-    for (const int32_t id : ids) {  // checked here, so that a bad request spoils no batch of others
-      if (id < 0 || id >= info_.vocabulary_size) {
-        return refuse("token id " + std::to_string(id) + " is not in 0 ... " +
-                      std::to_string(info_.vocabulary_size - 1));
-      }
-    }
-    const Answer answer = batcher_.submit(std::move(ids)).get();
-    return answer.code == Code::kOk ? reply(answer.code, answer.vector.data(), answer.vector.size() * sizeof(float))
-                                    : reply(answer.code, answer.error.data(), answer.error.size());
-  }
+  bool whole() const { return got_ == sizeof size_ + size_t{size_}; }
 
-  bool refuse(const std::string& error) { return reply(Code::kBadRequest, error.data(), error.size()); }
-
-  bool reply(Code code, const void* body, size_t bytes) {
-    const uint32_t head[] = {static_cast<uint32_t>(bytes), static_cast<uint32_t>(code)};
-    return send_all(head, sizeof head) && send_all(body, bytes);
-  }
-
-  bool skip(size_t bytes) {
-    char dropped[4096];
-    for (; bytes > 0; bytes -= std::min(bytes, sizeof dropped)) {
-      if (!receive(dropped, std::min(bytes, sizeof dropped))) return false;
+  // Reads what has arrived: the size, then the ids. Nothing is allocated before the size is checked, and the body of a
+  // request that is answered by its size alone is dropped.
+  bool receive(Service& service) {
+    char unwanted[4096];
+    ssize_t count;
+    if (got_ < sizeof size_) {
+      count = recv(socket_, reinterpret_cast<char*>(&size_) + got_, sizeof size_ - got_, 0);
+    } else if (const size_t body = got_ - sizeof size_; answer_.valid()) {
+      count = recv(socket_, unwanted, std::min(sizeof unwanted, size_ - body), 0);
+    } else {
+      count = recv(socket_, reinterpret_cast<char*>(ids_.data()) + body, size_ - body, 0);
     }
+    if (count <= 0) return count < 0 && (errno == EAGAIN || errno == EINTR);
+    got_ += static_cast<size_t>(count);
+    if (got_ == sizeof size_) {
+      answer_ = service.answer_at_once(size_);
+      if (!answer_.valid()) ids_.resize(size_ / sizeof(int32_t));
+    }
+    if (whole() && !answer_.valid()) answer_ = service.submit(std::move(ids_));
     return true;
   }
 
-  bool receive(void* data, size_t bytes) {
-    for (auto* at = static_cast<char*>(data); bytes > 0;) {
-      const ssize_t got = recv(socket_, at, bytes, 0);
-      if (got < 0 && errno == EINTR) continue;
-      if (got <= 0) return false;
-      at += got;
-      bytes -= static_cast<size_t>(got);
-    }
-    return true;
-  }
-
-  bool send_all(const void* data, size_t bytes) {
-    for (auto* at = static_cast<const char*>(data); bytes > 0;) {
-      const ssize_t sent = send(socket_, at, bytes, MSG_NOSIGNAL);  // a client that has gone must not end the server
-      if (sent < 0 && errno == EINTR) continue;
-      if (sent <= 0) return false;
-      at += sent;
-      bytes -= static_cast<size_t>(sent);
+  bool send() {
+    const ssize_t count = ::send(socket_, out_.data() + sent_, out_.size() - sent_, 0);
+    if (count < 0) return errno == EAGAIN || errno == EINTR;
+    sent_ += static_cast<size_t>(count);
+    if (sent_ == out_.size()) {
+      out_.clear();
+      deadline_ = Clock::now() + timeout_;
     }
     return true;
   }
 
   const int socket_;
-  const funnel_info info_;
-  Batcher& batcher_;
-  std::atomic<bool> done_{false};
-  std::thread thread_;  // last: it uses all of the above
+  const std::chrono::seconds timeout_;
+  Clock::time_point deadline_;  // for the client's next step
+  uint32_t size_ = 0;           // of the request's body, in bytes
+  size_t got_ = 0;              // bytes of size and body that have arrived
+  std::vector<int32_t> ids_;
+  std::future<Answer> answer_;  // valid once the answer is known or being computed
+  std::string out_;             // the answer that is being sent, of which sent_ bytes have left
+  size_t sent_ = 0;
 };
 
 #endif  // FUNNEL_EXAMPLE_CONNECTION_H_

@@ -1,102 +1,66 @@
 // Embeds token ids for clients of a Unix socket, with the funnel engine inside. README.md has usage and protocol.
+//
+// One thread, that of main, accepts, reads and writes; none of its steps waits for a client or for the model. One more
+// thread runs the model.
 
-#include <funnel.hpp>
-#include <getopt.h>
-#include <poll.h>
 #include <signal.h>
+#include <sys/eventfd.h>
 #include <sys/signalfd.h>
 #include <sys/socket.h>
-#include <sys/stat.h>
-#include <sys/un.h>
-#include <unistd.h>
 
 #include <cerrno>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <list>
+#include <map>
+#include <optional>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
-#include "batcher.h"
 #include "connection.h"
+#include "listener.h"
+#include "service.h"
 
 namespace {
+
+using Clock = std::chrono::steady_clock;
+using std::chrono::seconds;
 
 constexpr char kUsage[] =
     "usage: funnel_server [options] CHECKPOINT SOCKET\n"
     "  --batch-tokens N   tokens that a batch may gather (default 4096)\n"
-    "  --queue N          requests that may wait before others are refused (default 256)\n"
-    "  --connections N    clients at a time (default 64)\n"
-    "  --options JSON     options of the engine, see funnel_options in funnel.h\n";
-
-struct Settings {
-  std::string checkpoint, socket, options;
-  size_t batch_tokens = 4096, queue = 256, connections = 64;
-};
-
-size_t positive(const char* name, const char* text) {
-  char* end;
-  const long long value = std::strtoll(text, &end, 10);
-  if (*text == '\0' || *end != '\0' || value < 1) {
-    throw std::invalid_argument(std::string("--") + name + " is " + text + "; give a number of at least 1");
-  }
-  return static_cast<size_t>(value);
-}
+    "  --queue N          requests that may wait before others are refused (default 64)\n"
+    "  --connections N    clients at a time (default 256)\n"
+    "  --timeout SECONDS  for a client to send a whole request, or to read a whole answer (default 30)\n"
+    "  --options JSON     options of the engine, see funnel_options in funnel.h";
 
 Settings parse(int argc, char** argv) {
   Settings settings;
-  const option options[] = {{"batch-tokens", required_argument, nullptr, 'b'},
-                            {"queue", required_argument, nullptr, 'q'},
-                            {"connections", required_argument, nullptr, 'c'},
-                            {"options", required_argument, nullptr, 'o'},
-                            {nullptr, 0, nullptr, 0}};
-  int index = 0;
-  for (int letter; (letter = getopt_long(argc, argv, "", options, &index)) != -1;) {
-    if (letter == 'b') settings.batch_tokens = positive(options[index].name, optarg);
-    if (letter == 'q') settings.queue = positive(options[index].name, optarg);
-    if (letter == 'c') settings.connections = positive(options[index].name, optarg);
-    if (letter == 'o') settings.options = optarg;
-    if (letter == '?') throw std::invalid_argument(kUsage);
+  const std::map<std::string, size_t*> numbers = {{"--batch-tokens", &settings.batch_tokens},
+                                                  {"--queue", &settings.queue},
+                                                  {"--connections", &settings.connections},
+                                                  {"--timeout", &settings.timeout}};
+  for (; argc > 4; argc -= 2, argv += 2) {  // every option has a value
+    const std::string name = argv[1], value = argv[2];
+    const auto found = numbers.find(name);
+    if (found != numbers.end()) {
+      const bool digits = !value.empty() && value.size() < 7 && value.find_first_not_of("0123456789") == value.npos;
+      *found->second = digits ? std::stoul(value) : 0;
+      if (*found->second == 0) throw std::invalid_argument(name + " is " + value + "; give a number of 1 ... 999999");
+    } else if (name == "--options") {
+      settings.options = value;
+    } else {
+      throw std::invalid_argument(kUsage);
+    }
   }
-  if (argc - optind != 2) throw std::invalid_argument(kUsage);
-  settings.checkpoint = argv[optind];
-  settings.socket = argv[optind + 1];
+  if (argc != 3) throw std::invalid_argument(kUsage);
+  settings.checkpoint = argv[1];
+  settings.socket = argv[2];
   return settings;
 }
-
-[[noreturn]] void fail(const std::string& what) { throw std::runtime_error(what + ": " + std::strerror(errno)); }
-
-// A socket that listens under a path, which goes with it. Only this user may connect.
-class Listener {
- public:
-  explicit Listener(const std::string& path) : path_(path), socket_(socket(AF_UNIX, kKind, 0)) {
-    sockaddr_un address{};
-    address.sun_family = AF_UNIX;
-    if (path.size() >= sizeof address.sun_path) throw std::runtime_error(path + " is too long for a socket");
-    std::memcpy(address.sun_path, path.c_str(), path.size());
-    const auto* where = reinterpret_cast<const sockaddr*>(&address);
-    if (connect(socket_, where, sizeof address) == 0) throw std::runtime_error(path + " is served already");
-    if (errno == ECONNREFUSED) unlink(path.c_str());  // left behind by a server that was killed
-    umask(0177);
-    if (bind(socket_, where, sizeof address) != 0) fail("cannot make " + path);
-    if (listen(socket_, SOMAXCONN) != 0) fail("cannot listen on " + path);
-  }
-  ~Listener() {
-    close(socket_);
-    unlink(path_.c_str());
-  }
-  Listener(const Listener&) = delete;
-  Listener& operator=(const Listener&) = delete;
-
-  int descriptor() const { return socket_; }
-
- private:
-  static constexpr int kKind = SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK;
-
-  const std::string path_;
-  const int socket_;
-};
 
 // Blocks SIGTERM and SIGINT in this thread, and so in all that it starts; returns a descriptor that reads them.
 int block_signals() {
@@ -105,52 +69,100 @@ int block_signals() {
   sigaddset(&signals, SIGTERM);
   sigaddset(&signals, SIGINT);
   pthread_sigmask(SIG_BLOCK, &signals, nullptr);
-  const int descriptor = signalfd(-1, &signals, SFD_CLOEXEC);
-  if (descriptor < 0) fail("signalfd");
+  signal(SIGPIPE, SIG_IGN);  // a client that has left makes send fail, and does not end the server
+  return signalfd(-1, &signals, SFD_CLOEXEC);
+}
+
+int checked(int descriptor) {
+  if (descriptor < 0) fail("cannot make a descriptor");
   return descriptor;
 }
 
-// Accepts clients until a signal comes, then sees to it that what they have sent is answered.
-void serve(const Settings& settings, const funnel::Engine& engine, int signals) {
-  Batcher batcher([&](const auto& ids, const auto& offsets) { return engine.embed({ids, offsets}); },
-                  settings.batch_tokens, settings.queue);
-  std::list<Connection> connections;
-  {
-    const Listener listener(settings.socket);
-    std::printf("listening on %s\n", settings.socket.c_str());
-    std::fflush(stdout);
-    pollfd events[] = {{signals, POLLIN, 0}, {listener.descriptor(), POLLIN, 0}};
-    while (events[0].revents == 0) {
-      if (poll(events, 2, -1) < 0) {
-        if (errno == EINTR) continue;
-        fail("poll");
+class Server {
+ public:
+  explicit Server(const Settings& settings)
+      : settings_(settings),
+        signals_(checked(block_signals())),
+        wake_(checked(eventfd(0, EFD_CLOEXEC))),
+        listener_(std::in_place, settings.socket),
+        service_(settings, [this] { eventfd_write(wake_, 1); }) {}
+
+  // Serves until a signal ends it. Then it takes no more requests, and answers those that have arrived, for at most ten
+  // seconds. Deadlines are looked at twice a second.
+  void run() {
+    while (!ending() || (!connections_.empty() && Clock::now() < end_)) {
+      if (service_.loading() && Clock::now() >= next_report_) {
+        std::fprintf(stderr, "not ready yet\n");
+        next_report_ += seconds(10);
       }
-      if (events[1].revents == 0) continue;
-      const int client = accept4(listener.descriptor(), nullptr, nullptr, SOCK_CLOEXEC);
-      if (client < 0) continue;  // it has gone, or there are too many descriptors for now
-      connections.remove_if([](const Connection& connection) { return connection.done(); });
-      if (connections.size() < settings.connections) {
-        const timeval patience{10, 0};  // a client that does not read its answers must not hold up the end
-        setsockopt(client, SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof patience);
-        connections.emplace_back(client, engine.info(), batcher);
-      } else {
-        close(client);
-      }
+      const bool accepting = !ending() && Clock::now() >= next_accept_;
+      std::vector<pollfd> events = {
+          {signals_, POLLIN, 0}, {wake_, POLLIN, 0}, {accepting ? listener_->descriptor() : -1, POLLIN, 0}};
+      for (const Connection& connection : connections_) events.push_back(connection.interest());
+      if (poll(events.data(), events.size(), 500) < 0 && errno != EINTR) fail("cannot poll");
+      if (events[1].revents != 0) wake();
+      auto event = events.begin() + 3;
+      connections_.remove_if([&](Connection& c) { return !c.advance((event++)->revents != 0, service_); });
+      if (events[2].revents != 0) accept_client();
+      if (events[0].revents != 0) end();
+    }
+    std::printf("%s\n", service_.stats().c_str());
+    if (!connections_.empty()) {
+      std::fprintf(stderr, "clients that have not read all their answers: %zu\n", connections_.size());
+      std::fflush(stdout);
+      std::_Exit(0);  // does not wait for a batch that still runs
     }
   }
-  for (Connection& connection : connections) connection.finish();
-}  // waits for the connections, then for the batcher
+
+ private:
+  bool ending() const { return !listener_; }
+
+  // The model is loaded, or answers are ready.
+  void wake() {
+    eventfd_t count;
+    eventfd_read(wake_, &count);
+    if (!service_.loading()) return;
+    service_.finish_loading();
+    std::printf("ready on %s\n", settings_.socket.c_str());
+    std::fflush(stdout);
+  }
+
+  void accept_client() {
+    const int client = accept4(listener_->descriptor(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK);
+    if (client >= 0) {
+      connections_.emplace_back(client, seconds(settings_.timeout));
+      if (connections_.size() <= settings_.connections) return;
+      connections_.back().reply({Code::kBusy, {}, std::to_string(settings_.connections) + " clients; try again later"});
+      connections_.pop_back();
+    } else if (errno != EAGAIN && errno != EINTR && errno != ECONNABORTED) {
+      std::fprintf(stderr, "cannot accept a client: %s; the next try is in a second\n", std::strerror(errno));
+      next_accept_ = Clock::now() + seconds(1);
+    }
+  }
+
+  // A second signal does not wait any more.
+  void end() {
+    signalfd_siginfo info;
+    if (read(signals_, &info, sizeof info) < 0) fail("cannot read a signal");
+    end_ = Clock::now() + seconds(ending() ? 0 : 9);
+    listener_.reset();
+    if (service_.loading()) std::_Exit(0);  // there is nothing to answer, and no way to stop the compiler
+    for (Connection& connection : connections_) connection.finish();
+  }
+
+  const Settings settings_;
+  const int signals_, wake_;  // open until the process ends
+  Clock::time_point next_report_ = Clock::now() + seconds(10), next_accept_, end_;
+  std::optional<Listener> listener_;  // none once the end has begun
+  std::list<Connection> connections_;
+  Service service_;
+};
 
 }  // namespace
 
 int main(int argc, char** argv) {
   try {
-    const Settings settings = parse(argc, argv);
-    const int signals = block_signals();
-    funnel::Engine engine(settings.checkpoint, settings.options);
-    engine.warmup();
-    serve(settings, engine, signals);
-    std::printf("%s\n", engine.stats().c_str());
+    Server(parse(argc, argv)).run();
     return 0;
   } catch (const std::exception& error) {
     std::fprintf(stderr, "%s\n", error.what());

@@ -15,7 +15,7 @@ from funnel_kernels.errors import BackendUnavailable
 BACKENDS = {
     "triton": "NVIDIA GPUs of compute capability 8.0 and newer: kernels in Triton",
     "tpu": "TPUs v4, v5e, v5p, v6e and 7x: kernels in Pallas",
-    "cpu": "x86-64 CPUs with AVX2 and newer: kernels in C++, matrix products of packed weights",
+    "cpu": "x86-64 CPUs with AVX2 and newer: kernels in C++; float32 products need AVX-512, bfloat16 ones AVX-512-BF16",
     "xla": "anywhere: portable jax.numpy, block by block",
     "reference": "anywhere: the specification, dense and slow; served only when asked for by name",
 }
@@ -46,8 +46,8 @@ def serve(op: str, implementations: Implementations, backend: str, *arrays: Any,
     name, result, refusals = attempt(implementations, backend, *arrays, **options)
     if name is None:
         reasons = "; ".join(f"{refuser}: {reason}" for refuser, reason in refusals.items())
-        known = ", ".join(BACKENDS)
-        raise BackendUnavailable(f"{op} is not served by backend {backend!r}: {reasons}; the backends are {known}")
+        known = ", ".join(("auto", *BACKENDS))
+        raise BackendUnavailable(f"{op} is not served by backend {backend!r}: {reasons}; choose one of {known}")
     return result
 
 

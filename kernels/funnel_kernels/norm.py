@@ -16,3 +16,12 @@ def rms_norm(
     x = x.astype(jnp.float32)
     inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
     return x * inverse_rms * (1.0 + weight.astype(jnp.float32))
+
+
+def rounded(
+    x: jax.Array,  # float32
+    dtype: jnp.dtype,
+) -> jax.Array:
+    """`x` in another dtype. XLA may leave out a conversion to fewer bits and back again, but not this rounding."""
+    bits = jnp.finfo(dtype)
+    return jax.lax.reduce_precision(x, exponent_bits=bits.nexp, mantissa_bits=bits.nmant).astype(dtype)

@@ -6,8 +6,12 @@ Nothing here imports Triton before a GPU is known to be there.
 import functools
 import importlib
 import importlib.metadata
+import importlib.util
+import os
 import re
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -20,6 +24,7 @@ PACKAGES = {  # the least version of each, and the first that is too new; the ex
     "triton": ((3, 6), (4,)),
     "jax-triton": ((0, 3, 1), (0, 3, 2)),
 }
+TARGET = "triton_kernel_call_ffi"  # of jaxlib's, which XLA may record in a CUDA graph
 ELEMENTS = 8192  # that a program of a row-wise kernel holds at once
 
 Sizes = TypeVar("Sizes", bound=tuple[Any, ...])
@@ -83,19 +88,75 @@ def check_packages() -> None:
         raise NotImplementedError(f"jax-triton cannot be imported ({error}); {INSTALL}") from error
 
 
-def call(kernel: Any, *arrays: jax.Array, out_shape: Any, grid: tuple[int, ...], **options: Any) -> Any:
-    """Runs a Triton kernel whose arguments are pointers to `arrays`, pointers to the results, and `options`.
+def call(kernel: Any, *arguments: jax.Array | int, out_shape: Any, grid: tuple[int, ...], **options: Any) -> Any:
+    """Runs a Triton kernel that takes `arguments`, pointers to the results, and `options`.
 
     Args:
+        arguments: arrays, of which the kernel gets pointers, and integers, of which no value compiles the kernel again
+            (but 1, which becomes a constant).
         out_shape: `jax.ShapeDtypeStruct` of the result, or a tuple of them.
         grid: numbers of programs; only the first axis may exceed 65,535.
         options: the kernel's compile-time constants, `num_warps` and `num_stages`.
+
+    Raises:
+        NotImplementedError: there is no ptxas.
     """
+    provide_ptxas()
+    use_typed_calls()
     import jax_triton
 
     return jax_triton.triton_call(
-        *arrays, kernel=kernel, out_shape=out_shape, grid=grid, compute_capability=capability(), **options
+        *arguments, kernel=kernel, out_shape=out_shape, grid=grid, compute_capability=capability(),
+        custom_call_target_name=TARGET, **options,
+    )  # fmt: skip
+
+
+@functools.cache
+def provide_ptxas() -> None:
+    """Puts Triton's own ptxas at the end of PATH if PATH has none: jaxlib runs it to assemble the kernels.
+
+    Raises:
+        NotImplementedError: Triton has none either.
+    """
+    if shutil.which("ptxas"):
+        return
+    spec = importlib.util.find_spec("triton")
+    folders = spec.submodule_search_locations if spec else None
+    for folder in folders or ():
+        tools = Path(folder, "backends", "nvidia", "bin")
+        if shutil.which("ptxas", path=tools):
+            os.environ["PATH"] = os.pathsep.join(filter(None, [os.environ.get("PATH"), str(tools)]))
+            return
+    raise NotImplementedError(
+        "there is no program ptxas, neither on PATH nor in Triton's package; install NVIDIA's CUDA toolkit and add its "
+        "folder bin to PATH"
     )
+
+
+@functools.cache
+def use_typed_calls() -> None:
+    """Makes jax-triton emit calls of `TARGET` as calls of XLA's typed foreign function interface (FFI).
+
+    jax-triton 0.3.1 knows the legacy interface only, whose calls XLA cannot record: each would end a CUDA graph. The
+    payload is the same.
+    """
+    from jax.interpreters import mlir
+    from jax_triton import triton_lib
+
+    def lower(context: Any, *operands: Any, custom_call_target_name: str, **parameters: Any) -> Any:
+        legacy = triton_lib.triton_kernel_call_lowering(
+            triton_lib.get_cuda_backend, context, *operands,
+            custom_call_target_name=custom_call_target_name, **parameters,
+        )  # fmt: skip
+        if custom_call_target_name != TARGET:  # a kernel that is not ours
+            return legacy
+        operation = legacy[0].owner
+        typed = jax.ffi.ffi_lowering(TARGET, backend_config={"opaque": operation.attributes["backend_config"]})
+        results = typed(context, *operands)
+        operation.erase()
+        return results
+
+    mlir.register_lowering(triton_lib.triton_kernel_call_p, lower, platform="cuda")
 
 
 def tuned(kind: type[Sizes], op: str, width: int, dtype: Any) -> Sizes | None:

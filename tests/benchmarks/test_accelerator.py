@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -80,7 +81,7 @@ def test_every_part_runs_where_only_jax_is_installed(tmp_path):
         assert table["options"] == {"small": True, "seed": 11, "backend": "xla"}
     measured = {part: len(table["rows"]) for part, table in tables.items()}
     assert measured == {
-        "check": 11, "ceilings": 2, "attention": 9, "rows": 10, "engine": 1, "funnel": 4, "peer": 0, "latency": 1,
+        "check": 11, "ceilings": 2, "attention": 11, "rows": 10, "engine": 3, "funnel": 4, "peer": 0, "latency": 1,
         "ragged": 2, "flags": 0,
     }  # fmt: skip
     assert {entry["reason"] for entry in tables["peer"]["left_out"]} == {"torch is not installed"}
@@ -101,7 +102,11 @@ def test_only_some_parts_run_and_others_stay(tmp_path, capsys):
     first = read(tmp_path, "ceilings")
     assert main([*arguments, "--only", "latency"]) == 0
     assert read(tmp_path, "ceilings") == first
-    assert {file.name for file in tmp_path.iterdir()} == {"ceilings.json", "latency.json", "report.md"}
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "ceilings.json", "latency.json", "report.md", "results.tar.gz",
+    }  # fmt: skip
+    with tarfile.open(tmp_path / "results.tar.gz") as archive:
+        assert archive.getnames() == ["ceilings.json", "latency.json", "report.md"]
     report = (tmp_path / "report.md").read_text()
     assert "## What the device can do" in report
     assert "one sequence of 16 tokens" in report
@@ -197,6 +202,19 @@ def test_a_killed_run_keeps_what_it_has_measured(tmp_path):
     table = read(tmp_path, "rows")
     assert not table["complete"]
     assert [row["cell"] for row in table["rows"]][:2] == [re.search("(.*): ", row)[1] for row in rows]
+    assert table["rows"][0]["seconds"]["median"] > 0
+
+
+def test_a_terminated_run_packs_what_it_has_measured(tmp_path):
+    process = subprocess.Popen(
+        command(tmp_path, "--small", "--backend", "xla", "--only", "rows"), stdout=subprocess.PIPE, text=True
+    )  # fmt: skip
+    with process, contextlib.closing(process.stdout) as output:
+        next(line for line in output if re.search(r": [0-9.]+ s$", line))
+        process.terminate()
+    assert process.returncode == 128 + signal.SIGTERM
+    with tarfile.open(tmp_path / "results.tar.gz") as archive:
+        table = json.load(archive.extractfile("rows.json"))
     assert table["rows"][0]["seconds"]["median"] > 0
 
 

@@ -45,7 +45,7 @@ def test_it_converts_runs_and_takes_texts(tmp_path):
     assert (checkpoint.config.hidden_size, checkpoint.dtype) == (24, "bfloat16")
     for name, weight in checkpoint.weights.items():
         assert np.asarray(weight, np.float32).std() == pytest.approx(0.02, rel=0.3), name
-    vectors = Engine.load(converted, FunnelConfig.after(1)).embed(["A funnel pools tokens.", "Fewer rows."])
+    vectors = Engine.load(converted, funnel=FunnelConfig.after(1)).embed(["A funnel pools tokens.", "Fewer rows."])
     assert vectors.shape == (2, 24)
     assert np.abs(vectors[0] - vectors[1]).max() > 1e-3
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+import funnel_native
 from funnel_benchmarks.kernels import onednn_product
 
 
@@ -10,6 +11,10 @@ from funnel_benchmarks.kernels import onednn_product
 def test_product(dtype, tolerance, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     task = {"rows": 7, "in": 33, "out": 19, "dtype": dtype}
+    if dtype == "bfloat16" and funnel_native.handlers().instruction_set() == "avx2":
+        with pytest.raises(RuntimeError, match="oneDNN returned status 3"):  # it has none at all
+            onednn_product.make(task)
+        return
     call, facts = onednn_product.make(task)
     x, weight = (np.float64(operand) for operand in onednn_product.operands(task))
     result = call(0)

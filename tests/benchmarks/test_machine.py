@@ -6,6 +6,7 @@ import subprocess
 import jax
 import numpy as np
 
+import funnel_native
 from funnel_benchmarks.machine import git_revision, machine_facts, peak_memory_gb
 
 
@@ -15,6 +16,7 @@ def test_facts_are_json_and_name_versions_but_no_paths():
     assert facts["numpy"] == np.__version__
     assert len(facts["devices"]) == len(jax.devices())
     assert facts["cores"] >= 1
+    assert facts["instruction_set"].startswith(funnel_native.handlers().processor())
     assert facts["memory_gb"] > 0
     text = json.dumps(facts)
     assert "/root" not in text

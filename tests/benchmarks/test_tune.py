@@ -1,6 +1,10 @@
 """`tune`: candidates are held against another backend and timed in turns; the table keeps what is not measured."""
 
 import json
+import os
+import re
+import subprocess
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +26,7 @@ def small(monkeypatch, interpreted_triton):
     monkeypatch.setattr(tune, "ROUNDS", 2)
     monkeypatch.setattr(tune, "SAMPLE_SECONDS", 1e-6)
     monkeypatch.setattr(tune, "ATTENTION_SIZES", {"float32": ((16, 32), (16,), (4,), (1,))})
+    monkeypatch.setattr(tune, "static_problems", lambda problem: {})  # which needs Triton's compiler
 
 
 @pytest.mark.parametrize(
@@ -46,7 +51,7 @@ def problem_of(make):
     x = jnp.asarray(np.random.default_rng(0).standard_normal(64), jnp.float32)
     candidates = [("right",), ("wrong",), ("not a number",), ("too large",)]
     key = tuning.Key("pool_norm", 64, "float32")
-    return tune.Problem(key, "64", (x,), make, lambda x: (x, 2 * x), candidates)
+    return tune.Problem(key, "64", (x,), make, lambda x: (x, 2 * x), candidates, lambda sizes: None)
 
 
 def test_candidates_that_are_wrong_or_do_not_compile_are_dropped_with_the_reason(small):
@@ -67,6 +72,49 @@ def test_candidates_that_are_wrong_or_do_not_compile_are_dropped_with_the_reason
         "is wrong: relative error inf",
         "does not run: out of resource: shared memory",
     ]
+
+
+def test_what_is_refused_by_the_compiler_never_runs(small, monkeypatch):
+    def make(sizes):
+        assert sizes == ("right",)
+        return lambda x: (x, 2 * x)
+
+    refused = {(name,): "spills 48 bytes" for name in ("wrong", "not a number", "too large")}
+    monkeypatch.setattr(tune, "static_problems", lambda problem: refused)
+    advanced = []
+    best, *others = tune.measure(problem_of(make), lambda: advanced.append(1))
+    assert best.sizes == ("right",)
+    assert {other.sizes: other.problem for other in others} == refused
+    assert len(advanced) == 4
+
+
+def test_what_does_not_fit_hoppers_shared_memory_is_no_candidate(interpreted_triton, monkeypatch):
+    monkeypatch.setattr(tune, "TOKENS", 32)
+    candidates = tune.attention_problem(256, "bfloat16").candidates
+    assert len(candidates) == 18  # of 36
+    assert (128, 64, 8, 2) in candidates
+    assert (128, 64, 8, 3) not in candidates
+
+
+SPILLS = """
+from funnel_benchmarks import tune
+from funnel_kernels import triton_calls
+
+triton_calls.capability = lambda: 90
+tune.TOKENS = 32
+problem = tune.attention_problem(256, "bfloat16")
+chosen = [sizes for sizes in problem.candidates if sizes in ((128, 32, 4, 2), (64, 32, 8, 2))]
+print(tune.static_problems(problem._replace(candidates=chosen)))
+"""
+
+
+def test_what_spills_registers_is_found_without_running_it():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", SPILLS]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    spilling = r"\{Sizes\(block_q=128, block_k=32, warps=4, stages=2\): 'spills \d+ bytes'\}"
+    assert re.fullmatch(spilling, done.stdout.strip()), done.stdout
 
 
 def test_if_no_candidate_is_right_nothing_is_written(small, tmp_path):

@@ -4,7 +4,7 @@ import pytest
 
 import funnel_native
 
-SETS = ("avx2", "avx512", "avx512_bf16")
+SETS = funnel_native.INSTRUCTION_SETS
 assert funnel_native.problem() is None  # registers them with JAX, whichever test comes first
 HANDLERS = funnel_native.handlers()
 BEST = HANDLERS.instruction_set()

@@ -71,6 +71,26 @@ def test_results_are_equal_to_the_bit_from_run_to_run_and_with_any_number_of_thr
         np.testing.assert_array_equal(run(case, threads=threads), first)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("query_stride", "left", "right"), [(1, None, None), (1, None, 0), (1, 20, 20), (2, None, None), (2, 40, 0)]
+)
+def test_a_sequence_has_the_same_bits_alone_and_anywhere_in_a_batch(instruction_set, query_stride, left, right, dtype):
+    """Lengths around those of vectors and blocks, which lie at any offset, odd ones too."""
+    lengths = (7, 1, 300, 2, 33, 3, 17, 256, 16, 600, 5, 257, 31, 512, 100, 9)
+    case = AttentionCase(Packed(lengths, query_stride, left=left, right=right, tail=40), 3, 1, 20, dtype=dtype)
+    q, k, v, lo, hi = case.arrays()
+    together = run(case)
+    query_rows = [-(-length // query_stride) for length in lengths]
+    keys, queries = (np.cumsum([0, *counts]) for counts in (lengths, query_rows))
+    attend = functools.partial(attention, **case.options(), backend="cpu")
+    for index, length in enumerate(lengths):
+        mine, seen = (slice(ends[index], ends[index + 1]) for ends in (queries, keys))
+        start = np.int32(seen.start)
+        alone = attend(q[mine], k[seen], v[seen], lo[mine] - start, hi[mine] - start)
+        np.testing.assert_array_equal(together[mine], alone, err_msg=f"{length} tokens from row {start} on")
+
+
 def test_many_calls_at_once():
     """The pool's threads work for several calls in turn, of different sizes."""
     cases = CASES[1:5] * 4

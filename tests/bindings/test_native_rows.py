@@ -75,6 +75,23 @@ def test_results_do_not_depend_on_threads_to_the_bit(case):
             np.testing.assert_array_equal(result, expected)
 
 
+def of_windows(array: np.ndarray | None, windows: int, first: int, last: int) -> np.ndarray | None:
+    """The rows of an array that belong to some of its windows; a weight has none, and stays as it is."""
+    if array is None or len(array) % windows:
+        return array
+    rows = len(array) // windows
+    return array[first * rows : last * rows]
+
+
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_a_row_has_the_same_bits_among_any_number_of_rows(case):
+    windows = case.rows if isinstance(case, AddNormCase) else case.windows
+    for first, last in ((0, 1), (5, 7), (11, windows)):
+        alone = results(case, "cpu", *(of_windows(array, windows, first, last) for array in case.arrays()))
+        for result, together in zip(alone, run(case), strict=True):
+            np.testing.assert_array_equal(result, of_windows(together, windows, first, last))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_rounding_is_to_the_nearest_and_to_even(instruction_set, dtype):
     """A sum of float32 and 0 is rounded as ml_dtypes rounds it: ties, the largest values, infinities and NaN."""

@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 AVX512 = "-mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl"
 # As bindings/native/CMakeLists.txt compiles the kernels.
 FLAGS = {"avx2": "-mavx2 -mfma", "avx512": AVX512, "avx512_bf16": f"{AVX512} -mavx512bf16"}
+FLAGS["amx"] = FLAGS["avx512_bf16"]
 INFINITY = np.float32(np.inf)
 
 

@@ -18,13 +18,14 @@ import pytest
 import transformers
 from jax.sharding import Mesh
 
-from funnel_engine import ConfigError, Engine, FunnelConfig, HeadConfig, convert, model
+from funnel_engine import BackendUnavailable, ConfigError, Engine, FunnelConfig, HeadConfig, convert, model
 from funnel_engine.config import Rope
 from funnel_engine.heads import DenseConfig
 from funnel_engine.packing import make_plan, pack, spans
 from funnel_engine.sharding import DeviceMesh, abstract_forward
 from funnel_engine.weights import expected_shapes
 from hugging_face_models import build, gemma3
+from option_grid import no_product
 from tiny_models import CONFIG, make_engine, random_ids
 
 # heads, key/value heads, norms and softcap as the models of the family have them
@@ -227,7 +228,15 @@ def test_a_device_holds_its_share_of_the_weights_and_no_more(config, model, copi
 def test_describe_names_the_mesh():
     text = make_engine(HeadConfig(), GROUPED, mesh=mesh_of(model=2, data=4)).describe()
     order = ", ".join(str(jax.devices()[index]) for index in (0, 4, 1, 5, 2, 6, 3, 7))
-    assert f"devices      data 4 x model 2: {order}\n" in text
+    assert re.search(rf"^devices +data 4 x model 2: {order}$", text, re.MULTILINE)
+
+
+def test_over_a_mesh_products_are_not_the_kernels_of_backend_cpu():
+    reason = no_product("float32") or "over a mesh weights are not packed"
+    text = make_engine(HeadConfig(), GROUPED, mesh=mesh_of(model=2)).describe()
+    assert re.search(rf"^linear +xla; .*not cpu: {re.escape(reason)}$", text, re.MULTILINE)
+    with pytest.raises(BackendUnavailable, match=f"not served by backend 'cpu': cpu: {re.escape(reason)}"):
+        make_engine(HeadConfig(), GROUPED, mesh=mesh_of(model=2), backend="cpu")
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,9 @@ def source(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("fuzz") / "source"
     config = models.gemma3(use_bidirectional_attention=True)
     models.build(transformers.Gemma3TextModel, config).save_pretrained(directory, max_shard_size="60KB")
-    make_tokenizer().save(str(directory / "tokenizer.json"))
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens(["<bos>"])
+    tokenizer.save(str(directory / "tokenizer.json"))
     for name, content in JSON_FILES.items():
         (directory / name).parent.mkdir(exist_ok=True)
         (directory / name).write_text(json.dumps(content))

@@ -40,7 +40,7 @@ DATA = bytes(range(96))
 GOOD = {"__metadata__": {"format": "pt"}, "b": entry(64, 96, [4, 2]), "a": entry(0, 64)}
 
 DAMAGED = {
-    "empty file": (b"", "no whole safetensors"),
+    "empty file": (b"", "is empty; its download or its copy failed"),
     "shorter than a length": (b"\0\0\0", "no whole safetensors"),
     "header beyond the file": (file_bytes(GOOD, DATA, length=1000), "header would be 1,000 bytes"),
     "header of 2^63 bytes": (file_bytes(GOOD, DATA, length=2**63), "no whole safetensors"),

@@ -1,6 +1,7 @@
 """What lies beside a model in sentence-transformers format: taken over exactly, or refused by name."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,15 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import save_file
+from sentence_transformers import CrossEncoder
 
 import hugging_face_models as models
+from funnel_engine import Engine
 from funnel_engine.checkpoints.convert import convert
 from funnel_engine.checkpoints.native import Checkpoint, read_checkpoint
 from funnel_engine.heads import DenseConfig
 from funnel_kernels import CheckpointError
+from sentence_models import train_tokenizer
 
 WIDTH = models.SIZES["hidden_size"]
 MIDDLE, OUT = 68, 36
@@ -373,7 +377,8 @@ FORWARD = {"method": "forward", "method_output_name": "last_hidden_state"}
         ({"tokenizer_name_or_path": "another/model"}, "tokenizer_name_or_path is 'another/model'"),
         ({"modality_config": {"text": FORWARD | {"method_output_name": "logits"}}}, "'logits'"),
         ({"modality_config": {"text": FORWARD | {"method": "get_text_features"}}}, "'get_text_features'"),
-        ({"modality_config": {"message": FORWARD}}, "text is None"),
+        ({"modality_config": {"image": FORWARD}}, "text is None"),
+        ({"modality_config": {"text": FORWARD, "message": FORWARD | {"format": "flat"}}}, "message is {'method'"),
         ({"modality_config": "text"}, "modality_config"),
     ],
 )
@@ -387,6 +392,77 @@ def test_transformer_module_that_the_engine_does_not_run(source, fields, reason)
 def test_transformer_module_with_what_changes_nothing(source):
     fields = {"do_lower_case": False, "model_args": {"torch_dtype": "float32"}, "config_args": {}}
     fields |= {"query_expansion": False, "query_length": None, "document_length": None, "tokenizer_name_or_path": None}
-    fields |= {"modality_config": {"text": FORWARD, "message": FORWARD | {"format": "flat"}}}
+    fields |= {"modality_config": {"text": FORWARD, "image": FORWARD}}
     write(source / TRANSFORMER_CONFIG, fields | {"transformer_task": "feature-extraction"})
     converted(source)
+
+
+# ------------------------------------------------------------------------------------------------ CrossEncoder
+
+
+@pytest.fixture
+def cross_encoder(tmp_path) -> Path:
+    """A classifier as the library's CrossEncoder saves it."""
+    model = models.build(transformers.Gemma2ForSequenceClassification, models.gemma2())
+    model.save_pretrained(tmp_path / "classifier")
+    train_tokenizer().save(str(tmp_path / "classifier" / "tokenizer.json"))
+    CrossEncoder(str(tmp_path / "classifier"), device="cpu", max_length=33, prompts={"q": "query: "}).save_pretrained(
+        str(tmp_path / "source")
+    )
+    return tmp_path / "source"
+
+
+def test_cross_encoder(cross_encoder):
+    """Logits as transformers', limits and prompts as the library's; the activation is left to the caller."""
+    checkpoint = converted(cross_encoder)
+    assert (checkpoint.head.task, len(checkpoint.head.labels)) == ("classify", models.LABELS)
+    text = checkpoint.manifest.text
+    assert (text.max_tokens, text.prompts, text.default_prompt_name) == (33, {"q": "query: "}, None)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(cross_encoder).eval()
+    ids = models.random_ids(5, 9)
+    with torch.no_grad():
+        theirs = [model(input_ids=torch.tensor([sequence])).logits[0].numpy() for sequence in ids]
+    ours = Engine.load(cross_encoder.parent / "ours", max_batch_tokens=64).classify(ids)
+    np.testing.assert_allclose(ours, np.stack(theirs), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("file", "fields", "reason"),
+    [
+        ("config_sentence_transformers.json", {"model_type": "SparseEncoder"}, "model_type is 'SparseEncoder'"),
+        (TRANSFORMER_CONFIG, {"transformer_task": "text-generation"}, "transformer_task is 'text-generation'"),
+        (TRANSFORMER_CONFIG, {"transformer_task": "feature-extraction"}, "transformer_task is 'feature-extraction'"),
+        (TRANSFORMER_CONFIG, {"module_output_name": "causal_logits"}, "module_output_name is 'causal_logits'"),
+        ("config.json", {"architectures": ["Gemma2Model"]}, "is that of a CrossEncoder"),
+    ],
+)
+def test_cross_encoder_that_the_engine_does_not_run(cross_encoder, file, fields, reason):
+    path = cross_encoder / file
+    write(path, json.loads(path.read_text()) | fields)
+    assert reason in refusal(cross_encoder)
+
+
+@pytest.mark.parametrize("kind", ["LogitScore", "Router"])
+def test_modules_of_other_kinds_of_models(cross_encoder, kind):
+    write(cross_encoder / "modules.json", [MODULES[0], module(kind, "1_Other")])
+    assert f"lists Transformer, {kind}" in refusal(cross_encoder)
+
+
+def test_transformer_file_of_an_old_version(source):
+    """The library reads the first of these names that it finds."""
+    write(source / "sentence_roberta_config.json", {"max_seq_length": 77})
+    write(source / "sentence_xlnet_config.json", {"max_seq_length": 78})
+    assert converted(source).manifest.text.max_tokens == 77
+    write(source / "sentence_roberta_config.json", {"do_lower_case": True})
+    assert "sentence_roberta_config.json: do_lower_case is True" in refusal_again(source)
+
+
+def refusal_again(source: Path) -> str:
+    shutil.rmtree(source.parent / "ours")
+    return refusal(source)
+
+
+def test_limits_of_other_arguments_do_not_count(source):
+    """Only what goes to the tokenizer is a limit of its texts."""
+    write(source / TRANSFORMER_CONFIG, {"model_args": {"model_max_length": 33}, "max_seq_length": 77})
+    assert converted(source).manifest.text.max_tokens == 77

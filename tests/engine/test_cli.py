@@ -1,7 +1,9 @@
 """The `funnel` command as a user meets it: results, help, and one line with exit status 2 for every mistake."""
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -11,8 +13,9 @@ from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
 from funnel_engine import Engine, FunnelConfig
-from funnel_engine.cli import main
+from funnel_engine.cli import main, read_lines
 from hugging_face_models import build, gemma2
+from option_grid import no_product
 from tiny_models import make_tokenizer
 
 TEXTS = ["a small funnel", "pools pairs of tokens", "tokens", "of a"]
@@ -132,8 +135,13 @@ def test_convert_options(folder, tmp_path):
 
 def test_doctor_says_what_serves_each_op():
     facts = json.loads(run("doctor", "--json").stdout)
-    for op in ("linear", "linear_add_norm", "attention", "add_norm", "pool_norm", "recover_norm"):
+    for op in ("linear_add_norm", "attention", "add_norm", "pool_norm", "recover_norm"):
         assert facts[op].startswith("cpu; not triton: ")
+    if reason := no_product("bfloat16"):
+        assert facts["linear"].startswith("xla; not triton: ")
+        assert facts["linear"].endswith(f"; not cpu: {reason}")
+    else:
+        assert facts["linear"].startswith("cpu; not triton: ")
     assert "not triton: JAX runs on cpu; on a machine with an NVIDIA GPU, install" in facts["attention"]
     assert "only when asked for by name" in facts["reference"]
     assert facts["devices"]
@@ -164,7 +172,9 @@ def test_embed_reads_standard_input(folder, tmp_path):
 def test_embed_cuts_long_texts_only_when_asked(folder, tmp_path):
     output, text = tmp_path / "vectors.npy", "tokens " * 3000
     refused = run("embed", folder / "model", "-o", output, input=text)
-    assert_refused(refused, "line 1 has 3001 tokens, more than the limit of 2048", "truncate")
+    assert_refused(refused, "line 1 has 3001 tokens, more than the limit of 2048; shorten it, or cut", "--truncate")
+    assert "truncate=" not in refused.stderr
+    assert "max_batch_tokens" not in refused.stderr
     assert run("embed", folder / "model", "-o", output, "--truncate", input=text).exit_code == 0
     np.testing.assert_allclose(np.load(output), Engine.load(folder / "model").embed("tokens " * 2047), atol=1e-5)
 
@@ -174,6 +184,75 @@ def test_a_bad_line_is_named_by_its_number(folder, tmp_path, monkeypatch):
     lines = ["a", "small", "funnel", "tokens " * 3000, "of"]
     result = run("embed", folder / "model", "-o", tmp_path / "v.npy", input="\n".join(lines))
     assert_refused(result, "Error: line 4 has 3001 tokens")
+
+
+def test_every_line_is_checked_before_the_first_is_computed(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("funnel_engine.cli.TEXTS_PER_CALL", 2)
+    monkeypatch.setattr(Engine, "embed", lambda *_, **__: pytest.fail("it computes before it has checked all lines"))
+    result = run("embed", folder / "model", "-o", tmp_path / "v.npy", input="a\nof\na\n" + "tokens " * 3000)
+    assert_refused(result, "Error: line 4 has 3001 tokens")
+
+
+LINES = {
+    "line feeds": (b"a\nof\n", ["a", "of"]),
+    "no end of the last line": (b"a\nof", ["a", "of"]),
+    "of Windows": (b"a\r\nof\r\n", ["a", "of"]),
+    "with a byte order mark": (b"\xef\xbb\xbfa\nof\n", ["a", "of"]),
+    "what only Python takes for an end": (
+        "a\u2028b\u2029c\x0cd\x85e\x0bf\x1cg\rh\nof\n".encode(), ["a\u2028b\u2029c\x0cd\x85e\x0bf\x1cg\rh", "of"],
+    ),
+    "a carriage return that ends no line": (b"a\r\r\nof\r", ["a\r", "of\r"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("content", "lines"), LINES.values(), ids=LINES.keys())
+def test_lines_are_those_of_editors(tmp_path, content, lines):
+    (tmp_path / "texts").write_bytes(content)
+    assert read_lines(str(tmp_path / "texts")) == lines
+
+
+@pytest.mark.parametrize("through_a_pipe", [False, True])
+def test_a_byte_that_is_not_utf8_is_named_by_its_line_and_place(folder, tmp_path, through_a_pipe):
+    content = b"a small text\r\n" * 2000 + b"caf\xe9 au lait\n"
+    (tmp_path / "texts").write_bytes(content)
+    source = {"input": content} if through_a_pipe else {}
+    texts = [] if through_a_pipe else [tmp_path / "texts"]
+    result = run("embed", folder / "model", *texts, "-o", tmp_path / "v.npy", **source)
+    place = "line 2001 of the texts is not UTF-8: invalid continuation byte at byte 4 of the line, byte 28004 of all"
+    assert_refused(result, place, "convert the texts to UTF-8 first")
+
+
+def shell(command, **variables):
+    """Runs `funnel` in a shell of its own, as "$FUNNEL"."""
+    funnel = f"{sys.executable} -c 'from funnel_engine.cli import main; main()'"
+    environment = os.environ | {"FUNNEL": funnel} | variables
+    return subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True)
+
+
+def test_standard_streams_that_are_closed(folder, tmp_path):
+    result = shell(f"eval $FUNNEL embed {folder / 'model'} -o {tmp_path / 'v.npy'} <&-")
+    assert (result.returncode, result.stderr) == (
+        2, "Error: standard input is closed; name a file of texts, or pipe them in\n",
+    )  # fmt: skip
+    assert shell(f"eval $FUNNEL inspect {folder / 'model'} >&-").stderr == ""
+
+
+def test_a_reader_that_leaves_early_is_no_error(folder):
+    result = shell(f"eval $FUNNEL inspect {folder / 'model'} | true")
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_a_platform_that_is_not_here_is_said_in_a_line(folder, tmp_path):
+    result = shell("eval $FUNNEL doctor", JAX_PLATFORMS="nowhere")
+    assert (result.returncode, result.stderr) == (2, "")
+    assert "problems       JAX does not start with JAX_PLATFORMS=nowhere (" in result.stdout
+    assert "jaxlib" in result.stdout
+    command = f"eval $FUNNEL embed {folder / 'model'} {folder / 'texts.txt'} -o {tmp_path / 'v.npy'}"
+    result = shell(command, JAX_PLATFORMS="nowhere")
+    assert result.returncode == 2
+    assert result.stderr.startswith("Error: JAX does not start with JAX_PLATFORMS=nowhere (")
+    assert result.stderr.endswith("install JAX for that platform, or set JAX_PLATFORMS=cpu\n")
+    assert len(result.stderr.splitlines()) == 1
 
 
 def test_mistakes_are_one_line_and_status_2(folder, tmp_path):
@@ -189,7 +268,7 @@ def test_mistakes_are_one_line_and_status_2(folder, tmp_path):
     assert_refused(run("embed", model, texts, "-o", output, "--backend", "cuda"), "does not exist in this build")
     assert_refused(run("embed", model, texts, "-o", tmp_path / "no" / "v.npy"), "is not a directory; make it first")
     assert_refused(run("embed", model, texts, "-o", output, "--pool", "mean"), "there is none", "--after")
-    assert_refused(run("embed", model, "-o", output, input=b"caf\xe9\n"), "not UTF-8", "byte 3")
+    assert_refused(run("embed", model, "-o", output, input=b"caf\xe9\n"), "line 1 of the texts is not UTF-8", "byte 4")
     assert not list(tmp_path.iterdir())
 
 

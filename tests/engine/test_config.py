@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 
 from funnel_engine.config import RECOVERIES, FunnelConfig, LayerStep, ModelConfig, Rope, layer_steps
@@ -53,11 +54,17 @@ def test_a_size_must_be_a_positive_integer(name, value):
         ({"attention": "both"}, "attention='both' is unknown; choose one of bidirectional, causal"),
         ({"causal_window": None}, "sliding layers but no window; set sliding_window"),
         ({"bidirectional_window": None}, "sliding layers but no window; set sliding_window"),
-        ({"norm_eps": 0.0}, "norm_eps=0.0 must be greater than 0"),
-        ({"norm_eps": math.nan}, "norm_eps=nan must be greater than 0"),
-        ({"query_scale": -1.0}, "query_scale=-1.0 must be greater than 0"),
-        ({"softcap": 0.0}, "softcap=0.0 must be greater than 0"),
-        ({"softcap": -50.0}, "softcap=-50.0 must be greater than 0"),
+        ({"norm_eps": 0.0}, "norm_eps=0.0 must be a finite number greater than 0"),
+        ({"norm_eps": math.nan}, "norm_eps=nan must be a finite number greater than 0"),
+        ({"query_scale": -1.0}, "query_scale=-1.0 must be a finite number greater than 0"),
+        ({"softcap": 0.0}, "softcap=0.0 must be a finite number greater than 0"),
+        ({"softcap": "50"}, "softcap='50' must be a finite number greater than 0"),
+        ({"norm_eps": True}, "norm_eps=True must be a finite number greater than 0"),
+        ({"post_norms": 1}, "post_norms=1 must be True or False"),
+        ({"qk_norm": "no"}, "qk_norm='no' must be True or False"),
+        ({"full_rope": (1e4, 1.0)}, r"full_rope=\(10000.0, 1.0\) must be a Rope"),
+        ({"sliding_rope": Rope(-1e4)}, "sliding_rope.theta=-10000.0 must be a finite number greater than 0"),
+        ({"softcap": -50.0}, "softcap=-50.0 must be a finite number greater than 0"),
     ],
 )
 def test_a_model_that_cannot_be_is_refused(changed, message):
@@ -113,7 +120,7 @@ def test_strides_must_be_a_sequence(strides):
 
 @pytest.mark.parametrize("layers", [-1, 1.0, "2", None, True])
 def test_layers_before_the_funnel_must_be_a_count(layers):
-    with pytest.raises(ConfigError, match=f"layers={layers!r} before the funnel must be an integer of at least 0"):
+    with pytest.raises(ConfigError, match=f"layers={layers!r} must be an integer of at least 0"):
         FunnelConfig.after(layers)
 
 
@@ -137,6 +144,19 @@ def test_layers_before_the_funnel_must_be_a_count(layers):
 def test_an_option_that_cannot_be_is_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         FunnelConfig((1, 2), **options)
+
+
+def test_values_of_numpy_are_taken_as_those_of_python():
+    config = model(num_heads=np.int64(4), qk_norm=np.True_, norm_eps=np.float32(0.5))
+    assert [type(value) for value in (config.num_heads, config.qk_norm, config.norm_eps)] == [int, bool, float]
+    funnel = FunnelConfig([1, 2, np.int32(3)], keep_first=np.bool_(True))
+    assert [type(value) for value in (*funnel.strides, funnel.keep_first)] == [int, int, int, bool]
+    assert FunnelConfig.after(np.int64(1), stride=np.int8(2)) == FunnelConfig((1, 2))
+
+
+def test_options_of_a_funnel_have_names():
+    with pytest.raises(TypeError, match="positional"):
+        FunnelConfig((1, 2), "mean")
 
 
 @pytest.mark.parametrize("recovery", RECOVERIES)

@@ -370,3 +370,9 @@ def test_memory_holds_pieces_not_tensors(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     before, after = map(int, done.stdout.split())
     assert after - before < 40e6
+
+
+@pytest.mark.parametrize("flag", ["overwrite", "allow_nonfinite"])
+def test_a_flag_is_true_or_false(tmp_path, flag):
+    with pytest.raises(ConfigError, match=f"{flag}='no' must be True or False"):
+        convert(tmp_path / "source", tmp_path / "ours", **{flag: "no"})

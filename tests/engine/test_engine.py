@@ -78,6 +78,60 @@ def test_normalize_and_truncate(engine):
             engine.embed(ids, truncate_dim=size)
 
 
+@pytest.mark.parametrize("value", ["query", 16, None, 0, np.array([True])])
+@pytest.mark.parametrize("flag", ["normalize", "truncate"])
+def test_a_flag_is_true_or_false(engine, flag, value):
+    with pytest.raises(InputError, match=rf"{flag}=.* must be True or False"):
+        engine.embed([[3, 4]], **{flag: value})
+    ids = random_ids([3])
+    np.testing.assert_array_equal(engine.embed(ids, **{flag: np.True_}), engine.embed(ids, **{flag: True}))
+
+
+def test_the_flag_of_every_other_call(engine):
+    for call in (engine.hidden_states, engine.token_ids, make_engine(CLASSIFIER).classify, make_engine(TAGGER).tag):
+        with pytest.raises(InputError, match="truncate='left' must be True or False"):
+            call([[3, 4]], truncate="left")
+    with pytest.raises(InputError, match="progress=1 must be True or False"):
+        engine.warmup(progress=1)
+
+
+def test_options_of_calls_have_names(engine):
+    for call in (
+        lambda: engine.embed(["a"], "query"),
+        lambda: engine.embed(["a"], 16),
+        lambda: engine.hidden_states(["a"], True),
+        lambda: engine.warmup(False),
+        lambda: Engine.load("nowhere", FunnelConfig()),
+    ):
+        with pytest.raises(TypeError, match="positional"):
+            call()
+
+
+def test_token_ids_are_what_the_texts_are_run_as(engine):
+    texts = ["a small funnel", "pools"]
+    ids, offsets = ragged = engine.token_ids(texts, prompt_name="query")
+    assert [part.tolist() for part in np.split(ids, offsets[1:-1])] == [[2, 3, 3, 4, 5, 6], [2, 3, 3, 7]]
+    np.testing.assert_array_equal(engine.embed(ragged), engine.embed(texts, prompt_name="query"))
+    with pytest.raises(InputError, match="input 1 has 66 tokens, more than the limit of 64"):
+        engine.token_ids(["a", "a " * 65])
+
+
+def test_texts_in_an_array_get_the_prompt(engine):
+    texts = ["a small funnel", "pools pairs"]
+    expected = engine.embed(texts, prompt_name="query")
+    np.testing.assert_array_equal(engine.embed(np.array(texts), prompt_name="query"), expected)
+
+
+def test_a_result_that_is_kept_does_not_hold_its_batch(engine):
+    ids = random_ids([2, 60, 60])
+    tagger = make_engine(TAGGER)
+    for results in (engine.hidden_states(ids), tagger.tag(ids)):
+        assert all(rows.base is None and rows.flags.owndata and rows.flags.writeable for rows in results)
+    assert engine.embed(ids, normalize=False, truncate_dim=3).flags.owndata
+    assert engine.embed(ids, truncate_dim=3).flags.owndata
+    assert make_engine(CLASSIFIER).classify(ids).flags.owndata
+
+
 def test_a_refused_call_leaves_the_engine_usable(engine):
     before = engine.embed([[3, 4]])
     for bad in ([], [[]], [[-1]], [[3] * 65]):
@@ -119,11 +173,11 @@ def test_a_warmup_of_chosen_buckets_compiles_those_that_hold_the_rows():
     engine.warmup(progress=False, buckets=[largest])
     assert {rows for _, rows, _ in engine._programs} == {small, largest}
     for wrong, message in (
-        ([0], f"buckets holds 0; give numbers of rows from 1 to {largest}"),
-        ([largest + 1], f"buckets holds {largest + 1}; .*raise max_batch_tokens"),
-        ([True], "buckets holds True"),
-        ([2.0], "buckets holds 2.0"),
-        ("8", "buckets holds '8'"),
+        ([0], rf"buckets\[0\]=0 must be an integer from 1 to {largest}"),
+        ([1, largest + 1], rf"buckets\[1\]={largest + 1} must"),
+        ([True], r"buckets\[0\]=True"),
+        ([2.0], r"buckets\[0\]=2.0"),
+        ("8", r"buckets\[0\]='8'"),
         (8, "buckets=8 must be a list of numbers of rows"),
         ([], r"buckets=\[\] must be a list"),
     ):
@@ -133,7 +187,7 @@ def test_a_warmup_of_chosen_buckets_compiles_those_that_hold_the_rows():
 
 def test_a_warmup_reports_its_progress_and_ends_with_what_that_raises():
     engine, told = make_engine(), []
-    engine.warmup(lambda done, total: told.append((done, total)))
+    engine.warmup(progress=lambda done, total: told.append((done, total)))
     programs = engine.stats()["compilations"]
     assert told == [(done, programs) for done in range(1, programs + 1)]
     engine = make_engine(max_batch_tokens=4096)
@@ -142,7 +196,7 @@ def test_a_warmup_reports_its_progress_and_ends_with_what_that_raises():
         raise StopAsyncIteration
 
     with pytest.raises(StopAsyncIteration):
-        engine.warmup(stop)
+        engine.warmup(progress=stop)
     assert engine.stats()["compilations"] < 2 * len(engine.buckets)
     engine.embed([[5, 6, 7]])
     assert engine.stats()["compilations_after_warmup"] == 0
@@ -193,6 +247,12 @@ def test_describe_names_what_runs():
         assert part in text
 
 
+def test_describe_is_a_table_whatever_the_length_of_a_name():
+    lines = make_engine(backend="xla").describe().splitlines()
+    assert "linear_add_norm  xla" in lines
+    assert len({len(line) - len(line.split("  ", 1)[1].lstrip()) for line in lines}) == 1
+
+
 def test_classify_reads_the_last_token_that_is_not_padding():
     engine = make_engine(CLASSIFIER)
     one, padded, inside, all_pads = [5, 6, 7], [5, 6, 7, 0, 0], [5, 0, 7], [0, 0]
@@ -223,6 +283,11 @@ def test_bad_options():
         make_engine(backend="cuda")
     with pytest.raises(BackendUnavailable, match=r"backend \['xla'\] does not exist"):
         make_engine(backend=["xla"])
+    for backend in ("tpu", "triton"):
+        with pytest.raises(
+            BackendUnavailable, match=f"is not served by backend '{backend}': {backend}: JAX runs on cpu"
+        ):
+            make_engine(backend=backend)
     with pytest.raises(ConfigError, match="max_batch_tokens=0 must be an integer of at least 1"):
         make_engine(max_batch_tokens=0)
     with pytest.raises(ConfigError, match="max_batch_tokens=2147483648 is beyond the limit of 16777216"):
@@ -233,6 +298,11 @@ def test_bad_options():
         make_engine(funnel=FunnelConfig((1, 1, 1, 2)))
     with pytest.raises(ConfigError, match=r"strides \(9, 8\) pool 72 tokens into one row, more than .* 64"):
         make_engine(funnel=FunnelConfig((9, 8)))
+    for wrong in ("xla", 3, b"xla"):
+        with pytest.raises(ConfigError, match="mesh="):
+            make_engine(mesh=wrong)
+    with pytest.raises(ConfigError, match="pooler=1 must be True or False"):
+        HeadConfig(pooler=1)
     with pytest.raises(ConfigError, match="pooling='attention' needs the learned query"):
         HeadConfig(pooling="attention")
 
@@ -275,3 +345,13 @@ def test_compiled_programs_outlive_the_process(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="file cannot be made a directory: File exists"):
         make_engine(compilation_cache=tmp_path / "file")
+
+
+@pytest.mark.parametrize("place", ["", 3, True, b"cache"])
+def test_a_cache_without_a_name_is_refused(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"compilation_cache=.* is not the name of a directory; name one, or give None"
+    ):
+        make_engine(compilation_cache=place).embed(random_ids([5]))
+    assert not list(tmp_path.iterdir())

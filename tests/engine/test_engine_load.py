@@ -38,6 +38,11 @@ def test_dtype_is_the_checkpoints_or_the_one_asked_for(folder, stored, asked, ru
     assert engine.embed(IDS).dtype == np.float32
 
 
+def test_verify_is_true_or_false(folder):
+    with pytest.raises(ConfigError, match="verify='no' must be True or False"):
+        Engine.load(folder / "float32", verify="no")
+
+
 def test_float16_is_refused(folder):
     with pytest.raises(ConfigError, match="dtype 'float16' is refused: Gemma's residual stream overflows it"):
         Engine.load(folder / "float32", dtype="float16")

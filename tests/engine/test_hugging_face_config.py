@@ -338,3 +338,27 @@ def configs(draw):
 def test_any_json_is_a_model_or_a_config_error(config):
     with contextlib.suppress(ConfigError):
         assert isinstance(read_model_config(config), ModelConfig)
+
+
+def test_fields_that_the_family_does_not_have_change_nothing():
+    """Gemma 1 scales by the head dim, whatever else a config says."""
+    plain = read_model_config({"model_type": "gemma"})
+    assert read_model_config({"model_type": "gemma", "query_pre_attn_scalar": 99}) == plain
+    assert read_model_config({"model_type": "gemma", "layer_types": ["sliding_attention"] * 28}) == plain
+
+
+def test_gemma_3_that_is_not_causal_by_the_other_field():
+    """transformers halves the window by `use_bidirectional_attention` alone."""
+    for fields in ({}, {"use_bidirectional_attention": None}, {"use_bidirectional_attention": False}):
+        with pytest.raises(ConfigError, match=r"is_causal=false .* set use_bidirectional_attention=true"):
+            read_model_config({"model_type": "gemma3_text", "is_causal": False} | fields)
+    both = {"model_type": "gemma3_text", "is_causal": False, "use_bidirectional_attention": True}
+    assert read_model_config(both).attention == "bidirectional"
+
+
+def test_rope_of_a_part_of_a_head():
+    for factor in (1.0, None):
+        rope = {"rope_type": "linear", "factor": 8.0, "partial_rotary_factor": factor}
+        assert read_model_config({"model_type": "gemma", "rope_scaling": rope}).full_rope.factor == 8.0
+    with pytest.raises(ConfigError, match=r"partial_rotary_factor=0.5"):
+        read_model_config({"model_type": "gemma", "rope_scaling": rope | {"partial_rotary_factor": 0.5}})

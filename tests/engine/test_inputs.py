@@ -1,7 +1,11 @@
 """Every form of input, and every input that cannot be run."""
 
+import dataclasses
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from funnel_engine.inputs import Ragged, read_inputs
 from funnel_engine.text import TextConfig
@@ -9,6 +13,7 @@ from funnel_kernels.errors import InputError
 from tiny_models import TEXT, tokenize
 
 BOTH_ENDS = TextConfig(begin=2, end=1)
+PROMPTS = TextConfig(begin=2, prompts={"query": "query: "})
 
 
 def read(inputs, tokenizer=tokenize, text=TEXT, **options):
@@ -36,7 +41,7 @@ def test_ids_do_not_get_them():
 
 def test_all_texts_are_tokenized_in_one_call():
     calls = []
-    read(["a", "small", "funnel"], lambda texts: calls.append(texts) or tokenize(texts), prompt="query: ")
+    read(["a", "small", "funnel"], lambda texts: calls.append(texts) or tokenize(texts), PROMPTS, prompt_name="query")
     assert calls == [["query: a", "query: small", "query: funnel"]]
 
 
@@ -61,7 +66,8 @@ def test_truncation_of_a_text_keeps_begin_and_end(text, max_length, ids):
 
 
 def test_truncation_counts_the_prompt():
-    cut = read(LONG, prompt="query: ", text=BOTH_ENDS, max_length=5, truncate=True)
+    text = dataclasses.replace(PROMPTS, end=1)
+    cut = read(LONG, text=text, prompt_name="query", max_length=5, truncate=True)
     assert as_lists(cut) == [[2, *tokenize(["query: a"])[0], 1]]
 
 
@@ -72,7 +78,7 @@ def test_truncation_of_ids_cuts_the_end_off(inputs):
 
 
 def test_a_prompt_goes_before_every_text():
-    assert as_lists(read(["a", "of tokens"], prompt="query: ")) == [[2, 3, 3, 4], [2, 3, 3, 9, 10]]
+    assert as_lists(read(["a", "of tokens"], text=PROMPTS, prompt_name="query")) == [[2, 3, 3, 4], [2, 3, 3, 9, 10]]
 
 
 @pytest.mark.parametrize(
@@ -91,8 +97,64 @@ def test_ids(inputs):
     assert ragged.ids.dtype == ragged.offsets.dtype == np.int32
 
 
-def test_an_array_of_two_axes_is_a_list_of_sequences():
-    assert as_lists(read(np.array([[3, 4], [5, 6]]))) == [[3, 4], [5, 6]]
+ARRAYS = {"numpy": np.array, "torch": torch.tensor, "jax": jnp.array}
+
+
+@pytest.mark.parametrize("array", ARRAYS.values(), ids=ARRAYS)
+def test_arrays_of_every_library(array):
+    assert as_lists(read(array([[3, 4], [5, 6]]))) == [[3, 4], [5, 6]]
+    assert as_lists(read([array([3, 4]), array([5])])) == [[3, 4], [5]]
+    assert as_lists(read((array([3, 4, 5]), array([0, 2, 3])))) == [[3, 4], [5]]
+    with pytest.raises(InputError, match=r"input 0 has dtype float\d\d; it must be an integer array"):
+        read(array([[3.0, 4.0]]))
+
+
+def test_an_array_that_numpy_cannot_read_is_named():
+    with pytest.raises(InputError, match=r"the array of inputs, of type Tensor, cannot be read .*copy it to"):
+        read(torch.zeros((2, 3), dtype=torch.int64, device="meta"))
+    with pytest.raises(InputError, match="input 1, of type Tensor, cannot be read"):
+        read([[3], torch.zeros(3, dtype=torch.int64, device="meta")])
+
+
+class Column:
+    """Texts in a container that is not a sequence, e.g. a column of pandas."""
+
+    def __array__(self, dtype=None, copy=None):
+        return np.array(["a", "of tokens"], object)
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [("a", "of tokens"), np.array(["a", "of tokens"]), np.array(["a", "of tokens"], object),
+     np.array(["a", "of tokens"], np.dtypes.StringDType()), Column()],
+    ids=["tuple", "array", "array of objects", "array of variable width", "column"],
+)  # fmt: skip
+@pytest.mark.parametrize("prompt_name", [None, "query"])
+def test_texts_in_any_container(texts, prompt_name):
+    expected = read(["a", "of tokens"], text=PROMPTS, prompt_name=prompt_name)
+    assert as_lists(read(texts, text=PROMPTS, prompt_name=prompt_name)) == as_lists(expected)
+
+
+def test_one_text_as_an_array():
+    assert as_lists(read(np.array("of tokens"), text=PROMPTS, prompt_name="query")) == [[2, 3, 3, 9, 10]]
+
+
+@pytest.mark.parametrize(
+    "nested",
+    [[("a", "of tokens"), ("b", "c")], [["a"], ["b"]], np.array([["a", "b"]]), (np.array(["a"]), np.array(["b"])),
+     [["a", 3]]],
+    ids=["pairs", "lists", "array of two axes", "tuple of arrays", "texts and ids"],
+)  # fmt: skip
+def test_nested_texts_are_told_so(nested):
+    with pytest.raises(InputError, match=r"(input 0|ids) holds several texts where token ids are needed; give"):
+        read(nested)
+
+
+def test_a_prompt_needs_texts():
+    with pytest.raises(InputError, match="prompt_name='query' needs texts; token ids must already begin with"):
+        read([[3, 4]], text=PROMPTS, prompt_name="query")
+    with pytest.raises(InputError, match="prompt_name='query' needs texts"):
+        read((np.array([3, 4]), np.array([0, 2])), text=PROMPTS, prompt_name="query")
 
 
 def test_take_reorders_sequences():
@@ -126,8 +188,8 @@ BAD = {
     "an object": ([[3], [None]], "input 1 has dtype object"),
     "a tuple of two lists": (([3, 4, 5], [6]), r"a tuple of two is \(ids, offsets\), and both must be integer arrays"),
     "ragged of a list": ((ids, [0, 3, 4]), "both must be integer arrays; give two sequences as a list"),
-    "ids without a list around them": ([3, 4], r"input 0 is 3, no sequence of token ids; one sequence is \[\["),
-    "an array of one number": (np.array(3), "no sequence of token ids"),
+    "ids without a list around them": ([3, 4], r"input 0 is 3, not a sequence of token ids; one sequence is \[\["),
+    "an array of one number": (np.array(3), "not a sequence of token ids"),
     "half a surrogate pair": (["a", "b\ud800"], "input 1 holds half of a surrogate pair"),
     "a number": (3, "inputs of type int cannot be read"),
     "bytes": (b"a small funnel", "inputs of type bytes cannot be read"),

@@ -24,6 +24,7 @@ from funnel_engine.sharding import map_weights
 from funnel_engine.weights import DTYPES, expected_shapes, nest, prepare_weight, random_weights
 from funnel_kernels import BackendUnavailable, ConfigError
 from funnel_kernels.dispatch import BACKENDS
+from option_grid import no_product, served_or_refused
 
 run = jax.jit(forward, static_argnames=("config", "funnel", "backend"))
 
@@ -158,10 +159,13 @@ def test_every_backend_gives_what_the_reference_gives(backend, name, config, dty
     rows, results = token_rows(plan, lengths), []
     for served_by in ("reference", backend):
         prepared = map_weights(functools.partial(prepare_weight, dtype=dtype, backend=served_by), params)
-        result = run(prepared, batch, config=config, funnel=funnel, backend=served_by)
-        assert result.dtype == DTYPES[dtype]
-        assert result.shape == (len(batch.ids) // funnel.output_stride, config.hidden_size)
-        results.append(np.asarray(result, np.float32)[rows])
+        with served_or_refused(dtype, served_by):
+            result = run(prepared, batch, config=config, funnel=funnel, backend=served_by)
+            assert result.dtype == DTYPES[dtype]
+            assert result.shape == (len(batch.ids) // funnel.output_stride, config.hidden_size)
+            results.append(np.asarray(result, np.float32)[rows])
+    if backend == "cpu" and no_product(dtype):
+        return
     reference, other = results
     assert np.std(reference) > 0.5
     np.testing.assert_allclose(other, reference, rtol=0, atol={"float32": 1e-5, "bfloat16": 0.06}[dtype])

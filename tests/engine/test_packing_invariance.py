@@ -1,11 +1,14 @@
 """What a sequence is packed with, in which order and into which bucket, does not change its result."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from transformers import Gemma2Model, Gemma3TextModel
 
 import hugging_face_models as hf
-from funnel_engine import FunnelConfig
+from funnel_engine import Engine, FunnelConfig, convert
+from funnel_kernels.linear.packed import packs
 
 TOLERANCE = 1e-5  # float32; the sums of another bucket have another order
 LENGTHS = (1, 2, 7, 13, 16, 31)
@@ -72,3 +75,41 @@ def test_split_over_several_batches(engine, alone):
     for start in range(0, len(rows), len(SEQUENCES)):
         part = slice(start, start + len(SEQUENCES))
         check(rows[part], vectors[part], alone)
+
+
+# A model whose products are the C++ kernels' where the machine has them, with rows that cross blocks of keys.
+WIDE = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 4, "head_dim": 64, "sliding_window": 64}
+FUNNELS = {
+    "no funnel": FunnelConfig(),
+    "pooled": FunnelConfig.after(2, pool="mean"),
+    "keep_first": FunnelConfig((1, 3), keep_first=True, pool_query_only=True),
+    "recovered": FunnelConfig.after(2, recovery="mean_last"),
+}
+BOUNDS = {"float32": (1e-5, 1e-4), "bfloat16": (3e-3, 0.2)}  # of vectors, and of rows, whose numbers go up to 5
+
+
+@pytest.fixture(scope="module", params=BOUNDS)
+def wide(request, tmp_path_factory):
+    """A checkpoint, and its dtype."""
+    folder = tmp_path_factory.mktemp("wide")
+    hf.build(Gemma3TextModel, hf.gemma3(**WIDE, use_bidirectional_attention=True)).save_pretrained(folder / "source")
+    convert(folder / "source", folder / "checkpoint", dtype=request.param)
+    return folder / "checkpoint", request.param
+
+
+def same_bits(backend, dtype):
+    """Whether the C++ kernels make every product here, and oneDNN none for Intel's AMX, which we could not try."""
+    amx = dtype == "bfloat16" and "amx_tile" in Path("/proc/cpuinfo").read_text()
+    return backend == "auto" and packs(np.dtype(dtype), backend) and not amx
+
+
+@pytest.mark.parametrize(("funnel", "backend"), [*((funnel, "auto") for funnel in FUNNELS), ("no funnel", "xla")])
+def test_every_bit_with_the_kernels_for_cpus_and_within_bounds_on_xla(wide, funnel, backend):
+    checkpoint, dtype = wide
+    engine = Engine.load(checkpoint, funnel=FUNNELS[funnel], backend=backend, max_batch_tokens=1024)
+    sequences, others = hf.random_ids(7, 100, 300), hf.random_ids(350, 31, 77, 5, seed=1)
+    mixed = [*others, *sequences]
+    together = engine.embed(mixed)[4:], engine.hidden_states(mixed)[4:]
+    alone = [engine.embed([ids])[0] for ids in sequences], [engine.hidden_states([ids])[0] for ids in sequences]
+    for ours, expected, bound in zip(together, alone, BOUNDS[dtype], strict=True):
+        assert hf.worst(ours, expected) <= (0 if same_bits(backend, dtype) else bound)

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import transformers
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE, Unigram, WordLevel, WordPiece
 
 from funnel_engine.checkpoints.tokenizer_files import find_tokenizer
@@ -197,7 +197,7 @@ def test_the_remedy_for_such_a_post_processor(folder):
     assert find(folder)[0] == TextConfig(2, None)
 
 
-@pytest.mark.parametrize("content", ["", "{", '{"version": "1.0", "model": {}}', '{"model": "nonsense"}'])
+@pytest.mark.parametrize("content", ["{", '{"version": "1.0", "model": {}}', '{"model": "nonsense"}'])
 def test_broken_tokenizer_json(folder, content):
     (folder / "tokenizer.json").write_text(content)
     message = refusal(folder)
@@ -205,7 +205,17 @@ def test_broken_tokenizer_json(folder, content):
     assert "or convert without it" in message
 
 
-@pytest.mark.parametrize(("field", "value"), [("truncation_side", "left"), ("split_special_tokens", True)])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("truncation_side", "left"),
+        ("split_special_tokens", True),
+        ("tokenizer_class", "LlamaTokenizer"),
+        ("auto_map", {"AutoTokenizer": ["t.T", None]}),
+        ("sp_model_kwargs", {"enable_sampling": True}),
+        ("fast_tokenizer_files", ["tokenizer.4.0.0.json"]),
+    ],
+)
 def test_options_that_the_engine_does_not_have(folder, field, value):
     train_tokenizer().save(str(folder / "tokenizer.json"))
     write_json(folder / "tokenizer_config.json", **{field: value})
@@ -220,6 +230,94 @@ def test_tokenizer_of_a_larger_vocabulary_than_the_models(folder):
 
 def test_no_tokenizer(folder):
     assert find(folder) == (TextConfig(), None)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("tokenizer_config.json", {"pad_token": "<new>"}),
+        ("tokenizer_config.json", {"extra_special_tokens": ["<new>"]}),
+        ("tokenizer_config.json", {"additional_special_tokens": [{"content": "<new>"}]}),
+        ("tokenizer_config.json", {"extra_special_tokens": {"new_token": "<new>"}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"460": {"content": "<new>"}}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"9": {"content": "<bos>"}}}),
+        ("special_tokens_map.json", {"mask_token": {"content": "<new>"}}),
+        ("added_tokens.json", {"<new>": 460}),
+    ],
+)
+def test_tokens_that_tokenizer_json_does_not_have(folder, name, fields):
+    """transformers adds them, and finds them in a text as one token."""
+    train_tokenizer().save(str(folder / "tokenizer.json"))
+    write_json(folder / name, **fields)
+    message = refusal(folder)
+    assert f"tokenizer.json does not have all the tokens that {folder / name} adds to it" in message
+    assert "load the tokenizer with transformers and save it" in message
+
+
+@pytest.mark.parametrize("class_name", ["GemmaTokenizer", "PreTrainedTokenizerFast"])
+def test_the_remedy_for_such_tokens(folder, class_name):
+    train_tokenizer().save(str(folder / "tokenizer.json"))
+    write_json(folder / "tokenizer_config.json", tokenizer_class=class_name, extra_special_tokens=["<new>"])
+    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
+    texts = [*TEXTS, "a <new> b"]
+    assert our_ids(folder, texts) == their_ids(folder, texts)
+
+
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word", "normalized"])
+def test_other_flags_of_an_added_token(folder, flag):
+    train_tokenizer().save(str(folder / "tokenizer.json"))
+    token = {"content": "<mask>", "lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
+    write_json(folder / "tokenizer_config.json", added_tokens_decoder={"4": token | {"special": True}})
+    assert our_ids(folder) == their_ids(folder)
+    write_json(folder / "tokenizer_config.json", added_tokens_decoder={"4": token | {flag: True, "special": True}})
+    assert f"has other flags for '<mask>' than {folder / 'tokenizer.json'} ('{flag}')" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["GemmaTokenizer", "GemmaTokenizerFast", None])
+@pytest.mark.parametrize("change", ["lower", "no normalizer", "bytes", "fallback"])
+def test_rules_that_are_not_gemmas(folder, name, change):
+    """transformers 5 replaces them in a tokenizer of Gemma's class, 4 keeps them."""
+    tokenizer = train_tokenizer()
+    if change == "lower":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), tokenizer.normalizer])
+    elif change == "no normalizer":
+        tokenizer.normalizer = None
+    elif change == "bytes":
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    else:
+        tokenizer.model.byte_fallback = False
+    tokenizer.save(str(folder / "tokenizer.json"))
+    write_json(folder / "tokenizer_config.json", tokenizer_class=name, bos_token="<bos>")
+    assert "does not have the rules of Gemma's tokenizer" in refusal(folder)
+    write_json(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")  # the remedy
+    assert our_ids(folder) == their_ids(folder)
+
+
+def test_merges_that_are_dropped_at_random(folder):
+    tokenizer = train_tokenizer()
+    tokenizer.model.dropout = 0.1
+    tokenizer.save(str(folder / "tokenizer.json"))
+    assert "drops merges at random" in refusal(folder)
+
+
+def test_truncation_on_the_left_in_tokenizer_json(folder):
+    """transformers takes the side from there where tokenizer_config.json names none."""
+    tokenizer = train_tokenizer()
+    tokenizer.enable_truncation(3, direction="left")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    assert "tokenizer.json: truncation_side is 'left'" in refusal(folder)
+    write_json(folder / "tokenizer_config.json", truncation_side="right")
+    options = {"max_length": 9, "truncation": True}
+    assert our_ids(folder, max_length=9, truncate=True) == their_ids(folder, **options)
+
+
+@pytest.mark.parametrize("fields", [{"model_max_length": 7}, {"max_len": 7}, {"model_max_length": 7, "max_len": 9}])
+def test_most_tokens_of_a_text(folder, fields):
+    """One rule for whatever stands on the encoder, and transformers' own."""
+    train_tokenizer("<bos> $A <eos>").save(str(folder / "tokenizer.json"))
+    write_json(folder / "tokenizer_config.json", **fields)
+    assert find(folder)[0].max_tokens == transformers.AutoTokenizer.from_pretrained(folder).model_max_length == 7
+    assert our_ids(folder, max_length=7, truncate=True) == their_ids(folder, truncation=True)
 
 
 # ------------------------------------------------------------------------------------------- SentencePiece
@@ -324,7 +422,7 @@ def test_added_tokens_beyond_the_models_vocabulary_do_not_count(folder, sentence
     assert "e.g. '<image_soft_token>'" in refusal(folder)
 
 
-@pytest.mark.parametrize("content", [b"", b"\x00nonsense"])
+@pytest.mark.parametrize("content", [b"\x00nonsense"])
 def test_broken_sentencepiece_model(folder, content):
     (folder / "tokenizer.model").write_bytes(content)
     message = refusal(folder)

@@ -53,6 +53,12 @@ def test_without_kernels_of_their_own_backends_take_the_reference(backend):
         np.testing.assert_array_equal(ours, expected)
 
 
+def test_the_sum_is_rounded_where_a_compiler_would_keep_more_bits():
+    """XLA for GPUs leaves out a conversion to bfloat16 that another one undoes (`xla_allow_excess_precision`)."""
+    arrays = AddNormCase("normed", "bfloat16", "float32").arrays()
+    assert "reduce_precision" in jitted("reference").lower(*arrays).as_text()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_without_an_update_x_is_handed_on(backend):
     x, _, weight, _ = AddNormCase("none", "bfloat16").arrays()

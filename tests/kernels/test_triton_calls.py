@@ -1,6 +1,7 @@
 """Where Triton's kernels run, and what is said where they do not."""
 
 import importlib.metadata
+import os
 import types
 
 import jax
@@ -130,3 +131,37 @@ def test_rows_fill_a_program_and_warps_are_a_power_of_two(width):
     assert 1 <= sizes.block_rows * block_width <= max(triton_calls.ELEMENTS, block_width)
     assert sizes.block_rows & (sizes.block_rows - 1) == sizes.warps & (sizes.warps - 1) == 0
     assert 1 <= sizes.warps <= 16
+
+
+@pytest.fixture
+def triton_folder(monkeypatch, tmp_path):
+    """Pretends that Triton lies in a folder, and that PATH has no ptxas."""
+    triton_calls.provide_ptxas.cache_clear()
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    spec = types.SimpleNamespace(submodule_search_locations=[str(tmp_path / "triton")])
+    monkeypatch.setattr(triton_calls.importlib.util, "find_spec", lambda name: spec)
+    yield tmp_path
+    triton_calls.provide_ptxas.cache_clear()
+
+
+def put_ptxas(folder):
+    folder.mkdir(parents=True)
+    (folder / "ptxas").touch(0o755)
+
+
+def test_tritons_own_ptxas_is_used_where_path_has_none(triton_folder):
+    tools = triton_folder / "triton" / "backends" / "nvidia" / "bin"
+    put_ptxas(tools)
+    triton_calls.provide_ptxas()
+    assert os.environ["PATH"] == f"{triton_folder / 'bin'}:{tools}"
+
+
+def test_a_ptxas_on_path_is_left_alone(triton_folder):
+    put_ptxas(triton_folder / "bin")
+    triton_calls.provide_ptxas()
+    assert os.environ["PATH"] == str(triton_folder / "bin")
+
+
+def test_without_any_ptxas_the_kernels_are_refused_with_the_remedy(triton_folder):
+    with pytest.raises(NotImplementedError, match=r"there is no program ptxas, .*; install NVIDIA's CUDA toolkit and"):
+        triton_calls.provide_ptxas()

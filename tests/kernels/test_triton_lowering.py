@@ -1,5 +1,7 @@
 """Programs full of Triton kernels lower for CUDA without a GPU: names, order and dtypes of arguments, grids.
 
+Every call is one that XLA may record in a CUDA graph, and no kernel is compiled once for each bucket of rows.
+
 In a process of its own, where kernels are compiled instead of interpreted and JAX's CUDA plugin can be found (`make
 test` puts it into a folder beside the packages).
 """
@@ -11,7 +13,10 @@ from pathlib import Path
 
 import pytest
 
-LOWER = """
+from funnel_engine import preset
+from tiny_models import CONFIG
+
+LOWER = r"""
 import re
 import sys
 import jax
@@ -23,20 +28,38 @@ from funnel_engine.model import forward
 from funnel_engine.packing import make_plan, pack
 from funnel_engine.weights import DTYPES, expected_shapes, nest
 from funnel_kernels import triton_calls
+from jax_triton import triton_lib
 from tiny_models import CONFIG
 
 triton_calls.capability = lambda: int(sys.argv[3])
 config = CONFIG if sys.argv[1] == "tiny" else preset(sys.argv[1])
 dtype = DTYPES[sys.argv[2]]
 funnel = FunnelConfig.after(1, recovery="mean_last", pool_query_only=True)
-batch = pack(make_plan(config, funnel), np.arange(50, dtype=np.int32), np.array([0, 20, 50], np.int32), 64)
+plan = make_plan(config, funnel)
 weights = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in expected_shapes(config, HeadConfig()).items()}
 params = jax.eval_shape(lambda flat: nest(flat, config, funnel), weights)
 program = jax.jit(lambda params, batch: forward(params, batch, config=config, funnel=funnel, backend="triton"))
-allowed = [export.DisabledSafetyCheck.custom_call("triton_kernel_call")]
-text = export.export(program, platforms=["cuda"], disabled_checks=allowed)(params, batch).mlir_module()
-print(config.num_layers, len(re.findall(r"custom_call @triton_kernel_call", text)))
+allowed = [export.DisabledSafetyCheck.custom_call(triton_calls.TARGET)]
+
+compiled = []
+compile_kernel = triton_lib.compile_ttir_inplace
+
+def counting(*arguments):
+    compiled.append(arguments)
+    return compile_kernel(*arguments)
+
+triton_lib.compile_ttir_inplace = counting
+for rows in (128, 192, 320):
+    batch = pack(plan, np.arange(50, dtype=np.int32), np.array([0, 20, 50], np.int32), rows)
+    text = export.export(program, platforms=["cuda"], disabled_checks=allowed)(params, batch).mlir_module()
+    calls = re.findall(r"custom_call @(triton\w+)\(.*?\) \{(.*?)\}", text)
+    assert {target for target, _ in calls} == {"triton_kernel_call_ffi"}, calls
+    assert all("mhlo.backend_config = {opaque = " in attributes for _, attributes in calls), calls
+    print(len(calls), len(compiled))
 """
+
+
+LAYERS = {"tiny": CONFIG.num_layers, "gemma-2b": preset("gemma-2b").num_layers}
 
 
 @pytest.mark.parametrize(
@@ -44,10 +67,11 @@ print(config.num_layers, len(re.findall(r"custom_call @triton_kernel_call", text
 )
 def test_a_forward_pass_lowers_for_cuda(model, dtype, capability):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    paths = [Path(sys.prefix) / "lowering", Path(__file__).parents[1]]
+    paths = [Path(sys.prefix) / "lowering", Path(__file__).parents[1], *sys.path]
     environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(map(str, paths))}
     command = [sys.executable, "-c", LOWER, model, dtype, str(capability)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    layers, calls = map(int, done.stdout.split()[-2:])
-    assert calls == layers + 2  # attention in every layer, pool_norm, recover_norm
+    counts = [tuple(map(int, line.split())) for line in done.stdout.splitlines()[-3:]]
+    calls = LAYERS[model] + 2  # attention in every layer, pool_norm, recover_norm
+    assert counts == [(calls, 3)] * 3

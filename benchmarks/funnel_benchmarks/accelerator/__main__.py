@@ -4,6 +4,7 @@ import argparse
 import importlib.metadata
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -16,16 +17,25 @@ import jax
 from funnel_benchmarks.accelerator.bench import DTYPE, Bench
 from funnel_benchmarks.accelerator.clock import Clock
 from funnel_benchmarks.accelerator.parts import PARTS
-from funnel_benchmarks.accelerator.report import TITLES, file_name, read_tables, suite_name, write_plots, write_report
+from funnel_benchmarks.accelerator.report import (
+    TITLES,
+    file_name,
+    read_tables,
+    suite_name,
+    write_archive,
+    write_plots,
+    write_report,
+)
 from funnel_benchmarks.accelerator.sizes import FULL, SMALL
 from funnel_benchmarks.machine import machine_facts
-from funnel_benchmarks.results import Results
+from funnel_benchmarks.results import Results, Row
 from funnel_engine import ConfigError, FunnelConfig, FunnelError
 from funnel_engine.backends import served_by
 from funnel_kernels import dispatch
 
 DESCRIPTION = """Checks and measures kernels and engine on the accelerator of this machine. Writes DIR/PART.json after
-every measurement, and DIR/report.md with plots at the end. Exit status 1: a result was wrong, or something raised; 2:
+every measurement, DIR/report.md with plots at the end, and DIR/results.tar.gz, which holds them all. A run that is
+terminated keeps what it has measured. Exit status 1: a result was wrong, or something raised; 2:
 the command itself cannot be run."""
 
 
@@ -59,6 +69,7 @@ def run(options: argparse.Namespace, arguments: Sequence[str], clock_starts: flo
             raise ConfigError(f"--report: {options.out} holds no tables; give --out the folder of an earlier run")
         write_plots(options.out, tables)
         print(write_report(options.out, tables))
+        write_archive(options.out)
         return 0
     parts = chosen_parts(options.only)
     dispatch.check_backend(options.backend)
@@ -71,13 +82,24 @@ def run(options: argparse.Namespace, arguments: Sequence[str], clock_starts: flo
     bench = Bench(sizes, options.backend, seed, Clock(options.minutes, clock_starts))
     machine = facts_of_machine()
     print(f"{', '.join(machine['devices'])}; seed {seed}", flush=True)
+    try:
+        failed = measure(parts, bench, machine, options, arguments)
+    finally:
+        write_archive(options.out)
+    return int(failed)
+
+
+def measure(
+    parts: Sequence[str], bench: Bench, machine: Row, options: argparse.Namespace, arguments: Sequence[str]
+) -> bool:
+    """Measures these parts and writes tables, report and plots; whether something failed."""
     failed = False
     for part in parts:
         print(f"{TITLES[part]}:", flush=True)
         results = Results(
             options.out / file_name(part),
             suite=suite_name(part),
-            options={"small": options.small, "seed": seed, "backend": options.backend},
+            options={"small": options.small, "seed": bench.seed, "backend": options.backend},
             machine=machine,
             facts=facts_of_run(bench, options, arguments),
         )
@@ -87,7 +109,7 @@ def run(options: argparse.Namespace, arguments: Sequence[str], clock_starts: flo
     tables = read_tables(options.out, PARTS)
     write_plots(options.out, tables)
     print(write_report(options.out, tables))
-    return int(failed)
+    return failed
 
 
 def chosen_parts(only: str | None) -> list[str]:
@@ -145,4 +167,6 @@ def nvidia_driver() -> str | None:
 
 
 if __name__ == "__main__":
+    # As an exception, so that what is measured is packed.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     sys.exit(main(sys.argv[1:]))

@@ -70,11 +70,6 @@ def busy_nanoseconds(ran: Iterable[Kernel]) -> float:
     return busy
 
 
-def span_nanoseconds(ran: Sequence[Kernel]) -> float:
-    """From the start of the first kernel to the end of the last."""
-    return max(kernel.end for kernel in ran) - min(kernel.start for kernel in ran)
-
-
 def most_expensive(ran: Sequence[Kernel], count: int) -> list[Total]:
     """The kernels that took most time, by name without the number that XLA gives each copy of a kernel."""
     runs: dict[str, list[float]] = defaultdict(list)

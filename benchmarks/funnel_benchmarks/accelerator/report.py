@@ -1,6 +1,8 @@
 """Tables -> report.md, which says what was measured, what was left out, and what went wrong; and the plots."""
 
+import io
 import math
+import tarfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -16,6 +18,7 @@ Table = dict[str, Any]
 Tables = dict[str, Table]
 Column = tuple[str, Callable[[Row], str]]
 NONE = "-"
+ARCHIVE = "results.tar.gz"
 
 TITLES = {
     "check": "Right or wrong",
@@ -36,13 +39,14 @@ NOTES = {
     "ceilings": "Random bfloat16 numbers. A copy's bytes count twice: read and written.",
     "attention": "Useful operations: 4 x head dim for each query-key pair that a query head sees.",
     "rows": "Bandwidth counts each byte read and written once; the copy reads and writes as many in all.",
-    "engine": "`Engine.embed`, from token ids on the host to vectors on the host. Operations of matrix products and "
-    "attention only.",
+    "engine": "`Engine.embed`, from token ids on the host to vectors on the host; the forward pass, from ids on the "
+    "device. Operations of matrix products and attention only, and of tokens only.",
     "funnel": "The same engine with the funnel and without it, in turns. Efficiency is the ideal ratio of operations "
     "over the measured ratio of times.",
     "peer": "The same architecture and batch, random weights, each in its own process; ours right before and after. "
     "Ours starts from token ids on the host, the peer from ids on the device.",
-    "latency": "Busy: the share of the time from a call's first kernel to its last in which a kernel runs.",
+    "latency": "Busy: the share of a call's time, from ids on the host to vectors on the host, in which a kernel runs. "
+    "The kernels' times are from a profile, in which XLA replays no CUDA graphs; the call's time is without one.",
     "ragged": "Both batches have the same number of tokens, which is a bucket's size.",
     "flags": "The forward pass alone, against no options at all; a ratio below 1 means that the options help.",
 }
@@ -183,6 +187,16 @@ def write_plots(folder: Path, tables: Tables) -> None:
                 (folder / file).unlink(missing_ok=True)  # of an earlier run
 
 
+def write_archive(folder: Path) -> None:
+    """Packs tables, report and plots of a folder into its `ARCHIVE`: one file to take away."""
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w:gz") as archive:
+        for path in sorted(folder.iterdir()):
+            if path.suffix in (".json", ".md", ".png"):
+                archive.add(path, path.name)
+    write_bytes(folder / ARCHIVE, content.getvalue())
+
+
 def write_report(folder: Path, tables: Tables) -> str:
     """Writes report.md and returns its text."""
     sections = [["# Measured on an accelerator"], summary(tables)]
@@ -274,6 +288,7 @@ def engine_columns(tables: Tables) -> tuple[Column, ...]:
         ("TFLOP/s", number("tflops_per_second", ",.1f")),
         ("share of the matrix rate", against_goal(lambda row: row["tflops_per_second"] / rates[0] if rates else None)),
         ("compiling, s", number("compile_seconds", ",.1f")),
+        ("of the time of a full bucket", number("of_full", ".3f")),
     )
 
 

@@ -18,6 +18,7 @@ class Sizes:
         xla_length: the one length at which XLA's attention is measured too.
         strided_lengths: tokens a sequence of queries on stride 2 over keys on stride 1.
         windows: tokens that a sliding window spans, over sequences of the last of `attention_lengths`.
+        padding_percent: how much of a bucket is padding, where that is measured.
         ragged_longest: of lengths drawn evenly from 1 to this; their mean is the first of `attention_lengths`.
         widths, rows: of pool_norm and recover_norm.
         rotated_bytes: how much memory the input sets of a call take together, so that no cache holds them.
@@ -40,6 +41,7 @@ class Sizes:
     xla_length: int
     strided_lengths: tuple[int, ...]
     windows: tuple[int, ...]
+    padding_percent: tuple[int, ...]
     ragged_longest: int
     widths: tuple[int, ...]
     rows: int
@@ -66,6 +68,7 @@ FULL = Sizes(
     xla_length=2048,
     strided_lengths=(2048, 8192),
     windows=(4096, 512),
+    padding_percent=(7, 45),
     ragged_longest=1023,
     widths=(768, 2048),
     rows=65536,
@@ -90,6 +93,7 @@ SMALL = Sizes(
     xla_length=32,
     strided_lengths=(32,),
     windows=(16,),
+    padding_percent=(25, 50),
     ragged_longest=63,
     widths=(64,),
     rows=256,

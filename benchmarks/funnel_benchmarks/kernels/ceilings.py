@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import funnel_native
 from funnel_benchmarks.kernels import onednn_product
 from funnel_benchmarks.machine import usable_cores
 from funnel_benchmarks.measure import Sample, sampler
 from funnel_benchmarks.peers.peer import Peer
+from funnel_kernels.linear.packed import packs
 
 HOST_PRODUCT = {"rows": 1024, "in": 2048, "out": 16384}
 HOST_SIDE, DEVICE_SIDE = 2048, 8192  # of both factors of XLA's product
@@ -48,7 +48,7 @@ def ceilings(dtype: str) -> Iterator[tuple[Ceiling, Ceiling]]:
     """The product in a dtype, and the copy, as long as the block lasts."""
     host = jax.default_backend() == "cpu"
     with ExitStack() as stack:
-        if host and funnel_native.problem() is None:
+        if host and packs(jnp.dtype(dtype), "cpu"):
             product = stack.enter_context(onednn(dtype))
         else:
             product = xla_product(dtype, HOST_SIDE if host else DEVICE_SIDE)

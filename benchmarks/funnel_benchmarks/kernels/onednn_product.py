@@ -73,9 +73,9 @@ class OneDNN:
     """The few functions of the C API that a product needs. Nothing is freed: the process ends with the peer."""
 
     def __init__(self) -> None:
-        from funnel_native import preload_onednn
+        from funnel_native import handlers
 
-        preload_onednn()
+        handlers()  # which loads it, within the limit of FUNNEL_CPU_ISA
         self.library = ctypes.CDLL("libdnnl.so.3")  # the one that is loaded already
         self.library.dnnl_primitive_desc_query_md.restype = ctypes.c_void_p
         self.library.dnnl_memory_desc_get_size.restype = ctypes.c_size_t

@@ -6,7 +6,8 @@ from typing import Any
 from funnel_benchmarks.results import Row, differences
 
 # Facts about the machine that stand in lines of their own; the others are versions.
-DEVICES, PROCESSOR, SYSTEM, REVISION = "devices", ("cpu", "cores", "memory_gb"), "platform", "revision"
+DEVICES, SYSTEM, REVISION = "devices", "platform", "revision"
+PROCESSOR = ("cpu", "instruction_set", "cores", "memory_gb")
 APART = (DEVICES, *PROCESSOR, SYSTEM, REVISION)
 Fact = tuple[str, list[str]]  # a name, and what there is to say
 
@@ -58,7 +59,7 @@ def where_and_when(content: Row) -> str:
 
 
 def processor(machine: Row) -> str:
-    forms = zip(PROCESSOR, ("{}", "{} cores", "{} GB"), strict=True)
+    forms = zip(PROCESSOR, ("{}", "{}", "{} cores", "{} GB"), strict=True)
     return ", ".join(form.format(shown(machine[name])) for name, form in forms if machine.get(name) is not None)
 
 

@@ -10,11 +10,12 @@ import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from funnel_engine.checkpoints.files import to_path
+from funnel_engine.checkpoints.files import is_file, to_path
 from funnel_engine.checkpoints.formats import read_source
 from funnel_engine.checkpoints.native import MANIFEST, synchronize, write_checkpoint
+from funnel_engine.config import check_flag
 from funnel_engine.weights import DTYPES, check_dtype, count_parameters, expected_shapes
 from funnel_kernels.errors import CheckpointError
 
@@ -26,7 +27,7 @@ def convert(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],
     *,
-    dtype: str = "bfloat16",
+    dtype: Any = "bfloat16",
     overwrite: bool = False,
     format: str | None = None,
     sliding_window: int | None = None,
@@ -41,7 +42,7 @@ def convert(
     Args:
         source: a file or folder in one of the formats of docs/checkpoints.md.
         destination: the directory to make.
-        dtype: what the weights are rounded to, "bfloat16" or "float32".
+        dtype: what the weights are rounded to, "bfloat16" or "float32", or these as NumPy or JAX have them.
         overwrite: replace `destination` if it is a checkpoint. The old one stays until the new one is complete.
         format: of the source, a key of `formats.FORMATS`; None detects it from the content.
         sliding_window: stands for the config's, where an old save has written a wrong one.
@@ -50,15 +51,18 @@ def convert(
     Raises:
         CheckpointError: a source that is missing, damaged or of a form that the engine does not run; a destination
             that exists or cannot be written.
-        ConfigError: another dtype or format.
+        ConfigError: another dtype or format, or an option of another type.
     """
-    check_dtype(dtype)
-    source, destination = to_path(source), to_path(destination).resolve()
-    clear_up(destination)
-    check_destination(destination, source.resolve(), overwrite)
+    dtype = check_dtype(dtype)
+    overwrite, allow_nonfinite = check_flag("overwrite", overwrite), check_flag("allow_nonfinite", allow_nonfinite)
+    source, destination = to_path(source), to_path(destination)
+    with writing(destination):
+        destination = destination.resolve()
+        clear_up(destination)
+        check_destination(destination, source.resolve(), overwrite)
     model = read_source(source, format, sliding_window)
     size = count_parameters(expected_shapes(model.config, model.head)) * DTYPES[dtype].itemsize
-    try:
+    with writing(destination):
         free = shutil.disk_usage(destination.parent).free
         if size > free:
             raise CheckpointError(
@@ -70,6 +74,13 @@ def convert(
             advance = partial(progress.advance, task)
             write_checkpoint(staging / "new", model, dtype, allow_nonfinite=allow_nonfinite, advance=advance)
             publish(staging / "new", destination, staging / "old" if overwrite else None)
+
+
+@contextlib.contextmanager
+def writing(destination: Path) -> Iterator[None]:
+    """Turns what the file system refuses at a destination into `CheckpointError`."""
+    try:
+        yield
     except OSError as error:
         raise CheckpointError(
             f"cannot write {destination}: {error.strerror or error}; nothing was left behind. Make room or choose a "
@@ -89,7 +100,7 @@ def check_destination(destination: Path, source: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise CheckpointError(f"{destination} exists; choose another name, or overwrite it (--overwrite)")
-    if not (destination / MANIFEST).is_file():
+    if not is_file(destination / MANIFEST):
         raise CheckpointError(f"{destination} is not a checkpoint, so it is not overwritten; choose another name")
 
 

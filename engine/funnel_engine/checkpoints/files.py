@@ -7,20 +7,51 @@ values.
 import collections
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
+import re
+import stat
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from funnel_engine.messages import quote
 from funnel_kernels.errors import CheckpointError, ConfigError
 
 MAX_JSON_BYTES = 100_000_000
 HASHED_AT_ONCE = 2**20  # bytes
+REMEDIES = {
+    errno.EACCES: "give this user the right to read it (chmod), or run as its owner",
+    errno.EPERM: "give this user the right to read it (chmod), or run as its owner",
+    errno.ELOOP: "its links lead in a circle; put the file or folder itself there",
+    errno.ENAMETOOLONG: "give a shorter path",
+    errno.EIO: "the disk or the network drive fails; copy it to another one",
+}
+# How a file begins that was put in the place of a checkpoint's file: what it is, and the remedy.
+STAND_INS = {
+    rb"version https://git-lfs": ("a pointer of Git LFS, not the file itself", "run: git lfs pull"),
+    rb"(\.\./)*\.git/annex/|/annex/objects/": ("a pointer of git-annex, not the file itself", "run: git annex get"),
+    rb"(\xef\xbb\xbf)?\s*<(!doctype|html|head|\?xml|error)": (
+        "a web page, e.g. of an error, not the file itself",
+        "download it again, signed in if the model asks for it",
+    ),
+    rb"(access to model |entry not found|repository not found|invalid (username|credentials))": (
+        "a message of a server, not the file itself",
+        "download it again, signed in if the model asks for it",
+    ),
+    rb"GGUF": (
+        "a GGUF file of llama.cpp, which this engine does not read",
+        "convert the model that it was made from, or write one with transformers: AutoModel.from_pretrained(FOLDER, "
+        "gguf_file=NAME, quantization_config=GgufConfig(dequantize=True)).save_pretrained(NEW)",
+    ),
+}
+HEAD_BYTES = 64  # which tell what a file is
+UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".download", ".aria2")  # of several downloaders
 
 
 def read_json(path: Path, kind: type = dict) -> Any:
@@ -77,7 +108,7 @@ def decode(kind: Any, value: Any, where: str) -> Any:
             ("has the unknown", value.keys() - hints.keys()),
         ):
             if names:
-                raise CheckpointError(f"{where} {problem} {', '.join(map(repr, sorted(names)))}")
+                raise CheckpointError(f"{where} {problem} {quote(sorted(names))}")
         return kind(**{name: decode(hint, value[name], f"{where}.{name}") for name, hint in hints.items()})
     if origin is dict:
         check_type(dict, value, where)
@@ -109,16 +140,19 @@ def to_path(path: Any) -> Path:
     """What a caller gives as a path, whether anything is there or not.
 
     Raises:
-        CheckpointError: no system path: not a text, too long, or unreachable.
+        CheckpointError: no system path: not a text, too long, or unreachable; or a folder that may not be read.
     """
     try:
         result = Path(path)
-        result.stat()
+        is_folder = stat.S_ISDIR(result.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError):
         return result
     except (OSError, ValueError, TypeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(f"{path!r:.80} is no path that can be used here ({reason}); give another") from error
+        remedy = REMEDIES.get(getattr(error, "errno", 0), "give another")
+        raise CheckpointError(f"{path!r:.80} is no path that can be used here ({reason}); {remedy}") from error
+    if is_folder and not os.access(result, os.R_OK | os.X_OK):
+        raise unreadable(result, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
     return result
 
 
@@ -132,7 +166,9 @@ def file_in(directory: Path, name: Any, where: str) -> Path:
     if not plain or name in ("", ".", ".."):
         raise CheckpointError(f"{where} names {name!r}, which is not a file in {directory}")
     path = directory / name
-    target = path.resolve()
+    with reading(path):
+        refuse_annexed(path)
+        target = Path(os.path.realpath(path))
     if not any(home in target.parents for home in homes(directory)):
         raise CheckpointError(f"{path} is a link to {target}, outside {directory}; put the file itself there")
     return path
@@ -153,7 +189,24 @@ def homes(directory: Path) -> Iterator[Path]:
 def optional_file(directory: Path, name: str) -> Path | None:
     """The file `name` of a directory if it is there."""
     path = file_in(directory, name, str(directory))
-    return path if os.path.isfile(path) else None  # which takes any name, however long
+    with reading(path):
+        return path if is_file(path) else None
+
+
+def is_file(path: Path) -> bool:
+    """Whether a regular file is there.
+
+    Raises:
+        OSError: that cannot be known, e.g. in a folder that may not be read.
+    """
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return False
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return False
+        raise
 
 
 def hash_file(path: Path, stop: Callable[[], bool] = lambda: False) -> str:
@@ -174,12 +227,46 @@ def open_file(path: Path) -> Iterator[BinaryIO]:
     """A regular file, open for reading; a pipe or a device would be read without end.
 
     Raises:
-        CheckpointError: there is no such file, or it cannot be read.
+        CheckpointError: there is no such file, it cannot be read, or it only takes the place of the right one.
     """
-    if not os.path.isfile(path):
-        raise CheckpointError(f"cannot read {path}: no such file, or not a regular one; fetch it again")
-    with reading(path), path.open("rb") as file:
-        yield file
+    with reading(path):
+        if not is_file(path):
+            raise CheckpointError(
+                f"cannot read {path}: no such file, or not a regular one{unfinished(path.parent)}; fetch it again"
+            )
+        with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size == 0:
+                raise CheckpointError(f"{path} is empty; its download or its copy failed, so fetch it again")
+            refuse_stand_in(path, os.pread(file.fileno(), HEAD_BYTES, 0))
+            yield file
+
+
+def check_file(path: Path) -> None:
+    """Raises `CheckpointError` as `open_file` does."""
+    with open_file(path):
+        pass
+
+
+def refuse_stand_in(path: Path, head: bytes) -> None:
+    """Raises `CheckpointError` if a file begins as none of a checkpoint does, but as what often takes its place."""
+    for pattern, (what, remedy) in STAND_INS.items():
+        if re.match(pattern, head, re.IGNORECASE):
+            raise CheckpointError(f"{path} is {what}; {remedy}")
+
+
+def refuse_annexed(path: Path) -> None:
+    """Raises `CheckpointError` if a path is a link to content that git-annex has not fetched."""
+    if os.path.islink(path) and "/annex/objects/" in os.readlink(path) and not os.path.exists(path):
+        raise CheckpointError(f"{path} is a link of git-annex, and its content is not here; run: git annex get")
+
+
+def unfinished(directory: Path) -> str:
+    """For a message about a file that is missing: the downloads in a folder that did not end."""
+    try:
+        names = [name for name in sorted(os.listdir(directory)) if name.endswith(UNFINISHED)]
+    except OSError:
+        names = []
+    return f" (a download into {directory} has not ended: {quote(names)})" if names else ""
 
 
 @contextlib.contextmanager
@@ -187,12 +274,12 @@ def reading(path: Path) -> Iterator[None]:
     """Turns what goes wrong while a file is read, or what its content makes of a config, into `CheckpointError`."""
     try:
         yield
-    except (OSError, ConfigError) as error:
-        raise CheckpointError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    except OSError as error:
+        raise unreadable(error.filename or path, error) from error
+    except ConfigError as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
 
 
-def quote(names: Iterable[str], most: int = 5) -> str:
-    """Names that a file gave, for a message: the first few of them, escaped and cut."""
-    names = list(names)
-    more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return ", ".join(f"{name!r:.80}" for name in names[:most]) + more
+def unreadable(path: Path | str, error: OSError) -> CheckpointError:
+    remedy = REMEDIES.get(error.errno or 0, "check the path, and whether what is there is whole")
+    return CheckpointError(f"cannot read {path}: {error.strerror or error}; {remedy}")

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from funnel_engine.checkpoints import gemma_pytorch, hugging_face, keras_hub, native, orbax
-from funnel_engine.checkpoints.files import to_path
+from funnel_engine.checkpoints.files import check_file, is_file, reading, to_path
+from funnel_engine.checkpoints.foreign import name_foreign
 from funnel_engine.checkpoints.source import SourceModel
 from funnel_engine.config import check_option
 from funnel_kernels.errors import CheckpointError
@@ -40,15 +41,13 @@ def detect_format(path: Path) -> str:
         CheckpointError: there is nothing at `path`, or nothing that is known.
     """
     path = to_path(path)
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist; give the file or folder that holds the model")
-    for name, form in FORMATS.items():
-        if form.matches(path):
-            return name
-    raise CheckpointError(
-        f"{path} is in no format that is known ({', '.join(FORMATS)}): there is no config.json with safetensors or "
-        "modules.json, no Orbax _METADATA, no .ckpt and no .weights.h5"
-    )
+    with reading(path):
+        if not path.exists():
+            raise CheckpointError(f"{path} does not exist; give the file or folder that holds the model")
+        for name, form in FORMATS.items():
+            if form.matches(path):
+                return name
+        raise CheckpointError(f"{path} is in no format that is known ({', '.join(FORMATS)}){name_foreign(path)}")
 
 
 def read_source(path: Path, form: str | None = None, sliding_window: int | None = None) -> SourceModel:
@@ -66,4 +65,7 @@ def read_source(path: Path, form: str | None = None, sliding_window: int | None 
     if form is None:
         form = detect_format(path)
     check_option("format", form, tuple(FORMATS))
-    return FORMATS[form].read(path, sliding_window)
+    with reading(path):
+        if is_file(path):
+            check_file(path)
+        return FORMATS[form].read(path, sliding_window)

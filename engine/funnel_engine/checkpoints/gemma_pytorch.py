@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from funnel_engine.checkpoints.architectures import find_config
-from funnel_engine.checkpoints.files import decode, file_in, open_file, optional_file, quote, read_json
+from funnel_engine.checkpoints.files import decode, file_in, is_file, open_file, optional_file, read_json
 from funnel_engine.checkpoints.hugging_face import NORMS
 from funnel_engine.checkpoints.safetensors_file import StoredTensor
 from funnel_engine.checkpoints.source import SourceModel
@@ -30,10 +30,13 @@ from funnel_engine.checkpoints.tensors import (
     assemble,
     drop_by_name,
     join_shards,
+    unwrap,
+    unwrapped,
 )
 from funnel_engine.checkpoints.tokenizer_files import find_tokenizer
 from funnel_engine.config import ModelConfig
 from funnel_engine.heads import HeadConfig
+from funnel_engine.messages import quote
 from funnel_engine.weights import expected_shapes
 from funnel_kernels.errors import CheckpointError
 
@@ -56,13 +59,15 @@ LAYER: dict[str, tuple[str, ...]] = {
     "down": ("mlp.down_proj",),
 }
 # Tables of RoPE, and what multimodal Gemma 3 does to images.
-DROPPED = (
-    "freqs_cis",
-    "local_freqs_cis",
-    "global_freqs_cis",
-    "siglip_vision_model.",
-    "mm_soft_embedding_norm.",
-    "mm_input_projection.",
+DROPPED = drop_by_name(
+    (
+        "freqs_cis",
+        "local_freqs_cis",
+        "global_freqs_cis",
+        "siglip_vision_model.",
+        "mm_soft_embedding_norm.",
+        "mm_input_projection.",
+    )
 )
 
 
@@ -98,7 +103,7 @@ def matches(path: Path) -> bool:
     """Whether this is a file of PyTorch, or a folder with a `.ckpt` or shards and without safetensors."""
     if not path.is_dir():
         return path.suffix in SUFFIXES
-    return (any(path.glob("*.ckpt")) or (path / INDEX).is_file()) and not any(path.glob("*.safetensors"))
+    return (any(path.glob("*.ckpt")) or is_file(path / INDEX)) and not any(path.glob("*.safetensors"))
 
 
 def read_gemma_pytorch(path: Path, sliding_window: int | None = None) -> SourceModel:
@@ -112,7 +117,7 @@ def read_gemma_pytorch(path: Path, sliding_window: int | None = None) -> SourceM
         CheckpointError: a file that is damaged, wants to run code, or is of another program; files or tensors that are
             missing or do not fit the config; torch is not installed.
     """
-    tensors = dequantize(read_tensors(path))
+    tensors = dequantize(unwrap(path, read_tensors(path)))
     if any(name.endswith("embed_tokens.weight") for name in tensors):
         raise CheckpointError(
             f"{path} is a Hugging Face pytorch_model.bin, not gemma_pytorch's; load it with transformers and save it "
@@ -128,7 +133,7 @@ def read_gemma_pytorch(path: Path, sliding_window: int | None = None) -> SourceM
     directory = path if path.is_dir() else path.parent
     vocabulary = tensors[embedder].shape[0]
     config = find_config(directory, tensors, lambda config: encoder_parts(config, embedder), vocabulary, sliding_window)
-    weights, dropped = assemble(path, encoder_parts(config, embedder), tensors, drop_by_name(DROPPED))
+    weights, dropped = assemble(path, encoder_parts(config, embedder), tensors, DROPPED)
     text, tokenizer_file = find_tokenizer(directory, config)
     return SourceModel(
         format="gemma_pytorch",
@@ -181,7 +186,7 @@ def read_tensors(path: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(f"{path} has neither a .ckpt nor {INDEX}; give the path of the checkpoint's file")
     weight_map = decode(dict[str, str], read_json(index).get("weight_map"), f"{index}: weight_map")
     files = [file_in(path, shard, str(index)) for shard in sorted(set(weight_map.values()))]
-    return join_shards(index, files, read_file, weight_map.items())
+    return join_shards(index, files, read_file, weight_map.items(), drop_rule=lambda name: DROPPED(unwrapped(name)))
 
 
 def read_file(file: Path) -> dict[str, StoredTensor]:

@@ -5,19 +5,21 @@ Nothing is guessed: every tensor is either needed, or one of a family's known te
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from funnel_engine.checkpoints.files import decode, file_in, optional_file, read_json, reading
+from funnel_engine.checkpoints.files import decode, file_in, is_file, optional_file, read_json, reading, unfinished
+from funnel_engine.checkpoints.foreign import other_weights, refuse_adapter
 from funnel_engine.checkpoints.safetensors_file import StoredTensor, read_header
 from funnel_engine.checkpoints.sentence_transformers import MODULES, SentenceModel, read_sentence_model
 from funnel_engine.checkpoints.source import SourceModel
-from funnel_engine.checkpoints.tensors import Part, Parts, assemble, drop_by_name, join_shards
+from funnel_engine.checkpoints.tensors import Part, Parts, assemble, drop_by_name, join_shards, unwrap, unwrapped
 from funnel_engine.checkpoints.tokenizer_files import find_tokenizer
 from funnel_engine.config import ModelConfig
 from funnel_engine.heads import HeadConfig, head_shapes
 from funnel_engine.hugging_face_config import read_model_config
+from funnel_engine.messages import quote
 from funnel_engine.weights import expected_shapes
 from funnel_kernels.errors import CheckpointError
 
@@ -86,7 +88,7 @@ TASKS = {"ForSequenceClassification": "classify", "ForTokenClassification": "tag
 
 def matches(path: Path) -> bool:
     """Whether a folder has a Hugging Face config, or the list of modules of the sentence-transformers library."""
-    return (path / CONFIG).is_file() or (path / MODULES).is_file()
+    return is_file(path / CONFIG) or is_file(path / MODULES)
 
 
 def read_hugging_face(root: Path, sliding_window: int | None = None) -> SourceModel:
@@ -101,8 +103,10 @@ def read_hugging_face(root: Path, sliding_window: int | None = None) -> SourceMo
     """
     if not root.is_dir():
         raise CheckpointError(f"{root} is not a directory; give the folder that holds the model's config.json")
+    refuse_adapter(root)
     sentence_model = read_sentence_model(root)
     directory = sentence_model.transformer if sentence_model else root
+    refuse_adapter(directory)
     config_file = optional_file(directory, CONFIG)
     if config_file is None:
         raise CheckpointError(f"{directory} is not in Hugging Face format: it has no {CONFIG}")
@@ -115,7 +119,8 @@ def read_hugging_face(root: Path, sliding_window: int | None = None) -> SourceMo
             f"{config.hidden_size} wide; these folders do not belong together"
         )
     layout = LAYOUTS[fields["model_type"]]
-    tensors = read_tensors(directory)
+    drop_rule = drop_by_name(layout.dropped)
+    tensors = read_tensors(directory, drop_rule)
     for dense in sentence_model.dense if sentence_model else ():
         file = optional_file(dense.folder, SINGLE_FILE)
         if file is None:
@@ -123,7 +128,7 @@ def read_hugging_face(root: Path, sliding_window: int | None = None) -> SourceMo
                 f"there is no {dense.folder / SINGLE_FILE}; load the model with sentence-transformers and save it "
                 "again, which writes safetensors"
             )
-        tensors |= {f"{dense.folder.name}/{name}": tensor for name, tensor in read_header(file).items()}
+        tensors |= {f"{dense.folder.name}/{name}": tensor for name, tensor in unwrap(file, read_header(file)).items()}
 
     classifier = classifier_name(config, tensors)
     with reading(config_file):
@@ -131,12 +136,12 @@ def read_hugging_face(root: Path, sliding_window: int | None = None) -> SourceMo
     prefix = find_prefix(layout, config, tensors)
     with reading(root):
         parts = {**encoder_parts(config, prefix), **head_parts(config, head, sentence_model, classifier)}
-    weights, dropped = assemble(directory, parts, tensors, drop_by_name(layout.dropped))
+    weights, dropped = assemble(directory, parts, tensors, drop_rule)
     text, tokenizer_file = find_tokenizer(directory, config)
     if sentence_model:
         text = dataclasses.replace(
             text,
-            max_tokens=sentence_model.max_tokens,
+            max_tokens=sentence_model.max_tokens or text.max_tokens,
             prompts=sentence_model.prompts,
             default_prompt_name=sentence_model.default_prompt_name,
         )
@@ -152,19 +157,26 @@ def read_hugging_face(root: Path, sliding_window: int | None = None) -> SourceMo
     )
 
 
-def read_tensors(directory: Path) -> dict[str, StoredTensor]:
-    """The tensors of model.safetensors, or of the shards that model.safetensors.index.json lists."""
+def read_tensors(directory: Path, drop_rule: Callable[[str], str | None]) -> dict[str, StoredTensor]:
+    """The tensors of model.safetensors, or of the shards that model.safetensors.index.json lists.
+
+    Args:
+        drop_rule: why a tensor is not needed, as `assemble` has it.
+    """
     single_file, index_file = optional_file(directory, SINGLE_FILE), optional_file(directory, INDEX)
     if single_file:
-        return read_header(single_file)
+        return unwrap(single_file, read_header(single_file))
     if not index_file:
         raise CheckpointError(
-            f"{directory} has neither {SINGLE_FILE} nor {INDEX}; save the model with transformers' save_pretrained, "
-            "which writes safetensors"
+            f"{directory} has neither {SINGLE_FILE} nor {INDEX}{other_weights(directory)}{unfinished(directory)}; save "
+            "the model with transformers' save_pretrained, which writes safetensors"
         )
     weight_map = decode(dict[str, str], read_json(index_file).get("weight_map"), f"{index_file}: weight_map")
     files = [file_in(directory, name, str(index_file)) for name in sorted(set(weight_map.values()))]
-    return join_shards(index_file, files, read_header, weight_map.items())
+    tensors = join_shards(
+        index_file, files, read_header, weight_map.items(), drop_rule=lambda name: drop_rule(unwrapped(name))
+    )
+    return unwrap(index_file, tensors)
 
 
 def encoder_parts(config: ModelConfig, prefix: str) -> Parts:
@@ -226,6 +238,11 @@ def read_head(
     similarity = sentence_model.similarity if sentence_model else None
     architectures = decode(tuple[str, ...], fields.get("architectures") or [], "architectures in config.json")
     tasks = [task for name in architectures for suffix, task in TASKS.items() if name.endswith(suffix)]
+    if sentence_model and sentence_model.cross_encoder and tasks[:1] != ["classify"]:
+        raise CheckpointError(
+            f"modules.json is that of a CrossEncoder, so config.json must be of a ForSequenceClassification model; its "
+            f"architectures are {quote(architectures) or 'none'}"
+        )
     if not tasks:
         return HeadConfig(pooling, pooler, dense, similarity)
     if config.family == "t5gemma" and fields.get("is_encoder_decoder", True):
@@ -240,12 +257,12 @@ def read_head(
 
 
 def read_labels(fields: dict[str, Any]) -> tuple[str, ...]:
-    """The names of the classes; a config leaves `id2label` out if it is transformers' default of two."""
-    default = {"0": "LABEL_0", "1": "LABEL_1"}
+    """The names of the classes; a config that names none has `num_labels` of them, or transformers' default of two."""
+    count = decode(int | None, fields.get("num_labels"), "num_labels in config.json")
+    default = {str(number): f"LABEL_{number}" for number in range(2 if count is None else count)}
     labels = decode(dict[str, str], fields.get("id2label") or default, "id2label in config.json")
-    numbers = [str(number) for number in range(len(labels))]
-    if set(labels) != set(numbers):
+    if set(labels) != {str(number) for number in range(len(labels))}:
         raise CheckpointError(
-            f"id2label in config.json must number its labels from 0 without gaps; it has {', '.join(labels)}"
+            f"id2label in config.json must number its labels from 0 without gaps; it has {quote(labels)}"
         )
-    return tuple(labels[number] for number in numbers)
+    return tuple(labels[str(number)] for number in range(len(labels)))

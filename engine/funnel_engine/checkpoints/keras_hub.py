@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from funnel_engine.checkpoints.architectures import find_config, is_embedding_gemma
-from funnel_engine.checkpoints.files import decode, file_in, open_file, optional_file, quote, read_json, reading
+from funnel_engine.checkpoints.files import decode, file_in, is_file, open_file, optional_file, read_json, reading
 from funnel_engine.checkpoints.safetensors_file import StoredTensor
 from funnel_engine.checkpoints.source import SourceModel
 from funnel_engine.checkpoints.tensors import Part, Parts, assemble, drop_by_name, join_shards
@@ -30,6 +30,7 @@ from funnel_engine.checkpoints.tokenizer_files import find_tokenizer
 from funnel_engine.config import ModelConfig
 from funnel_engine.heads import DenseConfig, HeadConfig
 from funnel_engine.hugging_face_config import read_model_config
+from funnel_engine.messages import quote
 from funnel_engine.weights import expected_shapes
 from funnel_kernels.errors import CheckpointError
 
@@ -44,7 +45,7 @@ VOCABULARY = "vocabulary.spm"  # a SentencePiece model
 PREFIXES = ("", "layers/gemma_backbone/", "layers/gemma3_backbone/")
 EMBEDDING = "layers/reversible_embedding/vars/0"
 DENSE = ("layers/dense/vars/0", "layers/dense_1/vars/0")  # after EmbeddingGemma's mean; [in, out]
-DROPPED = ("layers/gemma3_vision_encoder/",)
+DROPPED = drop_by_name(tuple(f"{prefix}layers/gemma3_vision_encoder/" for prefix in PREFIXES))
 
 ROWS_OF_HEADS = (0, 2, 1)  # [heads, D, head dim] -> rows of [D], as many as all heads are wide
 COLUMNS_OF_HEADS = (2, 0, 1)  # [heads, head dim, D] -> D rows
@@ -55,7 +56,7 @@ def matches(path: Path) -> bool:
     """Whether this is a `.weights.h5` file, or a folder with KerasHub's names of weights."""
     if not path.is_dir():
         return path.name.endswith(SUFFIX)
-    return (path / WEIGHTS).is_file() or (path / INDEX).is_file()
+    return is_file(path / WEIGHTS) or is_file(path / INDEX)
 
 
 def read_keras(path: Path, sliding_window: int | None = None) -> SourceModel:
@@ -82,9 +83,8 @@ def read_keras(path: Path, sliding_window: int | None = None) -> SourceModel:
         f"dense.{index}.weight": (Part(prefix + name, (layer.in_features, layer.out_features), axes=TRANSPOSED),)
         for index, (name, layer) in enumerate(zip(DENSE, dense, strict=False))
     }
-    dropped_names = tuple(prefix + name for name in DROPPED)
     parts = {**encoder_parts(config, prefix), **dense_parts}
-    weights, dropped = assemble(path, parts, tensors, drop_by_name(dropped_names))
+    weights, dropped = assemble(path, parts, tensors, DROPPED)
     folder = directory
     for name in TOKENIZER_FOLDERS:
         folder = file_in(folder, name, str(folder))
@@ -248,6 +248,7 @@ def read_tensors(path: Path) -> dict[str, StoredTensor]:
         read_datasets,
         {(group, file.name) for group, file in listed},
         lambda name: f"/{name.rpartition('/')[0]}",
+        lambda name: DROPPED(name.removeprefix("/")),
     )
 
 

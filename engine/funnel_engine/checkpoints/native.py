@@ -20,12 +20,23 @@ from typing import Any
 
 import numpy as np
 
-from funnel_engine.checkpoints.files import decode, file_in, hash_file, read_json, reading, to_path
+from funnel_engine.checkpoints.files import (
+    check_file,
+    decode,
+    file_in,
+    hash_file,
+    is_file,
+    read_json,
+    reading,
+    to_path,
+    unfinished,
+)
 from funnel_engine.checkpoints.safetensors_file import StoredTensor, map_tensors, read_header, write_tensors
 from funnel_engine.checkpoints.source import SourceModel
 from funnel_engine.checkpoints.tensors import Part, Rows, assemble, check_tensors, join_shards
 from funnel_engine.config import ModelConfig
 from funnel_engine.heads import HeadConfig
+from funnel_engine.messages import first_of
 from funnel_engine.text import TextConfig
 from funnel_engine.weights import DTYPES, Shapes, count_parameters, expected_shapes
 from funnel_kernels.errors import CheckpointError
@@ -102,7 +113,7 @@ class Checkpoint:
 
 
 def matches(path: Path) -> bool:
-    return (path / MANIFEST).is_file()
+    return is_file(path / MANIFEST)
 
 
 def read_checkpoint(path: str | os.PathLike[str], *, verify: bool = False) -> Checkpoint:
@@ -115,13 +126,14 @@ def read_checkpoint(path: str | os.PathLike[str], *, verify: bool = False) -> Ch
         CheckpointError: it is not a checkpoint, not a whole one, or of another version.
     """
     directory = to_path(path)
-    manifest, files = open_checkpoint(directory)
-    if verify:
-        verify_files(files, manifest)
-    tensors = read_shards(directory, manifest, files)
-    weights: dict[str, np.ndarray] = {}
-    for file in shards(files):
-        weights |= map_tensors(file, {name: tensor for name, tensor in tensors.items() if tensor.path == file})
+    with reading(directory):
+        manifest, files = open_checkpoint(directory)
+        if verify:
+            verify_files(files, manifest)
+        tensors = read_shards(directory, manifest, files)
+        weights: dict[str, np.ndarray] = {}
+        for file in shards(files):
+            weights |= map_tensors(file, {name: tensor for name, tensor in tensors.items() if tensor.path == file})
     return Checkpoint(
         manifest=manifest,
         weights={name: weights[name] for name in expected_shapes(manifest.config, manifest.head)},
@@ -140,10 +152,11 @@ def open_checkpoint(directory: Path) -> tuple[Manifest, dict[str, Path]]:
     manifest = read_manifest(manifest_file)
     files = {name: file_in(directory, name, str(manifest_file)) for name in manifest.files}
     for name, file in files.items():
-        size, expected = file.stat().st_size if os.path.isfile(file) else None, manifest.files[name].bytes
+        size, expected = file.stat().st_size if is_file(file) else None, manifest.files[name].bytes
         if size is None:
-            raise CheckpointError(f"{file} is missing; copy or convert the checkpoint again")
+            raise CheckpointError(f"{file} is missing{unfinished(directory)}; copy or convert the checkpoint again")
         if size != expected:
+            check_file(file)  # which knows what often takes the place of a file
             raise CheckpointError(
                 f"{file} is {'truncated' if size < expected else 'damaged'}: it has {size:,} bytes, its manifest says "
                 f"{expected:,}. Copy or convert the checkpoint again"
@@ -196,7 +209,7 @@ def verify_files(files: Mapping[str, Path], manifest: Manifest) -> None:
     damaged = [str(files[name]) for name, digest in digests.items() if digest != manifest.files[name].sha256]
     if damaged:
         raise CheckpointError(
-            f"the SHA-256 of {', '.join(damaged)} is not the manifest's; copy or convert the checkpoint again"
+            f"the SHA-256 of {', '.join(first_of(damaged))} is not the manifest's; copy or convert the checkpoint again"
         )
 
 

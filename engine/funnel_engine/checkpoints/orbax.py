@@ -23,13 +23,14 @@ from typing import Any
 import numpy as np
 
 from funnel_engine.checkpoints.architectures import find_config, is_embedding_gemma
-from funnel_engine.checkpoints.files import file_in, optional_file, reading
+from funnel_engine.checkpoints.files import HEAD_BYTES, file_in, is_file, optional_file, reading, refuse_stand_in
 from funnel_engine.checkpoints.source import SourceModel
 from funnel_engine.checkpoints.tensors import Part, Parts, assemble, drop_by_name
 from funnel_engine.checkpoints.tokenizer_files import find_tokenizer
 from funnel_engine.config import ModelConfig
 from funnel_engine.heads import DenseConfig, HeadConfig
 from funnel_engine.hugging_face_config import MAX_LAYERS
+from funnel_engine.messages import quote
 from funnel_engine.text import TextConfig
 from funnel_engine.weights import expected_shapes
 from funnel_kernels.errors import CheckpointError
@@ -95,7 +96,7 @@ def read_orbax(root: Path, sliding_window: int | None = None) -> SourceModel:
     if table is None or len(tensors[table].shape) != 2:
         raise CheckpointError(
             f"{folder} is not a checkpoint of Gemma or T5Gemma: it has no table {EMBEDDING!r} among its "
-            f"{len(tensors)} parameters, which begin with {sorted(tensors)[:3]}"
+            f"{len(tensors)} parameters: {quote(sorted(tensors))}"
         )
     vocabulary = tensors[table].shape[0]
     within = [folder, *(above for above in folder.parents if above == root or root in above.parents)]
@@ -137,15 +138,16 @@ def choose_folder(root: Path) -> Path:
             f"{DATABASE} or {TREE}; give the folder that does"
         )
     if len(folders) > 1:
-        raise CheckpointError(f"{root} holds several checkpoints: {', '.join(map(str, folders))}; give one of them")
+        names = quote(str(folder.relative_to(root)) for folder in folders)
+        raise CheckpointError(f"{root} holds several checkpoints: {names}; give one of them")
     return folders[0]
 
 
 def find_folders(path: Path, depth: int = DEPTH) -> list[Path]:
     """The folders of arrays at or below `path`; where a step has several items, those of the parameters."""
-    if os.path.isfile(path / DATABASE) or os.path.isfile(path / TREE):
+    if is_file(path / DATABASE) or is_file(path / TREE):
         return [path]
-    if os.path.isfile(path / AGGREGATE) and any(path.rglob(".zarray")):
+    if is_file(path / AGGREGATE) and any(path.rglob(".zarray")):
         return [path]
     names: list[str] = []
     if depth > 0:
@@ -169,6 +171,9 @@ def check_files(folder: Path) -> None:
             check_files(path)
         elif not path.is_file():
             raise CheckpointError(f"{path} is neither a file nor a folder; copy the checkpoint as it was written")
+        else:
+            with reading(path), path.open("rb") as file:
+                refuse_stand_in(path, file.read(HEAD_BYTES))
 
 
 class ArrayFolder:
@@ -208,7 +213,7 @@ class ArrayFolder:
 
     def below(self, prefix: str) -> dict[str, Any]:
         """The key-value store of the keys that begin so."""
-        if os.path.isfile(self.path / DATABASE):
+        if is_file(self.path / DATABASE):
             return {"driver": "ocdbt", "base": self.files, "path": prefix}
         return self.files | {"path": self.files["path"] + prefix}
 

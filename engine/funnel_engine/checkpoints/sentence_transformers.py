@@ -2,14 +2,17 @@
 
 EmbeddingGemma is published so. Only what the engine computes in the same way is accepted: modules.json must list
 Transformer, Pooling, any number of Dense, and optionally Normalize (`Engine.embed` normalises by itself), in that
-order.
+order. Or it is the library's CrossEncoder around a classifier: a Transformer alone, whose task is
+"sequence-classification".
 """
 
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from funnel_engine.checkpoints.files import decode, file_in, optional_file, read_json, reading
+from funnel_engine.checkpoints.tokenizer_files import read_limit
 from funnel_engine.heads import DenseConfig
+from funnel_engine.messages import first_of, quote
 from funnel_kernels.errors import CheckpointError
 
 MODULES = "modules.json"
@@ -32,11 +35,15 @@ ACTIVATIONS = {  # theirs, by the last part of the name -> ours
     "Sigmoid": "sigmoid",
 }
 SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
-TRANSFORMER = "sentence_bert_config.json"  # the file of the Transformer module
+# Files of the Transformer module, the first of which counts; the others are of old versions of the library.
+TRANSFORMER = tuple(
+    f"sentence_{name}_config.json"
+    for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+)
+TOKENIZER_ARGUMENTS = ("tokenizer_args", "processor_kwargs")
 # What that module hands on to transformers, under its older and newer names, and which of it cannot change a vector.
 ARGUMENTS = (
-    "tokenizer_args",
-    "processor_kwargs",
+    *TOKENIZER_ARGUMENTS,
     "model_args",
     "model_kwargs",
     "config_args",
@@ -51,9 +58,24 @@ HARMLESS_ARGUMENTS = {
     "dtype",
     "trust_remote_code",
 }
-# How that module makes token vectors of a text, as the library itself writes it.
-TEXT_MODALITY = {"method": "forward", "method_output_name": "last_hidden_state"}
-UNLIMITED = 2**31  # transformers writes 1e30 where a tokenizer has no limit
+
+
+class Task(NamedTuple):
+    """What the Transformer module of a kind of model says of itself, as the library writes it.
+
+    Attributes:
+        model_type: the class of the library that has saved the model.
+        transformer_task: what transformers is asked for.
+        outputs: what of the model's output is taken, and under which name it goes on.
+    """
+
+    model_type: str
+    transformer_task: str
+    outputs: tuple[str, str]
+
+
+EMBEDDER = Task("SentenceTransformer", "feature-extraction", ("last_hidden_state", "token_embeddings"))
+CROSS_ENCODER = Task("CrossEncoder", "sequence-classification", ("logits", "scores"))
 
 
 class Dense(NamedTuple):
@@ -66,11 +88,14 @@ class Dense(NamedTuple):
 class SentenceModel(NamedTuple):
     """Attributes:
     transformer: the folder of the encoder, in Hugging Face format.
-    width: of the encoder's rows that the pooling expects.
+    cross_encoder: whether it is a classifier, saved as a CrossEncoder.
+    width: of the encoder's rows that the pooling expects; None without one.
+    max_tokens: the most tokens of a text; None leaves it to the tokenizer.
     """
 
     transformer: Path
-    width: int
+    cross_encoder: bool
+    width: int | None
     pooling: str
     dense: tuple[Dense, ...]
     similarity: str | None
@@ -90,13 +115,18 @@ def read_sentence_model(directory: Path) -> SentenceModel | None:
         return None
     modules = [read_module(entry, path) for entry in read_json(path, list)]
     kinds = [kind for kind, _ in modules]
+    folders = [file_in(directory, folder, str(path)) if folder else directory for _, folder in modules]
+    if kinds == ["Transformer"]:
+        max_tokens = read_transformer(folders[0], CROSS_ENCODER)
+        return SentenceModel(
+            folders[0], True, None, "mean", (), *read_sentence_config(directory, CROSS_ENCODER), max_tokens
+        )
     end = -1 if kinds[-1:] == ["Normalize"] else None
     if kinds[:2] != ["Transformer", "Pooling"] or any(kind != "Dense" for kind in kinds[2:end]):
         raise CheckpointError(
-            f"{path} lists {', '.join(kinds) or 'nothing'}; this engine runs Transformer, Pooling, then any number of "
-            "Dense, then optionally Normalize"
+            f"{path} lists {', '.join(first_of(kinds)) or 'nothing'}; this engine runs Transformer, Pooling, then any "
+            "number of Dense, then optionally Normalize, or the Transformer alone of a CrossEncoder that classifies"
         )
-    folders = [file_in(directory, folder, str(path)) if folder else directory for _, folder in modules]
     pooling, width = read_pooling(folders[1])
     dense = tuple(Dense(folder, read_dense(folder)) for folder in folders[2:end])
     size = width
@@ -109,8 +139,10 @@ def read_sentence_model(directory: Path) -> SentenceModel | None:
         size = layer.out_features
     if end:
         check_normalize(folders[-1])
-    max_tokens = read_max_tokens(folders[0])
-    return SentenceModel(folders[0], width, pooling, dense, *read_sentence_config(directory), max_tokens)
+    max_tokens = read_transformer(folders[0], EMBEDDER)
+    return SentenceModel(
+        folders[0], False, width, pooling, dense, *read_sentence_config(directory, EMBEDDER), max_tokens
+    )
 
 
 def read_module(entry: Any, path: Path) -> tuple[str, str]:
@@ -171,55 +203,49 @@ def check_normalize(folder: Path) -> None:
             require(path, fields, name, ("sentence_embedding", None), None)
 
 
-def read_max_tokens(folder: Path) -> int | None:
-    """The most tokens of a text: `max_seq_length` of the Transformer module, or else the tokenizer's own limit.
-
-    None if there is neither, so that only the encoder limits a text, as it does in any case.
-    """
-    limits: list[Any] = []
-    if path := optional_file(folder, TRANSFORMER):
-        fields = read_json(path)
-        require(path, fields, "do_lower_case", (False, None), None)
-        require(path, fields, "transformer_task", ("feature-extraction",), "feature-extraction")
-        require(path, fields, "module_output_name", ("token_embeddings", None), None)
-        require(path, fields, "query_expansion", (None, False), None)
-        for name in ("query_length", "document_length", "tokenizer_name_or_path"):
-            require(path, fields, name, (None,), None)
-        modalities = decode(dict[str, Any] | None, fields.get("modality_config"), f"{path}: modality_config")
-        if modalities is not None:
-            require(path, modalities, "text", (TEXT_MODALITY,), None)
-        for group in ARGUMENTS:
-            arguments = decode(dict[str, Any], fields.get(group) or {}, f"{path}: {group}")
+def read_transformer(folder: Path, task: Task) -> int | None:
+    """Checks the Transformer module. Returns the most tokens of a text if it says so, else None."""
+    path = next((file for name in TRANSFORMER if (file := optional_file(folder, name)) and read_json(file)), None)
+    fields = read_json(path) if path else {}
+    path = path or folder / TRANSFORMER[0]
+    output, name = task.outputs
+    require(path, fields, "transformer_task", (task.transformer_task,), EMBEDDER.transformer_task)
+    require(path, fields, "module_output_name", (name, None), None)
+    require(path, fields, "do_lower_case", (False, None), None)
+    require(path, fields, "query_expansion", (None, False), None)
+    for name in ("query_length", "document_length", "tokenizer_name_or_path"):
+        require(path, fields, name, (None,), None)
+    modalities = decode(dict[str, Any] | None, fields.get("modality_config"), f"{path}: modality_config")
+    if modalities is not None:
+        require(path, modalities, "message", (None,), None)  # a chat template around every text, where it is there
+        require(path, modalities, "text", ({"method": "forward", "method_output_name": output},), None)
+    limits = []
+    for group in ARGUMENTS:
+        arguments = decode(dict[str, Any], fields.get(group) or {}, f"{path}: {group}")
+        if group in TOKENIZER_ARGUMENTS:
             limits.append(arguments.get("model_max_length"))
-            if unknown := arguments.keys() - HARMLESS_ARGUMENTS:
-                raise CheckpointError(
-                    f"{path}: {group} has {', '.join(sorted(unknown))}, which this engine does not follow; load the "
-                    "model with sentence-transformers, apply them there, and save it without"
-                )
-        limits.append(fields.get("max_seq_length"))
-    if tokenizer := optional_file(folder, "tokenizer_config.json"):
-        fields = read_json(tokenizer)
-        limits += [fields.get("model_max_length"), fields.get("max_len")]
-    limit = next((limit for limit in limits if limit is not None), UNLIMITED)
-    if isinstance(limit, bool) or not isinstance(limit, int | float) or not limit >= 1:
-        raise CheckpointError(f"the most tokens of a text, in {folder}, is {limit!r}; it must be at least 1, or absent")
-    return int(limit) if limit < UNLIMITED else None
+        if unknown := arguments.keys() - HARMLESS_ARGUMENTS:
+            raise CheckpointError(
+                f"{path}: {group} has {', '.join(first_of(sorted(unknown)))}, which this engine does not follow; "
+                "load the model with sentence-transformers, apply them there, and save it without"
+            )
+    return read_limit([*limits, fields.get("max_seq_length")], str(path))
 
 
-def read_sentence_config(directory: Path) -> tuple[str | None, dict[str, str], str | None]:
+def read_sentence_config(directory: Path, task: Task) -> tuple[str | None, dict[str, str], str | None]:
     """The similarity function, the prompts by name, and the name of the one that is used when a call names none."""
     path = optional_file(directory, "config_sentence_transformers.json")
     if path is None:
         return None, {}, None
     fields = read_json(path)
-    require(path, fields, "model_type", ("SentenceTransformer",), "SentenceTransformer")
+    require(path, fields, "model_type", (task.model_type,), EMBEDDER.model_type)
     require(path, fields, "similarity_fn_name", (None, *SIMILARITIES), None)
     require(path, fields, "truncate_dim", (None,), None)  # embed(truncate_dim=...) is given at each call
     prompts = decode(dict[str, str | None], fields.get("prompts") or {}, f"{path}: prompts")
     prompts = {name: prompt or "" for name, prompt in prompts.items()}
     default = fields.get("default_prompt_name")
     if default not in (None, *prompts):
-        raise CheckpointError(f"{path}: default_prompt_name {default!r} is none of the prompts {', '.join(prompts)}")
+        raise CheckpointError(f"{path}: default_prompt_name {default!r} is none of the prompts {quote(prompts)}")
     return fields.get("similarity_fn_name"), prompts, default
 
 

@@ -6,18 +6,43 @@ A format's reader names, for each of our weights, the `Part`s of its own tensors
 
 import collections
 import math
-import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from funnel_engine.checkpoints.files import quote
+from funnel_engine.checkpoints.files import is_file, unfinished
+from funnel_engine.messages import first_of, quote
 from funnel_kernels.errors import CheckpointError
 
 PIECE_BYTES = 2**20  # stays in the cache while it is checked and rounded; 16 MiB takes three times as long
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
+# Parts of names that training puts around a model: torch.compile, FSDP and activation checkpointing anywhere in a
+# name, data parallel only before all of it.
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+PARALLEL = "module."
+ADAPTER = "by peft, as an adapter beside its base; merge them (merge_and_unload) and save the whole model"
+QUANTIZED = "by {}, quantized; convert the model that it was made from"
+# What the name or dtype of a tensor contains that is no plain weight -> who has written it, and the remedy.
+FOREIGN_TENSORS = dict.fromkeys(("lora_", ".base_layer."), ADAPTER) | {
+    sign: QUANTIZED.format(writer)
+    for sign, writer in {
+        ".absmax": "bitsandbytes",
+        ".quant_map": "bitsandbytes",
+        ".quant_state": "bitsandbytes",
+        ".SCB": "bitsandbytes",
+        ".g_idx": "GPTQ",
+        ".qweight": "GPTQ or AWQ",
+        ".qzeros": "GPTQ or AWQ",
+        ".weight_packed": "compressed-tensors",
+        ".weight_scale": "a method of fp8 or int8",
+        ".biases": "MLX",
+        ".scales": "GPTQ, AWQ or MLX",
+        "F8_E": "a method of fp8",
+        "float8_": "a method of fp8",
+    }.items()
+}
 
 
 class SourceTensor(Protocol):
@@ -48,12 +73,37 @@ class SourceTensor(Protocol):
 Tensor = TypeVar("Tensor", bound=SourceTensor)
 
 
+def unwrapped(name: str) -> str:
+    """The name that a tensor has in the model itself."""
+    name = ".".join(part for part in name.split(".") if part not in WRAPPERS)
+    while name.startswith(PARALLEL):
+        name = name.removeprefix(PARALLEL)
+    return name
+
+
+def unwrap(where: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of PyTorch by the names that they have in the model itself.
+
+    Raises:
+        CheckpointError: two tensors have the same one.
+    """
+    plain = {unwrapped(name): tensor for name, tensor in tensors.items()}
+    if len(plain) < len(tensors):
+        twice = [name for name, count in collections.Counter(map(unwrapped, tensors)).items() if count > 1]
+        raise CheckpointError(
+            f"{where} has {quote(twice)} twice, with and without {' or '.join((*WRAPPERS, PARALLEL))}; save the model "
+            "alone"
+        )
+    return plain
+
+
 def join_shards(
     where: Path,
     files: Collection[Path],
     read: Callable[[Path], Mapping[str, Tensor]],
     listed: Collection[tuple[str, str]] | None = None,
     entry_of: Callable[[str], str] = lambda name: name,
+    drop_rule: Callable[[str], str | None] = lambda name: None,
 ) -> dict[str, Tensor]:
     """The tensors of all shards of a checkpoint by name.
 
@@ -62,13 +112,21 @@ def join_shards(
         read: finds the tensors of one file.
         listed: what an index says: pairs of an entry, and the name of a file that holds it.
         entry_of: the entry of an index that a tensor belongs to.
+        drop_rule: why a tensor is not needed, as `assemble` has it; what an index says of those does not matter.
 
     Raises:
         CheckpointError: files that are missing or cannot be read, a tensor that is in two, or an index that says
             otherwise than the files.
     """
-    if missing := [file.name for file in files if not os.path.isfile(file)]:
-        raise CheckpointError(f"{where} lists {quote(missing)}: no such file beside it; fetch what is missing")
+    if listed is not None:
+        listed = {(entry, file) for entry, file in listed if not drop_rule(entry)}
+        needed = {file for _, file in listed}
+        files = [file for file in files if file.name in needed or is_file(file)]
+    if missing := [file for file in files if not is_file(file)]:
+        raise CheckpointError(
+            f"{where} lists {quote(file.name for file in missing)}: no such file beside it"
+            f"{unfinished(missing[0].parent)}; fetch what is missing"
+        )
     tensors: dict[str, Tensor] = {}
     stored = set()
     for file in files:
@@ -76,7 +134,7 @@ def join_shards(
         if twice := sorted(tensors.keys() & found.keys()):
             raise CheckpointError(f"{file} has {quote(twice)}, which another file has too; fetch both again")
         tensors |= found
-        stored |= {(entry_of(name), file.name) for name in found}
+        stored |= {(entry_of(name), file.name) for name in found if not drop_rule(name)}
     if listed is not None and (wrong := sorted(stored.symmetric_difference(listed))):
         raise CheckpointError(
             f"{where} and the files disagree about where these are: "
@@ -168,17 +226,25 @@ def check_tensors(
     found: Mapping[str, SourceTensor],
     dtypes: tuple[str, ...] = FLOAT_DTYPES,
 ) -> None:
-    """Raises one `CheckpointError` that lists every missing, unknown and misshapen tensor and every unusable dtype."""
-    problems = [f"missing: {name} {shape}" for name, shape in expected.items() if name not in found]
+    """Raises one `CheckpointError` that lists missing, unknown and misshapen tensors, and unusable dtypes.
+
+    Where the names or dtypes show who has written such tensors, it says that first.
+    """
+    missing = [f"missing: {name} {shape}" for name, shape in expected.items() if name not in found]
+    unknown, misshapen, dtype = [], [], []
     for name, tensor in found.items():
         if name not in expected:
-            problems.append(f"unknown: {name!r} {tensor.shape}")
+            unknown.append(f"unknown: {name!r} {tensor.shape}")
         elif tensor.shape != expected[name]:
-            problems.append(f"misshapen: {name} is {tensor.shape}, the config says {expected[name]}")
+            misshapen.append(f"misshapen: {name} is {tensor.shape}, the config says {expected[name]}")
         elif tensor.dtype not in dtypes:
-            problems.append(f"dtype: {name} is {tensor.dtype!r}, not {' or '.join(dtypes)}")
+            dtype.append(f"dtype: {name} is {tensor.dtype!r}, not {' or '.join(dtypes)}")
+    problems = [line for lines in (missing, unknown, misshapen, dtype) for line in first_of(lines)]
     if problems:
-        raise CheckpointError("\n  ".join([f"the tensors of {where} do not fit its config:", *problems]))
+        names = [*found, *{tensor.dtype for tensor in found.values()}]
+        written = [how for sign, how in FOREIGN_TENSORS.items() if any(sign in name for name in names)]
+        cause = f"{where} was written {written[0]}. " if written else ""
+        raise CheckpointError("\n  ".join([f"{cause}the tensors of {where} do not fit its config:", *problems]))
 
 
 def drop_by_name(rules: tuple[str, ...]) -> Callable[[str], str | None]:

@@ -8,14 +8,19 @@ from is as in transformers 5:
 - A SentencePiece model has no such rule. `add_bos_token` and `add_eos_token` of tokenizer_config.json decide; if only
   one is there, the other counts as false. If neither is there, Gemma's own rule holds, which transformers 5 has
   dropped: BOS, and for EmbeddingGemma EOS too.
+
+What else the files beside a tokenizer say is followed (the most tokens of a text) or must agree with it: they may name
+no token that it does not have, and no class of tokenizer or option under which transformers gives other ids.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from funnel_engine.checkpoints.architectures import is_embedding_gemma
 from funnel_engine.checkpoints.files import decode, optional_file, read_json
 from funnel_engine.config import ModelConfig
+from funnel_engine.messages import quote
 from funnel_engine.text import REPAIR, TextConfig, load_sentencepiece, load_tokenizer_json, raising
 from funnel_kernels.errors import CheckpointError
 
@@ -25,6 +30,25 @@ if TYPE_CHECKING:
 TOKENIZER_JSON = "tokenizer.json"
 SENTENCEPIECE = "tokenizer.model"
 CONFIG = "tokenizer_config.json"
+TOKEN_FILES = (CONFIG, "special_tokens_map.json")  # may name special tokens, e.g. "bos_token"
+ADDED_TOKENS = "added_tokens.json"
+SEVERAL_TOKENS = ("extra_special_tokens", "additional_special_tokens")
+FLAGS = ("lstrip", "rstrip", "single_word", "normalized")  # of an added token: which text around it it takes
+UNLIMITED = 2**31  # transformers writes 1e30 where a tokenizer has no limit
+# Classes of tokenizers: transformers 5 makes Gemma's own of a tokenizer.json (that is also its class where none is
+# named), and the others take the file as it is.
+GEMMA_CLASSES = (None, "GemmaTokenizer", "GemmaTokenizerFast")
+PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
+# Fields of tokenizer_config.json, and the values besides null under which transformers gives the ids that we give.
+OPTIONS: dict[str, tuple[Any, ...]] = {
+    "split_special_tokens": (False,),
+    "truncation_side": ("right",),
+    "tokenizer_class": tuple(name for name in (*GEMMA_CLASSES, *PLAIN_CLASSES) if name),
+    "auto_map": (),
+    "sp_model_kwargs": ({},),
+    "fast_tokenizer_files": ([TOKENIZER_JSON],),
+}
+SPACES = " a  B\t\u00e9 e\u0301 \ufb01\n "  # what another normaliser than Gemma's would change
 PROBES = ("a", "b a")  # two, so that no id of the text itself is taken for one that is added
 REMEDY = (
     "load it with transformers, set tokenizer.add_bos_token and tokenizer.add_eos_token to True or False, and save it"
@@ -43,27 +67,130 @@ def find_tokenizer(
     """
     config_file = optional_file(directory, CONFIG)
     fields = read_json(config_file) if config_file else {}
+    where = str(directory / CONFIG)
+    max_tokens = read_limit([fields.get("model_max_length"), fields.get("max_len")], where)
     if file := optional_file(directory, TOKENIZER_JSON):
-        tokenizer = load_tokenizer_json(file)
+        tokenizer, truncation = load_tokenizer_json(file)
         begin, end = added_by(tokenizer, file)
         check_flags(tokenizer, file, directory, fields, (begin, end))
+        check_model(tokenizer, file, fields.get("tokenizer_class"), where)
+        added = tokenizer.get_added_tokens_decoder()
+        known: dict[str, tuple[int, Any]] = {token.content: (number, token) for number, token in added.items()}
+        if truncation is not None and "truncation_side" not in fields:
+            fields["truncation_side"], where = truncation["direction"].lower(), str(file)
     elif file := optional_file(directory, sentencepiece):
-        begin, end = added_to(load_sentencepiece(file), file, directory, fields, config)
+        processor = load_sentencepiece(file)
+        begin, end = added_to(processor, file, directory, fields, config)
+        known = {token: (number, None) for token, number in pieces(processor).items()}
     else:
-        return TextConfig(), None
-    for name, allowed in (("split_special_tokens", False), ("truncation_side", "right")):
-        if fields.get(name) not in (None, allowed):
-            raise CheckpointError(
-                f"{config_file}: {name} is {fields[name]!r}; this engine only runs {allowed!r}. Set it so if that is "
-                "what you want"
-            )
+        return TextConfig(max_tokens=max_tokens), None
+    check_tokens(known, file, directory, config.vocab_size)
+    refuse_options(fields, where)
     for identifier in (begin, end):
         if identifier is not None and identifier >= config.vocab_size:
             raise CheckpointError(
                 f"{file} adds id {identifier} to every text, but the model's vocabulary has {config.vocab_size}; they "
                 "do not belong together, so fetch the model's own tokenizer"
             )
-    return TextConfig(begin, end), file
+    return TextConfig(begin, end, max_tokens), file
+
+
+def read_limit(limits: list[Any], where: str) -> int | None:
+    """The most tokens of a text, begin and end counted: the first of several fields that is there; None if none is.
+
+    Raises:
+        CheckpointError: it is not a number of at least 1.
+    """
+    limit = next((limit for limit in limits if limit is not None), UNLIMITED)
+    if isinstance(limit, bool) or not isinstance(limit, int | float) or not limit >= 1:
+        raise CheckpointError(f"{where}: the most tokens of a text is {limit!r:.80}; it must be at least 1, or absent")
+    return int(limit) if limit < UNLIMITED else None
+
+
+def refuse_options(fields: dict[str, Any], where: str) -> None:
+    """Raises `CheckpointError` if tokenizer_config.json asks for what the engine does not do."""
+    for name, allowed in OPTIONS.items():
+        if fields.get(name) not in (None, *allowed):
+            only = " or ".join(map(repr, allowed)) or "a tokenizer without it"
+            raise CheckpointError(
+                f"{where}: {name} is {fields[name]!r:.80}; this engine only runs {only}. Set it so if that is what you "
+                "want"
+            )
+
+
+def check_model(tokenizer: "Tokenizer", file: Path, name: Any, where: str) -> None:
+    """Raises `CheckpointError` if the rules of a tokenizer.json are random, or not Gemma's where its class is.
+
+    Only tokenizers of pairs of bytes have such rules. Transformers 5 keeps the vocabulary of a Gemma tokenizer and
+    replaces its rules, 4 takes them as they are.
+    """
+    model = tokenizer.model
+    if type(model).__name__ != "BPE":
+        return
+    if model.dropout:
+        raise CheckpointError(
+            f"{file} drops merges at random (dropout {model.dropout}), which is for training; set it to null"
+        )
+    text = SPACES if tokenizer.normalizer is None else tokenizer.normalizer.normalize_str(SPACES)
+    cuts = [] if tokenizer.pre_tokenizer is None else tokenizer.pre_tokenizer.pre_tokenize_str(text)
+    like_gemma = text == SPACES.replace(" ", "\u2581") and len(cuts) <= 1 and model.fuse_unk and model.byte_fallback
+    if name in GEMMA_CLASSES and not like_gemma:
+        raise CheckpointError(
+            f"{file} does not have the rules of Gemma's tokenizer (a space becomes \u2581, an unknown character its "
+            f"bytes), but its class is {name or 'GemmaTokenizer'}; versions of transformers differ in which of the two "
+            f'counts. If the file is right as it is, put "tokenizer_class": "{PLAIN_CLASSES[0]}" into {where}'
+        )
+
+
+def check_tokens(known: Mapping[str, tuple[int, Any]], file: Path, directory: Path, vocab_size: int) -> None:
+    """Raises `CheckpointError` if the files beside a tokenizer name tokens that it does not have, or with other flags.
+
+    Those beyond the model's vocabulary do not count, e.g. Gemma 3's image token: no text encoder can take them.
+
+    Args:
+        known: the id of each token that is found as a whole in a text, and its flags if it has any.
+    """
+    for token, number, where in tokens_beside(directory, vocab_size):
+        text = token_text(token, where)
+        identifier, flags = known.get(text or "", (-1, None))
+        if identifier < 0 or number not in (None, str(identifier)):
+            raise CheckpointError(
+                f"{file} does not have all the tokens that {where} adds to it, e.g. {text!r:.80}; load the tokenizer "
+                "with transformers and save it, which writes a tokenizer.json that has them"
+            )
+        stated = token if isinstance(token, dict) and number is not None and flags is not None else {}
+        if other := [flag for flag in FLAGS if flag in stated and stated[flag] != getattr(flags, flag)]:
+            raise CheckpointError(
+                f"{where} has other flags for {text!r:.80} than {file} ({quote(other)}); load the tokenizer with "
+                "transformers and save it, which writes both alike"
+            )
+
+
+def tokens_beside(directory: Path, vocab_size: int) -> list[tuple[Any, str | None, str]]:
+    """The tokens that the files beside a tokenizer name: the token, its id if that is there, and where it is named."""
+    named: list[tuple[Any, str | None, str]] = []
+    for name in TOKEN_FILES:
+        if path := optional_file(directory, name):
+            fields, where = read_json(path), str(path)
+            decoder = decode(dict[str, Any], fields.get("added_tokens_decoder") or {}, f"{where}: added_tokens_decoder")
+            named += [(token, number, where) for number, token in decoder.items()]
+            tokens = [fields[key] for key in fields if key.endswith("_token")]
+            for several in (fields.get(key) or [] for key in SEVERAL_TOKENS):
+                tokens += several.values() if isinstance(several, dict) else decode(tuple[Any, ...], several, where)
+            named += [(token, None, where) for token in tokens if isinstance(token, str | dict)]
+    if path := optional_file(directory, ADDED_TOKENS):
+        named += [(token, str(number), str(path)) for token, number in read_json(path).items()]
+    beyond = {  # float() because int() refuses very many digits
+        token_text(token, where)
+        for token, number, where in named
+        if number is not None and number.isdecimal() and float(number) >= vocab_size
+    }
+    return [entry for entry in named if token_text(entry[0], entry[2]) not in beyond]
+
+
+def pieces(processor: Any) -> dict[str, int]:
+    """The pieces of a SentencePiece model, and their ids."""
+    return {processor.id_to_piece(number): number for number in range(processor.get_piece_size())}
 
 
 def added_by(tokenizer: "Tokenizer", file: Path) -> tuple[int | None, int | None]:
@@ -105,7 +232,6 @@ def added_to(
 ) -> tuple[int | None, int | None]:
     """The ids that go before and after a text of a SentencePiece model, by the files beside it."""
     where = str(directory / CONFIG)
-    check_added_tokens(processor, file, directory, fields, config.vocab_size)
     stated = [decode(bool | None, fields.get(name), f"{where}: {name}") for name in ("add_bos_token", "add_eos_token")]
     adds = family_rule(config) if stated == [None, None] else stated
     ids: list[int | None] = []
@@ -119,30 +245,6 @@ def added_to(
             )
         ids.append(identifier if add else None)
     return ids[0], ids[1]
-
-
-def check_added_tokens(processor: Any, file: Path, directory: Path, fields: dict[str, Any], vocab_size: int) -> None:
-    """Raises `CheckpointError` if the files beside a SentencePiece model add tokens that are not in it.
-
-    Those beyond the model's vocabulary do not count, e.g. Gemma 3's image token: no text encoder can take them.
-    """
-    where = f"{directory / CONFIG}: added_tokens_decoder"
-    tokens = decode(dict[str, Any], fields.get("added_tokens_decoder") or {}, where)
-    added = {token_text(token, where): number for number, token in tokens.items()}
-    if more := optional_file(directory, "added_tokens.json"):
-        added |= {token: str(number) for token, number in read_json(more).items()}
-    missing = [
-        token
-        for token, number in added.items()
-        if token is not None
-        and str(piece_id(processor, token)) != number
-        and not (number.isdecimal() and float(number) >= vocab_size)  # int() refuses very many digits
-    ]
-    if missing:
-        raise CheckpointError(
-            f"{file} does not have all the tokens that are added to it, e.g. {missing[0]!r}; load the tokenizer with "
-            "transformers and save it, which writes a tokenizer.json that has them"
-        )
 
 
 def piece_id(processor: Any, piece: str) -> int:

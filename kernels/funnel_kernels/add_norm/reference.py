@@ -2,11 +2,11 @@
 
 import jax.numpy as jnp
 
-from funnel_kernels.norm import rms_norm
+from funnel_kernels.norm import rms_norm, rounded
 
 
 def add_norm(x, update, weight, update_weight, *, eps):
     if update is not None:
         added = update.astype(jnp.float32) if update_weight is None else rms_norm(update, update_weight, eps)
-        x = (x.astype(jnp.float32) + added).astype(x.dtype)
+        x = rounded(x.astype(jnp.float32) + added, x.dtype)
     return x, rms_norm(x, weight, eps).astype(x.dtype)

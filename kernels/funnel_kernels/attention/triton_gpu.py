@@ -3,7 +3,7 @@
 A program owns one block of a key/value head's queries: the `heads / kv_heads` query heads that read it lie next to each
 other in a block, row after row, so that they share every key and value that is loaded. It walks over the key blocks
 between the smallest `lo` and the largest `hi` of its rows with an online softmax in float32, and masks only the blocks
-that some row sees in part.
+that some row sees in part. A block whose rows see nothing, such as padding at the end of a batch, visits no key block.
 """
 
 from typing import NamedTuple
@@ -16,6 +16,7 @@ import triton.language as tl
 from funnel_kernels import triton_calls
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+FAR = tl.constexpr(2**31 - 1)  # behind every key
 WIDEST = 256  # head dim
 
 
@@ -36,17 +37,16 @@ def attention(q, k, v, lo, hi, *, heads, kv_heads, scale, softcap, sizes=None):
     capability = triton_calls.capability()
     block_d = padded(head_dim)
     sizes = sizes or triton_calls.tuned(Sizes, "attention", block_d, q.dtype) or rule(block_d, q.dtype, capability)
-    grid, options = launch(q.shape[0], k.shape[0], q.dtype, heads, kv_heads, head_dim, scale, softcap, sizes)
-    return triton_calls.call(
-        attention_kernel, q, k, v, lo, hi, out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype), grid=grid, **options
-    )
+    grid, options = launch(q.shape[0], q.dtype, heads, kv_heads, head_dim, scale, softcap, sizes)
+    result = jax.ShapeDtypeStruct(q.shape, q.dtype)
+    return triton_calls.call(attention_kernel, q, k, v, lo, hi, q.shape[0], out_shape=result, grid=grid, **options)
 
 
 def padded(head_dim):
     return max(16, triton.next_power_of_2(head_dim))  # the least that the matrix units take
 
 
-def launch(rows, keys, dtype, heads, kv_heads, head_dim, scale, softcap, sizes):
+def launch(rows, dtype, heads, kv_heads, head_dim, scale, softcap, sizes):
     """The grid, and everything that is fixed when the kernel is compiled."""
     group = heads // kv_heads
     block_d = padded(head_dim)
@@ -56,12 +56,18 @@ def launch(rows, keys, dtype, heads, kv_heads, head_dim, scale, softcap, sizes):
     block_q, block_k, warps, stages = sizes
     block_q = min(block_q, max(16, triton.next_power_of_2(rows * group)))
     options = {
-        "rows": rows, "keys": keys, "group": group, "kv_heads": kv_heads, "head_dim": head_dim,
+        "group": group, "kv_heads": kv_heads, "head_dim": head_dim,
         "scale": scale, "softcap": softcap or 0.0,
         "block_q": block_q, "block_k": block_k, "block_d": block_d, "chunk": chunk, "precision": precision,
         "num_warps": warps, "num_stages": stages,
     }  # fmt: skip
     return (triton.cdiv(rows * group, block_q) * kv_heads,), options
+
+
+def shared_bytes(block_d, dtype, sizes):
+    """What a program needs of shared memory: its queries and, for each stage, a block of keys and one of values. With
+    wide float32 rows, which are taken part by part, it is less."""
+    return dtype.itemsize * block_d * (sizes.block_q + 2 * sizes.stages * sizes.block_k)
 
 
 def rule(block_d, dtype, capability):
@@ -75,25 +81,24 @@ def rule(block_d, dtype, capability):
 
 @triton.jit
 def attention_kernel(
-    q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, out_ptr,
-    rows: tl.constexpr, keys: tl.constexpr, group: tl.constexpr, kv_heads: tl.constexpr, head_dim: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, rows, out_ptr,
+    group: tl.constexpr, kv_heads: tl.constexpr, head_dim: tl.constexpr,
     scale: tl.constexpr, softcap: tl.constexpr,
     block_q: tl.constexpr, block_k: tl.constexpr, block_d: tl.constexpr, chunk: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
-    blocks: tl.constexpr = (rows * group + block_q - 1) // block_q
-    kv_head = tl.program_id(0) // blocks
-    index = (tl.program_id(0) % blocks) * block_q + tl.arange(0, block_q)
+    kv_head = tl.program_id(0) % kv_heads
+    index = tl.program_id(0) // kv_heads * block_q + tl.arange(0, block_q)
+    index = tl.minimum(index, rows * group - 1)  # what is left of the last block repeats its last row: no masks
     row, member = index // group, index % group
-    inside = row < rows
 
-    lo = tl.load(lo_ptr + row, mask=inside, other=0)
-    hi = tl.load(hi_ptr + row, mask=inside, other=0)
+    lo = tl.load(lo_ptr + row)
+    hi = tl.load(hi_ptr + row)
     some = lo < hi
-    first = tl.min(tl.where(some, lo, keys), 0) // block_k * block_k
+    first = tl.min(tl.where(some, lo, FAR), 0) // block_k * block_k
     last = tl.max(tl.where(some, hi, 0), 0)
-    # Blocks from `whole` to `rest` are seen by every row that sees anything.
+    # Blocks from `whole` to `rest` are seen by every row that sees anything; if none does, `last` is 0.
     whole = tl.cdiv(tl.max(tl.where(some, lo, 0), 0), block_k) * block_k
-    rest = tl.min(tl.where(some, hi, keys), 0) // block_k * block_k
+    rest = tl.minimum(tl.min(tl.where(some, hi, FAR), 0), last) // block_k * block_k
     if whole >= rest:
         whole = last
         rest = last
@@ -101,9 +106,9 @@ def attention_kernel(
     column = tl.arange(0, block_d)
     begins = (row.to(tl.int64) * (kv_heads * group) + kv_head * group + member) * head_dim
     at = begins[:, None] + column[None, :]
-    there = inside[:, None] & (column < head_dim)[None, :]
+    there = (column < head_dim)[None, :]
     q = tl.load(q_ptr + at, mask=there, other=0.0)
-    q_ptr += tl.where(inside, begins, 0)
+    q_ptr += begins
     out = tl.zeros([block_q, block_d], tl.float32)
     total = tl.zeros([block_q], tl.float32)
     peak = tl.full([block_q], float("-inf"), tl.float32)
@@ -111,15 +116,15 @@ def attention_kernel(
     v_ptr += kv_head * head_dim
     out, total, peak = attend(
         q, q_ptr, out, total, peak, k_ptr, v_ptr, lo, hi, first, whole,
-        keys, kv_heads * head_dim, head_dim, scale, softcap, block_k, block_d, chunk, precision, True,
+        kv_heads * head_dim, head_dim, scale, softcap, block_k, block_d, chunk, precision, True,
     )  # fmt: skip
     out, total, peak = attend(
         q, q_ptr, out, total, peak, k_ptr, v_ptr, lo, hi, whole, rest,
-        keys, kv_heads * head_dim, head_dim, scale, softcap, block_k, block_d, chunk, precision, False,
+        kv_heads * head_dim, head_dim, scale, softcap, block_k, block_d, chunk, precision, False,
     )  # fmt: skip
     out, total, peak = attend(
         q, q_ptr, out, total, peak, k_ptr, v_ptr, lo, hi, rest, last,
-        keys, kv_heads * head_dim, head_dim, scale, softcap, block_k, block_d, chunk, precision, True,
+        kv_heads * head_dim, head_dim, scale, softcap, block_k, block_d, chunk, precision, True,
     )  # fmt: skip
     out = tl.where(some[:, None], out / tl.where(some, total, 1.0)[:, None], 0.0)
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=there)
@@ -128,11 +133,13 @@ def attention_kernel(
 @triton.jit
 def attend(
     q, q_ptr, out, total, peak, k_ptr, v_ptr, lo, hi, begin, end,
-    keys: tl.constexpr, stride: tl.constexpr, head_dim: tl.constexpr,
+    stride: tl.constexpr, head_dim: tl.constexpr,
     scale: tl.constexpr, softcap: tl.constexpr,
     block_k: tl.constexpr, block_d: tl.constexpr, chunk: tl.constexpr, precision: tl.constexpr, masked: tl.constexpr,
 ):  # fmt: skip
     """Takes the key blocks from `begin` to `end` into an online softmax: sums, and the peak they are relative to.
+
+    No row sees a key from `end` on, and none is read.
 
     `q` holds the rows of queries and `q_ptr` points to where they begin: with a `chunk` that is narrower than the rows,
     queries and keys are loaded part by part.
@@ -141,7 +148,7 @@ def attend(
     for start in range(begin, end, block_k):
         key = start + tl.arange(0, block_k)
         at = key.to(tl.int64)[:, None] * stride + column[None, :]
-        there = (key < keys)[:, None] & (column < head_dim)[None, :]
+        there = (key < end)[:, None] & (column < head_dim)[None, :]
         plain: tl.constexpr = not masked and block_d == head_dim
         if chunk == block_d:
             k = tl.load(k_ptr + at) if plain else tl.load(k_ptr + at, mask=there, other=0.0)
@@ -153,7 +160,7 @@ def attend(
                 needed = (part < head_dim)[None, :]
                 some_q = tl.load(q_ptr[:, None] + part[None, :], mask=needed, other=0.0)
                 some_k_ptr = k_ptr + key.to(tl.int64)[:, None] * stride + part[None, :]
-                some_k = tl.load(some_k_ptr, mask=(key < keys)[:, None] & needed, other=0.0)
+                some_k = tl.load(some_k_ptr, mask=(key < end)[:, None] & needed, other=0.0)
                 scores = tl.dot(some_q, tl.trans(some_k), scores, input_precision=precision)
         if softcap > 0.0:  # tanh by the base-2 exponential, which the hardware has
             scores = softcap - 2 * softcap / (tl.exp2(scores * (2 * LOG2_E * scale / softcap)) + 1)

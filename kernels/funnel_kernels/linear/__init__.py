@@ -51,7 +51,9 @@ def linear(
     *,
     backend: str = "auto",
 ) -> jax.Array:  # [N, out], float32, or with `add` its dtype
-    """`x @ weight.T`, accumulated in float32; with `add` the sum of both, rounded once.
+    """`x @ weight.T`, accumulated in float32; with `add` the sum of both.
+
+    The sum is rounded once. On an accelerator the product may be rounded to the dtype of `add` before it.
 
     Args:
         x: float32 or bfloat16.
@@ -111,7 +113,8 @@ def linear_add_norm(
     """The end of a sub-layer: `x @ weight.T` added to the residual stream, and Gemma's RMSNorm of the sum.
 
     It is `add_norm(add, linear(x, weight), ...)`, where the update need not pass through memory: product, sum and norms
-    are float32, the sum is rounded to the dtype of `x`, and the norm reads the rounded rows.
+    are float32, the sum is rounded to the dtype of `x`, and the norm reads the rounded rows. On an accelerator what is
+    added may be rounded before it is, too: the residual stream stays in the dtype of `x` there only if the sum is.
 
     Args:
         x: float32 or bfloat16.

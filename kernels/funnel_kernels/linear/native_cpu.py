@@ -67,7 +67,10 @@ def prepare(x, weight, out_features, step=1):
 
 
 def packed(weight):
-    if not isinstance(weight, PackedWeight):
-        raise NotImplementedError("the weight is not packed (funnel_kernels.linear.prepare), e.g. because of a mesh")
     native_calls.check_product(weight.dtype)
+    if not isinstance(weight, PackedWeight):
+        over_mesh = not jax.sharding.get_abstract_mesh().empty
+        raise NotImplementedError(
+            "over a mesh weights are not packed" if over_mesh else "the weight is not packed (funnel_kernels.prepare)"
+        )
     return weight.packed

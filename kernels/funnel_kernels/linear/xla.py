@@ -11,8 +11,26 @@ from funnel_kernels.norm import rms_norm
 
 
 def linear(x, weight, add):
-    product = project(x, weight, jnp.float32)
-    return product if add is None else (add + product).astype(add.dtype)
+    return project(x, weight, jnp.float32) if add is None else residual_sum(x, weight, add, None, None)
+
+
+def residual_sum(x, weight, add, update_weight, eps):
+    """`add` and the product, which is normalised first if there is an `update_weight`."""
+    total = partial(total_in, eps=eps)
+    cpu, default = partial(total, jnp.float32), partial(total, x.dtype)
+    return jax.lax.platform_dependent(x, weight, add, update_weight, cpu=cpu, default=default)
+
+
+def total_in(wide, x, weight, add, update_weight, *, eps):
+    """`wide` is the dtype of the sum before it is rounded to that of `add`: float32 on a CPU. An accelerator's compiler
+    leaves that rounding out and keeps the residual stream in float32 from layer to layer, which is twice the memory
+    traffic and not what is promised. There all is in the dtype of the activations: the product is rounded and then the
+    sum, as transformers does; where XLA makes both in one call of cuBLASLt, the sum alone is.
+    """
+    if update_weight is None:
+        return (add + project(x, weight, wide)).astype(add.dtype)
+    update = rms_norm(project(x, weight, jnp.float32), update_weight, eps)
+    return (add + update.astype(wide)).astype(add.dtype)
 
 
 def gated_linear(x, weight):
@@ -28,9 +46,7 @@ def gated(wide, x, weight):
 
 
 def linear_add_norm(x, weight, add, norm_weight, update_weight, *, eps):
-    if update_weight is None:
-        return add_norm(linear(x, weight, add), None, norm_weight, None, eps=eps)
-    return add_norm(add, linear(x, weight, None), norm_weight, update_weight, eps=eps)
+    return add_norm(residual_sum(x, weight, add, update_weight, eps), None, norm_weight, None, eps=eps)
 
 
 def project_heads(x, weight, cos, sin, norms, *, heads, plain_heads, eps):

@@ -13,15 +13,16 @@ from funnel_kernels import triton_calls
 def pool_norm(x, real, weight, *, stride, pool, eps, sizes=None):
     """See `funnel_kernels.pool`; `sizes` are those of the tuning table or the common rule unless given."""
     sizes = sizes or triton_calls.row_sizes("pool_norm", x.shape[1], x.dtype)
-    grid, options = launch(x.shape[0] // stride, x.shape[1], stride, pool, eps, sizes)
-    result = jax.ShapeDtypeStruct((x.shape[0] // stride, x.shape[1]), x.dtype)
-    return triton_calls.call(pool_norm_kernel, x, real, weight, out_shape=(result, result), grid=grid, **options)
+    windows, width = x.shape[0] // stride, x.shape[1]
+    grid, options = launch(windows, width, stride, pool, eps, sizes)
+    results = (jax.ShapeDtypeStruct((windows, width), x.dtype),) * 2
+    return triton_calls.call(pool_norm_kernel, x, real, weight, windows, out_shape=results, grid=grid, **options)
 
 
 def launch(windows, width, stride, pool, eps, sizes):
     """The grid, and everything that is fixed when the kernel is compiled."""
     options = {
-        "windows": windows, "width": width, "stride": stride, "pool": pool, "eps": eps,
+        "width": width, "stride": stride, "pool": pool, "eps": eps,
         "block_windows": sizes.block_rows, "block_width": triton.next_power_of_2(width),
         "num_warps": sizes.warps, "num_stages": 1,
     }  # fmt: skip
@@ -30,8 +31,8 @@ def launch(windows, width, stride, pool, eps, sizes):
 
 @triton.jit
 def pool_norm_kernel(
-    x_ptr, real_ptr, weight_ptr, pooled_ptr, normed_ptr,
-    windows: tl.constexpr, width: tl.constexpr, stride: tl.constexpr, pool: tl.constexpr, eps: tl.constexpr,
+    x_ptr, real_ptr, weight_ptr, windows, pooled_ptr, normed_ptr,
+    width: tl.constexpr, stride: tl.constexpr, pool: tl.constexpr, eps: tl.constexpr,
     block_windows: tl.constexpr, block_width: tl.constexpr,
 ):  # fmt: skip
     window = tl.program_id(0) * block_windows + tl.arange(0, block_windows)

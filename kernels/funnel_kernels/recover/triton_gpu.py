@@ -13,16 +13,17 @@ from funnel_kernels import triton_calls
 def recover_norm(short, full, weight, *, stride, mode, site, eps, sizes=None):
     """See `funnel_kernels.recover`; `sizes` are those of the tuning table or the common rule unless given."""
     sizes = sizes or triton_calls.row_sizes("recover_norm", short.shape[1], short.dtype)
-    grid, options = launch(short.shape[0], short.shape[1], stride, mode, site, eps, sizes)
-    result = jax.ShapeDtypeStruct((short.shape[0] * stride, short.shape[1]), short.dtype)
+    rows, width = short.shape
+    grid, options = launch(rows, width, stride, mode, site, eps, sizes)
+    result = jax.ShapeDtypeStruct((rows * stride, width), short.dtype)
     full = short if mode == "tile" else full  # a pointer that is not read
-    return triton_calls.call(recover_norm_kernel, short, full, weight, out_shape=result, grid=grid, **options)
+    return triton_calls.call(recover_norm_kernel, short, full, weight, rows, out_shape=result, grid=grid, **options)
 
 
 def launch(rows, width, stride, mode, site, eps, sizes):
     """The grid, and everything that is fixed when the kernel is compiled."""
     options = {
-        "rows": rows, "width": width, "stride": stride,
+        "width": width, "stride": stride,
         "mode": mode, "norm_first": mode == "tile" or site == "after_norm",  # tiling and norm commute
         "eps": eps, "block_rows": sizes.block_rows, "block_width": triton.next_power_of_2(width),
         "num_warps": sizes.warps, "num_stages": 1,
@@ -32,8 +33,8 @@ def launch(rows, width, stride, mode, site, eps, sizes):
 
 @triton.jit
 def recover_norm_kernel(
-    short_ptr, full_ptr, weight_ptr, out_ptr,
-    rows: tl.constexpr, width: tl.constexpr, stride: tl.constexpr, mode: tl.constexpr, norm_first: tl.constexpr,
+    short_ptr, full_ptr, weight_ptr, rows, out_ptr,
+    width: tl.constexpr, stride: tl.constexpr, mode: tl.constexpr, norm_first: tl.constexpr,
     eps: tl.constexpr, block_rows: tl.constexpr, block_width: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * block_rows + tl.arange(0, block_rows)

@@ -58,7 +58,7 @@ def test_the_overhead_of_a_call_is_measured(built, tmp_path):
 
 
 def test_the_documented_example(built, checkpoints):
-    engine = Engine.load(checkpoints["plain"], FunnelConfig((1, 2)), max_batch_tokens=16)
+    engine = Engine.load(checkpoints["plain"], funnel=FunnelConfig((1, 2)), max_batch_tokens=16)
     expected = engine.embed([[2, 17, 93, 5], [2, 40]])
     printed = run(built.programs / "documented", checkpoints["plain"]).split()
     np.testing.assert_allclose(np.array(printed, np.float32), expected.ravel(), rtol=1e-7)
@@ -69,7 +69,8 @@ def test_the_cpp_wrapper(built, checkpoints):
 
 
 @pytest.mark.parametrize(
-    "case", ["stopped_before", "stopped_after", "stopped_under_calls", "pending_exception", "subinterpreter"]
+    "case",
+    ["stopped_before", "stopped_after", "stopped_under_calls", "pending_exception", "early_log", "subinterpreter"],
 )
 def test_a_host_that_runs_python_itself(built, checkpoints, case):
     run(built.programs / "python_host", case, sys.executable, checkpoints["plain"])

@@ -3,13 +3,14 @@
 import ctypes
 import json
 import os
+import re
 import shutil
 
 import numpy as np
 import pytest
 
-from c_library import IDS, OFFSETS, Info, Options, refusal
-from funnel_engine import Engine, FunnelConfig
+from c_library import IDS, OFFSETS, Info, Options, Refused, refusal
+from funnel_engine import Engine, FunnelConfig, c_host
 
 
 def test_options_reach_the_engine(library, checkpoints):
@@ -56,7 +57,7 @@ def test_the_options_of_an_older_header_get_defaults(library, checkpoints):
         ("{", "CONFIG: options are not JSON"),
         ("", "CONFIG: options are not JSON: .*, or NULL for the defaults"),
         ('{"threads": ' + "[" * 100_000, "CONFIG: options are not JSON: maximum recursion depth"),
-        ('{"threads": 1000000}', "CONFIG: threads=1000000 is more than the limit of 1024"),
+        ('{"threads": 1000000}', "CONFIG: threads=1000000 must be an integer from 1 to 1024"),
         ("[]", r"CONFIG: options must be a JSON object with some of funnel, backend, .*; it is \[\]"),
         ('{"beam": 4}', "CONFIG: options has the unknown name 'beam'; choose of funnel, backend, dtype"),
         ('{"path": "x"}', "CONFIG: options has the unknown name 'path'"),
@@ -72,6 +73,20 @@ def test_the_options_of_an_older_header_get_defaults(library, checkpoints):
 def test_options_that_the_engine_refuses(library, checkpoints, options, message):
     with refusal(f"{message}"):
         library.open(checkpoints["plain"], options)
+
+
+@pytest.mark.parametrize("name", c_host.ENGINE_OPTIONS)
+@pytest.mark.parametrize("value", ["[1]", '{"a": 1}', "1.5", '""', "1e999", "-1", f"{'[' * 500}{']' * 500}"])
+def test_options_of_the_wrong_type_are_not_internal_errors(library, checkpoints, name, value):
+    with pytest.raises(Refused) as refused:
+        library.open(checkpoints["plain"], f'{{"{name}": {value}}}')
+    assert re.match("CONFIG|BACKEND_UNAVAILABLE", str(refused.value)), refused.value
+
+
+@pytest.mark.parametrize("name", ["tpu", "triton"])
+def test_a_backend_that_does_not_run_here(library, checkpoints, name):
+    with refusal(f"BACKEND_UNAVAILABLE: .*{name}"):
+        library.open(checkpoints["plain"], f'{{"backend": "{name}"}}')
 
 
 def test_options_that_are_not_utf8(library, checkpoints):

@@ -13,7 +13,7 @@ from funnel_engine import Engine
 
 @pytest.mark.parametrize(("normalize", "truncate_dim"), [(1, 0), (0, 0), (1, 7), (0, WIDTH)])
 def test_embed_is_the_engines(library, plain, engines, normalize, truncate_dim):
-    expected = engines["plain"].embed((IDS, OFFSETS), bool(normalize), truncate_dim or None)
+    expected = engines["plain"].embed((IDS, OFFSETS), normalize=bool(normalize), truncate_dim=truncate_dim or None)
     found = library.embed(plain, normalize=normalize, truncate_dim=truncate_dim)
     np.testing.assert_array_equal(found, expected)
 

@@ -51,6 +51,8 @@ def cells(bench: Bench) -> Iterator[Cell]:
         radii = window // 2, window // 2
         layout = layouts.packed(layouts.equal(sizes.tokens, longest), window=radii)
         yield variant(f"window of {window}, {longest} tokens", layout, longest)
+    for percent in sizes.padding_percent:
+        yield variant(f"{percent} % padding, {mean} tokens", layouts.padded(sizes.tokens, mean, percent), mean)
     for name, lengths in ragged_lengths(bench).items():
         yield variant(f"ragged, {name}", layouts.packed(lengths), mean)
     yield f"XLA, {sizes.xla_length} tokens", partial(against_xla, bench, *shared, sizes.xla_length)

@@ -25,7 +25,8 @@ CANDIDATES: tuple[Options, ...] = (
     {"xla_gpu_enable_command_buffer": ""},
     {"xla_gpu_enable_triton_gemm": False},
     {"xla_gpu_graph_min_graph_size": 1},
-    {"xla_gpu_enable_command_buffer": "+WHILE"},
+    # XLA's default and WHILE; compiler options do not know the form "+WHILE" of XLA_FLAGS.
+    {"xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,WHILE"},
 )
 
 

@@ -56,8 +56,9 @@ Batcher::Embed calls(Model& model) {
 void gathers_by_budget_and_refuses_beyond_the_queue() {
   Model model;
   std::vector<std::future<Answer>> answers;
+  int notified = 0;
   {
-    Batcher batcher(calls(model), /*batch_tokens=*/6, /*queue=*/4);
+    Batcher batcher(calls(model), [&] { ++notified; }, /*batch_tokens=*/6, /*queue=*/4);
     answers.push_back(batcher.submit({1}));
     model.await_batch();  // it runs alone, and the others queue behind it
     answers.push_back(batcher.submit({1, 2}));
@@ -67,7 +68,7 @@ void gathers_by_budget_and_refuses_beyond_the_queue() {
     std::future<Answer> refused = batcher.submit({9});
     CHECK(refused.wait_for(std::chrono::seconds(0)) == std::future_status::ready);  // while the model is still at work
     const Answer answer = refused.get();
-    CHECK(answer.code == Code::kOverloaded && answer.error.find("4 requests wait") == 0);
+    CHECK(answer.code == Code::kBusy && answer.error.find("4 requests wait") == 0);
     model.open_gate();
   }  // answers all before it goes
   const std::vector<std::vector<float>> expected = {{1, 1}, {3, 2}, {18, 4}, {56, 8}, {8, 1}};
@@ -76,12 +77,13 @@ void gathers_by_budget_and_refuses_beyond_the_queue() {
     CHECK(answer.code == Code::kOk && answer.vector == expected[i]);
   }
   CHECK((model.batches == std::vector<size_t>{1, 6, 8, 1}));
+  CHECK(notified == 4);
 }
 
 void a_batch_that_fails_is_answered_and_the_next_one_runs() {
   Model model;
   model.open = true;
-  Batcher batcher(calls(model), 100, 100);
+  Batcher batcher(calls(model), [] {}, 100, 100);
   const Answer failed = batcher.submit({-5}).get();
   CHECK(failed.code == Code::kFailed && failed.error == "a negative sum");
   CHECK((batcher.submit({5}).get().vector == std::vector<float>{5, 1}));

@@ -73,7 +73,9 @@ int main(int argc, char** argv) {
   const int calls = strcmp(argv[1], "calls") == 0;
   started = calls ? THREADS : 1;
   expected = calls ? FUNNEL_PYTHON : FUNNEL_CANCELLED;
-  for (int i = 0; i < started; ++i) CHECK(pthread_create(&threads[i], NULL, calls ? call_until_refused : warm_up, NULL) == 0);
+  for (int i = 0; i < started; ++i) {
+    CHECK(pthread_create(&threads[i], NULL, calls ? call_until_refused : warm_up, NULL) == 0);
+  }
   for (int i = 0; i < started; ++i) sem_wait(&working);
   return 0;
 }

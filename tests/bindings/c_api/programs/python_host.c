@@ -93,6 +93,20 @@ static void pending_exception(void) {
   PyErr_Clear();
 }
 
+static void count(int32_t level, const char* message, void* user) {
+  if (level == FUNNEL_LOG_WARNING && strcmp(message, "of the host") == 0) ++*(int*)user;
+}
+
+/* A log function that is set before anything is loaded is used. */
+static void early_log(void) {
+  int logged = 0;
+  CHECK(funnel_set_log(count, &logged, error, sizeof error) == FUNNEL_OK);
+  CHECK(open_engine() == FUNNEL_OK);
+  CHECK(PyRun_SimpleString("import logging; logging.warning('of the host')") == 0 && logged == 1);
+  CHECK(funnel_set_log(NULL, NULL, error, sizeof error) == FUNNEL_OK);
+  CHECK(PyRun_SimpleString("logging.warning('of the host')") == 0 && logged == 1);
+}
+
 static void subinterpreter(void) {
   PyThreadState* main_state = PyThreadState_Get();
   PyThreadState* other = Py_NewInterpreter();
@@ -115,6 +129,7 @@ int main(int argc, char** argv) {
                {"stopped_after", stopped_after},
                {"stopped_under_calls", stopped_under_calls},
                {"pending_exception", pending_exception},
+               {"early_log", early_log},
                {"subinterpreter", subinterpreter}};
   CHECK(argc == 4);
   start_python(argv[2]);

@@ -59,7 +59,8 @@ int main(int, char** argv) {
 
   // Nothing is allocated before the arguments are checked.
   const std::vector<int32_t> huge = {0, INT_MAX};
-  CHECK(throws(FUNNEL_INVALID_ARGUMENT, "truncate_dim is 268435456", [&] { first.embed({ids, offsets}, true, 1 << 28); }));
+  CHECK(throws(FUNNEL_INVALID_ARGUMENT, "truncate_dim is 268435456",
+               [&] { first.embed({ids, offsets}, true, 1 << 28); }));
   for (auto call : {+[](funnel::Engine& engine, funnel::Sequences given) { engine.embed(given); },
                     +[](funnel::Engine& engine, funnel::Sequences given) { engine.classify(given); },
                     +[](funnel::Engine& engine, funnel::Sequences given) { engine.tag(given); }}) {
@@ -109,7 +110,7 @@ int main(int, char** argv) {
   }
   CHECK(left);
   texts.warmup();
-  CHECK(throws(FUNNEL_INPUT, "buckets holds 0", [&] { texts.warmup({0}); }));
+  CHECK(throws(FUNNEL_INPUT, "buckets[0]=0 must", [&] { texts.warmup({0}); }));
   CHECK(texts.describe().find("limits") != std::string::npos && texts.describe().back() != '\0');
   funnel::set_log([](int32_t, const char*, void*) {});
   funnel::set_log(nullptr);

@@ -10,8 +10,8 @@ from c_library import LOG, refusal
 
 
 @pytest.fixture
-def logged(library):
-    """What the log function gets, until the test is over."""
+def logged(library, plain):
+    """What the log function gets, until the test is over. An engine is open, without which Python is not asked."""
     messages = []
     function = LOG(lambda level, message, user: messages.append((level, message.decode(), user)))
     library.call("set_log", function, 7)
@@ -48,7 +48,7 @@ def test_a_log_function_is_replaced_and_removed(library, logged):
     assert len(logging.getLogger().handlers) == handlers - 1
 
 
-def test_threads_log_one_at_a_time(library):
+def test_threads_log_one_at_a_time(library, plain):
     inside, most = [], []
 
     def log(*_):

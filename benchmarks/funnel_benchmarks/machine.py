@@ -14,13 +14,19 @@ import numpy as np
 
 from funnel_kernels import native_calls
 
+CPUINFO = Path("/proc/cpuinfo")
+# Those of x86-64 that decide how fast products are, by Linux's names.
+INSTRUCTION_SETS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+BFLOAT16_SETS = ("avx512_bf16", "amx_bf16")
+
 
 def machine_facts() -> dict[str, Any]:
     """Processor, memory, devices and versions, as plain JSON values."""
     return {
         "cpu": cpu_model(),
-        "instruction_set": native_calls.instruction_set(),
+        "kernel_instruction_set": native_calls.instruction_set(),
         "cores": usable_cores(),
+        "instruction_sets": instruction_sets(),
         "memory_gb": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1),
         "platform": f"{platform.system()} {platform.machine()}",
         "devices": [device.device_kind for device in jax.devices()],
@@ -34,12 +40,28 @@ def machine_facts() -> dict[str, Any]:
 
 def cpu_model() -> str:
     """The processor's name as the system tells it, else its architecture."""
+    return cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def instruction_sets() -> list[str]:
+    """Which of `INSTRUCTION_SETS` the processor has, whatever a library is told to use."""
+    flags = cpuinfo("flags").split()
+    return [name for name in INSTRUCTION_SETS if name in flags]
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the processor has products of bfloat16; otherwise software widens them, which is slower than float32."""
+    return not set(BFLOAT16_SETS).isdisjoint(instruction_sets())
+
+
+def cpuinfo(field: str) -> str:
+    """What Linux says of the first processor; empty if it says nothing."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        lines = CPUINFO.read_text(encoding="utf-8").splitlines()
     except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+        return ""
+    values = (line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == field)
+    return next(values, "")
 
 
 def usable_cores() -> int:

@@ -35,11 +35,12 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 SCHEMA = 2
-SAME_MACHINE = ("cpu", "instruction_set", "cores", "devices")  # facts that may not change within a file
+SAME_MACHINE = ("cpu", "kernel_instruction_set", "cores", "devices")  # facts that may not change within a file
 FIELDS: dict[str, type] = {
     "suite": str, "started": str, "options": dict, "machine": dict, "resumed": list, "complete": bool, "rows": list,
     "left_out": list, "errors": list,
 }  # fmt: skip
+ENOUGH_SAMPLES = 10  # of each side, for a figure that is quoted
 LARGEST = 1e300  # of the numbers in a figure
 REST = "the rest of the suite"  # stands for a cell that has no name, because naming it failed
 
@@ -172,7 +173,7 @@ class Results:
         self.content[field].append(entry)
         self.write()
         if field == "rows":
-            self.tell(self.show(entry))
+            self.tell(self.show(entry) + too_few(entry))
         elif field == "left_out":
             self.tell(f"{entry['cell']}: left out: {entry['reason']}")
         else:
@@ -201,6 +202,20 @@ def kind_of(content: Row) -> Row:
 def took(row: Row) -> str:
     """The line about a row of which nothing else is known."""
     return f"{row['cell']}: {row['took_seconds']:.1f} s" + ("" if row.get("passed", True) else ", WRONG")
+
+
+def fewest_samples(row: Row) -> int | None:
+    """How many samples a row has of the side that has fewest; None without any figure with samples."""
+    counts = [len(figure["samples"]) for figure in row.values() if isinstance(figure, dict) and "samples" in figure]
+    return min(counts, default=None)
+
+
+def too_few(row: Row) -> str:
+    """What a line says of a row that must not be quoted; else empty."""
+    count = fewest_samples(row)
+    if count is None or count >= ENOUGH_SAMPLES:
+        return ""
+    return f"  [samples of a side: {count}; {ENOUGH_SAMPLES} are needed to quote it]"
 
 
 def named_cells(cells: Iterable[Cell]) -> tuple[list[Cell], Exception | None]:

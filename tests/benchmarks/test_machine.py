@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 import funnel_native
+from funnel_benchmarks import machine
 from funnel_benchmarks.machine import git_revision, machine_facts, peak_memory_gb
 
 
@@ -16,11 +17,23 @@ def test_facts_are_json_and_name_versions_but_no_paths():
     assert facts["numpy"] == np.__version__
     assert len(facts["devices"]) == len(jax.devices())
     assert facts["cores"] >= 1
-    assert facts["instruction_set"].startswith(funnel_native.handlers().processor())
+    assert facts["kernel_instruction_set"].startswith(funnel_native.handlers().processor())
     assert facts["memory_gb"] > 0
     text = json.dumps(facts)
     assert "/root" not in text
     assert "/home" not in text
+
+
+def test_instruction_sets_are_those_of_the_processor(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")
+    assert machine.instruction_sets() == []  # another system than Linux
+    assert not machine.multiplies_bfloat16()
+    one = "processor\t: {}\nmodel name\t: Imaginary 9000\nflags\t\t: fpu avx2 avx512f {}\n\n"
+    for more, fast in (("avx512_vnni", False), ("avx512_bf16 avx512_vnni", True), ("amx_bf16 amx_tile", True)):
+        machine.CPUINFO.write_text(one.format(0, more) + one.format(1, more))
+        assert machine.cpu_model() == "Imaginary 9000"
+        assert set(machine.instruction_sets()) == {"avx2", "avx512f", *more.split()} - {"amx_tile"}
+        assert machine.multiplies_bfloat16() == fast
 
 
 def test_peak_memory_covers_what_was_allocated():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from funnel_benchmarks import machine
 from funnel_benchmarks.peers import command, hugging_face, sentence_transformers_peer
 from funnel_benchmarks.peers import suite as suite_module
 from funnel_benchmarks.peers.section import section
@@ -75,7 +76,7 @@ def test_bad_suites(tmp_path):
 class FakePeer:
     """Answers with what ours computes, a little off, and keeps what it is asked for."""
 
-    facts = {"version": "1"}  # noqa: RUF012
+    facts = {"version": "1", "dtype": "float32"}  # noqa: RUF012
 
     def __init__(self, module, **task):
         FakePeer.module, FakePeer.task, FakePeer.asked = module, task, []
@@ -101,6 +102,17 @@ def fake(monkeypatch, tmp_path):
     monkeypatch.setattr(suite_module, "sampler", lambda call, seconds: lambda: 0.5)
     FakePeer.suite = make_suite(tmp_path)
     return FakePeer.suite
+
+
+@pytest.mark.parametrize(("flags", "dtype"), [("avx2 avx512f avx512_vnni", "float32"), ("avx512_bf16", "bfloat16")])
+def test_peers_compute_in_the_dtype_that_is_fast_here(fake, monkeypatch, tmp_path, flags, dtype):
+    """Where the processor has no products in bfloat16, Hugging Face takes four times as long in it as in float32."""
+    monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")
+    machine.CPUINFO.write_text(f"processor\t: 0\nflags\t\t: fpu {flags}\n")
+    monkeypatch.setenv("FUNNEL_CPU_ISA", "avx2")  # is for the engine's kernels
+    row = {"cell": "x", **dict(cells(fake))["mixed; batch; hugging-face-eager"]()}
+    assert FakePeer.task["dtype"] == fake.options()["peer_dtype"] == dtype
+    assert "500.0 ms against 2,000.0 ms in float32" in row_line(row)  # what the peer says that it takes
 
 
 def test_a_batch_is_one_call_of_ours_and_all_batches_of_the_peer(fake):
@@ -205,12 +217,14 @@ def check_section(content):
     unsorted = content | {"options": content["options"] | {"order": "unsorted"}}
     assert section(unsorted).title.endswith(", 7, batches unsorted")
     assert made.facts["Lengths"] == "7: 3 sequences of 7 tokens, 21 in all"
-    assert "dtype bfloat16" in made.facts["hugging-face-eager"]
+    peer_dtype = content["options"]["peer_dtype"]
+    assert f"dtype {peer_dtype}" in made.facts["hugging-face-eager"]
     assert [table.caption for table in made.tables] == ["All sequences", "One sequence after another"]
     for table, row, plot in zip(made.tables, content["rows"], made.plots, strict=True):
         (cells,) = table.rows
         assert len(cells) == len(table.columns)
-        assert cells[1].value == row["speedup"]["median"]
+        assert (cells[1].text, cells[1].below) == ("bfloat16", peer_dtype)
+        assert cells[2].value == row["speedup"]["median"]
         assert f"{row['speedup']['median']:.2f} (hugging-face-eager, 7)" in made.summary
         with styled(LIGHT):
             (axes,) = plot.draw(LIGHT).axes
@@ -239,6 +253,7 @@ def test_options_say_what_the_figures_depend_on(tmp_path):
     options = make_suite(tmp_path, order="unsorted").options()
     assert json.loads(json.dumps(options)) == {
         "dtype": "bfloat16",
+        "peer_dtype": "bfloat16" if machine.multiplies_bfloat16() else "float32",
         "lengths": {"mixed": {"sequences": 3, "tokens": 17, "shortest": 3, "median": 5.0, "longest": 9}},
         "order": "unsorted",
         "batch_size": 2,

@@ -57,6 +57,7 @@ def make_task(source, lengths, order):
     sequences = random_sequences(lengths)
     batches = make_batches(np.asarray(lengths), order, 3)
     task = {"checkpoint": str(source), "mode": "eager", "cores": 1, "batches": batches, "sequences": sequences}
+    task["dtype"] = "bfloat16"
     return task, sequences
 
 
@@ -85,6 +86,15 @@ def test_hugging_face_computes_what_the_engine_does(request, model, engine, leng
     masked = request.node.callspec.params["model"] not in without_mask
     assert facts["attention"] == ("sdpa" if masked else hugging_face.WITHOUT_MASK)
     assert 0 < check_same(engine.embed(sequences, normalize=False), theirs) < 0.02
+
+
+def test_hugging_face_computes_in_the_dtype_that_it_is_told(model):
+    """Float32 is nearer to the same weights in float64 by more than a hundred times."""
+    source, _ = model
+    task, _ = make_task(source, LENGTHS, "sorted")
+    half, single = (embedded(hugging_face, task | {"dtype": dtype}) for dtype in ("bfloat16", "float32"))
+    assert [facts["dtype"] for _, facts in (half, single)] == ["bfloat16", "float32"]
+    assert 1e-3 < check_same(half[0], single[0]) < 0.03
 
 
 def test_another_attention_is_seen(model):
@@ -139,7 +149,7 @@ def test_sentence_transformers_computes_what_the_engine_does(tmp_path):
     write_sentence_model(tmp_path / "source", MODELS["embeddinggemma"])
     convert(tmp_path / "source", tmp_path / "converted")
     engine, sequences = load(tmp_path), random_sequences([*LENGTHS, 30, 1])
-    task = {"checkpoint": str(tmp_path / "source"), "sequences": sequences, "cores": 1}
+    task = {"checkpoint": str(tmp_path / "source"), "sequences": sequences, "cores": 1, "dtype": "bfloat16"}
     theirs, facts = embedded(sentence_transformers_peer, task | {"batches": [[5, 1, 2], [3, 4, 0]]})
     assert facts["dtype"] == "bfloat16"
     assert "pooling mean, 2 dense layers" in engine.describe()

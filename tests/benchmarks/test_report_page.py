@@ -8,6 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from funnel_benchmarks.latency.section import section as latency_section
+from funnel_benchmarks.measure import spread
 from funnel_benchmarks.plot_style import DARK, LIGHT
 from funnel_benchmarks.report.page import render_page
 from funnel_benchmarks.report.section import Cell, Plot, Section, Table
@@ -183,6 +184,19 @@ def test_circumstances_tell_machine_versions_times_and_what_is_missing():
     assert "Left outc4: as another\n" in page.text
     plain = page_of((make_result(), make_section())).text
     assert not any(word in plain for word in ("Not everything", "Gone on", "Left out", "Failed", "Wrong", "Revision"))
+
+
+def test_circumstances_tell_instruction_sets_and_whether_there_are_samples_enough():
+    content = make_result()
+    content["machine"] |= {"instruction_sets": ["avx2", "avx512_bf16"]}
+    content["rows"] = [{"cell": str(count), "seconds": spread([1.0] * count)} for count in (4, 10, 20)]
+    content["rows"].append({"cell": "without", "bytes": 1})
+    text = page_of((content, make_section())).text
+    assert "Instruction setsavx2, avx512_bf16\n" in text
+    assert "Samples of each side4 to 20; fewer than 10 in 1 of 3 rows, too few to quote\n" in text
+    del content["rows"][0]
+    assert "Samples of each side10 to 20\n" in page_of((content, make_section())).text
+    assert "Samples" not in page_of((content | {"rows": []}, make_section())).text
 
 
 def test_tables_can_be_sorted_by_buttons_and_have_values_where_there_are_numbers():

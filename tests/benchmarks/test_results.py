@@ -15,7 +15,16 @@ from rich.console import Console
 
 from funnel_benchmarks.measure import spread
 from funnel_benchmarks.progress import Progress
-from funnel_benchmarks.results import SCHEMA, LeftOut, Results, differences, error_text, figures, read_results
+from funnel_benchmarks.results import (
+    SCHEMA,
+    LeftOut,
+    Results,
+    differences,
+    error_text,
+    fewest_samples,
+    figures,
+    read_results,
+)
 from funnel_kernels.errors import FunnelError, InputError
 
 MACHINE = {"cpu": "Imaginary 9000", "cores": 2, "devices": ["cpu"], "jax": "0.10.2"}
@@ -70,6 +79,21 @@ def test_a_file_has_every_field(file):
     assert content["left_out"] == [{"cell": "c", "reason": "no GPU here"}]
     assert content["errors"] == [{"cell": "d", "error": "FunnelError: too hot"}]
     assert read_results(file) == content
+
+
+def test_a_line_says_when_a_row_has_too_few_samples_to_be_quoted(tmp_path, capsys):
+    def row(ours, baseline):
+        return lambda: {"seconds": spread([1.0] * ours), "baseline_seconds": spread([2.0] * baseline)}
+
+    results = make(tmp_path / "new.json", show=lambda row: row["cell"])
+    results.measure_all([("a", row(10, 10)), ("b", row(10, 9)), ("c", row(2, 10)), ("d", lambda: {"bytes": 7})])
+    assert capsys.readouterr().out.splitlines() == [
+        "a",
+        "b  [samples of a side: 9; 10 are needed to quote it]",
+        "c  [samples of a side: 2; 10 are needed to quote it]",
+        "d",
+    ]
+    assert [fewest_samples(row) for row in results.rows] == [10, 9, 2, None]
 
 
 def test_the_file_is_whole_after_every_cell(tmp_path):

@@ -5,7 +5,9 @@ import dataclasses
 import pytest
 from matplotlib.figure import Figure
 
-from funnel_benchmarks.results import Results
+from funnel_benchmarks.latency.command import REPEATS
+from funnel_benchmarks.peers.command import peers
+from funnel_benchmarks.results import ENOUGH_SAMPLES, Results
 from funnel_benchmarks.suite_command import end, funnel_place, write_plot
 from funnel_kernels.errors import FunnelError
 from tiny_models import CONFIG
@@ -61,3 +63,9 @@ def test_a_plot_is_of_all_results_in_the_format_of_its_name(tmp_path, capsys):
         assert drawn.pop() == results.rows
         assert (tmp_path / f"out{ending}").read_bytes().startswith(begins)
         assert f"plot    {tmp_path / f'out{ending}'}\n" in capsys.readouterr().out
+
+
+def test_suites_take_enough_samples_by_themselves():
+    """A B B A gives two of each side. The sweep's `--quick` says that it takes fewer."""
+    (repeats,) = [each for each in peers.params if each.name == "repeats"]
+    assert 2 * min(repeats.default, REPEATS) >= ENOUGH_SAMPLES

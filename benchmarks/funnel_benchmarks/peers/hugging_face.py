@@ -24,7 +24,7 @@ def make(task: dict[str, Any]) -> tuple[Callable[[int], np.ndarray], dict[str, A
 
     Args:
         task: as all peers have it (see the package), and `mode`, one of `MODES`. OMP_NUM_THREADS, where it is set,
-            stands for `cores`.
+            has priority over `cores`.
     """
     torch: Any = importlib.import_module("torch")
     transformers: Any = importlib.import_module("transformers")
@@ -32,7 +32,7 @@ def make(task: dict[str, Any]) -> tuple[Callable[[int], np.ndarray], dict[str, A
     transformers.AttentionInterface.register(WITHOUT_MASK, attention_without_mask)
     lengths = [[len(task["sequences"][number]) for number in numbers] for numbers in task["batches"]]
     attention = fastest_attention(task["checkpoint"], lengths)
-    model = load_model(task["checkpoint"], torch.bfloat16, attention)
+    model = load_model(task["checkpoint"], getattr(torch, task["dtype"]), attention)
     if task["mode"] == "frozen":
         inductor: Any = importlib.import_module("torch._inductor.config")
         inductor.freezing = True
@@ -50,7 +50,7 @@ def make(task: dict[str, Any]) -> tuple[Callable[[int], np.ndarray], dict[str, A
     facts = {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "dtype": "bfloat16",
+        "dtype": task["dtype"],
         "attention": attention,
         "threads": torch.get_num_threads(),
     }

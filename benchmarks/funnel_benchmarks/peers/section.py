@@ -14,12 +14,13 @@ if TYPE_CHECKING:
 TITLES = {"batch": "all sequences", "one": "one sequence after another"}
 COLUMNS = {
     "batch": (
-        ("peer", "and lengths"), ("times as fast", "quartiles"), ("latency", "ms"), ("peer's", "ms"),
-        ("tokens/s", ""), ("peer's", "tokens/s"), ("GFLOP/s", "useful"), ("peer's", "GFLOP/s"), ("apart", "relative"),
+        ("peer", "and lengths"), ("dtype", "peer's below"), ("times as fast", "quartiles"), ("latency", "ms"),
+        ("peer's", "ms"), ("tokens/s", ""), ("peer's", "tokens/s"), ("GFLOP/s", "useful"), ("peer's", "GFLOP/s"),
+        ("apart", "relative"),
     ),
     "one": (
-        ("peer", "and lengths"), ("times as fast", "quartiles"), ("p50", "ms"), ("peer's p50", "ms"), ("p90", "ms"),
-        ("peer's p90", "ms"), ("apart", "relative"),
+        ("peer", "and lengths"), ("dtype", "peer's below"), ("times as fast", "quartiles"), ("p50", "ms"),
+        ("peer's p50", "ms"), ("p90", "ms"), ("peer's p90", "ms"), ("apart", "relative"),
     ),
 }  # fmt: skip
 READING = (
@@ -28,8 +29,9 @@ READING = (
     "turns, A B B A, the peer in a process of its own that sleeps in between. Times as fast is the median of the "
     "ratios of calls made side by side, with their quartiles; below 1 the peer is faster.",
     "All sequences: one call of ours, which packs them; the peer gets padded batches, but for llama.cpp, which packs "
-    "too. Work on padding is not counted as useful. One sequence after another: latencies of single sequences, p50 and "
-    "p90 over all of them.",
+    "too. A peer computes in bfloat16 where the processor multiplies it and in float32 elsewhere, but for ONNX Runtime "
+    "(always float32) and llama.cpp (always bfloat16). Work on padding is not counted as useful. One sequence after "
+    "another: latencies of single sequences, p50 and p90 over all of them.",
     "Apart is the greatest relative difference between a vector of ours and the peer's: rounding to bfloat16 in other "
     "places. A peer that is further apart than 0.05 computes something else, and is not timed.",
 )
@@ -44,7 +46,7 @@ def section(content: Row) -> Section:
         title=f"Against other engines: {options['preset']}, {', '.join(options['lengths'])}{order}",
         summary="; ".join(summary(rows, scenario) for scenario in shown),
         plots=[plot(rows, scenario) for scenario in shown],
-        tables=[table(rows, scenario) for scenario in shown],
+        tables=[table(rows, scenario, options["dtype"]) for scenario in shown],
         reading=READING,
         facts={
             "Model": describe_model(options),
@@ -99,16 +101,18 @@ def draw(rows: list[Row], look: Look) -> "Figure":
     return figure
 
 
-def table(rows: list[Row], scenario: str) -> Table:
+def table(rows: list[Row], scenario: str, dtype: str) -> Table:
     make = batch_cells if scenario == "batch" else one_cells
     made = [
-        (*first_cells(row), *make(row), number(row["difference"], ".3f")) for row in rows if row["scenario"] == scenario
+        (*first_cells(row, dtype), *make(row), number(row["difference"], ".3f"))
+        for row in rows
+        if row["scenario"] == scenario
     ]
     return Table(TITLES[scenario].capitalize(), COLUMNS[scenario], made)
 
 
-def first_cells(row: Row) -> tuple[Cell, ...]:
-    return Cell(row["peer"], row["lengths"]), spread(row["speedup"], 1, ".2f")
+def first_cells(row: Row, dtype: str) -> tuple[Cell, ...]:
+    return Cell(row["peer"], row["lengths"]), Cell(dtype, row["facts"]["dtype"]), spread(row["speedup"], 1, ".2f")
 
 
 def batch_cells(row: Row) -> tuple[Cell, ...]:

@@ -1,4 +1,4 @@
-"""sentence-transformers as a peer, in bfloat16: `encode`, from texts to vectors on the host, as its users call it.
+"""sentence-transformers as a peer: `encode`, from texts to vectors on the host, as its users call it.
 
 A batch is padded there. Its tokenizer's part is small, a look-up for each word.
 """
@@ -22,13 +22,14 @@ def make(task: dict[str, Any]) -> tuple[Callable[[int], np.ndarray], dict[str, A
     """
     torch, transformers, library = map(importlib.import_module, ("torch", "transformers", "sentence_transformers"))
     use_cores(torch, task["cores"])
-    model = library.SentenceTransformer(task["checkpoint"], device="cpu", model_kwargs={"dtype": torch.bfloat16})
+    dtype = getattr(torch, task["dtype"])
+    model = library.SentenceTransformer(task["checkpoint"], device="cpu", model_kwargs={"dtype": dtype})
     batches = [[text_of(task["sequences"][number]) for number in numbers] for numbers in task["batches"]]
     facts = {
         "sentence-transformers": library.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "dtype": "bfloat16",
+        "dtype": task["dtype"],
         "threads": torch.get_num_threads(),
     }
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from funnel_benchmarks.inputs import SEED
 from funnel_benchmarks.lengths import length_facts
-from funnel_benchmarks.machine import usable_cores
+from funnel_benchmarks.machine import multiplies_bfloat16, usable_cores
 from funnel_benchmarks.measure import Call, Sample, compiling_nothing, sampler, spread
 from funnel_benchmarks.models import check_depth
 from funnel_benchmarks.peers import (
@@ -113,6 +113,11 @@ class Suite:
             )
 
     @property
+    def peer_dtype(self) -> str:
+        """What a peer's users would choose on this machine, where the peer leaves them the choice."""
+        return "bfloat16" if multiplies_bfloat16() else "float32"
+
+    @property
     def config(self) -> ModelConfig:
         return read_model_config(self.fields)
 
@@ -120,6 +125,7 @@ class Suite:
         """Everything that a cell depends on beside its own name, as the head of a result file."""
         return {
             "dtype": self.dtype,
+            "peer_dtype": self.peer_dtype,
             "lengths": {
                 name: {"sequences": len(lengths), **length_facts(lengths)} for name, lengths in self.lengths.items()
             },
@@ -152,7 +158,7 @@ def cells(suite: Suite) -> Iterator[Cell]:
 
     peer, scenario, lengths     names
     sequences, tokens           of all
-    facts                       what the peer says about itself, e.g. versions
+    facts                       what the peer says about itself: its `dtype`, versions
     difference                  of two vectors, the largest, relative
     seconds, peer_seconds       with samples: of all sequences, or of each by itself
     p90, peer_p90               seconds
@@ -179,8 +185,8 @@ def measure(suite: Suite, peer_name: str, name: str, lengths: Ints, scenario: st
     else:
         batches, parts = make_batches(lengths, suite.order, suite.batch_size), [None]
         calls = [partial(engine.embed, inputs, normalize=texts)]
-    task = {"checkpoint": str(source), "sequences": sequences, "batches": batches, "cores": usable_cores(), **options}
-    with Peer(module, **task) as peer:
+    task = {"checkpoint": str(source), "sequences": sequences, "batches": batches, "cores": usable_cores()}
+    with Peer(module, **task, dtype=suite.peer_dtype, **options) as peer:
         apart = check_same(np.concatenate([call() for call in calls]), in_order(batches, peer.result))
         pairs = [
             pair

@@ -9,6 +9,7 @@ def introduction(content: Row) -> list[str]:
     return [
         describe_model(options),
         *(describe_lengths(name, facts) for name, facts in options["lengths"].items()),
+        f"medians of {2 * options['repeats']} runs of each side, or of each sequence",
         "each peer compiles first, which takes up to minutes",
         "",
     ]
@@ -27,8 +28,8 @@ def describe_lengths(name: str, facts: Row) -> str:
 def row_line(row: Row) -> str:
     """How many times as fast ours is; the two latencies, and of single sequences what nine in ten stay below."""
     low, median, high = (row["speedup"][name] for name in ("low", "median", "high"))
-    line = f"{median:6.2f} times ({low:.2f} - {high:.2f}): {milliseconds(row, '')} against {milliseconds(row, 'peer_')}"
-    return f"{line}  {row['cell']}"
+    ours, theirs = milliseconds(row, ""), f"{milliseconds(row, 'peer_')} in {row['facts']['dtype']}"
+    return f"{median:6.2f} times ({low:.2f} - {high:.2f}): {ours} against {theirs}  {row['cell']}"
 
 
 def milliseconds(row: Row, whose: str) -> str:

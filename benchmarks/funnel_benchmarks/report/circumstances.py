@@ -3,12 +3,13 @@
 from collections.abc import Iterator
 from typing import Any
 
-from funnel_benchmarks.results import Row, differences
+from funnel_benchmarks.results import ENOUGH_SAMPLES, Row, differences, fewest_samples
 
 # Facts about the machine that stand in lines of their own; the others are versions.
 DEVICES, SYSTEM, REVISION = "devices", "platform", "revision"
-PROCESSOR = ("cpu", "instruction_set", "cores", "memory_gb")
-APART = (DEVICES, *PROCESSOR, SYSTEM, REVISION)
+PROCESSOR = ("cpu", "kernel_instruction_set", "cores", "memory_gb")
+INSTRUCTIONS = "instruction_sets"
+APART = (DEVICES, *PROCESSOR, INSTRUCTIONS, SYSTEM, REVISION)
 Fact = tuple[str, list[str]]  # a name, and what there is to say
 
 
@@ -17,15 +18,27 @@ def circumstances(content: Row) -> Iterator[Fact]:
     machine = content["machine"]
     yield "Devices", [shown(machine.get(DEVICES))]
     yield "Processor", [processor(machine)]
+    yield "Instruction sets", [shown(machine.get(INSTRUCTIONS))]
     yield "System", [shown(machine.get(SYSTEM))]
     versions = {name: value for name, value in machine.items() if name not in APART and value is not None}
     yield "Versions", [", ".join(f"{name} {shown(value)}" for name, value in versions.items())]
     yield "Revision", [shown(machine.get(REVISION))]
+    yield "Samples of each side", [samples(content)]
     yield "Started", [content["started"]]
     yield "Gone on", [gone_on(machine, run) for run in content["resumed"]]
     yield "Left out", [f"{entry['cell']}: {entry['reason']}" for entry in content["left_out"]]
     yield "Failed", [f"{entry['cell']}: {entry['error']}" for entry in content["errors"]]
     yield "Wrong results", [row["cell"] for row in wrong(content)]
+
+
+def samples(content: Row) -> str:
+    """How many samples the rows have, and how many rows have too few to be quoted."""
+    counts = [count for row in content["rows"] if (count := fewest_samples(row)) is not None]
+    if not counts:
+        return ""
+    few = sum(count < ENOUGH_SAMPLES for count in counts)
+    span = " to ".join(f"{count}" for count in dict.fromkeys((min(counts), max(counts))))
+    return span + (f"; fewer than {ENOUGH_SAMPLES} in {few} of {len(counts)} rows, too few to quote" if few else "")
 
 
 def warning(content: Row) -> str:

@@ -122,7 +122,8 @@ FUNNEL_API const char* funnel_version(void);
 
 /* Sends what Python logs, warnings of the module `warnings` included, to a function, for the whole process; NULL
  * restores what was before. May be called before the first funnel_open, whose messages the function then gets too.
- * After the return the function given before is not called any more. What XLA itself writes to standard error stays there.
+ * After the return the function given before is not called any more. What XLA itself writes to standard error stays
+ * there.
  *   user  handed to the function as it is */
 FUNNEL_API funnel_status funnel_set_log(funnel_log_function log, void* user, char* error, size_t error_size);
 

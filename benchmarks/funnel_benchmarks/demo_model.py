@@ -4,6 +4,7 @@ It has Gemma 1's 18 layers, so the funnel can sit in all the places of the paper
 measured in all of them within minutes on two cores, yet wide enough for matrix products to dominate.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,12 @@ SENTENCES = (
 
 
 def make_demo_model(directory: Path) -> None:
-    """Writes config.json, model.safetensors and tokenizer.json into `directory`; the same every time."""
+    """Writes a checkpoint with its tokenizer into `directory`; the same every time."""
     write_random_model(directory, CONFIG)
     make_tokenizer().save(str(directory / "tokenizer.json"))
+    # Its rules are not those of Gemma's own tokenizers, whose class a Gemma without this file has.
+    tokenizer_config = json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"})
+    (directory / "tokenizer_config.json").write_text(tokenizer_config, encoding="utf-8")
 
 
 def make_tokenizer() -> Tokenizer:

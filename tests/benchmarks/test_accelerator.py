@@ -196,12 +196,12 @@ def test_a_killed_run_keeps_what_it_has_measured(tmp_path):
         command(tmp_path, "--small", "--backend", "xla", "--only", "rows"), stdout=subprocess.PIPE, text=True
     )  # fmt: skip
     with process, contextlib.closing(process.stdout) as output:
-        rows = [line for line in (output.readline() for _ in range(4)) if re.search(r": [0-9.]+ s$", line)]
+        rows = [line for line in (output.readline() for _ in range(4)) if re.search(r": [0-9.]+ s\b", line)]
         process.send_signal(signal.SIGKILL)
     assert len(rows) == 2
     table = read(tmp_path, "rows")
     assert not table["complete"]
-    assert [row["cell"] for row in table["rows"]][:2] == [re.search("(.*): ", row)[1] for row in rows]
+    assert [row["cell"] for row in table["rows"]][:2] == [re.search(r"(.*): [0-9.]+ s\b", row)[1] for row in rows]
     assert table["rows"][0]["seconds"]["median"] > 0
 
 
@@ -210,7 +210,7 @@ def test_a_terminated_run_packs_what_it_has_measured(tmp_path):
         command(tmp_path, "--small", "--backend", "xla", "--only", "rows"), stdout=subprocess.PIPE, text=True
     )  # fmt: skip
     with process, contextlib.closing(process.stdout) as output:
-        next(line for line in output if re.search(r": [0-9.]+ s$", line))
+        next(line for line in output if re.search(r": [0-9.]+ s\b", line))
         process.terminate()
     assert process.returncode == 128 + signal.SIGTERM
     with tarfile.open(tmp_path / "results.tar.gz") as archive:

@@ -58,7 +58,7 @@ def test_the_files_are_the_same_every_time(tmp_path):
         make_demo_model(directory)
     make_demo_model(first)  # over an earlier one
     names = sorted(file.name for file in first.iterdir())
-    assert names == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert names == ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
     for name in names:
         assert (first / name).read_bytes() == (second / name).read_bytes()
 

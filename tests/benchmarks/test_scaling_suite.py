@@ -143,7 +143,7 @@ def test_what_does_not_fit_is_left_out_and_smaller_sizes_are_measured(engines, m
 
 
 def test_threads_are_left_out_on_a_device(engines, monkeypatch):
-    monkeypatch.setattr(scaling.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(scaling, "jax", SimpleNamespace(default_backend=lambda: "gpu"))
     results, _ = run(make_suite("threads", "engines"))
     assert [row["axis"] for row in results.rows] == ["engines"] * 2
     assert [entry["cell"].split(":")[0] for entry in results.content["left_out"]] == ["threads 1", "threads 4"]
@@ -191,7 +191,7 @@ def test_a_run_writes_rows_and_ends_with_exponents(resumed):
     begun, output, _, _ = resumed
     assert (begun["suite"], begun["complete"], begun["errors"]) == ("scaling", True, [])
     assert [row["x"] for row in begun["rows"]] == [1, 2, 3]
-    assert all(f"  {row['cell']}\n" in output for row in begun["rows"])
+    assert all(f"  {row['cell']}  [samples of a side: 2; 10" in output for row in begun["rows"])
     assert sum(line.startswith("depth ") for line in output.splitlines()) == 2
     assert all(row["seconds"]["median"] > 0 and len(row["seconds"]["samples"]) == 2 for row in begun["rows"])
 

@@ -219,7 +219,7 @@ def test_a_window_that_an_old_save_halved_is_refused(width):
         ({"model_type": "gemma", "num_key_value_heads": 5}, "num_heads=16 must be a multiple of num_kv_heads=5"),
         ({"model_type": "gemma", "pad_token_id": -1}, "pad_token_id=-1 .* must be an integer from 0 to "),
         ({"model_type": "gemma", "rms_norm_eps": "1e-6"}, "rms_norm_eps='1e-6' .* must be a finite number"),
-        ({"model_type": "gemma", "rms_norm_eps": 0}, "norm_eps=0.0 must be greater than 0"),
+        ({"model_type": "gemma", "rms_norm_eps": 0}, "norm_eps=0.0 must be a finite number greater than 0"),
         ({"model_type": "gemma", "rms_norm_eps": math.nan}, "rms_norm_eps=nan .* must be a finite number"),
         (
             {"model_type": "gemma", "rms_norm_eps": 10**400},

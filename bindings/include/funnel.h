@@ -148,7 +148,7 @@ FUNNEL_API funnel_status funnel_get_info(funnel_engine* engine, funnel_info* inf
 
 /* One vector per sequence, [count, width], where width is truncate_dim, or embedding_size if that is 0.
  *   normalize     not 0: each vector is scaled to length 1, after it was cut
- *   truncate_dim  keep only so many of the first dimensions; 0 keeps all
+ *   truncate_dim  number of first dimensions to keep; 0 keeps all
  *   out_floats    at least count * width */
 FUNNEL_API funnel_status funnel_embed(funnel_engine* engine, const int32_t* ids, const int32_t* offsets, int32_t count,
                                       int32_t normalize, int32_t truncate_dim, float* out, size_t out_floats,

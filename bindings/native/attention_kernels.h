@@ -27,7 +27,7 @@ struct Attention {
   uint32_t* packed;                         // packed_words, on a cache line
 };
 
-constexpr int64_t kKeyStep = 32;    // what is packed at once is a multiple of so many places
+constexpr int64_t kKeyStep = 32;    // places that are packed at once are a multiple of this
 constexpr int64_t kKeyBlock = 256;  // places in a block, at most
 
 struct AttentionKernels {

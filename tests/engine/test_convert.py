@@ -117,7 +117,7 @@ def test_what_is_no_path(source, tmp_path, path):
             message = str(error)
         else:
             message = facts["problems"][0]
-        assert "is no path that can be used here" in message
+        assert "cannot be used as a path" in message
     assert contents(tmp_path) == []
 
 

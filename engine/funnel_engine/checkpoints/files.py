@@ -150,7 +150,7 @@ def to_path(path: Any) -> Path:
     except (OSError, ValueError, TypeError) as error:
         reason = getattr(error, "strerror", None) or error
         remedy = REMEDIES.get(getattr(error, "errno", 0), "give another")
-        raise CheckpointError(f"{path!r:.80} is no path that can be used here ({reason}); {remedy}") from error
+        raise CheckpointError(f"{path!r:.80} cannot be used as a path ({reason}); {remedy}") from error
     if is_folder and not os.access(result, os.R_OK | os.X_OK):
         raise unreadable(result, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
     return result

@@ -7,6 +7,7 @@ import warnings
 import pytest
 
 from c_library import LOG, refusal
+from funnel_engine.c_host import HostLog
 
 
 @pytest.fixture
@@ -21,7 +22,10 @@ def logged(library, plain):
 
 def test_what_is_logged_reaches_the_host(library, checkpoints, logged, monkeypatch):
     logging.getLogger("jax").warning("slow %s", "compilation")
-    logging.getLogger("anything").error("nul \0 and half of a pair \ud800")
+    odd = logging.LogRecord("anything", logging.ERROR, "", 0, "nul \0 and half of a pair \ud800", None, None)
+    for handler in logging.getLogger().handlers:  # only the library's: pytest cannot report such a text
+        if isinstance(handler, HostLog):
+            handler.handle(odd)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         logging.captureWarnings(True)  # catch_warnings has put its own function there

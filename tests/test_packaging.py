@@ -116,7 +116,9 @@ def test_a_c_program_runs_with_nothing_but_the_wheel(installed, tmp_path):
     checkpoint = tmp_path / "model"
     write_random_model(tmp_path / "source", c_api.CONFIG | {"num_hidden_layers": 2})
     convert(tmp_path / "source", checkpoint, dtype="float32")
-    expected = Engine.load(checkpoint, FunnelConfig((1, 2)), max_batch_tokens=16).embed([[2, 17, 93, 5], [2, 40]])
+    expected = Engine.load(checkpoint, funnel=FunnelConfig((1, 2)), max_batch_tokens=16).embed(
+        [[2, 17, 93, 5], [2, 40]]
+    )
     example = re.search(r"```c\n(.*?)```", (ROOT / "docs" / "c-api.md").read_text(encoding="utf-8"), re.DOTALL)
     (tmp_path / "program.c").write_text(example[1])
     (tmp_path / "CMakeLists.txt").write_text(

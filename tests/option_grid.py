@@ -1,8 +1,8 @@
 """The cases that every implementation of an op, the reference included, must get right.
 
-A new backend joins by being in `dispatch.BACKENDS`. What it does not support is declared in `REFUSALS` and must then be
-refused with a reason; everything else must be served and be right. A simulated TPU takes a second or more for a case,
-most of it compilation: it gets a part of the grid, in which every value of every option occurs (`SIMULATED`).
+A new backend joins by being in `funnel_kernels.BACKENDS`. What it does not support is declared in `REFUSALS` and must
+then be refused with a reason; everything else must be served and be right. A simulated TPU takes a second or more for a
+case, most of it compilation: it gets a part of the grid, in which every value of every option occurs (`SIMULATED`).
 
 Nothing here uses the engine: the intervals of packed sequences are spelled out row by row.
 """
@@ -17,11 +17,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
-from funnel_kernels import BackendUnavailable, PackedWeight, dispatch, native_calls, prepare
-from funnel_kernels.recover import MODES, SITES
+from funnel_kernels import BACKENDS as BACKEND_TABLE
+from funnel_kernels import BackendUnavailable, PackedWeight, Target, native_calls, prepare
+from funnel_kernels.recover_norm import MODES, SITES
 
-BACKENDS = tuple(dispatch.BACKENDS)
+BACKENDS = tuple(BACKEND_TABLE)
 DTYPES = ("float32", "bfloat16")
 EPS = 0.1  # much, so that a norm which leaves it out shows
 # (op, backend) -> whether the backend refuses a case. A pair that is not listed serves every case.
@@ -30,22 +32,29 @@ REFUSALS: dict[tuple[str, str], Callable[[Any], bool]] = {
 }
 
 
+def target(backend: str = "auto", threads: int = 0) -> Target:
+    """Of a backend, on this CPU. Where it needs a device that is not here its kernels are interpreted; memory of a
+    simulated TPU starts as NaN, reads beyond an array raise, and races are noted (`interpreted_pallas` in conftest.py).
+    """
+    if backend == "triton":
+        return Target(backend, "gpu", "NVIDIA H100 80GB HBM3", "9.0", interpret=True)
+    if backend == "tpu":
+        return Target(backend, "tpu", "TPU v5 lite", interpret=pltpu.InterpretParams(detect_races=True))
+    return Target(backend, threads=threads)
+
+
 def refuses(op: str, backend: str, case: Any) -> bool:
     return REFUSALS.get((op, backend), lambda case: False)(case)
 
 
 def no_product(dtype: str) -> str | None:
     """Why backend "cpu" has no matrix products of a dtype on this processor; None if it has."""
-    try:
-        native_calls.check_product(jnp.dtype(dtype))
-    except NotImplementedError as reason:
-        return str(reason)
-    return None
+    return native_calls.product_problem(dtype)
 
 
 def packed_weight(weight: np.ndarray, parts: int = 1) -> PackedWeight:
     """As `prepare` packs it for backend "cpu"; where that has no products, one that nothing may read."""
-    prepared = prepare(weight, parts=parts, backend="cpu")
+    prepared = prepare(weight, parts=parts, target=target("cpu"))
     if no_product(str(weight.dtype)):
         assert prepared is weight
         return PackedWeight(weight.ravel(), weight.shape, parts)

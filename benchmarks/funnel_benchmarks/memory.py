@@ -8,9 +8,9 @@ import jax
 from funnel_engine.config import ModelConfig
 from funnel_engine.heads import HeadConfig
 from funnel_engine.jax_settings import default_device
-from funnel_engine.model import rows_per_block
 from funnel_engine.weights import DTYPES, count_parameters, expected_shapes
 from funnel_kernels.errors import InputError
+from funnel_kernels.mlp import rows_per_block
 
 MLP_BYTES = 12  # per row and MLP unit, in one block of rows: the two inputs in float32, and their product
 WIDTH_BYTES = 6 * 4  # per row and model dimension: residual stream, norm, update and recovery buffer
@@ -36,13 +36,13 @@ def weight_bytes(config: ModelConfig, head: HeadConfig, dtype: str) -> int:
 def activation_bytes(config: ModelConfig, rows: int) -> int:
     """The peak of one layer, `block * 12 * F + rows * (24 * D + 12 * (H + 2 K) * d)` bytes.
 
-    The MLP takes all rows in one block, on a CPU at most `model.rows_per_block`.
+    The MLP takes all rows in one block, on a CPU at most `mlp.rows_per_block`.
 
     F is the MLP's width, D the model's, H and K the query and key/value heads of d dimensions. It is an upper
     estimate: buffers of attention and of the MLP, counted both, can share memory.
     """
     heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    block = min(rows, rows_per_block(config)) if default_device().platform == "cpu" else rows
+    block = min(rows, rows_per_block(config.intermediate_size)) if default_device().platform == "cpu" else rows
     mlp = block * MLP_BYTES * config.intermediate_size
     return mlp + rows * (WIDTH_BYTES * config.hidden_size + HEAD_BYTES * heads)
 

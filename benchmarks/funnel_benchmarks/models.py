@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,7 +14,7 @@ from funnel_benchmarks.results import Row
 from funnel_engine import FunnelConfig, HeadConfig, ModelConfig, preset
 from funnel_engine.backends import served_by
 from funnel_engine.checkpoints.native import read_checkpoint
-from funnel_engine.sharding import to_device
+from funnel_engine.devices import local_target, to_device
 from funnel_engine.weights import check_dtype, count_parameters, expected_shapes, random_array
 from funnel_kernels.errors import ConfigError
 
@@ -59,8 +60,9 @@ class Model:
 
     def served_by(self, funnels: Iterable[FunnelConfig], backend: str) -> str:
         """The backends that run its ops, with any of these funnels."""
-        served = [served_by(self.config, funnel, self.dtype, backend) for funnel in funnels]
-        return ", ".join(sorted({answer.backend for ops in served for answer in ops.values()}))
+        target = local_target(backend)
+        served = [served_by(self.config, funnel, self.dtype, target).backends() for funnel in funnels]
+        return ", ".join(sorted({name for names in served for name in names}))
 
 
 def preset_model(name: str, dtype: str | None, depth: int | None = None) -> Model:
@@ -82,7 +84,8 @@ def preset_model(name: str, dtype: str | None, depth: int | None = None) -> Mode
     def load(backend: str) -> dict[str, Any]:
         generator = np.random.default_rng(0)
         shapes = with_bar("Making weights", expected_shapes(config, head).items())
-        return {name: to_device(name, random_array(generator, shape, dtype), dtype, backend) for name, shape in shapes}
+        put = partial(to_device, dtype=dtype, target=local_target(backend))
+        return {name: put(name, random_array(generator, shape, dtype)) for name, shape in shapes}
 
     return Model(name, "random", config, head, dtype, load)
 
@@ -106,7 +109,8 @@ def checkpoint_model(directory: Path, dtype: str | None) -> Model:
 
     def load(backend: str) -> dict[str, Any]:
         weights = with_bar("Loading weights", checkpoint.weights.items())
-        return {name: to_device(name, weight, dtype, backend) for name, weight in weights}
+        target = local_target(backend)
+        return {name: to_device(name, weight, dtype, target) for name, weight in weights}
 
     name = directory.resolve().name
     return Model(name, name, checkpoint.config, checkpoint.head, dtype, load)

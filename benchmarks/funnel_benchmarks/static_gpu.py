@@ -38,10 +38,10 @@ from funnel_engine.output_files import check_writable, write_text
 from funnel_engine.presets import PRESETS
 from funnel_kernels.attention import triton_gpu as attention
 from funnel_kernels.errors import FunnelError, InputError
-from funnel_kernels.pool import POOLS
-from funnel_kernels.pool import triton_gpu as pool
-from funnel_kernels.recover import SITES
-from funnel_kernels.recover import triton_gpu as recover
+from funnel_kernels.pool_norm import POOLS
+from funnel_kernels.pool_norm import triton_gpu as pool
+from funnel_kernels.recover_norm import SITES
+from funnel_kernels.recover_norm import triton_gpu as recover
 from funnel_kernels.triton_calls import RowSizes, row_rule
 
 ROWS = 65_536

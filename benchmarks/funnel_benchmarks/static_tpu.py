@@ -45,12 +45,12 @@ from funnel_engine.output_files import check_writable, write_text
 from funnel_engine.presets import PRESETS
 from funnel_engine.sharding import AXES, abstract_forward
 from funnel_engine.weights import count_parameters, expected_shapes
-from funnel_kernels import pallas_calls
+from funnel_kernels import Target, pallas_calls
 from funnel_kernels.attention.pallas_tpu import attention
-from funnel_kernels.pool import POOLS
-from funnel_kernels.pool.pallas_tpu import pool_norm
-from funnel_kernels.recover import MODES, SITES
-from funnel_kernels.recover.pallas_tpu import recover_norm
+from funnel_kernels.pool_norm import POOLS
+from funnel_kernels.pool_norm.pallas_tpu import pool_norm
+from funnel_kernels.recover_norm import MODES, SITES
+from funnel_kernels.recover_norm.pallas_tpu import recover_norm
 
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "v7x": "tpu7x:2x2x1"}
 ENVIRONMENT = {  # of a process that compiles for TPUs without one
@@ -155,7 +155,9 @@ def attention_variants() -> Iterator[Variant]:
         name = f"attention {heads}/{kv_heads} heads of {head_dim}, scale {scale:.4g}, softcap {softcap:g}"
         yield kernel(name, function, *rows, *bounds)
     name = f"attention anchor: splash, {HEADS}/1 heads of {HEAD_DIM}, {QUERIES} queries and {KEYS} keys"
-    yield kernel(name, anchor, array(HEADS, 4 * KEYS, HEAD_DIM), keys, keys, tile_rows=KEYS)
+    yield kernel(
+        name, lambda *arrays, target: anchor(*arrays), array(HEADS, 4 * KEYS, HEAD_DIM), keys, keys, tile_rows=KEYS
+    )
 
 
 def pool_norm_variants() -> Iterator[Variant]:
@@ -208,12 +210,12 @@ PARTS: dict[str, tuple[Callable[[], Iterator[Variant]], ...]] = {
 
 
 def kernel(name: str, function: Callable[..., Any], *arrays: Any, tile_rows: int = TILE) -> Variant:
-    """A variant of one kernel, called with arrays of these shapes."""
+    """A variant of one kernel, called with arrays of these shapes and the target."""
 
     def lower(device: Any) -> Any:
         sharding = NamedSharding(Mesh(np.array([device]), ("one",)), PartitionSpec())
         placed = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) if a else None for a in arrays]
-        return jax.jit(function).lower(*placed)
+        return jax.jit(functools.partial(function, target=Target.of(device, backend="tpu"))).lower(*placed)
 
     return Variant(name, lower, tile_rows)
 
@@ -229,7 +231,7 @@ def widths() -> list[int]:
 # ------------------------------------------------------------------------------------------------------ anchors
 
 
-def pool_alone(x: jax.Array) -> jax.Array:
+def pool_alone(x: jax.Array, *, target: Target) -> jax.Array:
     """The mean of every two bfloat16 rows, [N, D] -> [N / 2, D]: they are the halves of 32-bit words."""
 
     def kernel(x_ref: Any, out_ref: Any) -> None:
@@ -237,20 +239,20 @@ def pool_alone(x: jax.Array) -> jax.Array:
         first, second = (as_float(half) for half in (words << 16, words & jnp.uint32(0xFFFF0000)))
         out_ref[...] = ((first + second) * 0.5).astype(out_ref.dtype)
 
-    return call_anchor(kernel, (x,), (TILE,), TILE // 2, x.shape[0] // 2)
+    return call_anchor(kernel, (x,), (TILE,), TILE // 2, x.shape[0] // 2, target)
 
 
-def tile_alone(short: jax.Array) -> jax.Array:
+def tile_alone(short: jax.Array, *, target: Target) -> jax.Array:
     """Every bfloat16 row twice, [N, D] -> [2 N, D]: as both halves of 32-bit words."""
 
     def kernel(short_ref: Any, out_ref: Any) -> None:
         upper = jax.lax.bitcast_convert_type(short_ref[...].astype(jnp.float32), jnp.uint32)
         out_ref[...] = pltpu.bitcast(upper | (upper >> 16), out_ref.dtype)
 
-    return call_anchor(kernel, (short,), (TILE // 2,), TILE, 2 * short.shape[0])
+    return call_anchor(kernel, (short,), (TILE // 2,), TILE, 2 * short.shape[0], target)
 
 
-def norm_alone(weight: jax.Array, *operands: jax.Array, rows: int) -> jax.Array:
+def norm_alone(weight: jax.Array, *operands: jax.Array, rows: int, target: Target) -> jax.Array:
     """RMSNorm of the sum of one or more arrays [N, D], in blocks of `rows`."""
 
     def kernel(weight_ref: Any, *refs: Any) -> None:
@@ -259,7 +261,7 @@ def norm_alone(weight: jax.Array, *operands: jax.Array, rows: int) -> jax.Array:
         refs[-1][...] = (x * inverse_rms * (1.0 + weight_ref[...].astype(jnp.float32))).astype(refs[-1].dtype)
 
     arrays = (weight.reshape(1, -1), *operands)
-    return call_anchor(kernel, arrays, (1, *[rows] * len(operands)), rows, operands[0].shape[0])
+    return call_anchor(kernel, arrays, (1, *[rows] * len(operands)), rows, operands[0].shape[0], target)
 
 
 def as_float(words: jax.Array) -> jax.Array:
@@ -267,12 +269,18 @@ def as_float(words: jax.Array) -> jax.Array:
 
 
 def call_anchor(
-    kernel: Callable[..., None], arrays: tuple[jax.Array, ...], block_rows: tuple[int, ...], out_rows: int, rows: int
+    kernel: Callable[..., None],
+    arrays: tuple[jax.Array, ...],
+    block_rows: tuple[int, ...],
+    out_rows: int,
+    rows: int,
+    target: Target,
 ) -> jax.Array:
     """A kernel over blocks of rows of `arrays`; an array of one row is whole in every block."""
     width, dtype = arrays[-1].shape[1], arrays[-1].dtype
     return pallas_calls.call(
         kernel,
+        target=target,
         semantics=("parallel",),
         grid=(rows // out_rows,),
         in_specs=[pl.BlockSpec((size, width), lambda i, size=size: (i if size > 1 else 0, 0)) for size in block_rows],
@@ -293,7 +301,6 @@ def compile_all(generation: str, part: str, only: tuple[str, ...], start: int, f
     """
     topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[generation])
     device: Any = topology.devices[0]
-    pallas_calls.generation = functools.cache(lambda: pallas_calls.GENERATIONS[device.device_kind])
     chosen = [variant for op in PARTS[part] for variant in op() if variant.name.startswith(only)]
     print(json.dumps([variant.name for variant in chosen]), flush=True)
     for variant in chosen[start:]:

@@ -8,6 +8,7 @@ are timed in turns; the median decides. The table, `funnel_kernels/tuned/DEVICE.
 and dtype, and keeps the entries that are not measured again. An engine that is loaded afterwards uses it.
 """
 
+import dataclasses
 import importlib.metadata
 import itertools
 import json
@@ -27,10 +28,12 @@ from rich.progress import track
 
 from funnel_benchmarks.statistics import Spread, quartiles
 from funnel_engine import preset
+from funnel_engine.devices import local_target
 from funnel_engine.output_files import check_writable, write_text
 from funnel_engine.presets import PRESETS
-from funnel_kernels import attention, pool_norm, recover_norm, triton_calls, tuning
+from funnel_kernels import Target, attention, pool_norm, recover_norm, triton_calls, tuning
 from funnel_kernels.errors import BackendUnavailable, FunnelError
+from funnel_kernels.target import Unsupported
 
 PACKAGES = ("jax", "jaxlib", "triton")
 HEADS = 8  # that share one key/value head
@@ -58,6 +61,7 @@ class Problem(NamedTuple):
         expected: the op of the `xla` backend.
         candidates: block sizes to try.
         variant: block sizes -> what `static_gpu` compiles.
+        target: the GPU.
     """
 
     key: tuning.Key
@@ -67,6 +71,7 @@ class Problem(NamedTuple):
     expected: Callable[..., Any]
     candidates: Sequence[Any]
     variant: Callable[[Any], Any]
+    target: Target
 
 
 class Timing(NamedTuple):
@@ -77,23 +82,23 @@ class Timing(NamedTuple):
     problem: str
 
 
-def problems() -> Iterator[tuple[tuning.Key, Callable[[], Problem]]]:
+def problems(target: Target) -> Iterator[tuple[tuning.Key, Callable[[], Problem]]]:
     """Attention for every head dim of the presets and both row-wise ops for every width, in both dtypes."""
     configs = [preset(name) for name in PRESETS]
     for dtype in TOLERANCE:
         for head_dim in sorted({config.head_dim for config in configs}):
-            yield tuning.Key("attention", head_dim, dtype), partial(attention_problem, head_dim, dtype)
+            yield tuning.Key("attention", head_dim, dtype), partial(attention_problem, head_dim, dtype, target)
         for width in sorted({1 << (config.hidden_size - 1).bit_length() for config in configs}):
-            yield tuning.Key("pool_norm", width, dtype), partial(pool_problem, width, dtype)
-            yield tuning.Key("recover_norm", width, dtype), partial(recover_problem, width, dtype)
+            yield tuning.Key("pool_norm", width, dtype), partial(pool_problem, width, dtype, target)
+            yield tuning.Key("recover_norm", width, dtype), partial(recover_problem, width, dtype, target)
 
 
-def attention_problem(head_dim: int, dtype: str) -> Problem:
+def attention_problem(head_dim: int, dtype: str, target: Target) -> Problem:
     from funnel_benchmarks import static_gpu
     from funnel_kernels.attention import triton_gpu
 
-    target, block_d = f"sm_{triton_calls.capability()}", triton_gpu.padded(head_dim)
-    limit = static_gpu.SHARED.get(target, max(static_gpu.SHARED.values()))
+    gpu, block_d = f"sm_{triton_calls.capability(target)}", triton_gpu.padded(head_dim)
+    limit = static_gpu.SHARED.get(gpu, max(static_gpu.SHARED.values()))
     sizes = [triton_gpu.Sizes(*sizes) for sizes in itertools.product(*ATTENTION_SIZES[dtype])]
     if dtype == "bfloat16":
         sizes = [each for each in sizes if triton_gpu.shared_bytes(block_d, jnp.dtype(dtype), each) <= limit]
@@ -105,16 +110,17 @@ def attention_problem(head_dim: int, dtype: str) -> Problem:
         tuning.Key("attention", block_d, dtype),
         f"{TOKENS // LENGTH} x {LENGTH} tokens, {HEADS} heads of {head_dim} on 1",
         (q, k, v, lo, lo + LENGTH),
-        lambda sizes: lambda *arrays: triton_gpu.attention(*arrays, sizes=sizes, **options),
-        lambda *arrays: attention(*arrays, backend="xla", **options),
+        lambda sizes: lambda *arrays: triton_gpu.attention(*arrays, target=target, sizes=sizes, **options),
+        lambda *arrays: attention(*arrays, target=dataclasses.replace(target, backend="xla"), **options),
         sizes,
-        partial(static_gpu.attention_variant, target, dtype, (HEADS, 1, head_dim, head_dim**-0.5, 0.0)),
+        partial(static_gpu.attention_variant, gpu, dtype, (HEADS, 1, head_dim, head_dim**-0.5, 0.0)),
+        target,
     )
 
 
-def pool_problem(width: int, dtype: str) -> Problem:
+def pool_problem(width: int, dtype: str, target: Target) -> Problem:
     from funnel_benchmarks import static_gpu
-    from funnel_kernels.pool import triton_gpu
+    from funnel_kernels.pool_norm import triton_gpu
 
     generator = np.random.default_rng(0)
     options: dict[str, Any] = {"stride": STRIDE, "pool": "max", "eps": 1e-6}
@@ -123,16 +129,17 @@ def pool_problem(width: int, dtype: str) -> Problem:
         tuning.Key("pool_norm", width, dtype),
         f"{ROWS} x {width}, stride {STRIDE}, max",
         (random_array(generator, (ROWS, width), dtype), real, random_array(generator, (width,), dtype)),
-        lambda sizes: lambda *arrays: triton_gpu.pool_norm(*arrays, sizes=sizes, **options),
-        lambda *arrays: pool_norm(*arrays, backend="xla", **options),
+        lambda sizes: lambda *arrays: triton_gpu.pool_norm(*arrays, target=target, sizes=sizes, **options),
+        lambda *arrays: pool_norm(*arrays, target=dataclasses.replace(target, backend="xla"), **options),
         row_candidates(width),
         partial(static_gpu.pool_variant, width, "max", dtype, STRIDE),
+        target,
     )
 
 
-def recover_problem(width: int, dtype: str) -> Problem:
+def recover_problem(width: int, dtype: str, target: Target) -> Problem:
     from funnel_benchmarks import static_gpu
-    from funnel_kernels.recover import triton_gpu
+    from funnel_kernels.recover_norm import triton_gpu
 
     generator = np.random.default_rng(0)
     options: dict[str, Any] = {"stride": STRIDE, "mode": "sum", "site": "before_norm", "eps": 1e-6}
@@ -141,10 +148,11 @@ def recover_problem(width: int, dtype: str) -> Problem:
         tuning.Key("recover_norm", width, dtype),
         f"{ROWS} x {width}, stride {STRIDE}, sum",
         tuple(random_array(generator, shape, dtype) for shape in shapes),
-        lambda sizes: lambda *arrays: triton_gpu.recover_norm(*arrays, sizes=sizes, **options),
-        lambda *arrays: recover_norm(*arrays, backend="xla", **options),
+        lambda sizes: lambda *arrays: triton_gpu.recover_norm(*arrays, target=target, sizes=sizes, **options),
+        lambda *arrays: recover_norm(*arrays, target=dataclasses.replace(target, backend="xla"), **options),
         row_candidates(width),
         partial(static_gpu.recover_variant, width, "sum", "before_norm", dtype, dtype, STRIDE),
+        target,
     )
 
 
@@ -201,12 +209,12 @@ def static_problems(problem: Problem) -> dict[Any, str]:
     `static_gpu` does not know."""
     from funnel_benchmarks import static_gpu
 
-    target = f"sm_{triton_calls.capability()}"
-    if target not in static_gpu.TARGETS:
+    gpu = f"sm_{triton_calls.capability(problem.target)}"
+    if gpu not in static_gpu.TARGETS:
         return {}
     variants = {sizes: problem.variant(sizes)._replace(details=str(sizes)) for sizes in problem.candidates}
-    compiled = static_gpu.compile_all([(target, it) for it in variants.values()], multiprocessing.cpu_count())
-    found = {sizes: static_gpu.problem(target, compiled[it.name, target]) for sizes, it in variants.items()}
+    compiled = static_gpu.compile_all([(gpu, it) for it in variants.values()], multiprocessing.cpu_count())
+    found = {sizes: static_gpu.problem(gpu, compiled[it.name, gpu]) for sizes, it in variants.items()}
     return {sizes: text for sizes, text in found.items() if text}
 
 
@@ -279,27 +287,26 @@ def merge(file: Path, found: dict[str, Any], device_kind: str) -> None:
 def main(op: tuple[str, ...], dtype: tuple[str, ...], width: tuple[int, ...], table: Path | None) -> None:
     """Find the fastest block sizes of the Triton kernels on this GPU."""
     try:
-        triton_calls.capability()
-        triton_calls.check_packages()
-    except NotImplementedError as refusal:
+        target = local_target("triton")
+        triton_calls.check(target)
+    except (FunnelError, Unsupported) as refusal:
         raise click.ClickException(f"nothing to tune: {refusal}") from refusal
-    device_kind = jax.devices()[0].device_kind
-    file = table or tuning.table_file(device_kind)
+    file = table or tuning.table_file(target.kind)
     tuning.TUNED.mkdir(exist_ok=True)
     try:
         check_writable(file, (".json",))
-        for key, make in problems():
+        for key, make in problems(target):
             if (
                 key.op in (op or (key.op,))
                 and key.width in (width or (key.width,))
                 and key.dtype in (dtype or (key.dtype,))
             ):
-                tune(make(), file, device_kind)
+                tune(make(), file)
     except FunnelError as error:
         raise click.ClickException(str(error)) from error
 
 
-def tune(problem: Problem, file: Path, device_kind: str) -> None:
+def tune(problem: Problem, file: Path) -> None:
     """Measures one problem, prints what was found, and writes it.
 
     Raises:
@@ -312,7 +319,7 @@ def tune(problem: Problem, file: Path, device_kind: str) -> None:
     if not timings[0].seconds:
         raise BackendUnavailable(f"{name}: no candidate runs and is right; the first {timings[0].problem}")
     found = entry(problem, timings)
-    merge(file, found, device_kind)
+    merge(file, found, problem.target.kind)
     sizes = ", ".join(f"{key} {value}" for key, value in found["sizes"].items())
     click.echo(f"{name}: {sizes}: {found['microseconds']:,} us; best of {len(timings)}")
 

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import click
 import jax
 import numpy as np
+from funnel_kernels.pool import POOLS
 from rich.console import Console
 from rich.progress import track
 
@@ -22,6 +23,7 @@ from funnel_engine.backends import served_by
 from funnel_engine.checkpoints.convert import convert as convert_checkpoint
 from funnel_engine.checkpoints.formats import FORMATS
 from funnel_engine.config import ATTENTIONS, FunnelConfig
+from funnel_engine.devices import local_target
 from funnel_engine.engine import Engine, describe_funnel
 from funnel_engine.inputs import TooLong
 from funnel_engine.inspection import inspect_checkpoint
@@ -29,14 +31,14 @@ from funnel_engine.jax_settings import default_device, device_name
 from funnel_engine.output_files import check_writable, write_bytes
 from funnel_engine.presets import preset
 from funnel_engine.weights import DTYPES
-from funnel_kernels import dispatch, native_calls
+from funnel_kernels import BACKENDS, native_calls
 from funnel_kernels.errors import ConfigError, FunnelError, InputError
-from funnel_kernels.pool import POOLS
 
 COMMANDS = "funnel_engine.commands"  # the entry-point group whose commands join these
 TEXTS_PER_CALL = 1024
 INTERRUPTED = 130  # the shell's exit status for SIGINT
-DOCTORS_MODEL = "gemma-2b"  # whose shapes it asks the backends for
+DOCTORS_MODEL = "gemma-2b"  # whose ops it asks the backends for, with this funnel
+DOCTORS_FUNNEL = FunnelConfig.after(2, recovery="sum_last")
 
 
 class Refusal(click.ClickException):
@@ -187,11 +189,10 @@ def doctor(as_json: bool) -> None:
     try:
         facts |= {"platform": default_device().platform, "devices": list(map(device_name, jax.devices()))}
         facts["instruction set"] = native_calls.instruction_set()
-        served = served_by(preset(DOCTORS_MODEL), FunnelConfig(), "bfloat16", "auto")
-        facts |= {op: str(answer) for op, answer in served.items()}
+        facts |= served_by(preset(DOCTORS_MODEL), DOCTORS_FUNNEL, "bfloat16", local_target()).facts()
     except FunnelError as error:
         facts["problems"] = [str(error)]
-    print_facts(facts | dispatch.BACKENDS, as_json)
+    print_facts(facts | BACKENDS, as_json)
     if "problems" in facts:
         raise SystemExit(2)
 
@@ -208,7 +209,7 @@ def doctor(as_json: bool) -> None:
 @click.option("--truncate", is_flag=True, help="Cut the end off texts that are too long, instead of refusing them.")
 @click.option("--normalize/--no-normalize", default=True, show_default=True, help="Scale vectors to length 1.")
 @click.option("--attention", type=click.Choice(ATTENTIONS), help="Default: what the checkpoint says.")
-@click.option("--backend", default="auto", show_default=True, help=f"auto, {', '.join(dispatch.BACKENDS)}.")
+@click.option("--backend", default="auto", show_default=True, help=f"auto, {', '.join(BACKENDS)}.")
 @funnel_options
 def embed(
     checkpoint: Path,

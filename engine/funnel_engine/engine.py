@@ -1,69 +1,35 @@
 """The engine: a loaded model, its compiled programs, and the calls that a serving process makes."""
 
 import dataclasses
-import os
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental.compilation_cache import compilation_cache as jax_cache
 from jax.sharding import Mesh
 
-from funnel_engine.backends import served_by
 from funnel_engine.checkpoints.native import read_checkpoint
 from funnel_engine.config import FunnelConfig, ModelConfig, check_flag, check_integer, check_positive
+from funnel_engine.devices import Devices, OneDevice
 from funnel_engine.flops import ideal_ratio
-from funnel_engine.heads import HeadConfig, class_logits, head_shapes, sentence_vectors, sequence_logits
+from funnel_engine.heads import Head, HeadConfig, SentenceVectors, SequenceLogits, TokenLogits, head_shapes
 from funnel_engine.inputs import Ragged, read_inputs
-from funnel_engine.jax_settings import guarded, own_settings
+from funnel_engine.jax_settings import guarded
 from funnel_engine.messages import first_of
-from funnel_engine.model import Params, forward
-from funnel_engine.packing import (
-    Ints,
-    Spans,
-    make_plan,
-    pack,
-    row_buckets,
-    sequence_bucket,
-    sequence_buckets,
-    spans,
-)
-from funnel_engine.sharding import DeviceMesh, OneDevice, batch_shapes
+from funnel_engine.model import forward
+from funnel_engine.packing import Ints, Spans, make_plan, pack, row_buckets, spans
+from funnel_engine.programs import Programs, use_compilation_cache
+from funnel_engine.sharding import DeviceMesh
 from funnel_engine.text import TextConfig, Tokenize, read_tokenizer
 from funnel_engine.threads import count_threads
 from funnel_engine.weights import DTYPES, check_dtype, expected_shapes
-from funnel_engine.xla_options import compiler_options
-from funnel_kernels import dispatch, native_calls
+from funnel_kernels import native_calls
 from funnel_kernels.errors import CheckpointError, ConfigError, InputError
-
-Program = Callable[..., jax.Array]
-Head = Callable[[jax.Array, list[Ragged], list[Spans]], jax.Array]  # the encoder's rows of a group -> its results
-
-# task -> (what runs on the encoder's rows, how many integers per sequence it reads)
-HEAD_PROGRAMS: dict[str, tuple[Program, int]] = {
-    "embed": (sentence_vectors, 2),
-    "classify": (sequence_logits, 1),
-    "tag": (class_logits, 0),
-}
-
+from funnel_kernels.target import check_backend
 
 MAX_BATCH_TOKENS = 2**24  # row numbers and their sums stay far inside int32
-COUNTERS = (
-    "calls",
-    "sequences",
-    "tokens",
-    "batches",
-    "padding_rows",  # rows that were computed for no token
-    "compilations",
-    "compilations_after_warmup",
-)
 
 
 class Engine:
@@ -98,11 +64,11 @@ class Engine:
 
         Args:
             config: the architecture.
-            head: what stands on top of the encoder.
+            head: what runs on the encoder's rows.
             weights: arrays by the names and of the shapes that `weights.expected_shapes` gives, all float32 or all
                 bfloat16. Without a mesh, JAX arrays on the device are used as they are, so engines can share them.
             funnel: where and how the token axis is pooled.
-            backend: "auto", "triton", "tpu", "xla" or "reference", see `funnel_kernels.dispatch`.
+            backend: "auto" or one of `funnel_kernels.BACKENDS`, see `funnel_kernels.Target`.
             tokenizer: makes ids of texts; None takes token ids only.
             text: what else is done to a text: begin and end of sequence, prompts, length limit.
             max_batch_tokens: tokens of the largest batch, and of the longest sequence.
@@ -118,7 +84,6 @@ class Engine:
             CheckpointError: weights that are missing, unknown, misshapen or of another dtype.
             BackendUnavailable: no such backend here, or one that does not serve this model.
         """
-        dispatch.check_backend(backend)
         max_batch_tokens = check_positive("max_batch_tokens", max_batch_tokens)
         if max_batch_tokens > MAX_BATCH_TOKENS:
             raise ConfigError(f"max_batch_tokens={max_batch_tokens} is beyond the limit of {MAX_BATCH_TOKENS} (2**24)")
@@ -126,27 +91,39 @@ class Engine:
             raise ConfigError(f"funnel={funnel!r} must be a FunnelConfig; no funnel is FunnelConfig()")
         if dtype is not None:
             dtype = check_dtype(dtype)
+        check_backend(backend)
+        count = count_threads(threads)
         self.plan = make_plan(config, funnel)
-        self.devices = OneDevice(config, backend) if mesh is None else DeviceMesh(mesh, config)
-        if backend == "auto" and mesh is None:
+        self.devices: Devices = (
+            OneDevice(config, backend=backend, threads=count)
+            if mesh is None
+            else DeviceMesh(mesh, config, backend=backend, threads=count)
+        )
+        if backend == "auto" and mesh is None and self.devices.target.platform == "cpu":
             native_calls.warn_without_kernels()
         check_weights(weights, config, head)
         if compilation_cache is not None:
-            keep_compiled_programs(compilation_cache)
-        self.config, self.head, self.funnel, self.backend = config, head, funnel, backend
-        self.threads = count_threads(threads)
+            use_compilation_cache(compilation_cache)
+        self.config, self.head, self.funnel = config, head, funnel
         self.tokenizer, self.text = tokenizer, text
         self.max_length = min(config.max_positions, text.max_tokens or max_batch_tokens, max_batch_tokens)
         self.buckets = row_buckets(self.plan, max_batch_tokens)
-        self.params = self.devices.place(weights, funnel, dtype or str(weights["embedding"].dtype))
-        self.head_params = {name: self.params[name] for name in head_shapes(config.hidden_size, head)}
-        self._programs: dict[tuple[str, int, int], Future[Program]] = {}
-        self._lock = threading.Lock()  # guards the programs and the counters
-        self._stats = dict.fromkeys(COUNTERS, 0) | {"compile_seconds": 0.0}
-        self._warm = False
+        self.params = self.devices.put(weights, funnel, dtype or str(weights["embedding"].dtype))
+        heads: list[Head] = [SentenceVectors(head)]
+        if head.task == "classify":
+            heads.append(SequenceLogits(head, self.plan, config.pad_token_id))
+        if head.task == "tag" and self.plan.output_stride == 1:
+            heads.append(TokenLogits(head))
+        self.programs = Programs(
+            partial(forward, config=self.devices.config, funnel=funnel, axis=self.devices.axis),
+            heads,
+            params=self.params,
+            head_params={name: self.params[name] for name in head_shapes(config.hidden_size, head)},
+            plan=self.plan,
+            devices=self.devices,
+        )
         if backend != "auto":  # which has always one that serves; another may refuse, now and not in the first call
-            self._traced("forward", self.buckets[0], 0)
-            self._traced("embed", self.buckets[0], 1)
+            self.programs.trace(self.buckets[0])
 
     @classmethod
     def load(
@@ -245,7 +222,7 @@ class Engine:
             width = check_integer("truncate_dim", truncate_dim, least=1, most=width, error=InputError)
         ragged = self.token_ids(inputs, prompt_name=prompt_name, truncate=truncate)
         vectors = np.empty((len(ragged.lengths), width), np.float32)
-        for order, _, result in self._run(ragged, self._embed_rows):
+        for order, _, result in self._run(ragged, "embed"):
             vectors[order] = result[: len(order), :width]
         if normalize:
             vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
@@ -265,7 +242,7 @@ class Engine:
         self._require_task("classify")
         ragged = self.token_ids(inputs, truncate=truncate)
         logits = np.empty((len(ragged.lengths), len(self.head.labels)), np.float32)
-        for order, _, result in self._run(ragged, self._classify_rows):
+        for order, _, result in self._run(ragged, "classify"):
             logits[order] = result[: len(order)]
         return logits
 
@@ -283,7 +260,7 @@ class Engine:
                 f"tag needs one row per token, but the funnel {self.funnel.strides} leaves one row per "
                 f"{self.plan.output_stride} tokens; load with a recovery, e.g. FunnelConfig(..., recovery='mean_last')"
             )
-        return self._split_rows(inputs, truncate, self._tag_rows)
+        return self._split_rows(inputs, truncate, "tag")
 
     @guarded
     def hidden_states(self, inputs: Any, *, truncate: bool = False) -> list[np.ndarray]:
@@ -294,7 +271,7 @@ class Engine:
         Raises:
             InputError: inputs that cannot be run.
         """
-        return self._split_rows(inputs, truncate, lambda rows, batches, where: rows)
+        return self._split_rows(inputs, truncate, None)
 
     @guarded
     def warmup(
@@ -313,53 +290,28 @@ class Engine:
         """
         if not callable(progress):
             progress = check_flag("progress", progress, error=InputError)
-        tasks = ["embed", "classify"] if self.head.task == "classify" else ["embed"]
-        jobs: list[tuple[str, int, int]] = []
-        for rows in self.buckets if buckets is None else self._buckets_for(buckets):
-            jobs.append(("forward", rows, 0))
-            counts = sequence_buckets(rows // self.plan.total_stride)
-            jobs += [(task, rows, count) for task in tasks for count in counts]
-            if self.head.task == "tag" and self.plan.output_stride == 1:
-                jobs.append(("tag", rows, 0))
-        from rich.console import Console  # imported here: a serving process needs neither
-        from rich.progress import track
-
-        console = Console(stderr=True)
-        hidden = progress is not True or not console.is_terminal
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            compiled = [pool.submit(self._program, *job) for job in jobs]
-            bar = track(compiled, "Compiling", console=console, disable=hidden, transient=True)
-            try:
-                for done, program in enumerate(bar, 1):
-                    program.result()
-                    if callable(progress):
-                        progress(done, len(jobs))
-            finally:
-                pool.shutdown(cancel_futures=True)  # of those that wait, if one has failed
-        self._warm = True
+        self.programs.warm_up(self.buckets if buckets is None else self._buckets_for(buckets), progress)
 
     @guarded
     def stats(self) -> dict[str, float]:
-        """Counters since the engine was made, see `COUNTERS`, and `compile_seconds`, summed over threads."""
-        with self._lock:
-            return dict(self._stats)
+        """Counters since the engine was made, see `programs.COUNTERS`, and `compile_seconds`, summed over threads."""
+        return self.programs.counters()
 
     @guarded
     def describe(self) -> str:
-        """What runs here and how, for people."""
+        """What runs here and how, for people: the ops of the programs that were made, and what serves them."""
         config, lengths = self.config, np.full(1, min(512, self.max_length), np.int32)
         ratio = ideal_ratio(config, self.funnel, lengths)
         dtype = str(self.params["embedding"].dtype)
-        served = served_by(
-            self.devices.config, self.funnel, dtype, self.backend, over_mesh=isinstance(self.devices, DeviceMesh)
-        )
+        if not self.programs.record.served:
+            self.programs.trace(self.buckets[0])
         facts = {
             "model": f"{config.family}, {config.num_layers} layers of width {config.hidden_size}, "
             f"{config.attention} attention, {dtype}",
             "funnel": f"{describe_funnel(self.funnel)}; ideal latency ratio at {lengths[0]} tokens {ratio:.3f}",
             "head": f"pooling {self.head.pooling}, {len(self.head.dense)} dense layers, "
             f"task {self.head.task or 'none'}",
-            **served,
+            **self.programs.record.facts(),
             "devices": self.devices,
             "buckets": f"{len(self.buckets)} from {self.buckets[0]} to {self.buckets[-1]} rows",
             "limits": f"{self.max_length} tokens a sequence",
@@ -380,34 +332,39 @@ class Engine:
             check_integer(f"buckets[{index}]", rows, least=1, most=self.buckets[-1], error=InputError)
         return sorted({next(bucket for bucket in self.buckets if bucket >= rows) for rows in asked})
 
-    def _run(self, ragged: Ragged, head: Head) -> Iterator[tuple[Ints, Spans, np.ndarray]]:
+    def _run(self, ragged: Ragged, head: str | None) -> Iterator[tuple[Ints, Spans, np.ndarray]]:
         """Runs all batches; yields each one's sequence indices, its output rows, and the head's result.
 
-        The next batch is packed and dispatched before the last one's result is handed out, so that the device does
-        not wait for the host. Over a mesh, what runs at once is a group of batches, one bucket for all of them.
+        Without a head the result is the encoder's rows. The next batch is packed and dispatched before the last one's
+        result is handed out, so that the device does not wait for the host. Over a mesh, what runs at once is a group
+        of batches, one bucket for all of them.
         """
         pending: Iterable[tuple[Ints, Spans, np.ndarray]] = ()
         running: list[jax.Array] = []
+        programs = self.programs
         try:
             for group in self.devices.groups(self.plan, ragged.lengths, self.buckets):
                 batches = [ragged.take(order) for order in group]
                 spent = max(int(self.plan.rows_needed(batch.lengths).sum()) for batch in batches)
                 rows = next(bucket for bucket in self.buckets if bucket >= spent)
                 packed = self.devices.stack([pack(self.plan, batch.ids, batch.offsets, rows) for batch in batches])
-                running.append(self._program("forward", rows, 0)(self.params, packed))
+                running.append(programs.encode(packed, rows))
                 tokens = sum(len(batch.ids) for batch in batches)
-                self._count(batches=len(batches), padding_rows=self.devices.data * rows - tokens)
+                programs.count(batches=len(batches), padding_rows=self.devices.data * rows - tokens)
                 where = [spans(self.plan, batch.lengths, self.plan.output_stride) for batch in batches]
-                running.append(head(running[-1], batches, where))
+                if head is not None:
+                    reads = [programs.heads[head].reads(*each) for each in zip(batches, where, strict=True)]
+                    running.append(programs.run_head(head, running[-1], reads))
                 yield from pending
                 pending = zip(group, where, self.devices.unstack(running[-1]), strict=False)  # devices left over: last
                 running = running[-2:]
-            self._count(calls=1, sequences=len(ragged.lengths), tokens=len(ragged.ids))
+            programs.count(calls=1, sequences=len(ragged.lengths), tokens=len(ragged.ids))
             yield from pending
         finally:
             jax.block_until_ready(running)  # an interrupted caller must not free weights that are being read
 
-    def _split_rows(self, inputs: Any, truncate: bool, head: Head) -> list[np.ndarray]:
+    def _split_rows(self, inputs: Any, truncate: bool, head: str | None) -> list[np.ndarray]:
+        """One array per input, of its rows."""
         ragged = self.token_ids(inputs, truncate=truncate)
         results: list[np.ndarray] = [np.empty(0)] * len(ragged.lengths)
         for order, where, result in self._run(ragged, head):
@@ -415,100 +372,12 @@ class Engine:
                 results[index] = result[first : first + count].astype(np.float32)  # a copy: it must not hold the batch
         return results
 
-    def _embed_rows(self, rows: jax.Array, batches: list[Ragged], where: list[Spans]) -> jax.Array:
-        return self._run_head("embed", rows, where)
-
-    def _classify_rows(self, rows: jax.Array, batches: list[Ragged], where: list[Spans]) -> jax.Array:
-        stride, reads = self.plan.output_stride, []
-        for batch, (first, _) in zip(batches, where, strict=True):
-            token = last_tokens(batch, self.config.pad_token_id)
-            reads.append((first + (token + self.plan.offset(stride)) // stride,))
-        return self._run_head("classify", rows, reads)
-
-    def _tag_rows(self, rows: jax.Array, batches: list[Ragged], where: list[Spans]) -> jax.Array:
-        return self._program("tag", rows.shape[-2], 0)(self.head_params, rows)
-
-    def _run_head(self, task: str, rows: jax.Array, reads: Sequence[tuple[Ints, ...]]) -> jax.Array:
-        """Runs a head on the encoder's rows; `reads` has for every batch the integers of each of its sequences."""
-        sequences = sequence_bucket(max(len(integers[0]) for integers in reads))
-        padded = np.zeros((len(reads), len(reads[0]), sequences), np.int32)
-        for batch, integers in zip(padded, reads, strict=True):
-            batch[:, : len(integers[0])] = integers
-        program = self._program(task, rows.shape[-2] * self.plan.output_stride, sequences)
-        return program(self.head_params, rows, *self.devices.stack([tuple(batch) for batch in padded]))
-
-    def _program(self, name: str, rows: int, sequences: int) -> Program:
-        """The compiled program of a bucket; the first caller that needs it compiles it, the others wait."""
-        key = name, rows, sequences
-        with self._lock:
-            program = self._programs.get(key)
-            mine = program is None
-            if program is None:
-                program = self._programs[key] = Future()
-        if mine:
-            begin = time.perf_counter()
-            try:
-                with own_settings(), jax.default_device(self.devices.device):  # in whatever thread
-                    program.set_result(self._compile(*key))
-            except BaseException as error:
-                with self._lock:
-                    del self._programs[key]  # the next caller tries again
-                interrupted = RuntimeError("the compilation that this call waited for was interrupted; call again")
-                program.set_exception(error if isinstance(error, Exception) else interrupted)
-                raise
-            else:
-                seconds = time.perf_counter() - begin
-                self._count(compilations=1, compilations_after_warmup=int(self._warm), compile_seconds=seconds)
-        return program.result()
-
-    def _compile(self, name: str, rows: int, sequences: int) -> Program:
-        lowered = self._traced(name, rows, sequences).lower()
-        return self.devices.queued(lowered.compile(compiler_options(jax.default_backend(), self.threads)))
-
-    def _traced(self, name: str, rows: int, sequences: int) -> jax.stages.Traced:
-        """The program of a bucket, for what the devices run at once.
-
-        Raises:
-            BackendUnavailable: the backend refuses an op of it.
-        """
-        params: Params
-        shapes: tuple[Any, ...]
-        if name == "forward":
-            function: Program = partial(
-                forward, config=self.devices.config, funnel=self.funnel, backend=self.backend, axis=self.devices.axis
-            )
-            params, shapes = self.params, (batch_shapes(self.plan, rows),)
-        else:
-            width, dtype = self.config.hidden_size, self.params["embedding"].dtype
-            hidden = jax.ShapeDtypeStruct((rows // self.plan.output_stride, width), dtype)
-            per_sequence = jax.ShapeDtypeStruct((sequences,), np.int32)
-            program, integers = HEAD_PROGRAMS[name]
-            options = {"head": self.head} | ({"backend": self.backend} if name == "embed" else {})
-            function = partial(program, **options)
-            params, shapes = self.head_params, (hidden, *[per_sequence] * integers)
-        spread = jax.jit(self.devices.spread(function, params))
-        with native_calls.use_threads(self.threads):
-            return spread.trace(params, *self.devices.shapes(shapes))
-
-    def _count(self, **counts: float) -> None:
-        with self._lock:
-            for name, count in counts.items():
-                self._stats[name] += count
-
     def _require_task(self, task: str) -> None:
         if self.head.task != task:
             raise ConfigError(
                 f"{task} needs a classifier for it, but this checkpoint's task is {self.head.task or 'none'}; "
                 f"convert a For{'Sequence' if task == 'classify' else 'Token'}Classification checkpoint"
             )
-
-
-def last_tokens(batch: Ragged, pad_token_id: int | None) -> Ints:
-    """Index, within its sequence, of the rightmost token that is not padding; 0 if all are; [B]."""
-    if pad_token_id is None:
-        return batch.lengths - 1
-    within = np.arange(len(batch.ids), dtype=np.int32) - np.repeat(batch.offsets[:-1], batch.lengths)
-    return np.maximum.reduceat(np.where(batch.ids != pad_token_id, within, 0), batch.offsets[:-1])
 
 
 def describe_funnel(funnel: FunnelConfig) -> str:
@@ -534,19 +403,3 @@ def check_weights(weights: Mapping[str, Any], config: ModelConfig, head: HeadCon
     dtypes = {str(weight.dtype) for weight in weights.values()}
     if len(dtypes) > 1 or not dtypes <= set(DTYPES):
         raise CheckpointError(f"weights are {', '.join(sorted(dtypes))}; they must all be bfloat16 or all float32")
-
-
-def keep_compiled_programs(place: str | PathLike[str]) -> None:
-    """Makes JAX store compiled programs in the directory `place`, from now on and for the whole process."""
-    if not isinstance(place, (str, PathLike)) or not os.fspath(place):
-        raise ConfigError(f"compilation_cache={place!r} is not the name of a directory; name one, or give None")
-    directory = Path(place)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"compilation_cache {directory} cannot be made a directory: {error.strerror}; choose another place"
-        ) from error
-    jax.config.update("jax_compilation_cache_dir", str(directory))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax_cache.reset_cache()  # a directory that was in use before stays so otherwise

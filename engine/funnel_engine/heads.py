@@ -6,13 +6,16 @@ All of them read the rows of `model.forward`. A sequence's rows are `first[b] ..
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from funnel_engine.config import check_flag, check_option, check_positive, set_field
-from funnel_kernels import attention
+from funnel_engine.inputs import Ragged
+from funnel_engine.packing import Ints, Plan, Spans
+from funnel_kernels import Target, attention
 from funnel_kernels.errors import ConfigError
 
 POOLINGS = ("mean", "first", "last", "max", "attention")
@@ -105,26 +108,97 @@ def head_shapes(hidden_size: int, head: HeadConfig) -> dict[str, tuple[int, ...]
     return shapes
 
 
-def sentence_vectors(
-    params: Mapping[str, Any],
-    rows: jax.Array,  # [R, D]
-    first: jax.Array,  # [B] int32
-    count: jax.Array,  # [B] int32; 0 in rows of padding
-    *,
-    head: HeadConfig,
-    backend: str,
-) -> jax.Array:  # [B, D'] float32, not normalised
-    """One vector per sequence: its rows pooled, then the dense layers (all float32)."""
-    if head.pooling == "attention":
-        pooled = attention_pool(rows, params["pooler.query"], first, count, backend)
-    else:
-        pooled = pool_rows(rows.astype(jnp.float32), first, count, head.pooling)
-    for index, dense in enumerate(head.dense):
-        pooled = linear(pooled, params[f"dense.{index}.weight"])
-        if dense.bias:
-            pooled = pooled + params[f"dense.{index}.bias"]
-        pooled = ACTIVATIONS[dense.activation](pooled)
-    return pooled
+class Head(Protocol):
+    """What a call of the engine runs on the encoder's rows.
+
+    Attributes:
+        name: of the engine's method.
+        integers: how many the program reads of each sequence; 0 if it runs on every row.
+    """
+
+    name: ClassVar[str]
+    integers: ClassVar[int]
+
+    def reads(self, batch: Ragged, where: Spans) -> tuple[Ints, ...]:  # [B] each
+        """The integers of each sequence of a batch, whose rows are `where`."""
+
+    def __call__(
+        self,
+        params: Mapping[str, Any],
+        rows: jax.Array,  # [R, D]
+        *reads: jax.Array,  # [B] int32 each; 0 for sequences that are padding
+        target: Target,
+    ) -> jax.Array:
+        """The results of a batch, float32."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SentenceVectors:
+    """One vector per sequence, not normalised: its rows pooled, then the dense layers (all float32)."""
+
+    config: HeadConfig
+    name: ClassVar[str] = "embed"
+    integers: ClassVar[int] = 2
+
+    def reads(self, batch: Ragged, where: Spans) -> tuple[Ints, ...]:
+        return where  # the first row and the number of rows
+
+    def __call__(self, params: Mapping[str, Any], rows: jax.Array, *reads: jax.Array, target: Target) -> jax.Array:
+        first, count = reads
+        if self.config.pooling == "attention":
+            pooled = attention_pool(rows, params["pooler.query"], first, count, target)
+        else:
+            pooled = pool_rows(rows.astype(jnp.float32), first, count, self.config.pooling)
+        for index, dense in enumerate(self.config.dense):
+            pooled = linear(pooled, params[f"dense.{index}.weight"])
+            if dense.bias:
+                pooled = pooled + params[f"dense.{index}.bias"]
+            pooled = ACTIVATIONS[dense.activation](pooled)
+        return pooled  # [B, D']
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLogits:
+    """Raw class logits of every row."""
+
+    config: HeadConfig
+    name: ClassVar[str] = "tag"
+    integers: ClassVar[int] = 0
+
+    def reads(self, batch: Ragged, where: Spans) -> tuple[Ints, ...]:
+        return ()
+
+    def __call__(self, params: Mapping[str, Any], rows: jax.Array, *reads: jax.Array, target: Target) -> jax.Array:
+        logits = linear(rows.astype(jnp.float32), params["classifier.weight"])
+        return logits + params["classifier.bias"] if self.config.classifier_bias else logits  # [R, labels]
+
+
+@dataclasses.dataclass(frozen=True)
+class SequenceLogits:
+    """Raw class logits of one row per sequence: that of its last token which is not padding, as in transformers."""
+
+    config: HeadConfig
+    plan: Plan
+    pad_token_id: int | None
+    name: ClassVar[str] = "classify"
+    integers: ClassVar[int] = 1
+
+    def reads(self, batch: Ragged, where: Spans) -> tuple[Ints, ...]:
+        stride = self.plan.output_stride
+        token = last_tokens(batch, self.pad_token_id)
+        return (where.first + (token + self.plan.offset(stride)) // stride,)
+
+    def __call__(self, params: Mapping[str, Any], rows: jax.Array, *reads: jax.Array, target: Target) -> jax.Array:
+        (row,) = reads
+        return TokenLogits(self.config)(params, rows[row], target=target)  # [B, labels]
+
+
+def last_tokens(batch: Ragged, pad_token_id: int | None) -> Ints:
+    """Index, within its sequence, of the rightmost token that is not padding; 0 if all are; [B]."""
+    if pad_token_id is None:
+        return batch.lengths - 1
+    within = np.arange(len(batch.ids), dtype=np.int32) - np.repeat(batch.offsets[:-1], batch.lengths)
+    return np.maximum.reduceat(np.where(batch.ids != pad_token_id, within, 0), batch.offsets[:-1])
 
 
 def pool_rows(rows: jax.Array, first: jax.Array, count: jax.Array, pooling: str) -> jax.Array:
@@ -148,26 +222,15 @@ def row_owner(rows: int, first: jax.Array, count: jax.Array) -> jax.Array:
     return jnp.where(owned, owner, first.shape[0])
 
 
-def attention_pool(rows: jax.Array, query: jax.Array, first: jax.Array, count: jax.Array, backend: str) -> jax.Array:
+def attention_pool(rows: jax.Array, query: jax.Array, first: jax.Array, count: jax.Array, target: Target) -> jax.Array:
     """The attention pooler of arXiv:2504.02877: one learned query, 4 heads, no projections; [R, D] -> [B, D]."""
     queries = jnp.broadcast_to(query.astype(rows.dtype), (first.shape[0], rows.shape[1]))
     head_dim = rows.shape[1] // POOLER_HEADS
     pooled = attention(
         queries, rows, rows, first, first + count,
-        heads=POOLER_HEADS, kv_heads=POOLER_HEADS, scale=head_dim**-0.5, backend=backend,
+        heads=POOLER_HEADS, kv_heads=POOLER_HEADS, scale=head_dim**-0.5, target=target,
     )  # fmt: skip
     return pooled.astype(jnp.float32)
-
-
-def class_logits(params: Mapping[str, Any], rows: jax.Array, *, head: HeadConfig) -> jax.Array:
-    """[R, D] -> [R, labels] float32, the raw logits of a classifier."""
-    logits = linear(rows.astype(jnp.float32), params["classifier.weight"])
-    return logits + params["classifier.bias"] if head.classifier_bias else logits
-
-
-def sequence_logits(params: Mapping[str, Any], rows: jax.Array, at: jax.Array, *, head: HeadConfig) -> jax.Array:
-    """Class logits of one row per sequence; [R, D] and [B] -> [B, labels] float32."""
-    return class_logits(params, rows[at], head=head)
 
 
 def linear(x: jax.Array, weight: jax.Array) -> jax.Array:

@@ -5,7 +5,7 @@ another. A backend may have them in a layout of its own (`funnel_kernels.linear.
 over a list, not a scan over stacked weights, because a scan copies every layer's weights out of the stack at run time.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -15,20 +15,17 @@ import jax.numpy as jnp
 from funnel_engine.config import RECOVERIES, FunnelConfig, ModelConfig, Rope, layer_steps
 from funnel_engine.packing import Batch
 from funnel_kernels import (
-    Weight,
+    Target,
     add_norm,
     attention,
-    gated_linear,
-    linear,
     linear_add_norm,
+    mlp,
     pool_norm,
     project_heads,
     recover_norm,
 )
 
 Params = Mapping[str, Any]  # names and shapes: `weights.expected_shapes`
-
-HIDDEN_PER_BLOCK = 2**24  # numbers between the MLP's products in one block of rows, see `in_blocks`
 
 
 def forward(
@@ -37,7 +34,7 @@ def forward(
     *,
     config: ModelConfig,
     funnel: FunnelConfig,
-    backend: str = "auto",
+    target: Target,
     axis: str | None = None,
 ) -> jax.Array:
     """Runs the encoder on a packed batch.
@@ -46,7 +43,7 @@ def forward(
         params: weights, see `weights.expected_shapes`; float32 or bfloat16, which is the dtype of the activations.
         batch: N packed rows, made by `packing.pack` with the plan of the same `config` and `funnel`.
         config, funnel: the architecture and its funnel.
-        backend: which implementation runs the ops, see `funnel_kernels.dispatch`.
+        target: where it runs, and by whose kernels.
         axis: inside a `jax.shard_map`, the mesh axis along which devices share the heads and the MLP's width; `config`
             and `params` are then one device's, see `sharding`.
 
@@ -77,7 +74,7 @@ def forward(
 
     # What comes before each sub-layer is the norm of the residual stream, made together with the stream itself.
     layers = params["layers"]
-    x, normed = add_norm(x, None, layers[0]["attention_input_norm"], eps=eps, backend=backend)
+    x, normed = add_norm(x, None, layers[0]["attention_input_norm"], eps=eps, target=target)
     next_norms = [*(weights["attention_input_norm"] for weights in layers[1:]), params["final_norm"]]
 
     for weights, step, next_norm in zip(layers, steps, next_norms, strict=True):
@@ -85,13 +82,13 @@ def forward(
         if step.pool > 1:
             real = batch.levels[step.query_stride // step.pool].real
             x, normed = pool_norm(
-                x, real, weights["attention_input_norm"], stride=step.pool, pool=funnel.pool, eps=eps, backend=backend
+                x, real, weights["attention_input_norm"], stride=step.pool, pool=funnel.pool, eps=eps, target=target
             )
 
         # Attention: queries from the (pooled) rows, keys and values from those or from the unpooled ones.
         norms = (weights["query_norm"], weights["key_norm"]) if config.qk_norm else None
         heads, kv_heads = config.num_heads, config.num_kv_heads
-        project = partial(project_heads, eps=eps, backend=backend)
+        project = partial(project_heads, eps=eps, target=target)
         if step.key_stride == step.query_stride:
             angles = rotations[step.query_stride, step.layer_type]
             q, k, v = project(normed, weights["qkv"], *angles, norms, heads=(heads, kv_heads), plain_heads=kv_heads)
@@ -103,16 +100,16 @@ def forward(
         lo, hi = batch.intervals[step.query_stride, step.key_stride, step.layer_type]
         attended = attention(
             q, k, v, lo, hi,
-            heads=heads, kv_heads=kv_heads, scale=config.query_scale, softcap=config.softcap, backend=backend,
+            heads=heads, kv_heads=kv_heads, scale=config.query_scale, softcap=config.softcap, target=target,
         )  # fmt: skip
-        post_norm = weights["attention_output_norm"] if config.post_norms else None
-        x, normed = add_product(
-            x, attended, weights["attention_output"], post_norm, weights["mlp_input_norm"], eps, axis, backend
-        )
-
-        feed_forward = partial(mlp, weights, next_norm, config, axis, backend)
-        blocks = partial(in_blocks, feed_forward, rows_per_block(config))
-        x, normed = jax.lax.platform_dependent(x, normed, cpu=blocks, default=feed_forward)
+        x, normed = linear_add_norm(
+            attended, weights["attention_output"], x, weights["mlp_input_norm"],
+            update_weight=weights.get("attention_output_norm"), eps=eps, axis=axis, target=target,
+        )  # fmt: skip
+        x, normed = mlp(
+            x, normed, weights["gate_up"], weights["down"], next_norm,
+            update_weight=weights.get("mlp_output_norm"), eps=eps, axis=axis, target=target,
+        )  # fmt: skip
 
         # What the recovery needs of the full-length layers, in one buffer.
         if source and step.query_stride == 1:
@@ -125,87 +122,13 @@ def forward(
         full = full / full_layers
     return recover_norm(
         x, full, params["final_norm"],
-        stride=funnel.total_stride, mode=recovery.mode, site=funnel.recovery_site, eps=eps, backend=backend,
+        stride=funnel.total_stride, mode=recovery.mode, site=funnel.recovery_site, eps=eps, target=target,
     )  # fmt: skip
-
-
-def mlp(
-    weights: Params,
-    next_norm: jax.Array,
-    config: ModelConfig,
-    axis: str | None,
-    backend: str,
-    x: jax.Array,  # [N, D]
-    normed: jax.Array,  # [N, D]
-) -> tuple[jax.Array, jax.Array]:  # [N, D] each
-    """`x + down(gelu(gate(normed)) * up(normed))`, and the norm that the next layer begins with."""
-    hidden = gated_linear(normed, weights["gate_up"], backend=backend)
-    post_norm = weights["mlp_output_norm"] if config.post_norms else None
-    return add_product(x, hidden, weights["down"], post_norm, next_norm, config.norm_eps, axis, backend)
-
-
-def add_product(
-    x: jax.Array,  # [N, D], the residual stream
-    rows: jax.Array,  # [N, in]
-    weight: Weight,  # [D, in]
-    post_norm: jax.Array | None,  # [D]
-    next_norm: jax.Array,  # [D]
-    eps: float,
-    axis: str | None,
-    backend: str,
-) -> tuple[jax.Array, jax.Array]:  # [N, D] each
-    """The end of a sub-layer: `x + rows @ weight.T`, and its norm with the weight `next_norm`.
-
-    The product is summed over devices, and normalised before it is added if the family does that.
-    """
-    if axis is None:
-        return linear_add_norm(rows, weight, x, next_norm, update_weight=post_norm, eps=eps, backend=backend)
-    update = total(linear(rows, weight, backend=backend), axis, x.dtype)
-    return add_norm(x, update, next_norm, update_weight=post_norm, eps=eps, backend=backend)
-
-
-Rows = tuple[jax.Array, ...]  # [N, D] each
-
-
-def rows_per_block(config: ModelConfig) -> int:
-    """How many rows the MLP takes at a time on a CPU: 1024 of Gemma 2B's, all of a small model's."""
-    return max(1, HIDDEN_PER_BLOCK // config.intermediate_size)
-
-
-def in_blocks(function: Callable[..., Rows], most_rows: int, *arrays: jax.Array) -> Rows:
-    """Replaces rows of arrays by a function of them, in blocks of near-equal size, one after another.
-
-    The MLP's hidden rows are many times wider than its input. In blocks their memory does not grow with N, and XLA
-    multiplies faster: a layer of Gemma 2B on 4096 rows runs at 337 GFLOP/s on two cores so, and at 296 in one block.
-    Copying a block's rows in and out costs nothing beside that, unless the MLP is narrow: EmbeddingGemma's takes a
-    third longer in blocks of 1024 rows. An accelerator wants large products.
-    """
-    rows = arrays[0].shape[0]
-    blocks = -(-rows // most_rows)
-    if blocks == 1:
-        return function(*arrays)
-    size = -(-rows // blocks)
-
-    def update(block: jax.Array, arrays: Rows) -> Rows:
-        taken = [jax.lax.dynamic_slice_in_dim(array, block * size, size) for array in arrays]
-        replaced = zip(arrays, function(*taken), strict=True)
-        return tuple(jax.lax.dynamic_update_slice_in_dim(array, new, block * size, axis=0) for array, new in replaced)
-
-    padded = tuple(jnp.pad(array, ((0, blocks * size - rows), (0, 0))) for array in arrays)
-    return tuple(array[:rows] for array in jax.lax.fori_loop(0, blocks, update, padded))
 
 
 def gather_columns(x: jax.Array, axis: str | None) -> jax.Array:
     """Every device's columns side by side, [N, D / T] -> [N, D]; without an axis they are all here."""
     return x if axis is None else jax.lax.all_gather(x, axis, axis=1, tiled=True)
-
-
-def total(update: jax.Array, axis: str, dtype: jnp.dtype) -> jax.Array:
-    """The sum of every device's share of an update, [N, D].
-
-    It is summed in the dtype of the activations: in float32 twice as much would travel between devices.
-    """
-    return jax.lax.psum(update.astype(dtype), axis)
 
 
 def rotation(rope: Rope, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:

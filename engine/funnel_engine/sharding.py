@@ -28,17 +28,16 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from funnel_engine.checkpoints.safetensors_file import release
 from funnel_engine.config import FunnelConfig, ModelConfig
+from funnel_engine.devices import Tree, batch_shapes, map_weights
 from funnel_engine.heads import HeadConfig
-from funnel_engine.jax_settings import default_device, device_name
+from funnel_engine.jax_settings import device_name
 from funnel_engine.model import Params, forward
-from funnel_engine.packing import Ints, Plan, make_plan, pack, split
-from funnel_engine.weights import DTYPES, check_dtype, expected_shapes, nest, prepare_weight
-from funnel_kernels import PackedWeight, Weight
+from funnel_engine.packing import Ints, Plan, make_plan, split
+from funnel_engine.weights import DTYPES, check_dtype, expected_shapes, nest
+from funnel_kernels import PackedWeight, Target
 from funnel_kernels.errors import ConfigError
 
-Tree = Any  # a pytree of arrays
 AXES = ("data", "model")
 
 # Programs that exchange data must be queued in the same order on all of their devices, or each waits for another. So
@@ -46,58 +45,19 @@ AXES = ("data", "model")
 QUEUE = threading.Lock()
 
 
-class OneDevice:
-    """An engine without a mesh: one device, JAX's default where the engine is made, runs one batch after another.
-
-    What its methods are for stands in `DeviceMesh`, which has the same.
-    """
-
-    data = 1
-    axis: str | None = None
-
-    def __init__(self, config: ModelConfig, backend: str):
-        self.config, self.backend, self.device = config, backend, default_device()
-
-    def groups(self, plan: Plan, lengths: Ints, buckets: Sequence[int]) -> list[list[Ints]]:
-        return [[batch] for batch in split(plan, lengths, buckets[-1])]
-
-    def place(self, weights: Params, funnel: FunnelConfig, dtype: str) -> dict[str, Any]:
-        """Each weight is replaced as soon as it is on the device, so that host memory holds one of them twice."""
-        put = partial(to_device, dtype=dtype, backend=self.backend, device=self.device)
-        return map_weights(put, nest(weights, self.config, funnel))
-
-    def stack(self, batches: Sequence[Tree]) -> Tree:
-        return batches[0]
-
-    def unstack(self, results: jax.Array) -> Iterator[np.ndarray]:
-        yield np.asarray(results)
-
-    def shapes(self, batch: Tree) -> Tree:
-        return batch
-
-    def spread(self, function: Callable[..., jax.Array], params: Tree) -> Callable[..., jax.Array]:
-        return function
-
-    def queued(self, program: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-        return program
-
-    def __str__(self) -> str:
-        return device_name(self.device)
-
-
 class DeviceMesh:
     """The devices of a mesh, for one model.
 
+    It has what `devices.Devices` asks for, and besides:
+
     Attributes:
         mesh: the mesh with both axes, ("data", "model"); one that was not given has size 1.
-        device: its first device.
-        data, model: their sizes.
-        axis: the axis over which `model.forward` sums; None if the model is not split.
-        whole, config: the model, and one device's share of it.
+        model: how many devices share the layers.
+        whole: the model, of which `config` is one device's share.
         cuts: how its weights are divided, by name; those that are not here are on every device.
     """
 
-    def __init__(self, mesh: Mesh, config: ModelConfig):
+    def __init__(self, mesh: Mesh, config: ModelConfig, *, backend: str = "auto", threads: int = 0):
         """Raises `ConfigError` for a mesh with other axes, or one that does not divide the model."""
         if not isinstance(mesh, Mesh):
             raise ConfigError(f"mesh={mesh!r} must be a jax.sharding.Mesh, e.g. jax.make_mesh((2, 4), {AXES})")
@@ -109,6 +69,7 @@ class DeviceMesh:
         order = [mesh.axis_names.index(name) for name in AXES if name in mesh.axis_names]
         self.mesh = Mesh(mesh.devices.transpose(order).reshape(self.data, self.model), AXES)
         self.device = self.mesh.devices.flat[0]
+        self.target = Target.of(self.device, backend=backend, threads=threads)
         self.axis = "model" if self.model > 1 else None
         self.config = share(config, self.model)
         self.whole = config
@@ -127,7 +88,7 @@ class DeviceMesh:
         batches = next(batches for batches in tried if len(batches) <= most)
         return [batches[start : start + self.data] for start in range(0, len(batches), self.data)]
 
-    def place(self, weights: Params, funnel: FunnelConfig, dtype: str) -> dict[str, Any]:
+    def put(self, weights: Params, funnel: FunnelConfig, dtype: str) -> dict[str, Any]:
         """Gives every device its part of the weights, straight from where they are: host memory holds one part."""
         if foreign := [device for device in self.mesh.devices.flat if device.process_index != jax.process_index()]:
             raise ConfigError(
@@ -149,7 +110,7 @@ class DeviceMesh:
         return map_weights(put, nest(weights, self.whole, funnel))
 
     def weight_shapes(self, funnel: FunnelConfig, dtype: str) -> dict[str, Any]:
-        """What `place` makes of an encoder's weights, as shapes only."""
+        """What `put` makes of an encoder's weights, as shapes only."""
         element = np.zeros((), DTYPES[dtype])  # one, whatever the shape
         shapes = expected_shapes(self.whole, HeadConfig())
         tree = nest({name: np.broadcast_to(element, shape) for name, shape in shapes.items()}, self.whole, funnel)
@@ -174,7 +135,7 @@ class DeviceMesh:
             lambda array: jax.ShapeDtypeStruct((self.data, *array.shape), array.dtype, sharding=sharding), batch
         )
 
-    def spread(self, function: Callable[..., jax.Array], params: Tree) -> Callable[..., jax.Array]:
+    def shard(self, function: Callable[..., jax.Array], params: Tree) -> Callable[..., jax.Array]:
         """Makes of `function(params, *arrays of one batch)` the same of stacked batches, each on its own devices.
 
         Args:
@@ -290,28 +251,6 @@ def share(config: ModelConfig, devices: int) -> ModelConfig:
     )
 
 
-def map_weights(function: Callable[[str, Any], Any], tree: dict[str, Any]) -> dict[str, Any]:
-    """Replaces every weight of a tree by a function of its name and itself."""
-    mapped: dict[str, Any] = jax.tree.map_with_path(
-        lambda path, weight: function(path[-1].key, weight), tree, is_leaf=lambda node: isinstance(node, PackedWeight)
-    )
-    return mapped
-
-
-def to_device(name: str, weight: Any, dtype: str, backend: str, device: jax.Device | None = None) -> Weight:
-    """Casts, prepares and transfers one weight. On a CPU, one that needs none of it stays where its file is mapped.
-
-    Args:
-        device: None takes JAX's default.
-    """
-    prepared = prepare_weight(name, weight, dtype, backend)
-    if prepared is not weight and isinstance(weight, np.ndarray):
-        release(weight)
-    arrays = jax.tree.leaves(prepared)
-    is_there = all(isinstance(array, jax.Array) and array.devices() == {device} for array in arrays)
-    return prepared if is_there else jax.device_put(prepared, device)
-
-
 def abstract_forward(
     mesh: Mesh, config: ModelConfig, funnel: FunnelConfig, *, rows: int, dtype: str = "bfloat16", backend: str = "auto"
 ) -> tuple[Any, dict[str, Any], Tree]:
@@ -328,14 +267,8 @@ def abstract_forward(
         ConfigError: the mesh or the funnel does not fit the model, or there is no such dtype.
     """
     dtype = check_dtype(dtype)
-    devices = DeviceMesh(mesh, config)
-    encoder = partial(forward, config=devices.config, funnel=funnel, backend=backend, axis=devices.axis)
+    devices = DeviceMesh(mesh, config, backend=backend)
+    encoder = partial(forward, config=devices.config, funnel=funnel, target=devices.target, axis=devices.axis)
     params = devices.weight_shapes(funnel, dtype)
     batch = devices.shapes(batch_shapes(make_plan(config, funnel), rows))
-    return jax.jit(devices.spread(encoder, params)), params, batch
-
-
-def batch_shapes(plan: Plan, rows: int) -> Tree:
-    """The shapes of a packed batch of so many rows."""
-    any_batch = pack(plan, np.zeros(1, np.int32), np.array([0, 1], np.int32), rows)  # only shapes matter
-    return jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), any_batch)
+    return jax.jit(devices.shard(encoder, params)), params, batch

@@ -13,7 +13,7 @@ import numpy as np
 
 from funnel_engine.config import FunnelConfig, ModelConfig, layer_steps
 from funnel_engine.heads import HeadConfig, head_shapes
-from funnel_kernels import PackedWeight, Weight, prepare
+from funnel_kernels import PackedWeight, Target, Weight, prepare
 from funnel_kernels.errors import ConfigError
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -86,8 +86,8 @@ def nest(flat: Mapping[str, Any], config: ModelConfig, funnel: FunnelConfig) -> 
     return tree
 
 
-def prepare_weight(name: str, weight: Any, dtype: str, backend: str) -> Weight:
-    """One weight, cast and in the layout that the products of a backend read (`funnel_kernels.linear.prepare`).
+def prepare_weight(name: str, weight: Any, dtype: str, target: Target) -> Weight:
+    """One weight, cast and in the layout that the products of a target read (`funnel_kernels.linear.prepare`).
 
     Args:
         name: in the flat table or the tree.
@@ -100,7 +100,7 @@ def prepare_weight(name: str, weight: Any, dtype: str, backend: str) -> Weight:
             raise ConfigError(f"{name} is packed as {weight.dtype}; cast it to {dtype} before it is prepared")
         weight = weight.astype(DTYPES[dtype])
     leaf = name.rpartition(".")[2]
-    return prepare(weight, parts=PRODUCTS[leaf], backend=backend) if leaf in PRODUCTS else weight
+    return prepare(weight, parts=PRODUCTS[leaf], target=target) if leaf in PRODUCTS else weight
 
 
 def random_weights(config: ModelConfig, head: HeadConfig, dtype: str, seed: int) -> dict[str, np.ndarray]:

@@ -12,23 +12,29 @@ from funnel_kernels.linear import (
     prepare,
     project_heads,
 )
+from funnel_kernels.mlp import mlp
 from funnel_kernels.norm import rms_norm
-from funnel_kernels.pool import pool_norm
-from funnel_kernels.recover import recover_norm
+from funnel_kernels.pool_norm import pool_norm
+from funnel_kernels.recover_norm import recover_norm
+from funnel_kernels.target import BACKENDS, Record, Target
 
 __all__ = [
+    "BACKENDS",
     "BackendUnavailable",
     "CheckpointError",
     "ConfigError",
     "FunnelError",
     "InputError",
     "PackedWeight",
+    "Record",
+    "Target",
     "Weight",
     "add_norm",
     "attention",
     "gated_linear",
     "linear",
     "linear_add_norm",
+    "mlp",
     "pool_norm",
     "prepare",
     "project_heads",

@@ -1,14 +1,11 @@
 """Calling the C++ kernels for CPUs through XLA's foreign function interface, and whether that is possible here."""
 
-import contextlib
-import contextvars
 import functools
-import importlib
 import os
 import platform
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -16,60 +13,46 @@ import jax
 import numpy as np
 
 from funnel_kernels.errors import ConfigError
-
-THREADS = contextvars.ContextVar("threads", default=0)
-
-
-@contextlib.contextmanager
-def use_threads(count: int) -> Iterator[None]:
-    """Kernels that are traced inside run on at most `count` threads; 0 stands for one for each core of the process."""
-    token = THREADS.set(count)
-    try:
-        yield
-    finally:
-        THREADS.reset(token)
+from funnel_kernels.target import Target, Unsupported
 
 
-def implementation(module: str, name: str) -> Callable[..., Any]:
-    """The function `name` of a module, which raises `NotImplementedError` where the kernels cannot run."""
-
-    def served(*arrays: Any, **options: Any) -> Any:
-        check_runs()
-        return getattr(importlib.import_module(module), name)(*arrays, **options)
-
-    return served
-
-
-@functools.cache
-def check_runs() -> None:
-    """Raises `NotImplementedError` unless JAX runs on a CPU for which the kernels were built.
+def check(target: Target) -> None:
+    """Raises `Unsupported` unless the target is a CPU for which the kernels were built.
 
     Raises:
         ConfigError: FUNNEL_CPU_ISA names no instruction set.
     """
-    device = jax.devices()[0].platform
-    if device != "cpu":
-        raise NotImplementedError(f"JAX runs on {device}")
+    if target.platform != "cpu":
+        raise Unsupported(f"JAX runs on {target.platform}")
+    if found := problem():
+        raise Unsupported(found)
+
+
+@functools.cache
+def problem() -> str | None:
+    """Why the kernels cannot run on this machine; None if they can.
+
+    Raises:
+        ConfigError: FUNNEL_CPU_ISA names no instruction set.
+    """
     try:
         import funnel_native
-    except ImportError as error:
-        raise NotImplementedError("the package funnel_native is not installed") from error
+    except ImportError:
+        return "the package funnel_native is not installed"
     try:
-        problem = funnel_native.problem()
+        return funnel_native.problem()
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    if problem:
-        raise NotImplementedError(problem)
 
 
 @functools.cache
 def warn_without_kernels() -> None:
-    """Warns once in a process where the kernels were made for this machine, but are not installed.
+    """Warns once in a process on a machine for which the kernels were made, where they are not installed.
 
     Raises:
         ConfigError: FUNNEL_CPU_ISA names no instruction set.
     """
-    if (sys.platform, platform.machine()) != ("linux", "x86_64") or jax.devices()[0].platform != "cpu":
+    if (sys.platform, platform.machine()) != ("linux", "x86_64"):
         return
     try:
         import funnel_native
@@ -87,9 +70,7 @@ def instruction_set() -> str | None:
     Raises:
         ConfigError: FUNNEL_CPU_ISA names no instruction set.
     """
-    try:
-        check_runs()
-    except NotImplementedError:
+    if problem():
         return None
     import funnel_native
 
@@ -97,30 +78,45 @@ def instruction_set() -> str | None:
     return f"{found}, limited by {funnel_native.LIMIT}={limit}" if limit else found
 
 
-def threads() -> int:
-    """How many threads a kernel that is traced now will run on."""
-    return THREADS.get() or len(os.sched_getaffinity(0))
+def count_threads(target: Target) -> int:
+    """How many threads a kernel uses there at most."""
+    return target.threads or len(os.sched_getaffinity(0))
+
+
+def check_product(dtype: np.dtype, target: Target) -> None:
+    """Raises `Unsupported` unless the kernels have a fast product of this dtype there."""
+    check(target)
+    if found := product_problem(str(dtype)):
+        raise Unsupported(found)
 
 
 @functools.cache
-def check_product(dtype: np.dtype) -> None:
-    """Raises `NotImplementedError` unless oneDNN has a fast product of this dtype here."""
-    check_runs()
+def product_problem(dtype: str) -> str | None:
+    """Why the kernels have no fast product of a dtype on this machine; None if they have."""
+    if found := problem():
+        return found
     import funnel_native
 
-    is_bfloat16, no_product = str(dtype) == "bfloat16", funnel_native.handlers().no_product
-    if problem := no_product(is_bfloat16):
-        limit = funnel_native.limit()
-        limited = f", with {funnel_native.LIMIT}={limit}" if limit else ""
-        other = "; dtype='float32' has one" if is_bfloat16 and not no_product(False) else ""
-        raise NotImplementedError(f"{problem}{limited}{other}")
+    is_bfloat16, no_product = dtype == "bfloat16", funnel_native.handlers().no_product
+    if not (found := no_product(is_bfloat16)):
+        return None
+    limit = funnel_native.limit()
+    limited = f", with {funnel_native.LIMIT}={limit}" if limit else ""
+    other = "; dtype='float32' has one" if is_bfloat16 and not no_product(False) else ""
+    return f"{found}{limited}{other}"
 
 
-def call(target: str, out_shape: Any, *arrays: jax.Array, **attributes: int | float | bool | tuple[int, ...]) -> Any:
+def call(
+    handler: str,
+    out_shape: Any,
+    *arrays: jax.Array,
+    target: Target,
+    **attributes: int | float | bool | tuple[int, ...],
+) -> Any:
     """Runs a handler of bindings/native on arrays.
 
     Args:
-        target: the name that it is registered under.
+        handler: the name that it is registered under.
         out_shape: `jax.ShapeDtypeStruct` of the result, or a tuple of them.
         attributes: its numbers; it gets integers as int64, floats as float32, tuples as arrays of int64, and `threads`
             besides.
@@ -132,4 +128,4 @@ def call(target: str, out_shape: Any, *arrays: jax.Array, **attributes: int | fl
         tuple: partial(np.array, dtype=np.int64),
     }
     typed = {name: kinds[type(value)](value) for name, value in attributes.items()}
-    return jax.ffi.ffi_call(target, out_shape)(*arrays, **typed, threads=np.int64(threads()))
+    return jax.ffi.ffi_call(handler, out_shape)(*arrays, **typed, threads=np.int64(count_threads(target)))

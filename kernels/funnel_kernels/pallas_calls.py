@@ -1,11 +1,9 @@
 """Calling Pallas kernels on TPUs, and whether that is possible here."""
 
-import functools
-import importlib
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
-import jax
+from funnel_kernels.target import Target, Unsupported
 
 
 class Generation(NamedTuple):
@@ -31,40 +29,31 @@ GENERATIONS = {
     "TPU v6 lite": Generation("v6e", 128 * MIB, 1),
     "TPU7x": Generation("v7x", 64 * MIB, 1),
 }
-INTERPRET: Any = False  # what `pallas_call` takes; the tests set it
 
 
-def implementation(module: str, name: str) -> Callable[..., Any]:
-    """The function `name` of a module, which raises `NotImplementedError` where there is no TPU it runs on."""
-
-    def served(*arrays: Any, **options: Any) -> Any:
-        generation()
-        return getattr(importlib.import_module(module), name)(*arrays, **options)
-
-    return served
+def check(target: Target) -> None:
+    """Raises `Unsupported` unless the target is a TPU that the kernels run on."""
+    generation(target)
 
 
-@functools.cache
-def generation() -> Generation:
-    """The TPU that JAX runs on.
+def generation(target: Target) -> Generation:
+    """The TPU that programs run on.
 
     Raises:
-        NotImplementedError: there is none, or one that no kernel was compiled for.
+        Unsupported: there is none, or one that no kernel was compiled for.
     """
-    device = jax.devices()[0]
-    if device.platform != "tpu":
-        raise NotImplementedError(f"JAX runs on {device.platform}; on a machine with a TPU, install jax[tpu]")
-    if device.device_kind not in GENERATIONS:
+    if target.platform != "tpu":
+        raise Unsupported(f"JAX runs on {target.platform}; on a machine with a TPU, install jax[tpu]")
+    if target.kind not in GENERATIONS:
         known = ", ".join(found.name for found in GENERATIONS.values())
-        raise NotImplementedError(
-            f"{device.device_kind} is a TPU that the kernels were never compiled for; known: {known}"
-        )
-    return GENERATIONS[device.device_kind]
+        raise Unsupported(f"{target.kind} is a TPU that the kernels were never compiled for; known: {known}")
+    return GENERATIONS[target.kind]
 
 
 def call(
     kernel: Callable[..., Any],
     *,
+    target: Target,
     semantics: tuple[Literal["parallel", "arbitrary"], ...],
     vmem: int | None = None,
     **options: Any,
@@ -80,4 +69,4 @@ def call(
     from jax.experimental.pallas import tpu as pltpu
 
     parameters = pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=vmem)
-    return pl.pallas_call(kernel, compiler_params=parameters, interpret=INTERPRET, **options)
+    return pl.pallas_call(kernel, compiler_params=parameters, interpret=target.interpret, **options)

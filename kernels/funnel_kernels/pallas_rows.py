@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from funnel_kernels.target import Unsupported
+
 LANES = 128  # columns of a register
 WINDOWS = 16  # a block holds a multiple: the rows of a register in bfloat16
 MOST_WINDOWS = 512  # the program of a block is unrolled; it takes the compiler seconds from here on
@@ -21,9 +23,9 @@ MEMORY = 8 * 2**20  # of a block, in bytes: half of the smallest vector memory, 
 
 
 def check_width(width: int) -> None:
-    """Raises `NotImplementedError` for rows that do not fill registers."""
+    """Raises `Unsupported` for rows that do not fill registers."""
     if width % LANES:
-        raise NotImplementedError(f"rows of width {width}; the kernel needs a multiple of {LANES}")
+        raise Unsupported(f"rows of width {width}; the kernel needs a multiple of {LANES}")
 
 
 def windows_per_block(windows: int, window_bytes: int) -> int:
@@ -34,11 +36,11 @@ def windows_per_block(windows: int, window_bytes: int) -> int:
         window_bytes: of vector memory that each takes, in all buffers together.
 
     Raises:
-        NotImplementedError: the smallest block does not fit.
+        Unsupported: the smallest block does not fit.
     """
     fitting = MEMORY // window_bytes // WINDOWS * WINDOWS
     if not fitting:
-        raise NotImplementedError(
+        raise Unsupported(
             f"{WINDOWS} windows take {WINDOWS * window_bytes:,} bytes of vector memory; the kernel may use {MEMORY:,}"
         )
     wanted = pl.cdiv(windows, FEWEST_BLOCKS * WINDOWS) * WINDOWS

@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
-
 TUNED = Path(__file__).parent / "tuned"
 
 
@@ -31,9 +29,9 @@ class Key(NamedTuple):
     dtype: str
 
 
-def find(key: Key) -> Mapping[str, int] | None:
-    """The measured block sizes for the device that JAX runs on, or None."""
-    return read_table(table_file(jax.devices()[0].device_kind)).get(key)
+def find(key: Key, device_kind: str) -> Mapping[str, int] | None:
+    """The block sizes that were measured on a kind of device, or None."""
+    return read_table(table_file(device_kind)).get(key)
 
 
 def table_file(device_kind: str) -> Path:

@@ -275,7 +275,7 @@ import sys, numpy as np
 from jax.experimental import topologies
 from funnel_benchmarks import static_tpu
 from funnel_engine import preset
-from funnel_kernels import pallas_calls
+from funnel_kernels import Target
 generation, *names = sys.argv[1:]
 device = topologies.get_topology_desc(platform="tpu", topology_name=static_tpu.TOPOLOGIES[generation]).devices[0]
 pallas_calls.generation = lambda: pallas_calls.GENERATIONS[device.device_kind]

@@ -15,10 +15,13 @@ from funnel_benchmarks import tune
 from funnel_benchmarks.statistics import Spread
 from funnel_kernels import tuning
 from funnel_kernels.errors import BackendUnavailable
+from option_grid import target
+
+H100 = target("triton")
 
 
 @pytest.fixture
-def small(monkeypatch, interpreted_triton):
+def small(monkeypatch):
     """Problems that Triton's interpreter runs in a second."""
     monkeypatch.setattr(tune, "TOKENS", 32)
     monkeypatch.setattr(tune, "LENGTH", 16)
@@ -30,8 +33,8 @@ def small(monkeypatch, interpreted_triton):
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: tune.attention_problem(32, "float32"), lambda: tune.pool_problem(512, "float32"),
-             lambda: tune.recover_problem(512, "float32")],
+    "make", [lambda: tune.attention_problem(32, "float32", H100), lambda: tune.pool_problem(512, "float32", H100),
+             lambda: tune.recover_problem(512, "float32", H100)],
     ids=["attention", "pool_norm", "recover_norm"],
 )  # fmt: skip
 def test_every_candidate_of_a_problem_is_timed_and_the_fastest_comes_first(small, make):
@@ -51,7 +54,7 @@ def problem_of(make):
     x = jnp.asarray(np.random.default_rng(0).standard_normal(64), jnp.float32)
     candidates = [("right",), ("wrong",), ("not a number",), ("too large",)]
     key = tuning.Key("pool_norm", 64, "float32")
-    return tune.Problem(key, "64", (x,), make, lambda x: (x, 2 * x), candidates, lambda sizes: None)
+    return tune.Problem(key, "64", (x,), make, lambda x: (x, 2 * x), candidates, lambda sizes: None, H100)
 
 
 def test_candidates_that_are_wrong_or_do_not_compile_are_dropped_with_the_reason(small):
@@ -88,9 +91,9 @@ def test_what_is_refused_by_the_compiler_never_runs(small, monkeypatch):
     assert len(advanced) == 4
 
 
-def test_what_does_not_fit_hoppers_shared_memory_is_no_candidate(interpreted_triton, monkeypatch):
+def test_what_does_not_fit_hoppers_shared_memory_is_no_candidate(monkeypatch):
     monkeypatch.setattr(tune, "TOKENS", 32)
-    candidates = tune.attention_problem(256, "bfloat16").candidates
+    candidates = tune.attention_problem(256, "bfloat16", H100).candidates
     assert len(candidates) == 18  # of 36
     assert (128, 64, 8, 2) in candidates
     assert (128, 64, 8, 3) not in candidates
@@ -98,11 +101,10 @@ def test_what_does_not_fit_hoppers_shared_memory_is_no_candidate(interpreted_tri
 
 SPILLS = """
 from funnel_benchmarks import tune
-from funnel_kernels import triton_calls
+from funnel_kernels import Target
 
-triton_calls.capability = lambda: 90
 tune.TOKENS = 32
-problem = tune.attention_problem(256, "bfloat16")
+problem = tune.attention_problem(256, "bfloat16", Target("triton", "gpu", "NVIDIA H100", "9.0"))
 chosen = [sizes for sizes in problem.candidates if sizes in ((128, 32, 4, 2), (64, 32, 8, 2))]
 print(tune.static_problems(problem._replace(candidates=chosen)))
 """
@@ -122,7 +124,7 @@ def test_if_no_candidate_is_right_nothing_is_written(small, tmp_path):
     with pytest.raises(
         BackendUnavailable, match="pool_norm 64 float32: no candidate runs and is right; the first is wr"
     ):
-        tune.tune(problem, tmp_path / "table.json", "NVIDIA H200")
+        tune.tune(problem, tmp_path / "table.json")
     assert not list(tmp_path.iterdir())
 
 

@@ -13,14 +13,15 @@ from click.testing import CliRunner
 
 import funnel_native
 from funnel_engine.cli import main
-from funnel_kernels import BackendUnavailable, native_calls
+from funnel_kernels import BackendUnavailable, Target, native_calls
+from funnel_kernels.target import Unsupported
 from tiny_models import make_engine
 
 CACHES = (
     funnel_native.problem,
     funnel_native.handlers,
-    native_calls.check_runs,
-    native_calls.check_product,
+    native_calls.problem,
+    native_calls.product_problem,
     native_calls.warn_without_kernels,
 )
 REASON = Path(funnel_native.__file__).with_name("not_built.txt")
@@ -76,7 +77,7 @@ def test_without_them_an_engine_warns_once_in_a_process(unbuilt, monkeypatch):
 def test_without_them_auto_runs_on_xla_and_doctor_says_why(unbuilt):
     engine = make_engine()
     assert engine.embed([[1, 2, 3]]).shape == (1, 24)
-    for line in ("linear", "attention", "pool_norm", "recover_norm"):
+    for line in ("project_heads", "attention", "gated_linear", "linear_add_norm", "add_norm"):
         assert re.search(f"^{line} +xla;", engine.describe(), re.MULTILINE)
     with pytest.raises(BackendUnavailable, match="cpu: the compiled module was not built"):
         make_engine(backend="cpu")
@@ -106,10 +107,9 @@ def test_a_processor_without_avx2(forgetful, monkeypatch):
     assert funnel_native.problem() == "this processor has no AVX2"
 
 
-def test_on_another_platform_they_refuse(forgetful, monkeypatch):
-    monkeypatch.setattr("jax.devices", lambda: [type("Device", (), {"platform": "gpu"})])
-    with pytest.raises(NotImplementedError, match="JAX runs on gpu"):
-        native_calls.check_runs()
+def test_on_another_platform_they_refuse():
+    with pytest.raises(Unsupported, match="JAX runs on gpu"):
+        native_calls.check(Target("cpu", "gpu"))
 
 
 NATIVE = ROOT / "bindings" / "native"

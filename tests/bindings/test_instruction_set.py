@@ -96,7 +96,7 @@ print(funnel_native.problem())
 
 @pytest.fixture
 def unknown(monkeypatch):
-    caches = (funnel_native.problem, funnel_native.handlers, native_calls.check_runs, native_calls.check_product)
+    caches = (funnel_native.problem, funnel_native.handlers, native_calls.problem, native_calls.product_problem)
     for cache in caches:
         cache.cache_clear()
     monkeypatch.setenv("FUNNEL_CPU_ISA", "sse2")
@@ -118,7 +118,7 @@ def test_doctor_says_what_the_processor_has_and_the_limit():
     assert json.loads(run(doctor).stdout)["instruction set"] == PROCESSOR
     facts = json.loads(run(doctor, FUNNEL_CPU_ISA="avx2").stdout)
     assert facts["instruction set"] == f"{PROCESSOR}, limited by FUNNEL_CPU_ISA=avx2"
-    assert "not cpu: oneDNN has no blocked product of bfloat16 for this processor" in facts["linear"]
+    assert "not cpu: oneDNN has no blocked product of bfloat16 for this processor" in facts["gated_linear"]
     assert facts["attention"].startswith("cpu; ")
 
 

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from funnel_kernels import attention, native_calls
-from option_grid import AttentionCase, Edges, Packed, Scattered
+import funnel_native
+from funnel_kernels import attention
+from option_grid import AttentionCase, Edges, Packed, Scattered, target
 
 TOLERANCE = {"float32": 2**-16, "bfloat16": 2**-6.9}
 
@@ -18,9 +19,8 @@ TOLERANCE = {"float32": 2**-16, "bfloat16": 2**-6.9}
 @functools.cache
 def program(case: AttentionCase, threads: int):
     """Compiled once: its kernels run with the instruction set that is allowed when it is called."""
-    with native_calls.use_threads(threads):
-        attend = jax.jit(lambda *arrays: attention(*arrays, **case.options(), backend="cpu"))
-        return attend.lower(*case.arrays()).compile()
+    attend = jax.jit(lambda *arrays: attention(*arrays, **case.options(), target=target("cpu", threads)))
+    return attend.lower(*case.arrays()).compile()
 
 
 def run(case: AttentionCase, arrays: tuple[np.ndarray, ...] | None = None, threads: int = 0) -> np.ndarray:
@@ -83,7 +83,7 @@ def test_a_sequence_has_the_same_bits_alone_and_anywhere_in_a_batch(instruction_
     together = run(case)
     query_rows = [-(-length // query_stride) for length in lengths]
     keys, queries = (np.cumsum([0, *counts]) for counts in (lengths, query_rows))
-    attend = functools.partial(attention, **case.options(), backend="cpu")
+    attend = functools.partial(attention, **case.options(), target=target("cpu"))
     for index, length in enumerate(lengths):
         mine, seen = (slice(ends[index], ends[index + 1]) for ends in (queries, keys))
         start = np.int32(seen.start)
@@ -152,7 +152,7 @@ ATTRIBUTES = {
 
 
 def call(**changed):
-    native_calls.check_runs()  # registers the handlers
+    funnel_native.problem()  # registers the handlers
     attributes = {name: changed.pop(name, value) for name, value in ATTRIBUTES.items()}
     arrays = VALID | changed
     out = arrays.pop("out")

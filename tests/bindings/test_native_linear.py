@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 import funnel_native
-from funnel_kernels import add_norm, gated_linear, linear, linear_add_norm, native_calls, prepare, project_heads
+from funnel_kernels import add_norm, gated_linear, linear, linear_add_norm, prepare, project_heads
 from funnel_kernels.linear.packed import packs
-from option_grid import EPS, HeadsCase, LinearAddNormCase, LinearCase, no_product, served_or_refused
+from option_grid import EPS, HeadsCase, LinearAddNormCase, LinearCase, no_product, served_or_refused, target
 
 HANDLERS = funnel_native.handlers()
 BEST = HANDLERS.instruction_set()
@@ -26,10 +26,10 @@ OURS = BEST == "avx512_bf16" and not no_product("bfloat16")  # whose kernel mult
 def program(case: LinearCase, threads: int):
     """Compiled once, and its arrays: its kernels run with the instruction set that is allowed when it is called."""
     x, weight, add = case.arrays()
-    arrays = (x, prepare(weight, parts=1 + case.gated, backend="cpu"), *(() if add is None else (add,)))
+    arrays = (x, prepare(weight, parts=1 + case.gated, target=target("cpu")), *(() if add is None else (add,)))
     product = gated_linear if case.gated else linear
-    with native_calls.use_threads(threads):
-        return jax.jit(lambda *arrays: product(*arrays, backend="cpu")).lower(*arrays).compile(), arrays
+    run = jax.jit(lambda *arrays: product(*arrays, target=target("cpu", threads)))
+    return run.lower(*arrays).compile(), arrays
 
 
 def run(case: LinearCase, threads: int = 0) -> np.ndarray:
@@ -75,37 +75,42 @@ def test_results_are_equal_to_the_bit_from_run_to_run(case):
             assert all((run(case, threads) == first).all() for _ in range(5))
 
 
+TWO_THREADS = target("cpu", 2)
+
+
 def row_results(op: str, dtype: str):
     """A function that makes an op's results of rows `first` to `last` of its input, always with the same weights."""
     if op == "project_heads":
         heads = HeadsCase(400, 384, 128, (3, 1), 1, dtype, normed=True)
         x, weight, cos, sin, norms = heads.arrays()
-        packed = prepare(weight, backend="cpu")
+        packed = prepare(weight, target=target("cpu"))
         return lambda *rows: project_heads(
-            x[slice(*rows)], packed, cos[slice(*rows)], sin[slice(*rows)], norms, **heads.options(), backend="cpu"
+            x[slice(*rows)], packed, cos[slice(*rows)], sin[slice(*rows)], norms, **heads.options(), target=TWO_THREADS
         )
     if op == "linear_add_norm":
         x, weight, add, norm, update_norm = LinearAddNormCase(400, 384, 384, dtype, normed=True).arrays()
-        packed, options = prepare(weight, backend="cpu"), {"update_weight": update_norm, "eps": EPS, "backend": "cpu"}
+        packed, options = (
+            prepare(weight, target=target("cpu")),
+            {"update_weight": update_norm, "eps": EPS, "target": TWO_THREADS},
+        )
         return lambda *rows: linear_add_norm(x[slice(*rows)], packed, add[slice(*rows)], norm, **options)
     x, weight, _ = LinearCase(400, 384, 600, dtype, gated=op == "gated_linear").arrays()
-    packed = prepare(weight, parts=1 + (op == "gated_linear"), backend="cpu")
+    packed = prepare(weight, parts=1 + (op == "gated_linear"), target=target("cpu"))
     product = gated_linear if op == "gated_linear" else linear
-    return lambda *rows: [product(x[slice(*rows)], packed, backend="cpu")]
+    return lambda *rows: [product(x[slice(*rows)], packed, target=TWO_THREADS)]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("op", ["linear", "gated_linear", "linear_add_norm", "project_heads"])
 def test_a_row_has_the_same_bits_among_any_number_of_rows(op, dtype):
     """Whatever tile it is in: of one row or many, of few columns or whole rows."""
-    if not (OURS if dtype == "bfloat16" else packs(np.dtype(dtype), "cpu")):
+    if not (OURS if dtype == "bfloat16" else packs(dtype, target("cpu"))):
         pytest.skip("XLA makes these products here, or oneDNN with AMX")
     results = row_results(op, dtype)
-    with native_calls.use_threads(2):
-        together = results(0, 400)
-        for first, last in ((0, 1), (5, 7), (3, 15), (100, 148), (7, 136), (1, 130), (200, 400), (1, 399)):
-            for result, all_rows in zip(results(first, last), together, strict=True):
-                np.testing.assert_array_equal(result, all_rows[first:last], err_msg=f"rows {first} to {last}")
+    together = results(0, 400)
+    for first, last in ((0, 1), (5, 7), (3, 15), (100, 148), (7, 136), (1, 130), (200, 400), (1, 399)):
+        for result, all_rows in zip(results(first, last), together, strict=True):
+            np.testing.assert_array_equal(result, all_rows[first:last], err_msg=f"rows {first} to {last}")
 
 
 @pytest.mark.parametrize("normed", [False, True])
@@ -117,11 +122,10 @@ def test_a_row_has_the_same_bits_among_any_number_of_rows(op, dtype):
 def test_a_sum_and_its_norm_are_the_same_with_the_product_and_after_it(rows, threads, normed):
     """Every thread needs 192 rows, for the product to make whole ones."""
     x, weight, add, norm_weight, update_weight = LinearAddNormCase(rows, 96, 128, "bfloat16", normed).arrays()
-    packed = prepare(weight, backend="cpu")
-    expected = add_norm(add, linear(x, packed), norm_weight, update_weight=update_weight, eps=EPS, backend="cpu")
-    with native_calls.use_threads(threads):
-        run = jax.jit(lambda *a: linear_add_norm(*a, update_weight=update_weight, eps=EPS, backend="cpu"))
-        program = run.lower(x, packed, add, norm_weight)
+    packed = prepare(weight, target=target("cpu"))
+    options = {"update_weight": update_weight, "eps": EPS, "target": target(threads=threads)}
+    expected = add_norm(add, linear(x, packed, target=target()), norm_weight, **options)
+    program = jax.jit(lambda *a: linear_add_norm(*a, **options)).lower(x, packed, add, norm_weight)
     for ours, two_ops in zip(program.compile()(x, packed, add, norm_weight), expected, strict=True):
         np.testing.assert_array_equal(ours, two_ops)
     with_product = HANDLERS.suits_whole_rows(rows, *weight.shape, True, threads)
@@ -145,10 +149,8 @@ HEADS = [
 def run_heads(case: HeadsCase, threads: int = 0) -> np.ndarray:
     """All groups side by side."""
     x, weight, *rest = case.arrays()
-    with native_calls.use_threads(threads):
-        groups = jax.jit(lambda *arrays: project_heads(*arrays, **case.options(), backend="cpu"))(
-            x, prepare(weight, backend="cpu"), *rest
-        )
+    run = jax.jit(lambda *arrays: project_heads(*arrays, **case.options(), target=target("cpu", threads)))
+    groups = run(x, prepare(weight, target=target("cpu")), *rest)
     return np.concatenate([np.asarray(group, np.float64) for group in groups], axis=1)
 
 
@@ -344,16 +346,18 @@ def test_without_bfloat16_products_the_product_is_left_to_xla(limit):
     """oneDNN has blocked bfloat16 products from AVX-512-BF16 on; without them the rest of the kernels still run."""
     code = """
 import numpy as np, jax.numpy as jnp, funnel_native
-from funnel_kernels import PackedWeight, linear, linear_add_norm, prepare
+from funnel_kernels import PackedWeight, Target, linear, linear_add_norm, prepare
 half = np.ones((64, 32), jnp.bfloat16)
-assert not isinstance(prepare(half), PackedWeight)
-assert (linear(half[:4], prepare(half)) == 32).all()
-total, _ = linear_add_norm(half[:4], prepare(half), np.ones((4, 64), jnp.bfloat16), half[:, 0], eps=1e-6)
+auto = Target()
+prepared = prepare(half, target=auto)
+assert not isinstance(prepared, PackedWeight)
+assert (linear(half[:4], prepared, target=auto) == 32).all()
+total, _ = linear_add_norm(half[:4], prepared, np.ones((4, 64), jnp.bfloat16), half[:, 0], eps=1e-6, target=auto)
 assert (total == 33).all()
 packed = funnel_native.pack(np.ones((64, 32), np.float32)).astype(jnp.bfloat16)
 for weight in (half, PackedWeight(packed, (64, 32))):
     try:
-        linear(half[:4], weight, backend="cpu")
+        linear(half[:4], weight, target=Target("cpu"))
     except Exception as error:
         print(error)
 """
@@ -366,12 +370,13 @@ def test_a_program_that_is_compiled_has_made_all_its_products():
     """oneDNN writes down what it makes: a compiled program that is called makes nothing more."""
     code = """
 import sys, jax, jax.numpy as jnp, numpy as np
-from funnel_kernels import gated_linear, linear, prepare
+from funnel_kernels import Target, gated_linear, linear, prepare
+cpu = Target("cpu")
 weight = np.ones((1000, 96), jnp.float32)
-down, gate_up = prepare(weight, backend="cpu"), prepare(weight, parts=2, backend="cpu")
+down, gate_up = prepare(weight, target=cpu), prepare(weight, parts=2, target=cpu)
 for rows in (1, 16, 300):  # one tile, and tiles of different sizes
     x = jax.ShapeDtypeStruct((rows, 96), jnp.float32)
-    both = jax.jit(lambda x: (linear(x, down, backend="cpu"), gated_linear(x, gate_up, backend="cpu")))
+    both = jax.jit(lambda x: (linear(x, down, target=cpu), gated_linear(x, gate_up, target=cpu)))
     program = both.lower(x).compile()
     if sys.argv[1] == "call":
         jax.block_until_ready(program(np.ones(x.shape, x.dtype)))

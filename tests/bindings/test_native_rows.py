@@ -7,23 +7,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from funnel_kernels import add_norm, native_calls, pool_norm, recover_norm
-from option_grid import EPS, AddNormCase, PoolCase, RecoverCase
+from funnel_kernels import Target, add_norm, pool_norm, recover_norm
+from option_grid import EPS, AddNormCase, PoolCase, RecoverCase, target
 
 
-def results(case, backend: str, *arrays) -> list[jax.Array]:
+def results(case, target: Target, *arrays) -> list[jax.Array]:
     if isinstance(case, AddNormCase):
         *arrays, update_weight = arrays
-        return [*add_norm(*arrays, update_weight=update_weight, eps=EPS, backend=backend)]
+        return [*add_norm(*arrays, update_weight=update_weight, eps=EPS, target=target)]
     op = pool_norm if isinstance(case, PoolCase) else recover_norm
-    return jax.tree.leaves(op(*arrays, **case.options(), backend=backend))
+    return jax.tree.leaves(op(*arrays, **case.options(), target=target))
 
 
 @functools.cache
 def program(case, threads: int):
     """Compiled once: its kernels run with the instruction set that is allowed when it is called."""
-    with native_calls.use_threads(threads):
-        return jax.jit(functools.partial(results, case, "cpu")).lower(*case.arrays()).compile()
+    return jax.jit(functools.partial(results, case, target("cpu", threads))).lower(*case.arrays()).compile()
 
 
 def run(case, threads: int = 0) -> list[np.ndarray]:
@@ -46,7 +45,7 @@ CASES = {
 
 @functools.cache
 def reference(case) -> list[np.ndarray]:
-    return [np.asarray(result) for result in results(case, "reference", *case.arrays())]
+    return [np.asarray(result) for result in results(case, target("reference"), *case.arrays())]
 
 
 def test_every_instruction_set_agrees_with_the_reference(instruction_set):
@@ -99,7 +98,7 @@ def test_rounding_is_to_the_nearest_and_to_even(instruction_set, dtype):
     edges = np.array([0, 1e-40, 3.38e38, 3.4e38, np.inf, np.nan, 1 + 2**-8, 1 + 2**-7 + 2**-8], np.float32)
     update = np.concatenate([ties, -ties, edges, -edges])[None]
     x = np.zeros(update.shape, jnp.dtype(dtype))
-    total, _ = add_norm(x, update, np.zeros(update.shape[1], np.float32), eps=1e-6, backend="cpu")
+    total, _ = add_norm(x, update, np.zeros(update.shape[1], np.float32), eps=1e-6, target=target("cpu"))
     total, expected = np.asarray(total, np.float32), update.astype(jnp.dtype(dtype)).astype(np.float32)
     np.testing.assert_array_equal(total[np.abs(expected) > 1e-38], expected[np.abs(expected) > 1e-38])
     assert np.abs(total[np.abs(expected) <= 1e-38]).max() <= 1e-38  # the hardware's rounding may flush them to 0

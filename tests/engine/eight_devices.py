@@ -8,6 +8,7 @@ The second flag makes XLA compile these programs three times as fast.
 
 import dataclasses
 import functools
+import importlib
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -18,14 +19,15 @@ import pytest
 import transformers
 from jax.sharding import Mesh
 
-from funnel_engine import BackendUnavailable, ConfigError, Engine, FunnelConfig, HeadConfig, convert, model
+from funnel_engine import BackendUnavailable, ConfigError, Engine, FunnelConfig, HeadConfig, convert
 from funnel_engine.config import Rope
 from funnel_engine.heads import DenseConfig
 from funnel_engine.packing import make_plan, pack, spans
 from funnel_engine.sharding import DeviceMesh, abstract_forward
 from funnel_engine.weights import expected_shapes
+from funnel_kernels import Target
 from hugging_face_models import build, gemma3
-from option_grid import no_product
+from option_grid import no_product, target
 from tiny_models import CONFIG, make_engine, random_ids
 
 # heads, key/value heads, norms and softcap as the models of the family have them
@@ -107,10 +109,12 @@ def wide(backend, mesh=None):
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton", "tpu"])
-def test_every_backend_runs_over_a_mesh(backend):
+def test_every_backend_runs_over_a_mesh(backend, monkeypatch):
     """On four of the eight devices, because an interpreted kernel holds one of XLA's eight threads on each of its
     devices, and waits for another to read its arguments."""
-    (_, expected), (engine, states) = wide("xla"), wide(backend, mesh_of(data=2, model=2))
+    _, expected = wide("xla")
+    monkeypatch.setattr(Target, "of", lambda device, backend, threads: target(backend))
+    engine, states = wide(backend, mesh_of(data=2, model=2))
     assert_close(states, expected)
     for op in ("attention", "pool_norm", "recover_norm"):
         assert re.search(rf"^{op} +{backend}$", engine.describe(), re.MULTILINE)
@@ -120,7 +124,8 @@ def test_every_backend_runs_over_a_mesh(backend):
 def test_rows_in_blocks(monkeypatch):
     """On a CPU the MLP of many rows is a loop over blocks of rows, with a sum in each."""
     config = dataclasses.replace(MULTI_QUERY, max_positions=1300)
-    monkeypatch.setattr(model, "HIDDEN_PER_BLOCK", 500 * config.intermediate_size // 4)
+    module = importlib.import_module("funnel_kernels.mlp")
+    monkeypatch.setattr(module, "HIDDEN_PER_BLOCK", 500 * config.intermediate_size // 4)
     one, many = (
         make_engine(HeadConfig(), config, max_batch_tokens=1300, mesh=mesh) for mesh in (None, mesh_of(model=4))
     )
@@ -234,7 +239,7 @@ def test_describe_names_the_mesh():
 def test_over_a_mesh_products_are_not_the_kernels_of_backend_cpu():
     reason = no_product("float32") or "over a mesh weights are not packed"
     text = make_engine(HeadConfig(), GROUPED, mesh=mesh_of(model=2)).describe()
-    assert re.search(rf"^linear +xla; .*not cpu: {re.escape(reason)}$", text, re.MULTILINE)
+    assert re.search(rf"^gated_linear +xla; .*not cpu: {re.escape(reason)}$", text, re.MULTILINE)
     with pytest.raises(BackendUnavailable, match=f"not served by backend 'cpu': cpu: {re.escape(reason)}"):
         make_engine(HeadConfig(), GROUPED, mesh=mesh_of(model=2), backend="cpu")
 

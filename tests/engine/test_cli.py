@@ -135,13 +135,12 @@ def test_convert_options(folder, tmp_path):
 
 def test_doctor_says_what_serves_each_op():
     facts = json.loads(run("doctor", "--json").stdout)
-    for op in ("linear_add_norm", "attention", "add_norm", "pool_norm", "recover_norm"):
+    for op in ("attention", "add_norm", "pool_norm", "recover_norm"):
         assert facts[op].startswith("cpu; not triton: ")
-    if reason := no_product("bfloat16"):
-        assert facts["linear"].startswith("xla; not triton: ")
-        assert facts["linear"].endswith(f"; not cpu: {reason}")
-    else:
-        assert facts["linear"].startswith("cpu; not triton: ")
+    reason = no_product("bfloat16")
+    for op in ("project_heads", "gated_linear", "linear_add_norm"):
+        assert facts[op].startswith("xla; not triton: " if reason else "cpu; not triton: ")
+        assert facts[op].endswith(f"; not cpu: {reason}" if reason else "install jax[tpu]")
     assert "not triton: JAX runs on cpu; on a machine with an NVIDIA GPU, install" in facts["attention"]
     assert "only when asked for by name" in facts["reference"]
     assert facts["devices"]

@@ -167,11 +167,11 @@ def test_a_warmup_of_chosen_buckets_compiles_those_that_hold_the_rows():
     engine = make_engine()
     small, *_, largest = engine.buckets
     engine.warmup(progress=False, buckets=[small - 1, np.int32(small), 1])
-    assert {rows for _, rows, _ in engine._programs} == {small}
+    assert {rows for _, rows, _ in engine.programs.compiled} == {small}
     engine.embed([[5, 6, 7]])
     assert engine.stats()["compilations_after_warmup"] == 0
     engine.warmup(progress=False, buckets=[largest])
-    assert {rows for _, rows, _ in engine._programs} == {small, largest}
+    assert {rows for _, rows, _ in engine.programs.compiled} == {small, largest}
     for wrong, message in (
         ([0], rf"buckets\[0\]=0 must be an integer from 1 to {largest}"),
         ([1, largest + 1], rf"buckets\[1\]={largest + 1} must"),
@@ -230,7 +230,7 @@ def test_many_threads_get_the_same_as_one(engine):
     for a, b in zip(alone, together, strict=True):
         np.testing.assert_array_equal(a, b)
     assert fresh.stats()["calls"] == len(calls)
-    assert fresh.stats()["compilations"] == len(fresh._programs)  # none was compiled twice
+    assert fresh.stats()["compilations"] == len(fresh.programs.compiled)  # none was compiled twice
 
 
 def test_bfloat16_is_close_to_float32():

@@ -15,7 +15,7 @@ from funnel_engine.model import forward
 from funnel_engine.packing import make_plan, pack
 from funnel_engine.presets import preset
 from funnel_engine.weights import expected_shapes, nest
-from funnel_kernels import ConfigError
+from funnel_kernels import ConfigError, Target
 
 # Ideal latency ratio in thousandths of one funnel after L layers, both with keys and values pooled and with
 # pool_query_only, for bidirectional sequences of 512, 4096 and 8192 tokens: {L: (512, 512, 4096, 4096, 8192, 8192)}.
@@ -148,7 +148,7 @@ def program_flops(config, funnel, tokens):
     shapes = expected_shapes(config, HeadConfig()).items()
     weights = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in shapes}
     params = jax.eval_shape(partial(nest, config=config, funnel=funnel), weights)
-    run = jax.jit(partial(forward, config=config, funnel=funnel, backend="reference"))
+    run = jax.jit(partial(forward, config=config, funnel=funnel, target=Target("reference")))
     return run.lower(params, batch).compile().cost_analysis()["flops"]
 
 

@@ -19,6 +19,7 @@ from funnel_engine.config import RECOVERIES
 from funnel_engine.model import forward
 from funnel_engine.packing import make_plan, pack
 from funnel_engine.weights import nest
+from funnel_kernels import Target
 
 SEQUENCES = hf.random_ids(*range(1, 41))
 TOLERANCE = 2e-5
@@ -145,9 +146,9 @@ def test_forward_with_the_specified_ops(specimen):
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     batch = pack(plan, np.concatenate(SEQUENCES).astype(np.int32), offsets, rows=1296)
     params = nest(checkpoint.weights, checkpoint.config, funnel)
+    encoder = partial(forward, config=checkpoint.config, funnel=funnel)
     run = {
-        backend: jax.jit(partial(forward, config=checkpoint.config, funnel=funnel, backend=backend))(params, batch)
-        for backend in ("reference", "xla")
+        backend: jax.jit(partial(encoder, target=Target(backend)))(params, batch) for backend in ("reference", "xla")
     }
     real = batch.levels[1].real
     assert real.sum() == lengths.sum()

@@ -5,6 +5,7 @@ That its numbers are right is the business of the parity and funnel tests.
 
 import dataclasses
 import functools
+import importlib
 import re
 
 import jax
@@ -14,19 +15,17 @@ import numpy as np
 import pytest
 import torch
 
-from funnel_engine import model
 from funnel_engine.config import RECOVERIES, FunnelConfig, ModelConfig, Rope
+from funnel_engine.devices import map_weights
 from funnel_engine.heads import HeadConfig
-from funnel_engine.model import forward, in_blocks, rotation
+from funnel_engine.model import forward, rotation
 from funnel_engine.packing import make_plan, pack, spans
 from funnel_engine.presets import preset
-from funnel_engine.sharding import map_weights
 from funnel_engine.weights import DTYPES, expected_shapes, nest, prepare_weight, random_weights
-from funnel_kernels import BackendUnavailable, ConfigError
-from funnel_kernels.dispatch import BACKENDS
-from option_grid import no_product, served_or_refused
+from funnel_kernels import BACKENDS, ConfigError, Target
+from option_grid import no_product, served_or_refused, target
 
-run = jax.jit(forward, static_argnames=("config", "funnel", "backend"))
+run = jax.jit(forward, static_argnames=("config", "funnel", "target"))
 
 # No matrix of a layer has as many elements as an activation, so that its copies are known by their size.
 MODEL = ModelConfig(
@@ -58,7 +57,7 @@ def compiled(config, funnel, dtype, rows):
     }
     batch = pack(make_plan(config, funnel), np.array([1], np.int32), np.array([0, 1], np.int32), rows)
     params = shapes_only(nest(flat, config, funnel))
-    return run.lower(params, shapes_only(batch), config=config, funnel=funnel).compile(), params
+    return run.lower(params, shapes_only(batch), config=config, funnel=funnel, target=target()).compile(), params
 
 
 def elements(shape: str) -> int:
@@ -158,9 +157,9 @@ def test_every_backend_gives_what_the_reference_gives(backend, name, config, dty
     params, batch, plan, lengths = example(config, funnel, dtype)
     rows, results = token_rows(plan, lengths), []
     for served_by in ("reference", backend):
-        prepared = map_weights(functools.partial(prepare_weight, dtype=dtype, backend=served_by), params)
+        prepared = map_weights(functools.partial(prepare_weight, dtype=dtype, target=target(served_by)), params)
         with served_or_refused(dtype, served_by):
-            result = run(prepared, batch, config=config, funnel=funnel, backend=served_by)
+            result = run(prepared, batch, config=config, funnel=funnel, target=target(served_by))
             assert result.dtype == DTYPES[dtype]
             assert result.shape == (len(batch.ids) // funnel.output_stride, config.hidden_size)
             results.append(np.asarray(result, np.float32)[rows])
@@ -179,7 +178,7 @@ def test_rows_that_hold_no_token_are_finite(recovery, dtype):
     funnel = FunnelConfig((1, 4), keep_first=True, recovery=recovery)
     for lengths in ((5, 1, 11), ()):
         params, batch, plan, _ = example(config, funnel, dtype, lengths)
-        out = np.asarray(run(params, batch, config=config, funnel=funnel), np.float32)
+        out = run(params, batch, config=config, funnel=funnel, target=target()).astype(np.float32)
         assert np.isfinite(out).all()
         assert len(lengths) == 0 or 0 < len(token_rows(plan, np.array(lengths))) < len(out)
 
@@ -192,7 +191,8 @@ def test_rows_that_hold_no_token_do_not_reach_the_others():
     assert padding.sum() > 10
     other = dataclasses.replace(batch, ids=np.where(padding, np.arange(len(padding)) % 97, batch.ids))
     rows = token_rows(plan, lengths)
-    before, after = (np.asarray(run(params, held, config=SMALL, funnel=funnel)) for held in (batch, other))
+    options = {"config": SMALL, "funnel": funnel, "target": target()}
+    before, after = (np.asarray(run(params, held, **options)) for held in (batch, other))
     np.testing.assert_array_equal(after[rows], before[rows])
     assert (after != before).any()
 
@@ -200,58 +200,37 @@ def test_rows_that_hold_no_token_do_not_reach_the_others():
 def test_what_does_not_fit_is_refused():
     params, batch, _, _ = example(SMALL, FunnelConfig(), "float32")
     with pytest.raises(ConfigError, match="4 strides but the model only 3 layers"):
-        forward(params, batch, config=SMALL, funnel=FunnelConfig.after(3))
-    with pytest.raises(BackendUnavailable, match="backend 'cuda' does not exist in this build"):
-        forward(params, batch, config=SMALL, funnel=FunnelConfig(), backend="cuda")
+        forward(params, batch, config=SMALL, funnel=FunnelConfig.after(3), target=target())
 
 
-@pytest.mark.parametrize("rows", [1, 1024, 1025, 2500])
-def test_in_blocks_is_the_function_of_every_row(rows):
-    x, y = np.random.default_rng(rows).standard_normal((2, rows, 3)).astype(np.float32)
-    seen = []
-
-    def function(x, y):
-        seen.append(x.shape[0])
-        return 2 * x + y, y + 1
-
-    new_x, new_y = in_blocks(function, 1024, jnp.asarray(x), jnp.asarray(y))
-    np.testing.assert_array_equal(new_x, 2 * x + y)
-    np.testing.assert_array_equal(new_y, y + 1)
-    assert seen == [rows // -(-rows // 1024) + (rows % -(-rows // 1024) > 0)]  # near-equal blocks of at most 1024 rows
+# What differs between platforms.
 
 
-# What differs between platforms: `jax.lax.platform_dependent` takes another branch.
-
-
-def result_on(platform, monkeypatch, config, dtype, rows=40):
+def result_on(platform, config, dtype, rows=40):
     """The forward pass as it is for a platform, computed on the CPU."""
-
-    def take(*arrays, default, **branches):
-        return branches.get(platform, default)(*arrays)
-
-    monkeypatch.setattr(jax.lax, "platform_dependent", take)
     funnel = FunnelConfig.after(1, recovery="mean_last")
     ids = np.random.default_rng(3).integers(0, config.vocab_size, rows, np.int32)
     batch = pack(make_plan(config, funnel), ids, np.array([0, rows // 3, rows], np.int32), rows + 2)
     params = nest(random_weights(config, HeadConfig(), dtype, seed=4), config, funnel)
-    program = jax.jit(functools.partial(forward, config=config, funnel=funnel, backend="xla"))
+    program = jax.jit(functools.partial(forward, config=config, funnel=funnel, target=Target("xla", platform)))
     return np.asarray(program(params, batch), np.float64)[:rows]
 
 
-@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
 @pytest.mark.parametrize("config", [SMALL, GEMMA_1], ids=["head norms", "plain"])
-def test_every_platform_computes_the_same(platform, monkeypatch, config):
+def test_every_platform_computes_the_same(platform, config):
     for dtype, tolerance in (("float32", 1e-6), ("bfloat16", 2**-6)):
-        ours = result_on("cpu", monkeypatch, config, dtype)
-        theirs = result_on(platform, monkeypatch, config, dtype)
+        ours = result_on("cpu", config, dtype)
+        theirs = result_on(platform, config, dtype)
         assert np.linalg.norm(ours - theirs) <= tolerance * np.linalg.norm(ours)
         assert dtype == "float32" or (ours != theirs).any()  # gate and up are rounded there
 
 
 def test_a_tpu_gets_its_heads_cut_out_and_the_mlp_in_one_block(monkeypatch):
-    monkeypatch.setattr(model, "HIDDEN_PER_BLOCK", 1000 * MODEL.intermediate_size)
+    module = importlib.import_module("funnel_kernels.mlp")
+    monkeypatch.setattr(module, "HIDDEN_PER_BLOCK", 1000 * MODEL.intermediate_size)
     halves_of_heads = "tensor<3000x6x16xf32>"
-    on_tpu, on_gpu, on_cpu = (export_for(platform, 3000) for platform in ("tpu", "cuda", "cpu"))
+    on_tpu, on_gpu, on_cpu = (export_for(platform, 3000) for platform in ("tpu", "gpu", "cpu"))
     assert halves_of_heads in on_gpu
     assert halves_of_heads not in on_tpu
     assert "tensor<3000x1280xf32>" in on_tpu  # gate and up of all rows
@@ -266,8 +245,9 @@ def export_for(platform, rows):
         name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in expected_shapes(MODEL, HeadConfig()).items()
     }
     params = jax.eval_shape(lambda flat: nest(flat, MODEL, funnel), flat)
-    encoder = jax.jit(functools.partial(forward, config=MODEL, funnel=funnel, backend="xla"))
-    return jax.export.export(encoder, platforms=[platform])(params, batch).mlir_module()
+    encoder = jax.jit(functools.partial(forward, config=MODEL, funnel=funnel, target=Target("xla", platform)))
+    names = {"gpu": "cuda"}
+    return jax.export.export(encoder, platforms=[names.get(platform, platform)])(params, batch).mlir_module()
 
 
 # RoPE: the tables have to follow the single-precision arithmetic of transformers.

@@ -8,6 +8,7 @@ from transformers import Gemma2Model, Gemma3TextModel
 
 import hugging_face_models as hf
 from funnel_engine import Engine, FunnelConfig, convert
+from funnel_kernels import Target
 from funnel_kernels.linear.packed import packs
 
 TOLERANCE = 1e-5  # float32; the sums of another bucket have another order
@@ -100,7 +101,7 @@ def wide(request, tmp_path_factory):
 def same_bits(backend, dtype):
     """Whether the C++ kernels make every product here, and oneDNN none for Intel's AMX, which we could not try."""
     amx = dtype == "bfloat16" and "amx_tile" in Path("/proc/cpuinfo").read_text()
-    return backend == "auto" and packs(np.dtype(dtype), backend) and not amx
+    return backend == "auto" and packs(dtype, Target(backend)) and not amx
 
 
 @pytest.mark.parametrize(("funnel", "backend"), [*((funnel, "auto") for funnel in FUNNELS), ("no funnel", "xla")])

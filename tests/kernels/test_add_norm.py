@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from funnel_kernels import InputError, add_norm
-from option_grid import ADD_NORM_CASES, BACKENDS, EPS, AddNormCase, normal
+from option_grid import ADD_NORM_CASES, BACKENDS, EPS, AddNormCase, normal, target
 
 ROUNDING = {"float32": 2**-24, "bfloat16": 2**-8}  # the largest relative error of rounding to a dtype
 
@@ -17,7 +17,7 @@ def norm(row, weight):
 
 def jitted(backend):
     def run(x, update, weight, update_weight):
-        return add_norm(x, update, weight, update_weight=update_weight, eps=EPS, backend=backend)
+        return add_norm(x, update, weight, update_weight=update_weight, eps=EPS, target=target(backend))
 
     return jax.jit(run)
 

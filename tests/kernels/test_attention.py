@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from funnel_kernels import BackendUnavailable, InputError, attention
-from option_grid import BACKENDS, DTYPES, AttentionCase, Packed, Scattered, over_the_grid, refuses
+from option_grid import BACKENDS, DTYPES, AttentionCase, Packed, Scattered, over_the_grid, refuses, target
 
 # Largest error as a part of `sum of weight * |v|`, which bounds the output. bfloat16 may round the weights and the
 # result, each by at most 2^-8 of itself.
@@ -41,7 +41,7 @@ def oracle(case):
 @over_the_grid("attention")
 def test_agrees_with_float64(backend, case):
     arrays = case.arrays()
-    run = jax.jit(lambda *arrays: attention(*arrays, **case.options(), backend=backend))
+    run = jax.jit(lambda *arrays: attention(*arrays, **case.options(), target=target(backend)))
     if refuses("attention", backend, case):
         with pytest.raises(BackendUnavailable, match=f"{backend}: ."):
             run(*arrays)
@@ -60,7 +60,7 @@ def test_a_row_that_sees_nothing_is_exactly_zero(backend, dtype):
     q, k, v, lo, hi = case.arrays()
     empty = lo >= hi
     assert 50 < empty.sum() < 250
-    out = np.asarray(attention(q, k, v, lo, hi, **case.options(), backend=backend), np.float32)
+    out = np.asarray(attention(q, k, v, lo, hi, **case.options(), target=target(backend)), np.float32)
     assert (out[empty] == 0).all()
     assert (out[~empty] != 0).any(axis=1).all()
 
@@ -69,7 +69,7 @@ def test_a_row_that_sees_nothing_is_exactly_zero(backend, dtype):
 def test_large_scores_do_not_overflow(backend):
     case = AttentionCase(Packed((200, 90)))
     q, k, v, lo, hi = case.arrays()
-    out = attention(1e4 * q, k, v, lo, hi, **case.options(), backend=backend)
+    out = attention(1e4 * q, k, v, lo, hi, **case.options(), target=target(backend))
     # All weight is on the key of the largest score, as in the limit of infinite scores.
     scores = np.einsum("qhd,kd->hqk", q.reshape(290, 2, 8), k, dtype=np.float64)
     scores[:, (np.arange(290)[:, None] < 200) != (np.arange(290) < 200)] = -np.inf
@@ -85,7 +85,7 @@ def test_large_scores_do_not_overflow(backend):
 
 
 def compiled(case, backend):
-    run = jax.jit(lambda *arrays: attention(*arrays, **case.options(), backend=backend))
+    run = jax.jit(lambda *arrays: attention(*arrays, **case.options(), target=target(backend)))
     return run.lower(*case.arrays()).compile().as_text()
 
 
@@ -114,7 +114,7 @@ class Poisoned:
         self.case = AttentionCase(layout, heads=4, kv_heads=1)
         self.arrays = self.case.arrays()
         self.keys = np.arange(len(self.arrays[1]))
-        self.run = jax.jit(lambda *arrays: attention(*arrays, **self.case.options(), backend="xla"))
+        self.run = jax.jit(lambda *arrays: attention(*arrays, **self.case.options(), target=target("xla")))
 
     def output(self, poisoned: np.ndarray) -> np.ndarray:
         q, k, v, lo, hi = self.arrays
@@ -166,7 +166,7 @@ def valid():
     return {
         "q": jnp.ones((5, 24)), "k": jnp.ones((7, 8)), "v": jnp.ones((7, 8)),
         "lo": jnp.zeros(5, jnp.int32), "hi": jnp.full(5, 7, jnp.int32),
-        "heads": 6, "kv_heads": 2, "scale": 0.5,
+        "heads": 6, "kv_heads": 2, "scale": 0.5, "target": target(),
     }  # fmt: skip
 
 

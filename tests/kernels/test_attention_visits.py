@@ -10,7 +10,7 @@ from triton.runtime.interpreter import InterpreterBuilder
 
 from funnel_kernels import attention
 from funnel_kernels.attention import pallas_tpu, triton_gpu, xla
-from option_grid import AttentionCase, Packed
+from option_grid import AttentionCase, Packed, target
 
 PADDING = {"no padding": 0, "7 % padding": 72, "45 % padding": 784}  # rows behind those of the sequences
 padded = pytest.mark.parametrize("tail", PADDING.values(), ids=PADDING)
@@ -21,7 +21,7 @@ def case_of(tail):
 
 
 def attend(case, backend):
-    return np.asarray(jax.block_until_ready(attention(*case.arrays(), **case.options(), backend=backend)))
+    return np.asarray(jax.block_until_ready(attention(*case.arrays(), **case.options(), target=target(backend))))
 
 
 def needed(case, block_q, block_k):
@@ -36,7 +36,7 @@ def needed(case, block_q, block_k):
 
 
 @padded
-def test_triton(interpreted_triton, monkeypatch, tail):
+def test_triton(monkeypatch, tail):
     case, products, create_dot = case_of(tail), [], InterpreterBuilder.create_dot
     monkeypatch.setattr(InterpreterBuilder, "create_dot", lambda *a: products.append(a) or create_dot(*a))
     attend(case, "triton")
@@ -75,7 +75,7 @@ def test_cpu(tail):
     """A visit adds 0 times each value that a row does not see, which is NaN here, and NaN is what the row gets then."""
     case = case_of(tail)
     q, k, v, lo, hi = case.arrays()
-    attended = jax.jit(lambda k, v: attention(q, k, v, lo, hi, **case.options(), backend="cpu"))
+    attended = jax.jit(lambda k, v: attention(q, k, v, lo, hi, **case.options(), target=target("cpu")))
     clean = np.asarray(attended(k, v))
     for sequence in (0, 7, 15):
         rows = np.arange(960 + tail) // 60

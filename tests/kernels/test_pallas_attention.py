@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from funnel_kernels import attention, pallas_calls
+from funnel_kernels import Target, attention, pallas_calls
 from funnel_kernels.attention import pallas_tpu
 from funnel_kernels.attention.pallas_tpu import Sizes, Visit, decode, encode, plan
-from option_grid import ATTENTION_CASES, AttentionCase, Edges, Packed, Scattered
+from funnel_kernels.target import Unsupported
+from option_grid import ATTENTION_CASES, AttentionCase, Edges, Packed, Scattered, target
 
 CASES = {
     "16 sequences of 512": Packed((512,) * 16),
@@ -22,31 +23,26 @@ CASES = {
 }
 
 
-@pytest.fixture
-def plain_interpreter(monkeypatch):
-    """Pallas's own interpreter, and the block sizes of a TPU v5e."""
-    monkeypatch.setattr(pallas_calls, "generation", lambda: pallas_calls.GENERATIONS["TPU v5 lite"])
-    monkeypatch.setattr(pallas_calls, "INTERPRET", True)
-
-
 # Windows, strides, shared keys, a softcap and both dtypes; the simulated TPU runs more of them, with smaller blocks.
 @pytest.mark.parametrize("case", [*ATTENTION_CASES.values()][::7], ids=[*ATTENTION_CASES][::7])
-def test_agrees_with_the_reference_in_the_plain_interpreter(plain_interpreter, case):
+def test_agrees_with_the_reference_in_the_plain_interpreter(case):
+    """With the block sizes of a TPU v5e."""
+    v5e = Target("tpu", "tpu", "TPU v5 lite", interpret=True)
     arrays, options = case.arrays(), case.options()
-    out = jax.jit(lambda *arrays: attention(*arrays, backend="tpu", **options))(*arrays)
+    out = jax.jit(lambda *arrays: attention(*arrays, target=v5e, **options))(*arrays)
     wide = [np.asarray(array, np.float32) for array in arrays[:3]]
-    expected = attention(*wide, *arrays[3:], backend="reference", **options)
+    expected = attention(*wide, *arrays[3:], target=target("reference"), **options)
     tolerance = 2e-5 if case.dtype == "float32" else 2**-6
     np.testing.assert_allclose(np.asarray(out, np.float32), expected, rtol=tolerance, atol=4 * tolerance)
 
 
 @pytest.mark.parametrize("heads", [(2, 1), (2, 2)], ids=["visits are shared", "heads are shared"])
-def test_two_cores_write_every_row_once(interpreted_pallas, monkeypatch, heads):
-    monkeypatch.setattr(pallas_calls, "generation", lambda: pallas_calls.GENERATIONS["TPU v4"])
-    monkeypatch.setattr(pallas_calls, "INTERPRET", pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2))
+def test_two_cores_write_every_row_once(interpreted_pallas, heads):
+    cores = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
+    v4 = Target("tpu", "tpu", "TPU v4", interpret=cores)
     case = AttentionCase(Packed((200, 1, 77), left=150, right=9), heads=heads[0], kv_heads=heads[1], head_dim=128)
-    out = attention(*case.arrays(), **case.options(), backend="tpu")
-    expected = attention(*case.arrays(), **case.options(), backend="reference")
+    out = attention(*case.arrays(), **case.options(), target=v4)
+    expected = attention(*case.arrays(), **case.options(), target=target("reference"))
     np.testing.assert_allclose(out, expected, rtol=2e-5, atol=1e-4)
 
 
@@ -119,7 +115,7 @@ def test_a_visit_survives_its_code():
 def test_keys_outside_the_blocks_that_are_seen_are_never_read(interpreted_pallas, layout, visited):
     case = AttentionCase(layout, heads=2, head_dim=128)
     q, k, v, lo, hi = case.arrays()
-    attend = jax.jit(lambda k, v: attention(q, k, v, lo, hi, **case.options(), backend="tpu")[256:512])
+    attend = jax.jit(lambda k, v: attention(q, k, v, lo, hi, **case.options(), target=target("tpu"))[256:512])
     clean = attend(k, v)
     outside = ~np.isin(np.arange(len(k)), visited)[:, None]
     k, v = (np.where(outside, np.float32(np.nan), array) for array in (k, v))
@@ -139,10 +135,10 @@ def shapes(rows, heads, kv_heads, head_dim, dtype=jnp.bfloat16):
         ("TPU v4", 2**17, (8, 1), 256, "131072 queries .* scalar memory has room for 65536.*max_batch_tokens"),
     ],
 )
-def test_shapes_that_do_not_fit_are_refused(monkeypatch, device, rows, heads, head_dim, reason):
-    monkeypatch.setattr(pallas_calls, "generation", lambda: pallas_calls.GENERATIONS[device])
+def test_shapes_that_do_not_fit_are_refused(device, rows, heads, head_dim, reason):
     options = {"heads": heads[0], "kv_heads": heads[1], "scale": 1.0, "softcap": None}
-    with pytest.raises(NotImplementedError, match=reason):
+    options["target"] = Target("tpu", "tpu", device)
+    with pytest.raises(Unsupported, match=reason):
         jax.eval_shape(lambda *arrays: pallas_tpu.attention(*arrays, **options), *shapes(rows, *heads, head_dim))
 
 

@@ -5,15 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from funnel_kernels import BackendUnavailable, pallas_calls, pool_norm, recover_norm
+from funnel_kernels import BackendUnavailable, Target, pool_norm, recover_norm
 from funnel_kernels.pallas_rows import MEMORY, windows_per_block
+from funnel_kernels.target import Unsupported
 from option_grid import POOL_CASES, RECOVER_CASES, refuses
 
-
-@pytest.fixture
-def plain_interpreter(monkeypatch):
-    monkeypatch.setattr(pallas_calls, "generation", lambda: pallas_calls.GENERATIONS["TPU v4"])
-    monkeypatch.setattr(pallas_calls, "INTERPRET", True)
+TPU = Target("tpu", "tpu", "TPU v4", interpret=True)
 
 
 def served(op, cases):
@@ -25,8 +22,8 @@ def served(op, cases):
 def assert_same(function, case):
     """Both backends, compiled, give the same up to one rounding of the result."""
     results = [
-        jax.jit(lambda *arrays, name=name: function(*arrays, backend=name, **case.options()))(*case.arrays())
-        for name in ("tpu", "reference")
+        jax.jit(lambda *arrays, target=target: function(*arrays, target=target, **case.options()))(*case.arrays())
+        for target in (TPU, Target("reference"))
     ]
     tolerance = 1e-6 if case.dtype == "float32" else 2**-7
     for ours, expected in zip(*map(jax.tree.leaves, results), strict=True):
@@ -36,25 +33,25 @@ def assert_same(function, case):
 
 
 @served("pool_norm", POOL_CASES)
-def test_pool_norm_in_the_plain_interpreter(plain_interpreter, case):
+def test_pool_norm_in_the_plain_interpreter(case):
     assert_same(pool_norm, case)
 
 
 @served("recover_norm", RECOVER_CASES)
-def test_recover_norm_in_the_plain_interpreter(plain_interpreter, case):
+def test_recover_norm_in_the_plain_interpreter(case):
     assert_same(recover_norm, case)
 
 
 def test_a_window_that_does_not_fit_is_refused():
     assert windows_per_block(10_000, 1024) % 16 == 0
-    with pytest.raises(NotImplementedError, match=f"16 windows take {16 * MEMORY:,} bytes of vector memory"):
+    with pytest.raises(Unsupported, match=f"16 windows take {16 * MEMORY:,} bytes of vector memory"):
         windows_per_block(64, MEMORY)
 
 
 @pytest.mark.parametrize("width", [1, 48, 100, 127, 130])
-def test_rows_that_do_not_fill_registers_are_refused(plain_interpreter, width):
+def test_rows_that_do_not_fill_registers_are_refused(width):
     x, weight = jnp.ones((8, width)), jnp.ones(width)
     with pytest.raises(BackendUnavailable, match=f"rows of width {width}; the kernel needs a multiple of 128"):
-        pool_norm(x, jnp.ones(8, bool), weight, stride=2, pool="max", eps=1e-6, backend="tpu")
+        pool_norm(x, jnp.ones(8, bool), weight, stride=2, pool="max", eps=1e-6, target=TPU)
     with pytest.raises(BackendUnavailable, match=f"rows of width {width}; the kernel needs a multiple of 128"):
-        recover_norm(x, None, weight, stride=2, mode="tile", eps=1e-6, backend="tpu")
+        recover_norm(x, None, weight, stride=2, mode="tile", eps=1e-6, target=TPU)

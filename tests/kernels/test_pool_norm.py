@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from funnel_kernels import BackendUnavailable, InputError, pool_norm
-from funnel_kernels.pool import IMPLEMENTATIONS
-from option_grid import BACKENDS, DTYPES, PoolCase, normal, over_the_grid, refuses
+from funnel_kernels.pool_norm import POOL_NORM, reference
+from option_grid import BACKENDS, DTYPES, PoolCase, normal, over_the_grid, refuses, target
 
 WRITTEN = [backend for backend in BACKENDS if backend != "xla"]  # which takes the reference
 ROUNDING = {"float32": 2**-24, "bfloat16": 2**-8}  # the largest relative error of rounding to a dtype
@@ -34,11 +34,11 @@ def oracle(x, real, weight, *, stride, pool, eps):
 
 
 def jitted(case, backend):
-    return jax.jit(lambda *arrays: pool_norm(*arrays, **case.options(), backend=backend))
+    return jax.jit(lambda *arrays: pool_norm(*arrays, **case.options(), target=target(backend)))
 
 
 def test_xla_takes_the_reference():
-    assert IMPLEMENTATIONS["xla"] is IMPLEMENTATIONS["reference"]
+    assert POOL_NORM.implementation("xla", target()) == ("xla", reference.pool_norm)
 
 
 @over_the_grid("pool_norm", WRITTEN)
@@ -87,7 +87,7 @@ def test_max_and_first_hand_on_the_exact_values(backend, dtype):
 def valid():
     return {
         "x": jnp.asarray(normal(0, 6, 4), jnp.float32), "real": jnp.ones(6, bool), "weight": jnp.ones(4),
-        "stride": 2, "pool": "max", "eps": 1e-6,
+        "stride": 2, "pool": "max", "eps": 1e-6, "target": target(),
     }  # fmt: skip
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from funnel_kernels import BackendUnavailable, InputError, recover_norm
-from funnel_kernels.recover import IMPLEMENTATIONS
-from option_grid import BACKENDS, RecoverCase, normal, over_the_grid, refuses
+from funnel_kernels.recover_norm import RECOVER_NORM, reference
+from option_grid import BACKENDS, RecoverCase, normal, over_the_grid, refuses, target
 
 WRITTEN = [backend for backend in BACKENDS if backend != "xla"]  # which takes the reference
 ROUNDING = {"float32": 2**-24, "bfloat16": 2**-8}  # the largest relative error of rounding to a dtype
@@ -38,13 +38,13 @@ def oracle(short, full, weight, *, stride, mode, site, eps):
 
 
 def test_xla_takes_the_reference():
-    assert IMPLEMENTATIONS["xla"] is IMPLEMENTATIONS["reference"]
+    assert RECOVER_NORM.implementation("xla", target()) == ("xla", reference.recover_norm)
 
 
 @over_the_grid("recover_norm", WRITTEN)
 def test_agrees_with_float64(backend, case):
     arrays = case.arrays()
-    run = jax.jit(lambda *arrays: recover_norm(*arrays, **case.options(), backend=backend))
+    run = jax.jit(lambda *arrays: recover_norm(*arrays, **case.options(), target=target(backend)))
     if refuses("recover_norm", backend, case):
         with pytest.raises(BackendUnavailable, match=f"{backend}: ."):
             run(*arrays)
@@ -61,7 +61,7 @@ def test_agrees_with_float64(backend, case):
 def test_before_the_norm_sum_and_mean_are_the_same_up_to_eps(backend):
     case = RecoverCase(2, "sum")
     short, full, weight = case.arrays()
-    options = {"stride": 2, "eps": 1e-6, "backend": backend}
+    options = {"stride": 2, "eps": 1e-6, "target": target(backend)}
     total = recover_norm(short, full, weight, mode="sum", **options)
     np.testing.assert_allclose(recover_norm(short, full, weight, mode="mean", **options), total, rtol=1e-5, atol=1e-6)
     after = {"site": "after_norm", **options}
@@ -73,7 +73,7 @@ def test_before_the_norm_sum_and_mean_are_the_same_up_to_eps(backend):
 def test_the_full_length_is_written_at_most_twice(mode):
     """XLA:CPU makes one array of the combined rows and one of their norm; the tiled rows are never one of their own."""
     case = RecoverCase(4, mode, dtype="bfloat16", full_dtype="bfloat16", windows=512, width=640)
-    run = jax.jit(lambda *arrays: recover_norm(*arrays, **case.options(), backend="xla"))
+    run = jax.jit(lambda *arrays: recover_norm(*arrays, **case.options(), target=target("xla")))
     program = run.lower(*case.arrays()).compile().as_text()
     entry = re.search(r"^ENTRY .*?^}", program, re.MULTILINE | re.DOTALL).group()
     written = re.findall(r" = \w+\[(?:2048,640|512,4,640)\]\S* (?!parameter|bitcast)", entry)
@@ -83,7 +83,7 @@ def test_the_full_length_is_written_at_most_twice(mode):
 def valid():
     return {
         "short": jnp.asarray(normal(0, 3, 4), jnp.float32), "full": jnp.asarray(normal(1, 6, 4), jnp.float32),
-        "weight": jnp.ones(4), "stride": 2, "mode": "sum", "eps": 1e-6,
+        "weight": jnp.ones(4), "stride": 2, "mode": "sum", "eps": 1e-6, "target": target(),
     }  # fmt: skip
 
 

@@ -1,31 +1,24 @@
 """Where Triton's kernels run, and what is said where they do not."""
 
+import dataclasses
 import importlib.metadata
 import os
+import sys
 import types
 
-import jax
 import jax.numpy as jnp
 import pytest
 
-from funnel_kernels import BackendUnavailable, dispatch, native_calls, pool_norm, triton_calls
-from funnel_kernels.pool import IMPLEMENTATIONS as POOL
+import funnel_kernels.op as op_module
+from funnel_kernels import BackendUnavailable, Record, Target, pool_norm, triton_calls
+from funnel_kernels.target import Unsupported
 
 
 @pytest.fixture(autouse=True)
 def nothing_remembered():
-    triton_calls.capability.cache_clear()
-    native_calls.check_runs.cache_clear()
     triton_calls.check_packages.cache_clear()
     yield
-    triton_calls.capability.cache_clear()
-    native_calls.check_runs.cache_clear()
     triton_calls.check_packages.cache_clear()
-
-
-def device(monkeypatch, platform, kind, compute_capability):
-    fake = types.SimpleNamespace(platform=platform, device_kind=kind, compute_capability=compute_capability)
-    monkeypatch.setattr(jax, "devices", lambda: [fake])
 
 
 def packages(monkeypatch, importable=True, **versions):
@@ -50,29 +43,27 @@ def packages(monkeypatch, importable=True, **versions):
     ("kind", "reported", "expected"),
     [("NVIDIA A100-SXM4-80GB", "8.0", 80), ("NVIDIA H200", "9.0", 90), ("NVIDIA GB10", "12.1", 121)],
 )
-def test_capability_is_that_of_the_gpu(monkeypatch, kind, reported, expected):
-    device(monkeypatch, "gpu", kind, reported)
-    assert triton_calls.capability() == expected
+def test_capability_is_that_of_the_gpu(kind, reported, expected):
+    assert triton_calls.capability(Target("triton", "gpu", kind, reported)) == expected
 
 
 @pytest.mark.parametrize(
     ("platform", "kind", "reported", "reason"),
     [
-        ("cpu", "cpu", None, r"JAX runs on cpu; .* install jax\[cuda13\]"),
-        ("tpu", "TPU v5 lite", None, r"JAX runs on tpu"),
+        ("cpu", "cpu", "", r"JAX runs on cpu; .* install jax\[cuda13\]"),
+        ("tpu", "TPU v5 lite", "", r"JAX runs on tpu"),
         ("gpu", "Tesla T4", "7.5", r"Tesla T4 has compute capability 7.5; the kernels need 8.0"),
         (
             "gpu",
             "AMD Instinct MI300X",
             "gfx942",
-            r"MI300X is no NVIDIA GPU \(its architecture is gfx942\)",
+            r"MI300X is not a GPU of NVIDIA's \(its architecture is gfx942\)",
         ),
     ],
 )
-def test_a_device_without_kernels_is_named(monkeypatch, platform, kind, reported, reason):
-    device(monkeypatch, platform, kind, reported)
-    with pytest.raises(NotImplementedError, match=reason):
-        triton_calls.capability()
+def test_a_device_without_kernels_is_named(platform, kind, reported, reason):
+    with pytest.raises(Unsupported, match=reason):
+        triton_calls.capability(Target("triton", platform, kind, reported))
 
 
 @pytest.mark.parametrize(("triton", "jax_triton"), [("3.6.0", "0.3.1"), ("3.9.0+cu130", "0.3.1"), ("3.10.1", "0.3.1")])
@@ -97,36 +88,39 @@ def test_versions_that_fit(monkeypatch, triton, jax_triton):
 )
 def test_packages_that_do_not_fit_are_named_with_the_remedy(monkeypatch, versions, reason):
     packages(monkeypatch, **versions)
-    with pytest.raises(NotImplementedError, match=rf"{reason}.*; run: pip install 'funnel-engine\[triton\]'"):
+    with pytest.raises(Unsupported, match=rf"{reason}.*; run: pip install 'funnel-engine\[triton\]'"):
         triton_calls.check_packages()
 
 
 def test_a_package_that_breaks_on_import_is_a_refusal(monkeypatch):
     packages(monkeypatch, importable=False, triton="3.6.0", jax_triton="0.3.1")
-    with pytest.raises(NotImplementedError, match=r"jax-triton cannot be imported \(object.__new__\(\) takes"):
+    with pytest.raises(Unsupported, match=r"jax-triton cannot be imported \(object.__new__\(\) takes"):
         triton_calls.check_packages()
 
 
-def test_a_refusal_reaches_the_caller_and_auto_goes_on_to_xla(monkeypatch):
+def test_a_refusal_reaches_the_caller_and_auto_goes_on_to_xla():
     x, real, weight = jnp.ones((4, 8)), jnp.ones(4, bool), jnp.zeros(8)
     options = {"stride": 2, "pool": "max", "eps": 1e-6}
-    device(monkeypatch, "gpu", "Tesla T4", "7.5")
+    tesla = Target("triton", "gpu", "Tesla T4", "7.5", record=Record())
     with pytest.raises(BackendUnavailable, match=r"'triton': triton: Tesla T4 has compute capability 7.5"):
-        pool_norm(x, real, weight, backend="triton", **options)
-    name, refusals = dispatch.explain(POOL, "auto", x, real, weight, **options)
-    assert name == "xla"
-    assert "Tesla T4" in refusals["triton"]
+        pool_norm(x, real, weight, target=tesla, **options)
+    pool_norm(x, real, weight, target=dataclasses.replace(tesla, backend="auto"), **options)
+    assert tesla.record.backends() == ["xla"]
+    assert "xla; not triton: Tesla T4 has" in tesla.record.facts()["pool_norm"]
 
 
 def test_an_implementation_is_imported_once_all_is_there(monkeypatch):
-    device(monkeypatch, "gpu", "NVIDIA H200", "9.0")
     packages(monkeypatch, triton="3.7.1", jax_triton="0.3.1")
-    assert triton_calls.implementation("some.module", "pool_norm")(1, stride=2) == "some.module"
+    found = []
+    monkeypatch.setattr(op_module.importlib, "import_module", lambda name: found.append(name) or sys)
+    target = Target("triton", "gpu", "NVIDIA H200", "9.0")
+    assert op_module.Op("exit", "some", "triton").implementation("triton", target)[0] == "triton"
+    assert found == ["jax_triton", "some.triton_gpu"]
 
 
 @pytest.mark.parametrize("width", [16, 128, 640, 1024, 2048, 3072, 5376, 8192, 16384])
 def test_rows_fill_a_program_and_warps_are_a_power_of_two(width):
-    sizes = triton_calls.row_sizes("pool_norm", width, jnp.float32)
+    sizes = triton_calls.row_sizes("pool_norm", width, jnp.float32, Target("triton", "gpu", "none"))
     block_width = 1 << (width - 1).bit_length()
     assert 1 <= sizes.block_rows * block_width <= max(triton_calls.ELEMENTS, block_width)
     assert sizes.block_rows & (sizes.block_rows - 1) == sizes.warps & (sizes.warps - 1) == 0
@@ -163,5 +157,5 @@ def test_a_ptxas_on_path_is_left_alone(triton_folder):
 
 
 def test_without_any_ptxas_the_kernels_are_refused_with_the_remedy(triton_folder):
-    with pytest.raises(NotImplementedError, match=r"there is no program ptxas, .*; install NVIDIA's CUDA toolkit and"):
+    with pytest.raises(Unsupported, match=r"there is no program ptxas, .*; install NVIDIA's CUDA toolkit and"):
         triton_calls.provide_ptxas()

@@ -27,19 +27,19 @@ from funnel_engine import FunnelConfig, HeadConfig, preset
 from funnel_engine.model import forward
 from funnel_engine.packing import make_plan, pack
 from funnel_engine.weights import DTYPES, expected_shapes, nest
-from funnel_kernels import triton_calls
+from funnel_kernels import Target, triton_calls
 from jax_triton import triton_lib
 from tiny_models import CONFIG
 
-triton_calls.capability = lambda: int(sys.argv[3])
+target = Target("triton", "gpu", "NVIDIA GPU", sys.argv[3])
 config = CONFIG if sys.argv[1] == "tiny" else preset(sys.argv[1])
 dtype = DTYPES[sys.argv[2]]
 funnel = FunnelConfig.after(1, recovery="mean_last", pool_query_only=True)
 plan = make_plan(config, funnel)
 weights = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in expected_shapes(config, HeadConfig()).items()}
 params = jax.eval_shape(lambda flat: nest(flat, config, funnel), weights)
-program = jax.jit(lambda params, batch: forward(params, batch, config=config, funnel=funnel, backend="triton"))
-allowed = [export.DisabledSafetyCheck.custom_call(triton_calls.TARGET)]
+program = jax.jit(lambda params, batch: forward(params, batch, config=config, funnel=funnel, target=target))
+allowed = [export.DisabledSafetyCheck.custom_call(triton_calls.FFI_TARGET)]
 
 compiled = []
 compile_kernel = triton_lib.compile_ttir_inplace
@@ -69,7 +69,7 @@ def test_a_forward_pass_lowers_for_cuda(model, dtype, capability):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     paths = [Path(sys.prefix) / "lowering", Path(__file__).parents[1], *sys.path]
     environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(map(str, paths))}
-    command = [sys.executable, "-c", LOWER, model, dtype, str(capability)]
+    command = [sys.executable, "-c", LOWER, model, dtype, f"{capability / 10}"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     counts = [tuple(map(int, line.split())) for line in done.stdout.splitlines()[-3:]]

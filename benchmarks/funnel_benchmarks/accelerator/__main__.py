@@ -31,7 +31,7 @@ from funnel_benchmarks.machine import machine_facts
 from funnel_benchmarks.results import Results, Row
 from funnel_engine import ConfigError, FunnelConfig, FunnelError
 from funnel_engine.backends import served_by
-from funnel_kernels import dispatch
+from funnel_kernels.target import check_backend
 
 DESCRIPTION = """Checks and measures kernels and engine on the accelerator of this machine. Writes DIR/PART.json after
 every measurement, DIR/report.md with plots at the end, and DIR/results.tar.gz, which holds them all. A run that is
@@ -72,7 +72,7 @@ def run(options: argparse.Namespace, arguments: Sequence[str], clock_starts: flo
         write_archive(options.out)
         return 0
     parts = chosen_parts(options.only)
-    dispatch.check_backend(options.backend)
+    check_backend(options.backend)
     if not options.minutes >= 0:
         raise ConfigError(f"--minutes {options.minutes} must not be negative")
     make_folder(options.out)
@@ -137,10 +137,10 @@ def make_folder(folder: Path) -> None:
 def facts_of_run(bench: Bench, options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, Any]:
     """What every table says about how it was measured."""
     shown = [options.out.name if argument == str(options.out) else argument for argument in arguments]  # no path
-    served = served_by(bench.sizes.config, FunnelConfig(), DTYPE, bench.backend)
+    served = served_by(bench.sizes.config, FunnelConfig(), DTYPE, bench.target)
     return {
         "command": shlex.join(["python", "-m", "funnel_benchmarks.accelerator", *shown]),
-        "served_by": {op: str(answer) for op, answer in served.items()},
+        "served_by": served.facts(),
     }
 
 

@@ -15,8 +15,10 @@ from funnel_benchmarks.funnels import NO_FUNNEL
 from funnel_benchmarks.inputs import random_inputs
 from funnel_benchmarks.measure import Call, Sample, sampler
 from funnel_engine import Engine, FunnelConfig, HeadConfig
+from funnel_engine.devices import local_target
 from funnel_engine.packing import Ints
 from funnel_engine.weights import expected_shapes
+from funnel_kernels import Target
 
 DTYPE = "bfloat16"
 
@@ -35,6 +37,10 @@ class Bench:
     seed: int
     clock: Clock
     engines: dict[FunnelConfig, Engine] = dataclasses.field(default_factory=dict)
+
+    @functools.cached_property
+    def target(self) -> Target:
+        return local_target(self.backend)
 
     @functools.cached_property
     def weights(self) -> dict[str, jax.Array]:

@@ -1,6 +1,6 @@
 """Every op at the sizes that a model has, as calls of one compiled program each, with the work that they do.
 
-Row-wise ops have so many rows that no cache holds them; products and attention have those of a batch of sequences.
+Row-wise ops have more rows than any cache holds; products and attention have those of a batch of sequences.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ from funnel_engine.flops import forward_flops
 from funnel_engine.packing import Ints
 from funnel_engine.weights import DTYPES, random_weights
 from funnel_kernels import (
+    Target,
     add_norm,
     attention,
     gated_linear,
@@ -29,7 +30,7 @@ from funnel_kernels import (
     project_heads,
     recover_norm,
 )
-from funnel_kernels.recover import MODES
+from funnel_kernels.recover_norm import MODES
 
 STRIDE = 2
 ROW_BYTES = 2**28  # of the largest array of a row-wise op
@@ -40,13 +41,13 @@ class Case(NamedTuple):
 
     Attributes:
         name: the op, and what distinguishes the case.
-        make: a backend -> the call, whose program is compiled when it is first made.
+        make: a target -> the call, whose program is compiled when it is first made.
         flops: of matrix products.
         bytes: that are read and written at least.
     """
 
     name: str
-    make: Callable[[str], Call]
+    make: Callable[[Target], Call]
     flops: int
     bytes: int
 
@@ -69,7 +70,7 @@ class Sizes:
 
     @property
     def row_wise_rows(self) -> int:
-        """So many that the array has `ROW_BYTES`, and a multiple of every stride."""
+        """As many as make the array `ROW_BYTES` large, and a multiple of every stride."""
         return max(64, ROW_BYTES // (self.config.hidden_size * self.itemsize) // 64 * 64)
 
     @property
@@ -105,11 +106,11 @@ def heads_case(sizes: Sizes) -> Case:
     groups, d = (config.num_heads, config.num_kv_heads), config.head_dim
     width, out = config.hidden_size, d * (sum(groups) + groups[1])
 
-    def make(backend: str) -> Call:
+    def make(target: Target) -> Call:
         x, norms = sizes.normal(rows, width), tuple(sizes.normal(d, seed=2 + group) for group in range(2))
         angles = jnp.arange(rows * d // 2, dtype=jnp.float32).reshape(rows, d // 2)
-        weight = prepare(np.asarray(sizes.normal(out, width, seed=1)), backend=backend)
-        options: Any = {"heads": groups, "plain_heads": groups[1], "eps": config.norm_eps, "backend": backend}
+        weight = prepare(np.asarray(sizes.normal(out, width, seed=1)), target=target)
+        options: Any = {"heads": groups, "plain_heads": groups[1], "eps": config.norm_eps, "target": target}
         run = jax.jit(partial(project_heads, **options))
         return partial(run, x, weight, jnp.cos(angles), jnp.sin(angles), norms if config.qk_norm else None)
 
@@ -121,9 +122,9 @@ def linear_case(sizes: Sizes, width: int, out: int) -> Case:
     """The product alone, whose result is float32."""
     rows, itemsize = sizes.rows, sizes.itemsize
 
-    def make(backend: str) -> Call:
-        weight = prepare(np.asarray(sizes.normal(out, width, seed=1)), backend=backend)
-        return partial(jax.jit(partial(linear, backend=backend)), sizes.normal(rows, width), weight)
+    def make(target: Target) -> Call:
+        weight = prepare(np.asarray(sizes.normal(out, width, seed=1)), target=target)
+        return partial(jax.jit(partial(linear, target=target)), sizes.normal(rows, width), weight)
 
     moved = itemsize * (rows * width + out * width) + 4 * rows * out
     return Case(f"linear, {rows} x {width} x {out}", make, 2 * rows * width * out, moved)
@@ -133,11 +134,11 @@ def linear_add_norm_case(sizes: Sizes, name: str, width: int) -> Case:
     """The end of a sub-layer: its product, the residual sum, and the norms of the family."""
     config, rows, out = sizes.config, sizes.rows, sizes.config.hidden_size
 
-    def make(backend: str) -> Call:
+    def make(target: Target) -> Call:
         x, residual = sizes.normal(rows, width), sizes.normal(rows, out, seed=2)
-        weight = prepare(np.asarray(sizes.normal(out, width, seed=1)), backend=backend)
+        weight = prepare(np.asarray(sizes.normal(out, width, seed=1)), target=target)
         norm, post_norm = sizes.normal(out, seed=3), sizes.normal(out, seed=4) if config.post_norms else None
-        run = jax.jit(partial(linear_add_norm, eps=config.norm_eps, backend=backend))
+        run = jax.jit(partial(linear_add_norm, eps=config.norm_eps, target=target))
         return partial(run, x, weight, residual, norm, update_weight=post_norm)
 
     moved = sizes.itemsize * (rows * width + out * width + 3 * rows * out)
@@ -147,10 +148,10 @@ def linear_add_norm_case(sizes: Sizes, name: str, width: int) -> Case:
 def gated_case(sizes: Sizes) -> Case:
     rows, width, out = sizes.rows, sizes.config.hidden_size, sizes.config.intermediate_size
 
-    def make(backend: str) -> Call:
+    def make(target: Target) -> Call:
         x = sizes.normal(rows, width)
-        weight = prepare(np.asarray(sizes.normal(2 * out, width, seed=1)), parts=2, backend=backend)
-        return partial(jax.jit(partial(gated_linear, backend=backend)), x, weight)
+        weight = prepare(np.asarray(sizes.normal(2 * out, width, seed=1)), parts=2, target=target)
+        return partial(jax.jit(partial(gated_linear, target=target)), x, weight)
 
     moved = sizes.itemsize * (rows * width + 2 * out * width + rows * out)
     return Case(f"gated_linear, {rows} x {width} x (2 x {out})", make, 4 * rows * width * out, moved)
@@ -163,10 +164,10 @@ def attention_case(sizes: Sizes, stride: int) -> Case:
     lo, hi = (np.repeat(edges, lengths)[::stride] for edges in (ends - lengths, ends))
     heads, kv_heads, queries = config.num_heads, config.num_kv_heads, len(lo)
 
-    def make(backend: str) -> Call:
+    def make(target: Target) -> Call:
         shapes = (queries, heads * d), *2 * [(sizes.rows, kv_heads * d)]
         q, k, v = (sizes.normal(*shape, seed=seed) for seed, shape in enumerate(shapes))
-        options: Any = {"heads": heads, "kv_heads": kv_heads, "scale": d**-0.5, "backend": backend}
+        options: Any = {"heads": heads, "kv_heads": kv_heads, "scale": d**-0.5, "target": target}
         return partial(jax.jit(partial(attention, **options)), q, k, v, jnp.asarray(lo), jnp.asarray(hi))
 
     name = f"attention, {queries} queries on stride {stride}, {heads} heads of {d} on {kv_heads}"
@@ -177,9 +178,9 @@ def attention_case(sizes: Sizes, stride: int) -> Case:
 def add_norm_case(sizes: Sizes) -> Case:
     rows, width = sizes.row_wise_rows, sizes.config.hidden_size
 
-    def make(backend: str) -> Call:
+    def make(target: Target) -> Call:
         x, update, weight = sizes.normal(rows, width), sizes.normal(rows, width, seed=1), sizes.normal(width, seed=2)
-        run = jax.jit(partial(add_norm, eps=sizes.config.norm_eps, backend=backend))
+        run = jax.jit(partial(add_norm, eps=sizes.config.norm_eps, target=target))
         return partial(run, x, update, weight)
 
     return Case(f"add_norm, {rows} x {width}", make, 0, 4 * rows * width * sizes.itemsize)
@@ -188,9 +189,9 @@ def add_norm_case(sizes: Sizes) -> Case:
 def pool_case(sizes: Sizes) -> Case:
     rows, width = sizes.row_wise_rows, sizes.config.hidden_size
 
-    def make(backend: str) -> Call:
+    def make(target: Target) -> Call:
         x, weight = sizes.normal(rows, width), sizes.normal(width, seed=1)
-        run = jax.jit(partial(pool_norm, stride=STRIDE, pool="max", eps=sizes.config.norm_eps, backend=backend))
+        run = jax.jit(partial(pool_norm, stride=STRIDE, pool="max", eps=sizes.config.norm_eps, target=target))
         return partial(run, x, jnp.ones(rows, bool), weight)
 
     moved = sizes.itemsize * width * (rows + 2 * rows // STRIDE)
@@ -200,10 +201,10 @@ def pool_case(sizes: Sizes) -> Case:
 def recover_case(sizes: Sizes, mode: str) -> Case:
     rows, width = sizes.row_wise_rows, sizes.config.hidden_size
 
-    def make(backend: str) -> Call:
+    def make(target: Target) -> Call:
         short, weight = sizes.normal(rows // STRIDE, width), sizes.normal(width, seed=1)
         full = None if mode == "tile" else sizes.normal(rows, width, seed=2)
-        options: Any = {"stride": STRIDE, "mode": mode, "eps": sizes.config.norm_eps, "backend": backend}
+        options: Any = {"stride": STRIDE, "mode": mode, "eps": sizes.config.norm_eps, "target": target}
         return partial(jax.jit(partial(recover_norm, **options)), short, full, weight)
 
     moved = sizes.itemsize * width * (rows // STRIDE + rows * (1 if mode == "tile" else 2))
@@ -215,9 +216,9 @@ def forward_case(sizes: Sizes) -> Case:
     config, head, rows = sizes.config, HeadConfig(), sizes.rows
     inputs = random_inputs(config.vocab_size, sizes.lengths)
 
-    def make(backend: str) -> Call:
+    def make(target: Target) -> Call:
         weights = random_weights(config, head, sizes.dtype, seed=0)
-        engine = Engine(config, head, weights, backend=backend, max_batch_tokens=rows)
+        engine = Engine(config, head, weights, backend=target.backend, max_batch_tokens=rows)
         return partial(engine.embed, inputs)
 
     flops = forward_flops(config, FunnelConfig(), sizes.lengths)

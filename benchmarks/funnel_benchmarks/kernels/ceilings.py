@@ -19,6 +19,7 @@ from funnel_benchmarks.kernels import onednn_product
 from funnel_benchmarks.machine import usable_cores
 from funnel_benchmarks.measure import Sample, sampler
 from funnel_benchmarks.peers.peer import Peer
+from funnel_engine.devices import local_target
 from funnel_kernels.linear.packed import packs
 
 HOST_PRODUCT = {"rows": 1024, "in": 2048, "out": 16384}
@@ -48,7 +49,7 @@ def ceilings(dtype: str) -> Iterator[tuple[Ceiling, Ceiling]]:
     """The product in a dtype, and the copy, as long as the block lasts."""
     host = jax.default_backend() == "cpu"
     with ExitStack() as stack:
-        if host and packs(jnp.dtype(dtype), "cpu"):
+        if host and packs(dtype, local_target("cpu")):
             product = stack.enter_context(onednn(dtype))
         else:
             product = xla_product(dtype, HOST_SIDE if host else DEVICE_SIDE)

@@ -13,7 +13,7 @@ from funnel_benchmarks.kernels.ceilings import ceilings
 from funnel_benchmarks.kernels.suite import Suite, backends_here, cells
 from funnel_benchmarks.memory import check_memory
 from funnel_benchmarks.models import preset_model
-from funnel_kernels import dispatch
+from funnel_kernels import BACKENDS
 
 
 @click.command()
@@ -23,7 +23,7 @@ from funnel_kernels import dispatch
 @click.option("--batch", type=click.IntRange(1, 2**20), default=2, show_default=True, help="Sequences in the batch.")
 @suite_command.dtype_option
 @click.option(
-    "--backend", "backends", multiple=True, type=click.Choice(list(dispatch.BACKENDS)),
+    "--backend", "backends", multiple=True, type=click.Choice(list(BACKENDS)),
     help="Only this one; can be given several times. Default: what runs on this machine, but for the reference.",
 )  # fmt: skip
 @suite_command.repeats_option

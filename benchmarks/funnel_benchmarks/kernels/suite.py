@@ -17,8 +17,9 @@ from funnel_benchmarks.kernels.ceilings import SAMPLE_SECONDS, Ceiling
 from funnel_benchmarks.measure import alone, in_turns, sampler, spread
 from funnel_benchmarks.results import Cell, LeftOut, Row
 from funnel_benchmarks.statistics import quartiles
-from funnel_kernels import dispatch
+from funnel_engine.devices import local_target
 from funnel_kernels.errors import BackendUnavailable
+from funnel_kernels.target import AUTO
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -26,7 +27,7 @@ class Suite:
     """What is measured.
 
     Attributes:
-        backends: names in `dispatch.BACKENDS`.
+        backends: names in `funnel_kernels.BACKENDS`.
         ceilings: of products, and of copies.
         repeats: how often A B B A is run.
     """
@@ -68,7 +69,7 @@ def measure_ceiling(ceiling: Ceiling, repeats: int) -> Row:
 
 def measure(suite: Suite, case: Case, backend: str) -> Row:
     try:
-        sample = sampler(case.make(backend), SAMPLE_SECONDS)
+        sample = sampler(case.make(local_target(backend)), SAMPLE_SECONDS)
     except BackendUnavailable as reason:
         raise LeftOut(str(reason)) from None
     ceiling, work = bound(case, suite.ceilings)
@@ -103,4 +104,4 @@ def bound(case: Case, ceilings: tuple[Ceiling, Ceiling]) -> tuple[Ceiling, int]:
 def backends_here() -> tuple[str, ...]:
     """Those that can run on this machine's device, but for the reference, which is no backend for speed."""
     platform = {"gpu": "triton", "cuda": "triton", "tpu": "tpu"}.get(jax.default_backend(), "cpu")
-    return tuple(name for name in dispatch.AUTO if name in (platform, "xla"))
+    return tuple(name for name in AUTO if name in (platform, "xla"))

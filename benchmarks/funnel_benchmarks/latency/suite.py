@@ -24,8 +24,8 @@ from funnel_engine import Engine, FunnelConfig
 from funnel_engine.config import check_positive
 from funnel_engine.flops import forward_flops, ideal_ratio
 from funnel_engine.packing import Ints, make_plan
-from funnel_kernels import dispatch
 from funnel_kernels.errors import InputError
+from funnel_kernels.target import check_backend
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -75,7 +75,7 @@ class Suite:
     repeats: int
 
     def __post_init__(self) -> None:
-        dispatch.check_backend(self.backend)
+        check_backend(self.backend)
         check_positive("repeats", self.repeats)
         longest = max(batch.lengths.max() for batch in self.batches)
         if longest > self.model.config.max_positions:

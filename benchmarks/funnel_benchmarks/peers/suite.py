@@ -40,8 +40,8 @@ from funnel_engine.flops import forward_flops
 from funnel_engine.hugging_face_config import read_model_config
 from funnel_engine.packing import Ints
 from funnel_engine.presets import PRESETS, Fields
-from funnel_kernels import dispatch
 from funnel_kernels.errors import ConfigError, FunnelError, InputError
+from funnel_kernels.target import check_backend
 
 PEERS: dict[str, tuple[ModuleType, Row]] = {
     **{f"hugging-face-{mode}": (hugging_face, {"mode": mode}) for mode in hugging_face.MODES},
@@ -105,7 +105,7 @@ class Suite:
     dtype = DTYPE
 
     def __post_init__(self) -> None:
-        dispatch.check_backend(self.backend)
+        check_backend(self.backend)
         longest, limit = max(int(lengths.max()) for lengths in self.lengths.values()), self.config.max_positions
         if longest > limit:
             raise InputError(

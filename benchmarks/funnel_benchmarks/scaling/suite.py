@@ -28,7 +28,7 @@ from funnel_engine.config import check_positive
 from funnel_engine.flops import forward_flops
 from funnel_engine.packing import make_plan
 from funnel_engine.weights import expected_shapes
-from funnel_kernels import dispatch
+from funnel_kernels.target import check_backend
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class Suite:
     repeats: int
 
     def __post_init__(self) -> None:
-        dispatch.check_backend(self.backend)
+        check_backend(self.backend)
         check_positive("repeats", self.repeats)
         check_funnel(self.model.config, FunnelConfig.after(self.layer))
 

@@ -22,8 +22,8 @@ from funnel_benchmarks.serve.server import Served, serve
 from funnel_benchmarks.statistics import quartiles
 from funnel_engine import Engine, FunnelConfig
 from funnel_engine.packing import make_plan
-from funnel_kernels import dispatch
 from funnel_kernels.errors import ConfigError, InputError
+from funnel_kernels.target import check_backend
 
 SHARES = (50, 80, 95)  # per cent of an offline rate
 NEAR = 0.02  # rates that differ by less are one
@@ -60,7 +60,7 @@ class Suite:
     backend: str
 
     def __post_init__(self) -> None:
-        dispatch.check_backend(self.backend)
+        check_backend(self.backend)
         check_funnel(self.model.config, self.funnel)
         names = [kind.name for kind in self.kinds]
         for name in names:

@@ -3,19 +3,13 @@
 import jax
 import jax.numpy as jnp
 
-from funnel_kernels import dispatch, native_calls, pallas_calls, triton_calls
-from funnel_kernels.add_norm import reference
 from funnel_kernels.checks import check_float, check_shape
 from funnel_kernels.errors import InputError
+from funnel_kernels.op import Op
+from funnel_kernels.target import Target
 
-IMPLEMENTATIONS = {
-    "reference": reference.add_norm,
-    "xla": reference.add_norm,
-    # On accelerators XLA fuses sum and norms with what surrounds them, and has no pass of its own for them.
-    "triton": triton_calls.implementation("funnel_kernels.add_norm.reference", "add_norm"),
-    "tpu": pallas_calls.implementation("funnel_kernels.add_norm.reference", "add_norm"),
-    "cpu": native_calls.implementation("funnel_kernels.add_norm.native_cpu", "add_norm"),
-}
+# On accelerators XLA fuses sum and norms with what surrounds them, and has no pass of its own for them.
+ADD_NORM = Op("add_norm", __name__, "cpu")
 
 
 def add_norm(
@@ -25,7 +19,7 @@ def add_norm(
     *,
     update_weight: jax.Array | None = None,  # [D]
     eps: float,
-    backend: str = "auto",
+    target: Target,
 ) -> tuple[jax.Array, jax.Array]:  # ([N, D], [N, D]), dtype of x
     """Adds an update to the residual stream and applies Gemma's RMSNorm to the sum.
 
@@ -38,7 +32,7 @@ def add_norm(
         weight: zero-centred norm weight (the factor is `1 + weight`).
         update_weight: with it, the update is normalised before it is added (Gemma 2's and 3's norm after a sub-layer).
         eps: added to the mean square, in both norms.
-        backend: see `funnel_kernels.dispatch`.
+        target: where it runs, and by whose kernels.
 
     Returns:
         The sum (the new residual stream; `x` itself without an update) and its norm (the next sub-layer's input).
@@ -60,6 +54,4 @@ def add_norm(
             raise InputError("update_weight is given without an update to normalise; leave it out")
         check_float("update_weight", update_weight, ndim=1)
         check_shape("update_weight", update_weight, (x.shape[1],))
-    return dispatch.serve(
-        "add_norm", IMPLEMENTATIONS, backend, x, update, weight, update_weight, eps=eps
-    )  # fmt: skip
+    return ADD_NORM(x, update, weight, update_weight, eps=eps, target=target)

@@ -5,10 +5,10 @@ import jax
 from funnel_kernels import native_calls
 
 
-def add_norm(x, update, weight, update_weight, *, eps):
+def add_norm(x, update, weight, update_weight, *, eps, target):
     """See `funnel_kernels.add_norm`."""
     result = jax.ShapeDtypeStruct(x.shape, x.dtype)
     if update is None:
-        return x, native_calls.call("funnel_norm", result, x, weight, eps=float(eps))
+        return x, native_calls.call("funnel_norm", result, x, weight, eps=float(eps), target=target)
     weights = (weight,) if update_weight is None else (weight, update_weight)
-    return native_calls.call("funnel_add_norm", (result, result), x, update, *weights, eps=float(eps))
+    return native_calls.call("funnel_add_norm", (result, result), x, update, *weights, eps=float(eps), target=target)

@@ -3,18 +3,12 @@
 import jax
 import jax.numpy as jnp
 
-from funnel_kernels import dispatch, native_calls, pallas_calls, triton_calls
-from funnel_kernels.attention import reference, xla
 from funnel_kernels.checks import check_float, check_shape
 from funnel_kernels.errors import InputError
+from funnel_kernels.op import Op
+from funnel_kernels.target import Target
 
-IMPLEMENTATIONS = {
-    "reference": reference.attention,
-    "xla": xla.attention,
-    "triton": triton_calls.implementation("funnel_kernels.attention.triton_gpu", "attention"),
-    "tpu": pallas_calls.implementation("funnel_kernels.attention.pallas_tpu", "attention"),
-    "cpu": native_calls.implementation("funnel_kernels.attention.native_cpu", "attention"),
-}
+ATTENTION = Op("attention", __name__, "xla", "cpu", "triton", "tpu")
 
 
 def attention(
@@ -28,7 +22,7 @@ def attention(
     kv_heads: int,
     scale: float,
     softcap: float | None = None,
-    backend: str = "auto",
+    target: Target,
 ) -> jax.Array:  # [Nq, heads * d], dtype of q
     """Softmax attention over packed rows: query row `i` sees the key rows `lo[i] <= j < hi[i]`.
 
@@ -43,7 +37,7 @@ def attention(
         heads, kv_heads: numbers of query heads and key/value heads; the second divides the first.
         scale: factor on the scores.
         softcap: bound on the scores' absolute value, or None.
-        backend: see `funnel_kernels.dispatch`.
+        target: where it runs, and by whose kernels.
 
     Raises:
         InputError: shapes or dtypes that do not fit together.
@@ -64,7 +58,4 @@ def attention(
         check_shape(name, array, (q.shape[0],))
         if array.dtype != jnp.int32:
             raise InputError(f"{name} is {array.dtype}; intervals are int32")
-    return dispatch.serve(
-        "attention", IMPLEMENTATIONS, backend, q, k, v, lo, hi,
-        heads=heads, kv_heads=kv_heads, scale=scale, softcap=softcap,
-    )  # fmt: skip
+    return ATTENTION(q, k, v, lo, hi, heads=heads, kv_heads=kv_heads, scale=scale, softcap=softcap, target=target)

@@ -8,8 +8,8 @@ import jax
 from funnel_kernels import native_calls
 
 
-def attention(q, k, v, lo, hi, *, heads, kv_heads, scale, softcap):
+def attention(q, k, v, lo, hi, *, heads, kv_heads, scale, softcap, target):
     return native_calls.call(
         "funnel_attention", jax.ShapeDtypeStruct(q.shape, q.dtype), q, k, v, lo, hi,
-        heads=heads, kv_heads=kv_heads, scale=float(scale), softcap=float(softcap or 0.0),
+        heads=heads, kv_heads=kv_heads, scale=float(scale), softcap=float(softcap or 0.0), target=target,
     )  # fmt: skip

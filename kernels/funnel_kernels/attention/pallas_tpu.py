@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from funnel_kernels import pallas_calls
+from funnel_kernels.target import Unsupported
 
 LOG2_E = math.log2(math.e)
 MASK = -(2.0**100)  # a score that no real one reaches; finite, so that differences of two are
@@ -46,19 +47,25 @@ SIZES = {
 COLUMNS = 8 * 256  # of queries and results in a visit there
 
 
-def attention(q, k, v, lo, hi, *, heads, kv_heads, scale, softcap, sizes=None):
+def attention(q, k, v, lo, hi, *, heads, kv_heads, scale, softcap, target, sizes=None):
     """See `funnel_kernels.attention`; `sizes` are by the rule below unless given."""
     head_dim = q.shape[1] // heads
     if head_dim > WIDEST:
-        raise NotImplementedError(f"heads are {head_dim} wide; its vector memory is laid out for at most {WIDEST}")
+        raise Unsupported(f"heads are {head_dim} wide; its vector memory is laid out for at most {WIDEST}")
     if head_dim % LANES:  # a head must fill whole registers; only T5Gemma's smallest models have narrower ones
         widen = functools.partial(pad_heads, head_dim=head_dim, to=-(-head_dim // LANES) * LANES)
-        options = {"heads": heads, "kv_heads": kv_heads, "scale": scale, "softcap": softcap, "sizes": sizes}
+        options = {
+            "heads": heads,
+            "kv_heads": kv_heads,
+            "scale": scale,
+            "softcap": softcap,
+            "target": target,
+            "sizes": sizes,
+        }
         wide = attention(widen(q), widen(k), widen(v), lo, hi, **options)
         return wide.reshape(q.shape[0], heads, -1)[..., :head_dim].reshape(q.shape)
-    generation = pallas_calls.generation()
-    sizes = sizes or rule(generation, q.dtype, heads // kv_heads * head_dim)
-    return launch(q, k, v, lo, hi, heads, kv_heads, scale, softcap, sizes, generation)
+    sizes = sizes or rule(pallas_calls.generation(target), q.dtype, heads // kv_heads * head_dim)
+    return launch(q, k, v, lo, hi, heads, kv_heads, scale, softcap, sizes, target)
 
 
 def pad_heads(x, head_dim, to):
@@ -76,7 +83,7 @@ def rule(generation, dtype, columns):
     return Sizes(block_q, block_k, unit)
 
 
-def launch(q, k, v, lo, hi, heads, kv_heads, scale, softcap, sizes, generation):
+def launch(q, k, v, lo, hi, heads, kv_heads, scale, softcap, sizes, target):
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
 
@@ -94,15 +101,16 @@ def launch(q, k, v, lo, hi, heads, kv_heads, scale, softcap, sizes, generation):
 
     blocks = -(-q.shape[0] // block_q), -(-k.shape[0] // block_k)
     if blocks[0] * blocks[1] > MOST_VISITS:
-        raise NotImplementedError(
+        raise Unsupported(
             f"{rows} queries and {k.shape[0]} keys may need {blocks[0] * blocks[1]} visits of {block_q} x {block_k}; "
             f"scalar memory has room for {MOST_VISITS}, so make batches smaller (max_batch_tokens)"
         )
+    generation = pallas_calls.generation(target)
     limit = generation.vmem * 3 // 4
     needed = 2 * (2 * block_q * group + 2 * block_k) * d * q.dtype.itemsize  # blocks, each twice
     needed += 4 * (block_q * group * (d + 16) + 2 * block_k * unit) + d * block_k * q.dtype.itemsize  # scratch
     if needed > limit:
-        raise NotImplementedError(
+        raise Unsupported(
             f"{group} query heads of {d} on one key/value head need {needed:,} bytes of vector memory; the kernel may "
             f"use {limit:,} on {generation.name}"
         )
@@ -141,6 +149,7 @@ def launch(q, k, v, lo, hi, heads, kv_heads, scale, softcap, sizes, generation):
                 pltpu.VMEM((d, block_k), v.dtype),  # values, transposed
             ],
         ),
+        target=target,
         semantics=("parallel", "parallel", "arbitrary"),
         vmem=limit,
         cost_estimate=pl.CostEstimate(

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from funnel_kernels import triton_calls
+from funnel_kernels.target import Unsupported
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 FAR = tl.constexpr(2**31 - 1)  # behind every key
@@ -29,17 +30,21 @@ class Sizes(NamedTuple):
     stages: int
 
 
-def attention(q, k, v, lo, hi, *, heads, kv_heads, scale, softcap, sizes=None):
+def attention(q, k, v, lo, hi, *, heads, kv_heads, scale, softcap, target, sizes=None):
     """See `funnel_kernels.attention`; `sizes` are those of the tuning table or the rule below unless given."""
     head_dim = q.shape[1] // heads
     if head_dim > WIDEST:
-        raise NotImplementedError(f"heads are {head_dim} wide; its registers hold at most {WIDEST}")
-    capability = triton_calls.capability()
+        raise Unsupported(f"heads are {head_dim} wide; its registers hold at most {WIDEST}")
+    capability = triton_calls.capability(target)
     block_d = padded(head_dim)
-    sizes = sizes or triton_calls.tuned(Sizes, "attention", block_d, q.dtype) or rule(block_d, q.dtype, capability)
+    sizes = (
+        sizes or triton_calls.tuned(Sizes, "attention", block_d, q.dtype, target) or rule(block_d, q.dtype, capability)
+    )
     grid, options = launch(q.shape[0], q.dtype, heads, kv_heads, head_dim, scale, softcap, sizes)
     result = jax.ShapeDtypeStruct(q.shape, q.dtype)
-    return triton_calls.call(attention_kernel, q, k, v, lo, hi, q.shape[0], out_shape=result, grid=grid, **options)
+    return triton_calls.call(
+        attention_kernel, q, k, v, lo, hi, q.shape[0], out_shape=result, grid=grid, target=target, **options
+    )
 
 
 def padded(head_dim):

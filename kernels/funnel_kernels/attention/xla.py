@@ -17,7 +17,7 @@ SCORE_ROWS_PER_BLOCK = 1024  # query rows times the query heads that share a key
 LEAST_QUERIES_PER_BLOCK, MOST_QUERIES_PER_BLOCK = 64, 256
 
 
-def attention(q, k, v, lo, hi, *, heads, kv_heads, scale, softcap):
+def attention(q, k, v, lo, hi, *, heads, kv_heads, scale, softcap, target):
     rows, head_dim, group = q.shape[0], q.shape[1] // heads, heads // kv_heads
     wanted = min(max(SCORE_ROWS_PER_BLOCK // group, LEAST_QUERIES_PER_BLOCK), MOST_QUERIES_PER_BLOCK)
     block_q, block_k = even_block(rows, wanted), even_block(k.shape[0], KEYS_PER_BLOCK)

@@ -5,43 +5,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from funnel_kernels import dispatch, native_calls, pallas_calls, triton_calls
+from funnel_kernels.add_norm import add_norm
 from funnel_kernels.checks import check_float, check_shape
 from funnel_kernels.errors import InputError
-from funnel_kernels.linear import reference, xla
 from funnel_kernels.linear.packed import PackedWeight, Weight, prepare
+from funnel_kernels.op import Op
+from funnel_kernels.target import Target
 
 __all__ = ["PackedWeight", "Weight", "gated_linear", "linear", "linear_add_norm", "prepare", "project_heads"]
 
 # On GPUs and TPUs the products are XLA's: it calls cuBLAS there, or drives the matrix unit itself.
-IMPLEMENTATIONS = {
-    "reference": reference.linear,
-    "xla": xla.linear,
-    "triton": triton_calls.implementation("funnel_kernels.linear.xla", "linear"),
-    "tpu": pallas_calls.implementation("funnel_kernels.linear.xla", "linear"),
-    "cpu": native_calls.implementation("funnel_kernels.linear.native_cpu", "linear"),
-}
-GATED_IMPLEMENTATIONS = {
-    "reference": reference.gated_linear,
-    "xla": xla.gated_linear,
-    "triton": triton_calls.implementation("funnel_kernels.linear.xla", "gated_linear"),
-    "tpu": pallas_calls.implementation("funnel_kernels.linear.xla", "gated_linear"),
-    "cpu": native_calls.implementation("funnel_kernels.linear.native_cpu", "gated_linear"),
-}
-ADD_NORM_IMPLEMENTATIONS = {
-    "reference": reference.linear_add_norm,
-    "xla": xla.linear_add_norm,
-    "triton": triton_calls.implementation("funnel_kernels.linear.xla", "linear_add_norm"),
-    "tpu": pallas_calls.implementation("funnel_kernels.linear.xla", "linear_add_norm"),
-    "cpu": native_calls.implementation("funnel_kernels.linear.native_cpu", "linear_add_norm"),
-}
-HEADS_IMPLEMENTATIONS = {
-    "reference": reference.project_heads,
-    "xla": xla.project_heads,
-    "triton": triton_calls.implementation("funnel_kernels.linear.xla", "project_heads"),
-    "tpu": pallas_calls.implementation("funnel_kernels.linear.xla", "project_heads"),
-    "cpu": native_calls.implementation("funnel_kernels.linear.native_cpu", "project_heads"),
-}
+LINEAR, GATED_LINEAR, LINEAR_ADD_NORM, PROJECT_HEADS = (
+    Op(name, __name__, "xla", "cpu") for name in ("linear", "gated_linear", "linear_add_norm", "project_heads")
+)
 
 
 def linear(
@@ -49,7 +25,7 @@ def linear(
     weight: Weight,  # [out, in]
     add: jax.Array | None = None,  # [N, out]
     *,
-    backend: str = "auto",
+    target: Target,
 ) -> jax.Array:  # [N, out], float32, or with `add` its dtype
     """`x @ weight.T`, accumulated in float32; with `add` the sum of both.
 
@@ -57,9 +33,9 @@ def linear(
 
     Args:
         x: float32 or bfloat16.
-        weight: in the dtype of `x`, as `prepare` gives it for the backend.
+        weight: in the dtype of `x`, as `prepare` gives it for the target.
         add: in the dtype of `x`, e.g. the residual stream.
-        backend: see `funnel_kernels.dispatch`.
+        target: where it runs, and by whose kernels.
 
     Raises:
         InputError: shapes or dtypes that do not fit together.
@@ -70,14 +46,14 @@ def linear(
     if add is not None:
         check_float("add", add, ndim=2, dtype=x.dtype)
         check_shape("add", add, (x.shape[0], weight.shape[0]))
-    return dispatch.serve("linear", IMPLEMENTATIONS, backend, x, weight, add)
+    return LINEAR(x, weight, add, target=target)
 
 
 def gated_linear(
     x: jax.Array,  # [N, in]
     weight: Weight,  # [2 * out, in]
     *,
-    backend: str = "auto",
+    target: Target,
 ) -> jax.Array:  # [N, out], dtype of x
     """`gelu(x @ gate.T) * (x @ up.T)`: GeGLU (arXiv:2002.05202), the tanh approximation of gelu.
 
@@ -86,8 +62,8 @@ def gated_linear(
 
     Args:
         x: float32 or bfloat16.
-        weight: the rows of gate and then those of up, as `prepare` gives it for the backend with `parts=2`.
-        backend: see `funnel_kernels.dispatch`.
+        weight: the rows of gate and then those of up, as `prepare` gives it for the target with `parts=2`.
+        target: where it runs, and by whose kernels.
 
     Raises:
         InputError: shapes or dtypes that do not fit together.
@@ -97,7 +73,7 @@ def gated_linear(
     check_parts(weight, 2)
     if weight.shape[0] % 2:
         raise InputError(f"weight has {weight.shape[0]} rows; those of gate and up together are an even number")
-    return dispatch.serve("gated_linear", GATED_IMPLEMENTATIONS, backend, x, weight)
+    return GATED_LINEAR(x, weight, target=target)
 
 
 def linear_add_norm(
@@ -108,7 +84,8 @@ def linear_add_norm(
     *,
     update_weight: jax.Array | None = None,  # [D]
     eps: float,
-    backend: str = "auto",
+    axis: str | None = None,
+    target: Target,
 ) -> tuple[jax.Array, jax.Array]:  # ([N, D], [N, D]), dtype of x
     """The end of a sub-layer: `x @ weight.T` added to the residual stream, and Gemma's RMSNorm of the sum.
 
@@ -118,12 +95,14 @@ def linear_add_norm(
 
     Args:
         x: float32 or bfloat16.
-        weight: in the dtype of `x`, as `prepare` gives it for the backend.
+        weight: in the dtype of `x`, as `prepare` gives it for the target.
         add: in the dtype of `x`, the residual stream.
         norm_weight: zero-centred weight (the factor is `1 + weight`) of the norm of the sum.
         update_weight: with it, the product is normalised before it is added (Gemma 2's and 3's norm after a sub-layer).
         eps: added to the mean square, in both norms.
-        backend: see `funnel_kernels.dispatch`.
+        axis: inside a `jax.shard_map`, the mesh axis along which each device has some columns of `x` and `weight`.
+            The product is summed over it in the dtype of `x`: in float32 twice as much would travel between devices.
+        target: where it runs, and by whose kernels.
 
     Returns:
         The sum (the new residual stream) and its norm (the next sub-layer's input).
@@ -140,9 +119,10 @@ def linear_add_norm(
         if norm is not None:
             check_float(name, norm, ndim=1)
             check_shape(name, norm, (weight.shape[0],))
-    return dispatch.serve(
-        "linear_add_norm", ADD_NORM_IMPLEMENTATIONS, backend, x, weight, add, norm_weight, update_weight, eps=eps
-    )
+    if axis is not None:
+        update = jax.lax.psum(linear(x, weight, target=target).astype(x.dtype), axis)
+        return add_norm(add, update, norm_weight, update_weight=update_weight, eps=eps, target=target)
+    return LINEAR_ADD_NORM(x, weight, add, norm_weight, update_weight, eps=eps, target=target)
 
 
 def project_heads(
@@ -155,7 +135,7 @@ def project_heads(
     heads: tuple[int, ...],
     plain_heads: int = 0,
     eps: float,
-    backend: str = "auto",
+    target: Target,
 ) -> tuple[jax.Array, ...]:  # [N, count * d] for each of `heads`, and for `plain_heads` if there are any; dtype of x
     """Attention's inputs: `x @ weight.T` cut into heads, which RoPE (arXiv:2104.09864) turns, some after their norm.
 
@@ -164,14 +144,14 @@ def project_heads(
 
     Args:
         x: float32 or bfloat16.
-        weight: in the dtype of `x`, as `prepare` gives it for the backend.
+        weight: in the dtype of `x`, as `prepare` gives it for the target.
         cos, sin: float32, of each row's d / 2 angles.
         norms: for each of `heads` the zero-centred weight (the factor is `1 + weight`) of an RMSNorm over d before the
             rotation; None leaves all norms out.
         heads: how many heads each result has, in the order of the weight's rows: e.g. queries and keys.
         plain_heads: how many heads come last that are neither normed nor turned: values.
         eps: added to the mean square, in every norm.
-        backend: see `funnel_kernels.dispatch`.
+        target: where it runs, and by whose kernels.
 
     Raises:
         InputError: shapes or dtypes that do not fit together, or numbers of heads that are not positive.
@@ -198,10 +178,7 @@ def project_heads(
         for norm in norms:
             check_float("norm", norm, ndim=1)
             check_shape("norm", norm, (head_dim,))
-    return dispatch.serve(
-        "project_heads", HEADS_IMPLEMENTATIONS, backend, x, weight, cos, sin, norms,
-        heads=heads, plain_heads=plain_heads, eps=eps,
-    )  # fmt: skip
+    return PROJECT_HEADS(x, weight, cos, sin, norms, heads=heads, plain_heads=plain_heads, eps=eps, target=target)
 
 
 def check_product(x: jax.Array, weight: Any) -> None:

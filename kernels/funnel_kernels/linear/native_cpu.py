@@ -8,69 +8,75 @@ from funnel_kernels import native_calls
 from funnel_kernels.add_norm.native_cpu import add_norm
 from funnel_kernels.linear import xla
 from funnel_kernels.linear.packed import PackedWeight
+from funnel_kernels.target import Unsupported
 
 
-def linear(x, weight, add):
+def linear(x, weight, add, *, target):
     out = jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), jnp.float32 if add is None else x.dtype)
     added = () if add is None else (add,)
-    prepare(x, weight, out.shape[1])
-    return native_calls.call("funnel_linear", out, x, packed(weight), *added, out_features=out.shape[1])
-
-
-def gated_linear(x, weight):
-    out = jax.ShapeDtypeStruct((x.shape[0], weight.shape[0] // 2), x.dtype)
-    prepare(x, weight, out.shape[1])
-    return native_calls.call("funnel_gated_linear", out, x, packed(weight), out_features=out.shape[1])
-
-
-def linear_add_norm(x, weight, add, norm_weight, update_weight, *, eps):
-    if not has_whole_rows(x, weight):
-        product = linear if isinstance(weight, PackedWeight) else xla.linear  # then the norms alone are native
-        if update_weight is None:
-            return add_norm(product(x, weight, add), None, norm_weight, None, eps=eps)
-        return add_norm(add, product(x, weight, None), norm_weight, update_weight, eps=eps)
-    result = jax.ShapeDtypeStruct(add.shape, add.dtype)
-    norms = (norm_weight,) if update_weight is None else (norm_weight, update_weight)
-    return native_calls.call("funnel_linear_add_norm", (result, result), x, packed(weight), add, *norms, eps=float(eps))
-
-
-def project_heads(x, weight, cos, sin, norms, *, heads, plain_heads, eps):
-    rows, head_dim = x.shape[0], 2 * cos.shape[1]
-    if head_dim % funnel_native.UNIT or not prepare(x, weight, weight.shape[0], head_dim // funnel_native.UNIT):
-        product = linear(x, weight, None)  # tiles would cut heads apart
-        return xla.finish_heads(product, cos, sin, norms, x.dtype, heads=heads, plain_heads=plain_heads, eps=eps)
-    groups = (*heads, plain_heads) if plain_heads else heads
-    outs = tuple(jax.ShapeDtypeStruct((rows, count * head_dim), x.dtype) for count in groups)
+    prepare(x, weight, out.shape[1], target)
     return native_calls.call(
-        "funnel_project_heads", outs, x, packed(weight), cos, sin, *(norms or ()),
-        heads=heads, plain_heads=plain_heads, head_dim=head_dim, eps=float(eps),
+        "funnel_linear", out, x, weight.packed, *added, out_features=out.shape[1], target=target
     )  # fmt: skip
 
 
-def has_whole_rows(x, weight):
+def gated_linear(x, weight, *, target):
+    out = jax.ShapeDtypeStruct((x.shape[0], weight.shape[0] // 2), x.dtype)
+    prepare(x, weight, out.shape[1], target)
+    return native_calls.call(
+        "funnel_gated_linear", out, x, weight.packed, out_features=out.shape[1], target=target
+    )  # fmt: skip
+
+
+def linear_add_norm(x, weight, add, norm_weight, update_weight, *, eps, target):
+    if not has_whole_rows(x, weight, target):  # then the norms are a pass of their own
+        if update_weight is None:
+            return add_norm(linear(x, weight, add, target=target), None, norm_weight, None, eps=eps, target=target)
+        product = linear(x, weight, None, target=target)
+        return add_norm(add, product, norm_weight, update_weight, eps=eps, target=target)
+    result = jax.ShapeDtypeStruct(add.shape, add.dtype)
+    norms = (norm_weight,) if update_weight is None else (norm_weight, update_weight)
+    return native_calls.call(
+        "funnel_linear_add_norm", (result, result), x, weight.packed, add, *norms, eps=float(eps), target=target
+    )
+
+
+def project_heads(x, weight, cos, sin, norms, *, heads, plain_heads, eps, target):
+    rows, head_dim = x.shape[0], 2 * cos.shape[1]
+    if head_dim % funnel_native.UNIT or not prepare(x, weight, weight.shape[0], target, head_dim // funnel_native.UNIT):
+        product = linear(x, weight, None, target=target)  # tiles would cut heads apart, which XLA turns then
+        options = {"heads": heads, "plain_heads": plain_heads, "eps": eps, "target": target}
+        return xla.finish_heads(product, cos, sin, norms, x.dtype, **options)
+    groups = (*heads, plain_heads) if plain_heads else heads
+    outs = tuple(jax.ShapeDtypeStruct((rows, count * head_dim), x.dtype) for count in groups)
+    return native_calls.call(
+        "funnel_project_heads", outs, x, weight.packed, cos, sin, *(norms or ()),
+        heads=heads, plain_heads=plain_heads, head_dim=head_dim, eps=float(eps), target=target,
+    )  # fmt: skip
+
+
+def has_whole_rows(x, weight, target):
     """Whether a norm can follow the product on its tiles, because these have whole rows."""
-    if not isinstance(weight, PackedWeight):
-        return False
-    packed(weight)  # refuses what cannot run
-    is_bfloat16, threads = str(x.dtype) == "bfloat16", native_calls.threads()
+    check(weight, target)
+    is_bfloat16, threads = str(x.dtype) == "bfloat16", native_calls.count_threads(target)
     return funnel_native.handlers().suits_whole_rows(x.shape[0], *weight.shape, is_bfloat16, threads)
 
 
-def prepare(x, weight, out_features, step=1):
+def prepare(x, weight, out_features, target, step=1):
     """oneDNN makes code for each shape of a tile: now, while the program is traced, instead of in its first call.
 
-    A tile has a multiple of `step` units of output features; False if it cannot have so many.
+    A tile has a multiple of `step` units of output features; False if it cannot.
     """
-    packed(weight)  # refuses what cannot run
-    is_bfloat16, threads = str(x.dtype) == "bfloat16", native_calls.threads()
+    check(weight, target)
+    is_bfloat16, threads = str(x.dtype) == "bfloat16", native_calls.count_threads(target)
     return funnel_native.handlers().prepare_product(x.shape[0], out_features, x.shape[1], is_bfloat16, step, threads)
 
 
-def packed(weight):
-    native_calls.check_product(weight.dtype)
+def check(weight, target):
+    """Raises `Unsupported` unless there are products with this weight."""
+    native_calls.check_product(weight.dtype, target)
     if not isinstance(weight, PackedWeight):
         over_mesh = not jax.sharding.get_abstract_mesh().empty
-        raise NotImplementedError(
+        raise Unsupported(
             "over a mesh weights are not packed" if over_mesh else "the weight is not packed (funnel_kernels.prepare)"
         )
-    return weight.packed

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from funnel_kernels import dispatch, native_calls
+from funnel_kernels import native_calls
+from funnel_kernels.target import Target, Unsupported
 
 Weight = Any  # jax.Array [out_features, in_features] | PackedWeight
 
@@ -47,32 +48,27 @@ class PackedWeight:
         return PackedWeight(self.packed[first * row_elements : end * row_elements], (last - first, self.shape[1]))
 
 
-def prepare(weight: Any, *, parts: int = 1, backend: str = "auto") -> Weight:
-    """A weight [out_features, in_features] as `linear`, or with 2 parts `gated_linear`, of a backend wants it.
+def prepare(weight: Any, *, parts: int = 1, target: Target) -> Weight:
+    """A weight [out_features, in_features] as `linear`, or with 2 parts `gated_linear`, of a target wants it.
 
     That is a `PackedWeight` where the kernels for CPUs serve, a copy that replaces the weight; elsewhere the weight
     itself, and one that is packed stays as it is.
-
-    Raises:
-        BackendUnavailable: no such backend.
     """
-    if isinstance(weight, PackedWeight) or not packs(np.dtype(weight.dtype), backend):
+    if isinstance(weight, PackedWeight) or not packs(weight.dtype, target):
         return weight
+    if isinstance(weight, jax.ShapeDtypeStruct):  # to be traced: the kernels look at the shape of the weight alone
+        return PackedWeight(jax.ShapeDtypeStruct((1,), weight.dtype), weight.shape, parts)
     import funnel_native
 
     return PackedWeight(jax.device_put(funnel_native.pack(np.asarray(weight), parts)), weight.shape, parts)
 
 
-def packs(dtype: np.dtype, backend: str) -> bool:
-    """Whether `prepare` packs weights of this dtype for a backend.
-
-    Raises:
-        BackendUnavailable: no such backend.
-    """
-    if "cpu" not in dispatch.candidates(backend):
+def packs(dtype: Any, target: Target) -> bool:
+    """Whether `prepare` packs weights of this dtype for a target."""
+    if "cpu" not in target.candidates:
         return False
     try:
-        native_calls.check_product(dtype)
-    except NotImplementedError:
+        native_calls.check_product(np.dtype(dtype), target)
+    except Unsupported:
         return False
     return True

@@ -6,13 +6,14 @@ import jax.numpy as jnp
 from funnel_kernels.add_norm import reference as add_norm
 from funnel_kernels.linear.packed import PackedWeight
 from funnel_kernels.norm import rms_norm
+from funnel_kernels.target import Unsupported
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def linear(x, weight, add):
     if isinstance(weight, PackedWeight):
-        raise NotImplementedError("the weight is packed for backend cpu")
+        raise Unsupported("the weight is packed for backend cpu")
     product = jnp.matmul(x.astype(jnp.float32), weight.astype(jnp.float32).T, precision=HIGHEST)
     return product if add is None else (add + product).astype(add.dtype)
 

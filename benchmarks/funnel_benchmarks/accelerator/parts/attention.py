@@ -3,6 +3,7 @@
 A rate counts useful operations: `4 * head_dim` for each query-key pair that a query head sees.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from funnel_benchmarks.measure import alone, in_turns, spread
 from funnel_benchmarks.results import Cell, Row, error_text
 from funnel_benchmarks.statistics import quartiles
 from funnel_engine.packing import Ints
-from funnel_kernels import attention
+from funnel_kernels import Target, attention
 from funnel_kernels.errors import FunnelError
 
 DENSE_GOAL, VARIANT_GOAL = 0.9, 0.85  # of the peer's rate
@@ -66,18 +67,18 @@ def ragged_lengths(bench: Bench) -> dict[str, Ints]:
     return {name: -np.sort(-layouts.up_to(tokens, lengths)) for name, lengths in drawn.items()}
 
 
-def prepare(bench: Bench, heads: int, kv_heads: int, layout: Layout, backend: str) -> Work:
+def prepare(bench: Bench, heads: int, kv_heads: int, layout: Layout, target: Target) -> Work:
     d = bench.sizes.head_dim
     rows = (layout.queries, heads), (layout.keys, kv_heads), (layout.keys, kv_heads)
     q, k, v = (bench.normal(stream, (count, width * d)) for stream, (count, width) in enumerate(rows))
     lo, hi = jax.device_put((layout.lo, layout.hi))
-    options: Any = {"heads": heads, "kv_heads": kv_heads, "scale": d**-0.5, "backend": backend}
+    options: Any = {"heads": heads, "kv_heads": kv_heads, "scale": d**-0.5, "target": target}
     compiled = jax.jit(partial(attention, **options))
     return Work(lambda: compiled(q, k, v, lo, hi), 4 * d * heads * layout.pairs, (q, k, v))
 
 
-def dense(bench: Bench, heads: int, kv_heads: int, length: int, backend: str) -> Work:
-    return prepare(bench, heads, kv_heads, layouts.packed(layouts.equal(bench.sizes.tokens, length)), backend)
+def dense(bench: Bench, heads: int, kv_heads: int, length: int, target: Target) -> Work:
+    return prepare(bench, heads, kv_heads, layouts.packed(layouts.equal(bench.sizes.tokens, length)), target)
 
 
 def cudnn(
@@ -90,7 +91,7 @@ def cudnn(
 
 
 def against_cudnn(bench: Bench, heads: int, kv_heads: int, length: int) -> Row:
-    ours = dense(bench, heads, kv_heads, length, bench.backend)
+    ours = dense(bench, heads, kv_heads, length, bench.target)
     facts = {"kind": "dense", "heads": heads, "kv_heads": kv_heads, "length": length}
     program = jax.jit(partial(cudnn, heads=heads, kv_heads=kv_heads, length=length))
     try:
@@ -103,15 +104,15 @@ def against_cudnn(bench: Bench, heads: int, kv_heads: int, length: int) -> Row:
 
 
 def against_dense(bench: Bench, heads: int, kv_heads: int, layout: Layout, length: int) -> Row:
-    ours = prepare(bench, heads, kv_heads, layout, bench.backend)
-    peer = dense(bench, heads, kv_heads, length, bench.backend)
+    ours = prepare(bench, heads, kv_heads, layout, bench.target)
+    peer = dense(bench, heads, kv_heads, length, bench.target)
     facts = {"kind": "variant", "heads": heads, "kv_heads": kv_heads, "length": length}
     return facts | compared(bench, ours, f"own dense, {length} tokens", peer.run, peer.flops, VARIANT_GOAL)
 
 
 def against_xla(bench: Bench, heads: int, kv_heads: int, length: int) -> Row:
-    ours = dense(bench, heads, kv_heads, length, bench.backend)
-    peer = dense(bench, heads, kv_heads, length, "xla")
+    ours = dense(bench, heads, kv_heads, length, bench.target)
+    peer = dense(bench, heads, kv_heads, length, dataclasses.replace(bench.target, backend="xla"))
     check_same(ours.run(), peer.run())
     facts = {"kind": "xla", "heads": heads, "kv_heads": kv_heads, "length": length}
     return facts | compared(bench, ours, "own xla backend", peer.run, peer.flops, None)

@@ -20,8 +20,8 @@ from funnel_benchmarks.accelerator.layouts import Window
 from funnel_benchmarks.results import Cell, Row
 from funnel_kernels import attention, pool_norm, recover_norm
 from funnel_kernels.errors import InputError
-from funnel_kernels.pool import POOLS
-from funnel_kernels.recover import MODES, SITES
+from funnel_kernels.pool_norm import POOLS
+from funnel_kernels.recover_norm import MODES, SITES
 
 EPS = 1e-6
 POISONS = 4  # buffers of each result's size: the allocator hands one of them out next
@@ -116,7 +116,7 @@ def check_attention(bench: Bench, case: AttentionCase, kind: Kind, generator: np
     options: dict[str, Any] = {"heads": heads, "kv_heads": kv_heads, "scale": d**-0.5, "softcap": case.softcap}
     arrays = [normal(generator, shape, kind) for shape in shapes]
     return compare(
-        partial(attention, backend=bench.backend, **options),
+        partial(attention, target=bench.target, **options),
         partial(oracle.attention, **options),
         [*arrays, layout.lo, layout.hi],
         kind,
@@ -128,7 +128,7 @@ def check_pool_norm(bench: Bench, case: RowCase, pool: str, kind: Kind, generato
     real = generator.random(len(x)) < 0.6  # some windows hold no token
     weight = normal(generator, (case.width,), kind, 0.5)
     options: dict[str, Any] = {"stride": case.stride, "pool": pool, "eps": EPS}
-    ours = partial(pool_norm, backend=bench.backend, **options)
+    ours = partial(pool_norm, target=bench.target, **options)
     return compare(ours, partial(oracle.pool_norm, **options), [x, real, weight], kind)
 
 
@@ -139,7 +139,7 @@ def check_recover_norm(
     full = None if mode == "tile" else normal(generator, (case.windows * case.stride, case.width), kind)
     weight = normal(generator, (case.width,), kind, 0.5)
     options: dict[str, Any] = {"stride": case.stride, "mode": mode, "site": site, "eps": EPS}
-    ours = partial(recover_norm, backend=bench.backend, **options)
+    ours = partial(recover_norm, target=bench.target, **options)
     return compare(ours, partial(oracle.recover_norm, **options), [short, full, weight], kind)
 
 

@@ -54,7 +54,7 @@ def measure_padded(bench: Bench, compiled: Callable[[], Any], percent: int) -> R
 def compiler(bench: Bench) -> Callable[[Any], Any]:
     """The forward pass, compiled as the engine does it."""
     engine = bench.engine()
-    encoder = partial(forward, config=engine.config, funnel=NO_FUNNEL, backend=engine.backend)
+    encoder = partial(forward, config=engine.config, funnel=NO_FUNNEL, target=engine.devices.target)
     batch = on_device(bench, bench.equal_lengths)
     lowered = jax.jit(encoder).lower(engine.params, batch)
     return partial(lowered.compile(compiler_options(jax.default_backend())), engine.params)

@@ -43,7 +43,7 @@ def compiler(bench: Bench) -> tuple[Callable[[Options], Call], Call]:
     """What compiles the forward pass with given options, and the forward pass compiled without any."""
     engine = bench.engine()
     batch = jax.device_put(pack(engine.plan, *bench.inputs(bench.equal_lengths), bench.sizes.tokens))
-    encoder = functools.partial(forward, config=engine.config, funnel=NO_FUNNEL, backend=engine.backend)
+    encoder = functools.partial(forward, config=engine.config, funnel=NO_FUNNEL, target=engine.devices.target)
     lowered = jax.jit(encoder).lower(engine.params, batch)
 
     def compile_with(options: Options) -> Call:

@@ -15,7 +15,7 @@ from funnel_benchmarks.measure import in_turns, spread
 from funnel_benchmarks.results import Cell, Row
 from funnel_benchmarks.statistics import quartiles
 from funnel_kernels import pool_norm, recover_norm
-from funnel_kernels.recover import MODES
+from funnel_kernels.recover_norm import MODES
 
 STRIDES = (2, 4)
 EPS = 1e-6
@@ -35,13 +35,13 @@ def cells(bench: Bench) -> Iterator[Cell]:
 def measure_pool_norm(bench: Bench, width: int, stride: int) -> Row:
     rows = bench.sizes.rows
     shared = jnp.ones(rows, bool), bench.normal(0, (width,))
-    op = partial(pool_norm, stride=stride, pool="max", eps=EPS, backend=bench.backend)
+    op = partial(pool_norm, stride=stride, pool="max", eps=EPS, target=bench.target)
     return against_copy(bench, op, [(rows, width)], shared, written=2 * rows // stride * width)
 
 
 def measure_recover_norm(bench: Bench, width: int, stride: int, mode: str) -> Row:
     rows = bench.sizes.rows
-    op = partial(recover_norm, stride=stride, mode=mode, eps=EPS, backend=bench.backend)
+    op = partial(recover_norm, stride=stride, mode=mode, eps=EPS, target=bench.target)
     inputs, shared = [(rows // stride, width)], (bench.normal(0, (width,)),)
     if mode == "tile":
         return against_copy(bench, op, inputs, (None, *shared), written=rows * width)

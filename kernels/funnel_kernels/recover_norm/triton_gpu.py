@@ -10,14 +10,16 @@ import triton.language as tl
 from funnel_kernels import triton_calls
 
 
-def recover_norm(short, full, weight, *, stride, mode, site, eps, sizes=None):
-    """See `funnel_kernels.recover`; `sizes` are those of the tuning table or the common rule unless given."""
-    sizes = sizes or triton_calls.row_sizes("recover_norm", short.shape[1], short.dtype)
+def recover_norm(short, full, weight, *, stride, mode, site, eps, target, sizes=None):
+    """See `funnel_kernels.recover_norm`; `sizes` are those of the tuning table or the common rule unless given."""
+    sizes = sizes or triton_calls.row_sizes("recover_norm", short.shape[1], short.dtype, target)
     rows, width = short.shape
     grid, options = launch(rows, width, stride, mode, site, eps, sizes)
     result = jax.ShapeDtypeStruct((rows * stride, width), short.dtype)
     full = short if mode == "tile" else full  # a pointer that is not read
-    return triton_calls.call(recover_norm_kernel, short, full, weight, rows, out_shape=result, grid=grid, **options)
+    return triton_calls.call(
+        recover_norm_kernel, short, full, weight, rows, out_shape=result, grid=grid, target=target, **options
+    )
 
 
 def launch(rows, width, stride, mode, site, eps, sizes):

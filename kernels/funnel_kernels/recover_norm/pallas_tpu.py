@@ -15,8 +15,8 @@ from funnel_kernels import pallas_calls
 from funnel_kernels.pallas_rows import GROUP, LANES, check_width, rms_norm, windows_per_block
 
 
-def recover_norm(short, full, weight, *, stride, mode, site, eps):
-    """See `funnel_kernels.recover`."""
+def recover_norm(short, full, weight, *, stride, mode, site, eps, target):
+    """See `funnel_kernels.recover_norm`."""
     windows, width = short.shape
     check_width(width)
     size, full_size = short.dtype.itemsize, 0 if full is None else full.dtype.itemsize
@@ -32,6 +32,7 @@ def recover_norm(short, full, weight, *, stride, mode, site, eps):
     norm_first = mode == "tile" or site == "after_norm"  # tiling and norm commute
     return pallas_calls.call(
         partial(recover_norm_kernel, stride=stride, mode=mode, norm_first=norm_first, eps=eps),
+        target=target,
         semantics=("parallel",),
         grid=(pl.cdiv(windows, block),),
         in_specs=in_specs,

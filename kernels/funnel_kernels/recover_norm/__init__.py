@@ -2,20 +2,14 @@
 
 import jax
 
-from funnel_kernels import dispatch, native_calls, pallas_calls, triton_calls
 from funnel_kernels.checks import check_choice, check_float, check_shape, check_stride
 from funnel_kernels.errors import InputError
-from funnel_kernels.recover import reference
+from funnel_kernels.op import Op
+from funnel_kernels.target import Target
 
 MODES = ("tile", "sum", "mean", "max")
 SITES = ("before_norm", "after_norm")
-IMPLEMENTATIONS = {
-    "reference": reference.recover_norm,
-    "xla": reference.recover_norm,
-    "triton": triton_calls.implementation("funnel_kernels.recover.triton_gpu", "recover_norm"),
-    "tpu": pallas_calls.implementation("funnel_kernels.recover.pallas_tpu", "recover_norm"),
-    "cpu": native_calls.implementation("funnel_kernels.recover.native_cpu", "recover_norm"),
-}
+RECOVER_NORM = Op("recover_norm", __name__, "cpu", "triton", "tpu")
 
 
 def recover_norm(
@@ -27,7 +21,7 @@ def recover_norm(
     mode: str,
     site: str = "before_norm",
     eps: float,
-    backend: str = "auto",
+    target: Target,
 ) -> jax.Array:  # [N, D], dtype of short
     """Gives every row of the full axis its window's short row, combines it with `full`, and applies RMSNorm.
 
@@ -42,7 +36,7 @@ def recover_norm(
         mode: "tile" (no combination), "sum", "mean" (half the sum) or "max" (elementwise).
         site: where the combination happens, "before_norm" or "after_norm".
         eps: added to the mean square.
-        backend: see `funnel_kernels.dispatch`.
+        target: where it runs, and by whose kernels.
 
     Raises:
         InputError: shapes, dtypes or options that do not fit.
@@ -60,6 +54,4 @@ def recover_norm(
     if full is not None:
         check_float("full", full, ndim=2)
         check_shape("full", full, (rows, short.shape[1]))
-    return dispatch.serve(
-        "recover_norm", IMPLEMENTATIONS, backend, short, full, weight, stride=stride, mode=mode, site=site, eps=eps
-    )  # fmt: skip
+    return RECOVER_NORM(short, full, weight, stride=stride, mode=mode, site=site, eps=eps, target=target)

@@ -3,19 +3,13 @@
 import jax
 import jax.numpy as jnp
 
-from funnel_kernels import dispatch, native_calls, pallas_calls, triton_calls
 from funnel_kernels.checks import check_choice, check_float, check_shape, check_stride
 from funnel_kernels.errors import InputError
-from funnel_kernels.pool import reference
+from funnel_kernels.op import Op
+from funnel_kernels.target import Target
 
 POOLS = ("max", "mean", "first")
-IMPLEMENTATIONS = {
-    "reference": reference.pool_norm,
-    "xla": reference.pool_norm,
-    "triton": triton_calls.implementation("funnel_kernels.pool.triton_gpu", "pool_norm"),
-    "tpu": pallas_calls.implementation("funnel_kernels.pool.pallas_tpu", "pool_norm"),
-    "cpu": native_calls.implementation("funnel_kernels.pool.native_cpu", "pool_norm"),
-}
+POOL_NORM = Op("pool_norm", __name__, "cpu", "triton", "tpu")
 
 
 def pool_norm(
@@ -26,7 +20,7 @@ def pool_norm(
     stride: int,
     pool: str,
     eps: float,
-    backend: str = "auto",
+    target: Target,
 ) -> tuple[jax.Array, jax.Array]:  # ([N / stride, D], [N / stride, D]), dtype of x
     """Pools each window of `stride` rows into one and applies Gemma's RMSNorm to the result.
 
@@ -41,7 +35,7 @@ def pool_norm(
         stride: rows per window; divides N. Windows start at row 0.
         pool: "max", "mean" or "first".
         eps: added to the mean square.
-        backend: see `funnel_kernels.dispatch`.
+        target: where it runs, and by whose kernels.
 
     Returns:
         The pooled rows (the new residual stream) and their norm (the next layer's input).
@@ -58,6 +52,4 @@ def pool_norm(
     check_shape("real", real, (x.shape[0],))
     if real.dtype != jnp.bool_:
         raise InputError(f"real is {real.dtype}; it must be bool, True where a row holds a token")
-    return dispatch.serve(
-        "pool_norm", IMPLEMENTATIONS, backend, x, real, weight, stride=stride, pool=pool, eps=eps
-    )  # fmt: skip
+    return POOL_NORM(x, real, weight, stride=stride, pool=pool, eps=eps, target=target)

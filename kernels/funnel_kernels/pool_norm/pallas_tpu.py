@@ -16,8 +16,8 @@ from funnel_kernels import pallas_calls
 from funnel_kernels.pallas_rows import GROUP, LANES, check_width, rms_norm, widen, windows_per_block
 
 
-def pool_norm(x, real, weight, *, stride, pool, eps):
-    """See `funnel_kernels.pool`."""
+def pool_norm(x, real, weight, *, stride, pool, eps, target):
+    """See `funnel_kernels.pool_norm`."""
     rows, width = x.shape
     check_width(width)
     windows, size = rows // stride, x.dtype.itemsize
@@ -29,6 +29,7 @@ def pool_norm(x, real, weight, *, stride, pool, eps):
     result = jax.ShapeDtypeStruct((windows, width), x.dtype)
     return pallas_calls.call(
         partial(pool_norm_kernel, stride=stride, pool=pool, eps=eps),
+        target=target,
         semantics=("parallel",),
         grid=(steps,),
         in_specs=[

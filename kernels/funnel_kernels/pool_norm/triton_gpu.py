@@ -10,13 +10,15 @@ import triton.language as tl
 from funnel_kernels import triton_calls
 
 
-def pool_norm(x, real, weight, *, stride, pool, eps, sizes=None):
-    """See `funnel_kernels.pool`; `sizes` are those of the tuning table or the common rule unless given."""
-    sizes = sizes or triton_calls.row_sizes("pool_norm", x.shape[1], x.dtype)
+def pool_norm(x, real, weight, *, stride, pool, eps, target, sizes=None):
+    """See `funnel_kernels.pool_norm`; `sizes` are those of the tuning table or the common rule unless given."""
+    sizes = sizes or triton_calls.row_sizes("pool_norm", x.shape[1], x.dtype, target)
     windows, width = x.shape[0] // stride, x.shape[1]
     grid, options = launch(windows, width, stride, pool, eps, sizes)
     results = (jax.ShapeDtypeStruct((windows, width), x.dtype),) * 2
-    return triton_calls.call(pool_norm_kernel, x, real, weight, windows, out_shape=results, grid=grid, **options)
+    return triton_calls.call(
+        pool_norm_kernel, x, real, weight, windows, out_shape=results, grid=grid, target=target, **options
+    )
 
 
 def launch(windows, width, stride, pool, eps, sizes):

@@ -1,0 +1,207 @@
+"""The compiled programs of an engine: one of the encoder for every bucket, and one of each head; and its counters."""
+
+import dataclasses
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental.compilation_cache import compilation_cache as jax_cache
+
+from funnel_engine.devices import Devices, batch_shapes
+from funnel_engine.heads import Head
+from funnel_engine.jax_settings import own_settings
+from funnel_engine.packing import Batch, Ints, Plan, sequence_bucket, sequence_buckets
+from funnel_engine.xla_options import compiler_options
+from funnel_kernels import Record
+from funnel_kernels.errors import ConfigError
+
+Program = Callable[..., jax.Array]
+COUNTERS = (
+    "calls",
+    "sequences",
+    "tokens",
+    "batches",
+    "padding_rows",  # rows that were computed for no token
+    "compilations",
+    "compilations_after_warmup",
+)
+
+
+class Key(NamedTuple):
+    """A program.
+
+    Attributes:
+        name: "forward" for the encoder, or that of a head.
+        rows: of the encoder's bucket.
+        sequences: that a head reads; 0 for the encoder, and for a head that runs on every row.
+    """
+
+    name: str
+    rows: int
+    sequences: int = 0
+
+
+class Programs:
+    """Compiles each program once, when it is first needed. Every method may be called from any thread.
+
+    Attributes:
+        record: what serves the ops of the programs that were made.
+        compiled: the programs by what they are, those in the making too.
+    """
+
+    def __init__(
+        self,
+        encoder: Callable[..., jax.Array],
+        heads: Sequence[Head],
+        *,
+        params: Any,
+        head_params: Any,
+        plan: Plan,
+        devices: Devices,
+    ):
+        """
+        Args:
+            encoder: `model.forward`, but for params, batch and target.
+            heads: that the engine may run.
+            params: the encoder's weights, as `devices.put` gives them; all heads take `head_params`.
+        """
+        self.encoder, self.heads = encoder, {head.name: head for head in heads}
+        self.params, self.head_params, self.plan, self.devices = params, head_params, plan, devices
+        self.record = Record()
+        self.compiled: dict[Key, Future[Program]] = {}
+        self._target = dataclasses.replace(devices.target, record=self.record)
+        self._traced: dict[Key, jax.stages.Traced] = {}
+        self._counters = dict.fromkeys(COUNTERS, 0) | {"compile_seconds": 0.0}
+        self._lock = threading.Lock()  # guards what is compiled and the counters
+        self._is_warm = False
+
+    def encode(self, packed: Batch, rows: int) -> jax.Array:
+        """Runs the encoder on what `devices.stack` made of a group of batches of `rows` rows each."""
+        return self.program(Key("forward", rows))(self.params, packed)
+
+    def run_head(self, name: str, rows: jax.Array, reads: Sequence[tuple[Ints, ...]]) -> jax.Array:
+        """Runs a head on the encoder's rows; `reads` has for every batch the integers of each of its sequences."""
+        bucket = rows.shape[-2] * self.plan.output_stride
+        if not self.heads[name].integers:
+            return self.program(Key(name, bucket))(self.head_params, rows)
+        sequences = sequence_bucket(max(len(integers[0]) for integers in reads))
+        padded = np.zeros((len(reads), len(reads[0]), sequences), np.int32)
+        for batch, integers in zip(padded, reads, strict=True):
+            batch[:, : len(integers[0])] = integers
+        program = self.program(Key(name, bucket, sequences))
+        return program(self.head_params, rows, *self.devices.stack([tuple(batch) for batch in padded]))
+
+    def warm_up(self, buckets: Sequence[int], progress: bool | Callable[[int, int], None]) -> None:
+        """Compiles all programs of these buckets; see `Engine.warmup`."""
+        from rich.console import Console  # imported here: a serving process needs neither
+        from rich.progress import track
+
+        keys = [key for rows in buckets for key in self.keys(rows)]
+        console = Console(stderr=True)
+        hidden = progress is not True or not console.is_terminal
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            compiled = [pool.submit(self.program, key) for key in keys]
+            bar = track(compiled, "Compiling", console=console, disable=hidden, transient=True)
+            try:
+                for done, program in enumerate(bar, 1):
+                    program.result()
+                    if callable(progress):
+                        progress(done, len(keys))
+            finally:
+                pool.shutdown(cancel_futures=True)  # of those that wait, if one has failed
+        self._is_warm = True
+
+    def keys(self, rows: int) -> list[Key]:
+        """The programs of a bucket."""
+        counts = sequence_buckets(rows // self.plan.total_stride)
+        heads = [Key(head.name, rows, n) for head in self.heads.values() for n in (counts if head.integers else (0,))]
+        return [Key("forward", rows), *heads]
+
+    def program(self, key: Key) -> Program:
+        """A compiled program; the first caller that needs it compiles it, the others wait."""
+        with self._lock:
+            program = self.compiled.get(key)
+            is_first = program is None
+            if program is None:
+                program = self.compiled[key] = Future()
+        if is_first:
+            begin = time.perf_counter()
+            try:
+                with own_settings(), jax.default_device(self.devices.device):  # in whatever thread
+                    program.set_result(self._compile(key))
+            except BaseException as error:
+                with self._lock:
+                    del self.compiled[key]  # the next caller tries again
+                interrupted = RuntimeError("the compilation that this call waited for was interrupted; call again")
+                program.set_exception(error if isinstance(error, Exception) else interrupted)
+                raise
+            else:
+                seconds = time.perf_counter() - begin
+                self.count(compilations=1, compilations_after_warmup=int(self._is_warm), compile_seconds=seconds)
+        return program.result()
+
+    def trace(self, rows: int) -> None:
+        """Traces the programs of a bucket, one of each name, so that the record says what serves their ops.
+
+        Raises:
+            BackendUnavailable: the backend refuses one of them.
+        """
+        for key in {key.name: key for key in self.keys(rows)}.values():
+            self._traced[key] = self._trace(key)
+
+    def count(self, **counts: float) -> None:
+        """Adds to counters."""
+        with self._lock:
+            for name, count in counts.items():
+                self._counters[name] += count
+
+    def counters(self) -> dict[str, float]:
+        """Counters since the programs were made, see `COUNTERS`, and `compile_seconds`, summed over threads."""
+        with self._lock:
+            return dict(self._counters)
+
+    def _compile(self, key: Key) -> Program:
+        traced = self._traced.pop(key, None) or self._trace(key)
+        options = compiler_options(self._target.platform, self._target.threads)
+        return self.devices.queued(traced.lower().compile(options))
+
+    def _trace(self, key: Key) -> jax.stages.Traced:
+        """A program, for what the devices run at once."""
+        shapes: tuple[Any, ...]
+        if key.name == "forward":
+            function, params, shapes = self.encoder, self.params, (batch_shapes(self.plan, key.rows),)
+        else:
+            function, params, norm = self.heads[key.name], self.head_params, self.params["final_norm"]
+            hidden = jax.ShapeDtypeStruct((key.rows // self.plan.output_stride, *norm.shape), norm.dtype)
+            per_sequence = jax.ShapeDtypeStruct((key.sequences,), np.int32)
+            shapes = (hidden, *[per_sequence] * self.heads[key.name].integers)
+        sharded = self.devices.shard(partial(function, target=self._target), params)
+        return jax.jit(sharded).trace(params, *self.devices.shapes(shapes))
+
+
+def use_compilation_cache(place: str | PathLike[str]) -> None:
+    """Makes JAX store compiled programs in the directory `place`, from now on and for the whole process.
+
+    Raises:
+        ConfigError: it cannot be made a directory.
+    """
+    if not isinstance(place, (str, PathLike)) or not os.fspath(place):
+        raise ConfigError(f"compilation_cache={place!r} is not the name of a directory; name one, or give None")
+    directory = Path(place)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"compilation_cache {directory} cannot be made a directory: {error.strerror}; choose another place"
+        ) from error
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax_cache.reset_cache()  # a directory that was in use before stays so otherwise

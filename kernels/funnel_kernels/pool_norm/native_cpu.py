@@ -1,0 +1,22 @@
+"""`pool_norm` for CPUs, in C++ (bindings/native/rows_kernels.h): a window is read once, each result written once."""
+
+import jax
+
+from funnel_kernels import native_calls
+from funnel_kernels.pool_norm import POOLS  # in the order of the C++ enumeration
+
+
+def pool_norm(x, real, weight, *, stride, pool, eps, target):
+    """See `funnel_kernels.pool_norm`."""
+    result = jax.ShapeDtypeStruct((x.shape[0] // stride, x.shape[1]), x.dtype)
+    return native_calls.call(
+        "funnel_pool_norm",
+        (result, result),
+        x,
+        real,
+        weight,
+        stride=stride,
+        pooling=POOLS.index(pool),
+        eps=float(eps),
+        target=target,
+    )

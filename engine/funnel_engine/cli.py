@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 import click
 import jax
 import numpy as np
-from funnel_kernels.pool import POOLS
 from rich.console import Console
 from rich.progress import track
 
@@ -33,6 +32,7 @@ from funnel_engine.presets import preset
 from funnel_engine.weights import DTYPES
 from funnel_kernels import BACKENDS, native_calls
 from funnel_kernels.errors import ConfigError, FunnelError, InputError
+from funnel_kernels.pool_norm import POOLS
 
 COMMANDS = "funnel_engine.commands"  # the entry-point group whose commands join these
 TEXTS_PER_CALL = 1024

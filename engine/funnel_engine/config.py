@@ -8,10 +8,10 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
-from funnel_kernels.pool import POOLS
-from funnel_kernels.recover import SITES
 
 from funnel_kernels.errors import ConfigError, FunnelError
+from funnel_kernels.pool_norm import POOLS
+from funnel_kernels.recover_norm import SITES
 
 ATTENTIONS = ("bidirectional", "causal")
 LAYER_TYPES = ("full", "sliding")

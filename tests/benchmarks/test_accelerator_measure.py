@@ -6,8 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from funnel_kernels.pool import POOLS
-from funnel_kernels.recover import MODES, SITES
 from jax.profiler import ProfileData
 
 from funnel_benchmarks.accelerator import layouts, oracle
@@ -28,6 +26,8 @@ from funnel_engine import FunnelError
 from funnel_engine.flops import forward_flops
 from funnel_kernels import attention as attention_op
 from funnel_kernels import pool_norm, recover_norm
+from funnel_kernels.pool_norm import POOLS
+from funnel_kernels.recover_norm import MODES, SITES
 
 
 @pytest.fixture

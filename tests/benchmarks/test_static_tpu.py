@@ -19,7 +19,7 @@ from funnel_benchmarks import static_tpu
 from funnel_benchmarks.static_tpu import Compiled, Variant
 from funnel_engine import FunnelConfig, preset
 from funnel_engine.presets import PRESETS
-from funnel_kernels import InputError, pallas_calls
+from funnel_kernels import InputError, Target
 from option_grid import normal
 
 # ---------------------------------------------------------------------------------------------- reading a dump
@@ -115,18 +115,20 @@ def test_every_preset_is_covered_and_nothing_twice():
         assert {kernel, *anchors} <= set(names)
 
 
-def test_the_anchors_do_the_work_that_they_stand_for(monkeypatch):
-    monkeypatch.setattr(pallas_calls, "INTERPRET", True)
+def test_the_anchors_do_the_work_that_they_stand_for():
+    plain = Target("tpu", "tpu", "TPU v5 lite", interpret=True)
     x, y, weight = (
         jnp.asarray(normal(seed, *shape), jnp.bfloat16) for seed, shape in enumerate(((512, 128), (512, 128), (128,)))
     )
     exact, other, factor = (np.asarray(array, np.float64) for array in (x, y, weight))
     rounding = {"rtol": 2**-8, "atol": 1e-6}
-    np.testing.assert_allclose(static_tpu.pool_alone(x).astype(float), (exact[::2] + exact[1::2]) / 2, **rounding)
-    np.testing.assert_array_equal(static_tpu.tile_alone(x).astype(float), exact.repeat(2, axis=0))
+    np.testing.assert_allclose(
+        static_tpu.pool_alone(x, target=plain).astype(float), (exact[::2] + exact[1::2]) / 2, **rounding
+    )
+    np.testing.assert_array_equal(static_tpu.tile_alone(x, target=plain).astype(float), exact.repeat(2, axis=0))
     for operands, total in (((x,), exact), ((x, y), exact + other)):
         expected = total / np.sqrt((total**2).mean(1, keepdims=True) + static_tpu.EPS) * (1 + factor)
-        normed = static_tpu.norm_alone(weight, *operands, rows=128)
+        normed = static_tpu.norm_alone(weight, *operands, rows=128, target=plain)
         np.testing.assert_allclose(normed.astype(float), expected, **rounding)
 
 
@@ -275,10 +277,8 @@ import sys, numpy as np
 from jax.experimental import topologies
 from funnel_benchmarks import static_tpu
 from funnel_engine import preset
-from funnel_kernels import Target
 generation, *names = sys.argv[1:]
 device = topologies.get_topology_desc(platform="tpu", topology_name=static_tpu.TOPOLOGIES[generation]).devices[0]
-pallas_calls.generation = lambda: pallas_calls.GENERATIONS[device.device_kind]
 configs = [preset(name) for name in names]
 heads = {
     f"attention {c.num_heads}/{c.num_kv_heads} heads of {c.head_dim}, "

@@ -86,7 +86,7 @@ def of_windows(array: np.ndarray | None, windows: int, first: int, last: int) ->
 def test_a_row_has_the_same_bits_among_any_number_of_rows(case):
     windows = case.rows if isinstance(case, AddNormCase) else case.windows
     for first, last in ((0, 1), (5, 7), (11, windows)):
-        alone = results(case, "cpu", *(of_windows(array, windows, first, last) for array in case.arrays()))
+        alone = results(case, target("cpu"), *(of_windows(array, windows, first, last) for array in case.arrays()))
         for result, together in zip(alone, run(case), strict=True):
             np.testing.assert_array_equal(result, of_windows(together, windows, first, last))
 

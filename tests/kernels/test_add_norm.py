@@ -70,7 +70,7 @@ def test_without_an_update_x_is_handed_on(backend):
 def valid():
     return {
         "x": jnp.asarray(normal(0, 6, 4), jnp.bfloat16), "update": jnp.asarray(normal(1, 6, 4), jnp.float32),
-        "weight": jnp.ones(4), "update_weight": jnp.ones(4), "eps": 1e-6,
+        "weight": jnp.ones(4), "update_weight": jnp.ones(4), "eps": 1e-6, "target": target(),
     }  # fmt: skip
 
 

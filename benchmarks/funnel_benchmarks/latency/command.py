@@ -5,7 +5,6 @@ from pathlib import Path
 import click
 import numpy as np
 from click.core import ParameterSource
-from funnel_kernels.pool import POOLS
 
 from funnel_benchmarks import suite_command
 from funnel_benchmarks.funnels import NO_FUNNEL
@@ -28,6 +27,7 @@ from funnel_engine.output_files import write_text
 from funnel_engine.presets import PRESETS
 from funnel_engine.weights import DTYPES
 from funnel_kernels.errors import ConfigError
+from funnel_kernels.pool_norm import POOLS
 
 REPEATS = 10
 # What a sweep decides, by the names of the command's parameters.

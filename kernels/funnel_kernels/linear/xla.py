@@ -14,18 +14,11 @@ from funnel_kernels.target import Unsupported
 def linear(x, weight, add, *, target):
     if add is None:
         return project(x, weight, jnp.float32)
-    return (add + project(x, weight, summed_in(x.dtype, target))).astype(add.dtype)
-
-
-def summed_in(dtype, target):
-    """The dtype of a sum before it is rounded to that of the residual stream: float32 on a CPU.
-
-    An accelerator's compiler leaves that rounding out and keeps the residual stream in float32 from layer to layer,
-    which is twice the memory traffic and not what is promised. There all is in the dtype of the activations: the
-    product is rounded and then the sum, as transformers does; where XLA makes both in one call of cuBLASLt, the sum
-    alone is.
-    """
-    return jnp.float32 if target.platform == "cpu" else dtype
+    # A float32 sum would be rounded once, but an accelerator's compiler leaves that rounding out and keeps the residual
+    # stream in float32 from layer to layer: twice the memory traffic, and not what is promised. There the product is
+    # rounded and then the sum, as in transformers; where XLA makes both in one call of cuBLASLt, the sum alone is.
+    product = project(x, weight, jnp.float32 if target.platform == "cpu" else x.dtype)
+    return (add + product).astype(add.dtype)
 
 
 def gated_linear(x, weight, *, target):
@@ -38,11 +31,13 @@ def gated_linear(x, weight, *, target):
 
 
 def linear_add_norm(x, weight, add, norm_weight, update_weight, *, eps, target):
+    if target.platform == "cpu":  # the sum is float32, as `add_norm` makes it
+        product = project(x, weight, jnp.float32)
+        return add_norm(add, product, norm_weight, update_weight=update_weight, eps=eps, target=target)
     if update_weight is None:
         total = linear(x, weight, add, target=target)
     else:
-        update = rms_norm(project(x, weight, jnp.float32), update_weight, eps)
-        total = (add + update.astype(summed_in(x.dtype, target))).astype(add.dtype)
+        total = add + rms_norm(project(x, weight, jnp.float32), update_weight, eps).astype(add.dtype)
     return add_norm(total, None, norm_weight, eps=eps, target=target)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jaxlib
+import jaxlib.version
 import numpy as np
 
 from funnel_kernels import native_calls
@@ -32,7 +32,7 @@ def machine_facts() -> dict[str, Any]:
         "devices": [device.device_kind for device in jax.devices()],
         "python": platform.python_version(),
         "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
+        "jaxlib": jaxlib.version.__version__,
         "numpy": np.__version__,
         "revision": git_revision(Path(__file__)),
     }

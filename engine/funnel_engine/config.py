@@ -90,7 +90,7 @@ class ModelConfig:
     norm_eps: float = 1e-6
     pad_token_id: int | None = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim"):
             set_field(self, name, check_positive(name, getattr(self, name)))
         set_field(self, "max_positions", check_positive("max_positions", self.max_positions))
@@ -161,7 +161,7 @@ class FunnelConfig:
     recovery: str | None = None
     recovery_site: str = "before_norm"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.strides, (tuple, list)):
             raise ConfigError(f"strides={self.strides!r} must be a tuple of integers, one for each layer")
         strides = tuple(check_positive(f"strides[{index}]", stride) for index, stride in enumerate(self.strides))

@@ -40,7 +40,7 @@ class DenseConfig:
     bias: bool = False
     activation: str = "identity"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("out_features", "in_features"):
             set_field(self, name, check_positive(f"{name} of a dense layer", getattr(self, name)))
         set_field(self, "bias", check_flag("bias of a dense layer", self.bias))
@@ -69,7 +69,7 @@ class HeadConfig:
     labels: tuple[str, ...] = ()
     classifier_bias: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_option("pooling", self.pooling, POOLINGS)
         for name in ("pooler", "classifier_bias"):
             set_field(self, name, check_flag(name, getattr(self, name)))

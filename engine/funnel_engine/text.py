@@ -42,7 +42,7 @@ class TextConfig:
     prompts: dict[str, str] = dataclasses.field(default_factory=dict)
     default_prompt_name: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.max_tokens is not None:
             check_positive("max_tokens", self.max_tokens)
         if self.default_prompt_name not in (None, *self.prompts):

@@ -128,4 +128,5 @@ def call(
         tuple: partial(np.array, dtype=np.int64),
     }
     typed = {name: kinds[type(value)](value) for name, value in attributes.items()}
-    return jax.ffi.ffi_call(handler, out_shape)(*arrays, **typed, threads=np.int64(count_threads(target)))
+    run: Callable[..., Any] = jax.ffi.ffi_call(handler, out_shape)
+    return run(*arrays, **typed, threads=np.int64(count_threads(target)))

@@ -3,11 +3,13 @@
 import importlib
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from funnel_kernels import native_calls, pallas_calls, triton_calls
 from funnel_kernels.errors import BackendUnavailable
 from funnel_kernels.target import KNOWN, Served, Target, Unsupported
+
+Result = TypeVar("Result")
 
 MODULES = {"triton": "triton_gpu", "tpu": "pallas_tpu", "cpu": "native_cpu", "xla": "xla"}
 # Raises `Unsupported` where no kernel of a backend can run, whatever the op.
@@ -18,7 +20,7 @@ CHECKS: dict[str, Callable[[Target], object]] = {
 }
 
 
-class Op:
+class Op(Generic[Result]):
     """An op and its implementations.
 
     The implementation of a backend is the function with the op's name in a module of the op's folder: `reference.py`,
@@ -35,7 +37,7 @@ class Op:
     def __init__(self, name: str, folder: str, *kernels: str):
         self.name, self.folder, self.kernels = name, folder, kernels
 
-    def __call__(self, *arrays: Any, target: Target, **options: Any) -> Any:
+    def __call__(self, *arrays: Any, target: Target, **options: Any) -> Result:
         """Runs the op by the best candidate that serves this call, and notes in the target's record which it was.
 
         Raises:
@@ -45,7 +47,7 @@ class Op:
         for backend in target.candidates:
             try:
                 server, implementation = self.implementation(backend, target)
-                result = implementation(*arrays, **options)
+                result: Result = implementation(*arrays, **options)
             except Unsupported as refusal:
                 refusals[backend] = str(refusal)
                 continue

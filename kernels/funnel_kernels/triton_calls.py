@@ -27,6 +27,8 @@ PACKAGES = {  # the least version of each, and the first that is too new; the ex
 FFI_TARGET = "triton_kernel_call_ffi"  # of jaxlib's, which XLA may record in a CUDA graph
 ELEMENTS = 8192  # that a program of a row-wise kernel holds at once
 
+Launch = tuple[tuple[int, ...], dict[str, Any]]  # a grid, and what is fixed when a kernel is compiled
+
 Sizes = TypeVar("Sizes", bound=tuple[Any, ...])
 
 

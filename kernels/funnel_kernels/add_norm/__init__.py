@@ -9,7 +9,7 @@ from funnel_kernels.op import Op
 from funnel_kernels.target import Target
 
 # On accelerators XLA fuses sum and norms with what surrounds them, and has no pass of its own for them.
-ADD_NORM = Op("add_norm", __name__, "cpu")
+ADD_NORM: Op[tuple[jax.Array, jax.Array]] = Op("add_norm", __name__, "cpu")
 
 
 def add_norm(

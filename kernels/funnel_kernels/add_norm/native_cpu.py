@@ -3,9 +3,13 @@
 import jax
 
 from funnel_kernels import native_calls
+from funnel_kernels.shapes import Rows, Vector
+from funnel_kernels.target import Target
 
 
-def add_norm(x, update, weight, update_weight, *, eps, target):
+def add_norm(
+    x: Rows, update: Rows | None, weight: Vector, update_weight: Vector | None, *, eps: float, target: Target
+) -> tuple[Rows, Rows]:
     """See `funnel_kernels.add_norm`."""
     result = jax.ShapeDtypeStruct(x.shape, x.dtype)
     if update is None:

@@ -6,9 +6,23 @@ bfloat16 is multiplied in pairs where the processor can (AVX512-BF16), and other
 import jax
 
 from funnel_kernels import native_calls
+from funnel_kernels.shapes import Bounds, Heads
+from funnel_kernels.target import Target
 
 
-def attention(q, k, v, lo, hi, *, heads, kv_heads, scale, softcap, target):
+def attention(
+    q: Heads,
+    k: Heads,
+    v: Heads,
+    lo: Bounds,
+    hi: Bounds,
+    *,
+    heads: int,
+    kv_heads: int,
+    scale: float,
+    softcap: float | None,
+    target: Target,
+) -> Heads:
     return native_calls.call(
         "funnel_attention", jax.ShapeDtypeStruct(q.shape, q.dtype), q, k, v, lo, hi,
         heads=heads, kv_heads=kv_heads, scale=float(scale), softcap=float(softcap or 0.0), target=target,

@@ -13,18 +13,21 @@ until they are written.
 
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from funnel_kernels import pallas_calls
-from funnel_kernels.target import Unsupported
+from funnel_kernels.shapes import Bounds, Heads
+from funnel_kernels.target import Target, Unsupported
 
 LOG2_E = math.log2(math.e)
 MASK = -(2.0**100)  # a score that no real one reaches; finite, so that differences of two are
 WIDEST = 256  # head dim
 LANES = 128
+Index = Any  # of a block or a unit: an int or a traced scalar
 MOST_VISITS = 2**16  # their list lies in scalar memory, 4 bytes each
 
 
@@ -47,14 +50,27 @@ SIZES = {
 COLUMNS = 8 * 256  # of queries and results in a visit there
 
 
-def attention(q, k, v, lo, hi, *, heads, kv_heads, scale, softcap, target, sizes=None):
+def attention(
+    q: Heads,
+    k: Heads,
+    v: Heads,
+    lo: Bounds,
+    hi: Bounds,
+    *,
+    heads: int,
+    kv_heads: int,
+    scale: float,
+    softcap: float | None,
+    target: Target,
+    sizes: Sizes | None = None,
+) -> Heads:
     """See `funnel_kernels.attention`; `sizes` are by the rule below unless given."""
     head_dim = q.shape[1] // heads
     if head_dim > WIDEST:
         raise Unsupported(f"heads are {head_dim} wide; its vector memory is laid out for at most {WIDEST}")
     if head_dim % LANES:  # a head must fill whole registers; only T5Gemma's smallest models have narrower ones
         widen = functools.partial(pad_heads, head_dim=head_dim, to=-(-head_dim // LANES) * LANES)
-        options = {
+        options: dict[str, Any] = {
             "heads": heads,
             "kv_heads": kv_heads,
             "scale": scale,
@@ -68,13 +84,13 @@ def attention(q, k, v, lo, hi, *, heads, kv_heads, scale, softcap, target, sizes
     return launch(q, k, v, lo, hi, heads, kv_heads, scale, softcap, sizes, target)
 
 
-def pad_heads(x, head_dim, to):
+def pad_heads(x: Heads, head_dim: int, to: int) -> Heads:
     """[N, heads * head_dim] -> [N, heads * to], with zeros after each head."""
     split = x.reshape(x.shape[0], -1, head_dim)
     return jnp.pad(split, ((0, 0), (0, 0), (0, to - head_dim))).reshape(x.shape[0], -1)
 
 
-def rule(generation, dtype, columns):
+def rule(generation: pallas_calls.Generation, dtype: Any, columns: int) -> Sizes:
     """The sizes of a generation, with as many query rows as have room where a visit has more or fewer columns."""
     block_q, block_k, unit = SIZES[generation.name]
     if dtype == jnp.float32:  # twice the bytes, and six products for one
@@ -83,7 +99,19 @@ def rule(generation, dtype, columns):
     return Sizes(block_q, block_k, unit)
 
 
-def launch(q, k, v, lo, hi, heads, kv_heads, scale, softcap, sizes, target):
+def launch(
+    q: Heads,
+    k: Heads,
+    v: Heads,
+    lo: Bounds,
+    hi: Bounds,
+    heads: int,
+    kv_heads: int,
+    scale: float,
+    softcap: float | None,
+    sizes: Sizes,
+    target: Target,
+) -> Heads:
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
 
@@ -118,13 +146,14 @@ def launch(q, k, v, lo, hi, heads, kv_heads, scale, softcap, sizes, target):
     cores = generation.cores if kv_heads % generation.cores and blocks[0] > 1 else 1
     begin, visits = plan(lo, hi, blocks, block_q, block_k, cores)
 
-    def queries(head, core, step, begin, visits):
+    # Where blocks are in their arrays: `begin` and `visits` are in scalar memory.
+    def queries(head: Index, core: Index, step: Index, begin: Any, visits: Any) -> tuple[Index, Index]:
         return decode(visits[at(core, step, begin)]).query_block, head
 
-    def keys(head, core, step, begin, visits):
+    def keys(head: Index, core: Index, step: Index, begin: Any, visits: Any) -> tuple[Index, Index]:
         return decode(visits[at(core, step, begin)]).key_block, head
 
-    def bounds(head, core, step, begin, visits):
+    def bounds(head: Index, core: Index, step: Index, begin: Any, visits: Any) -> tuple[Index, Index]:
         return 0, decode(visits[at(core, step, begin)]).query_block
 
     out = pallas_calls.call(
@@ -162,11 +191,11 @@ def launch(q, k, v, lo, hi, heads, kv_heads, scale, softcap, sizes, target):
     return out[:rows]
 
 
-def round_up(rows):
+def round_up(rows: int) -> int:
     return -(-rows // LANES) * LANES
 
 
-def pad_rows(array, least):
+def pad_rows(array: jax.Array, least: int) -> jax.Array:
     return jnp.pad(array, ((0, max(0, least - array.shape[0])), *((0, 0),) * (array.ndim - 1)))
 
 
@@ -188,7 +217,7 @@ class Visit(NamedTuple):
     empty: jax.Array
 
 
-def encode(visit):
+def encode(visit: Visit) -> jax.Array:
     """A visit in one int32, since scalar memory is small."""
     code = visit.query_block << 18 | visit.key_block << 4
     for bit, flag in enumerate(visit[2:]):
@@ -196,17 +225,19 @@ def encode(visit):
     return code
 
 
-def decode(code):
+def decode(code: jax.Array) -> Visit:
     flags = (((code >> bit) & 1) == 1 for bit in range(4))
     return Visit(code >> 18, (code >> 4) & (2**14 - 1), *flags)
 
 
-def at(core, step, begin):
+def at(core: Index, step: Index, begin: Any) -> jax.Array:
     """Where a core's visit stands in the list; a core that is done stays at its last one."""
     return jnp.minimum(begin[core] + step, begin[core + 1] - 1)
 
 
-def plan(lo, hi, blocks, block_q, block_k, cores):
+def plan(
+    lo: Bounds, hi: Bounds, blocks: tuple[int, int], block_q: int, block_k: int, cores: int
+) -> tuple[jax.Array, jax.Array]:
     """Which visits there are, query block by query block.
 
     Args:
@@ -218,7 +249,9 @@ def plan(lo, hi, blocks, block_q, block_k, cores):
     """
     some = lo < hi
 
-    def reduce(bounds, otherwise, function):  # over the rows of each query block that see anything
+    def reduce(
+        bounds: Bounds, otherwise: int, function: Callable[..., jax.Array]
+    ) -> jax.Array:  # over the rows of each query block that see anything
         padding = blocks[0] * block_q - len(bounds)
         filled = jnp.pad(jnp.where(some, bounds, otherwise), (0, padding), constant_values=otherwise)
         return function(filled.reshape(-1, block_q), axis=1)
@@ -235,7 +268,7 @@ def plan(lo, hi, blocks, block_q, block_k, cores):
     step = jnp.arange(blocks[0] * blocks[1], dtype=jnp.int32)[:, None]
     own = (ends - visits <= step) & (step < ends)  # [visits, query blocks]
 
-    def of_visit(values):  # [query blocks] -> [visits]
+    def of_visit(values: jax.Array) -> jax.Array:  # [query blocks] -> [visits]
         return jnp.sum(jnp.where(own, values, 0), axis=1, dtype=jnp.int32)
 
     nth = step[:, 0] - of_visit(ends - visits)
@@ -258,10 +291,28 @@ def plan(lo, hi, blocks, block_q, block_k, cores):
 
 
 def kernel(
-    begin, visits, q_ref, k_ref, v_ref, bounds_ref, out_ref,
-    sums, peaks, totals, even, odd, values,
-    *, group, parts, d, keys, scale, softcap,
-):  # fmt: skip
+    begin: Any,  # [cores + 1]
+    visits: Any,  # [query blocks * key blocks], see `plan`
+    q_ref: Any,  # [block_q, group * d]
+    k_ref: Any,  # [block_k, d]
+    v_ref: Any,  # [block_k, d]
+    bounds_ref: Any,  # [2, block_q]
+    out_ref: Any,  # [block_q, group * d]
+    sums: Any,  # [units, d, unit] of weighted values
+    peaks: Any,  # [units, 1, unit]: the largest score so far
+    totals: Any,  # [units, 1, unit] of weights
+    even: Any,  # [block_k, unit]: scores of units 0, 2, 4, ...
+    odd: Any,  # [block_k, unit]: scores of units 1, 3, 5, ...
+    values: Any,  # [d, block_k], transposed
+    *,
+    group: int,
+    parts: int,
+    d: int,
+    keys: int,
+    scale: float,
+    softcap: float | None,
+) -> None:
+    """One step of the grid: a visit, or nothing for a core that is done."""
     from jax.experimental import pallas as pl
 
     block_k, unit = even.shape
@@ -272,40 +323,42 @@ def kernel(
     visit = decode(visits[at(core, step, begin)])
     on = begin[core] + step < begin[core + 1]
 
-    def place(index):
+    def block_of(index: Index) -> tuple[Any, Any]:
         """Rows and columns of a unit in the blocks of queries and results."""
         head, part = jax.lax.div(index, parts), jax.lax.rem(index, parts)
         return pl.ds(pl.multiple_of(part * unit, unit), unit), pl.ds(pl.multiple_of(head * d, LANES), d)
 
-    def scores(index):  # [block_k, unit]
-        return product(k_ref[...], q_ref[place(index)], (((1,), (1,)), ((), ())))
+    def scores(index: Index) -> jax.Array:  # [block_k, unit]
+        return product(k_ref[...], q_ref[block_of(index)], (((1,), (1,)), ((), ())))
 
-    def weights(scores_ref, index, masked, peak):
+    def weights(
+        scores_ref: Any, index: Index, masked: bool, peak: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:  # [block_k, unit], [1, unit]
         """Base-2 exponentials of the scores relative to the new peak, and that peak."""
         s = scores_ref[...]
         s = jnp.tanh(s * (scale / softcap)) * (softcap * LOG2_E) if softcap else s * (scale * LOG2_E)
         if masked:
             key = visit.key_block * block_k + jax.lax.broadcasted_iota(jnp.int32, s.shape, 0)
-            lo, hi = bounds_ref[0:1, place(index)[0]], bounds_ref[1:2, place(index)[0]]
+            lo, hi = bounds_ref[0:1, block_of(index)[0]], bounds_ref[1:2, block_of(index)[0]]
             s = jnp.where((lo <= key) & (key < hi), s, MASK)
         highest = jnp.max(s, axis=0, keepdims=True)
         peak = highest if peak is None else jnp.maximum(peak, highest)
         return jnp.exp2(s - peak), peak
 
-    def weighted_values(p):  # [d, unit]
+    def weighted_values(p: jax.Array) -> jax.Array:  # [d, unit]
         return product(values[...], p.astype(values.dtype), (((1,), (0,)), ((), ())))
 
-    def write(index, out, total):
-        rows, columns = place(index)
+    def write(index: Index, out: jax.Array, total: jax.Array) -> None:
+        rows, columns = block_of(index)
         some = bounds_ref[0:1, rows] < bounds_ref[1:2, rows]
         out_ref[rows, columns] = jnp.where(some, out / total, 0.0).T.astype(out_ref.dtype)
 
-    def take_all(scores_ref, index, masked):
+    def take_all(scores_ref: Any, index: Index, masked: bool) -> None:
         """The whole softmax of a unit whose keys are all in this block."""
         p, _ = weights(scores_ref, index, masked, None)
         write(index, weighted_values(p), jnp.sum(p, axis=0, keepdims=True))
 
-    def take_some(scores_ref, index, masked):
+    def take_some(scores_ref: Any, index: Index, masked: bool) -> None:
         """Adds this block's keys to the online softmax of a unit."""
         old = peaks[index]
         p, new = weights(scores_ref, index, masked, old)
@@ -315,14 +368,14 @@ def kernel(
         before = jnp.where(visit.first, 0.0, sums[index] * shrink)  # what is there at first may be NaN
         sums[index] = before + weighted_values(p)
 
-    def every_unit(take, masked):
+    def every_unit(take: Callable[..., None], masked: bool) -> None:
         v = v_ref[...]
         if keys % block_k:  # what lies behind the last key may be anything, NaN too
             row = visit.key_block * block_k + jax.lax.broadcasted_iota(jnp.int32, (block_k, 1), 0)
             v = jnp.where(row < keys, v, 0)
         values[...] = v.T
 
-        def pair(index, following):
+        def pair(index: Index, following: Index | None) -> None:
             odd[...] = scores(index + 1)
             take(even, index, masked)
             if following is not None:
@@ -338,7 +391,7 @@ def kernel(
     alone = visit.first & visit.last
 
     @pl.when(on & visit.first & ~alone)
-    def start():
+    def start() -> None:
         peaks[...] = jnp.full_like(peaks, MASK)
         totals[...] = jnp.zeros_like(totals)
 
@@ -347,9 +400,9 @@ def kernel(
             pl.when(on & ~visit.empty & right & right_too)(functools.partial(every_unit, take, masked))
 
     @pl.when(on & visit.last & ~alone)
-    def finish():
+    def finish() -> None:
         pl.loop(0, units, unroll=2)(lambda index: write(index, sums[index], totals[index]))
 
     @pl.when(on & visit.empty)
-    def nothing():
+    def nothing() -> None:
         out_ref[...] = jnp.zeros_like(out_ref)

@@ -3,10 +3,23 @@
 import jax
 import jax.numpy as jnp
 
+from funnel_kernels.shapes import Bounds, Heads
+
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def attention(q, k, v, lo, hi, *, heads, kv_heads, scale, softcap):
+def attention(
+    q: Heads,
+    k: Heads,
+    v: Heads,
+    lo: Bounds,
+    hi: Bounds,
+    *,
+    heads: int,
+    kv_heads: int,
+    scale: float,
+    softcap: float | None,
+) -> Heads:
     rows, keys, head_dim = q.shape[0], k.shape[0], q.shape[1] // heads
     q_heads = q.astype(jnp.float32).reshape(rows, kv_heads, heads // kv_heads, head_dim)
     k_heads = k.astype(jnp.float32).reshape(keys, kv_heads, head_dim)

@@ -6,7 +6,7 @@ between the smallest `lo` and the largest `hi` of its rows with an online softma
 that some row sees in part. A block whose rows see nothing, such as padding at the end of a batch, visits no key block.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 
 from funnel_kernels import triton_calls
-from funnel_kernels.target import Unsupported
+from funnel_kernels.shapes import Bounds, Heads
+from funnel_kernels.target import Target, Unsupported
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 FAR = tl.constexpr(2**31 - 1)  # behind every key
@@ -30,7 +31,20 @@ class Sizes(NamedTuple):
     stages: int
 
 
-def attention(q, k, v, lo, hi, *, heads, kv_heads, scale, softcap, target, sizes=None):
+def attention(
+    q: Heads,
+    k: Heads,
+    v: Heads,
+    lo: Bounds,
+    hi: Bounds,
+    *,
+    heads: int,
+    kv_heads: int,
+    scale: float,
+    softcap: float | None,
+    target: Target,
+    sizes: Sizes | None = None,
+) -> Heads:
     """See `funnel_kernels.attention`; `sizes` are those of the tuning table or the rule below unless given."""
     head_dim = q.shape[1] // heads
     if head_dim > WIDEST:
@@ -47,11 +61,13 @@ def attention(q, k, v, lo, hi, *, heads, kv_heads, scale, softcap, target, sizes
     )
 
 
-def padded(head_dim):
+def padded(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))  # the least that the matrix units take
 
 
-def launch(rows, dtype, heads, kv_heads, head_dim, scale, softcap, sizes):
+def launch(
+    rows: int, dtype: Any, heads: int, kv_heads: int, head_dim: int, scale: float, softcap: float | None, sizes: Sizes
+) -> triton_calls.Launch:
     """The grid, and everything that is fixed when the kernel is compiled."""
     group = heads // kv_heads
     block_d = padded(head_dim)
@@ -69,13 +85,13 @@ def launch(rows, dtype, heads, kv_heads, head_dim, scale, softcap, sizes):
     return (triton.cdiv(rows * group, block_q) * kv_heads,), options
 
 
-def shared_bytes(block_d, dtype, sizes):
+def shared_bytes(block_d: int, dtype: Any, sizes: Sizes) -> int:
     """What a program needs of shared memory: its queries and, for each stage, a block of keys and one of values. With
     wide float32 rows, which are taken part by part, it is less."""
     return dtype.itemsize * block_d * (sizes.block_q + 2 * sizes.stages * sizes.block_k)
 
 
-def rule(block_d, dtype, capability):
+def rule(block_d: int, dtype: Any, capability: int) -> Sizes:
     """Sizes whose tiles fit the registers and the shared memory."""
     if dtype == jnp.float32:
         return Sizes(32, 32, 8, 2) if block_d >= 128 else Sizes(32, 32, 4, 2)

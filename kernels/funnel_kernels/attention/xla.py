@@ -8,16 +8,36 @@ The online softmax is that of Milakov and Gimelshein (arXiv:1805.02867), in bloc
 (arXiv:2205.14135).
 """
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from jax import lax
+
+from funnel_kernels.shapes import Bounds, Heads
+from funnel_kernels.target import Target
 
 MASKED = -1e30  # finite, so that a row with nothing visible yet stays free of NaN; far below any score
 KEYS_PER_BLOCK = 256
 SCORE_ROWS_PER_BLOCK = 1024  # query rows times the query heads that share a key/value head
+State = tuple[jax.Array, jax.Array, jax.Array]  # of scores' rows: the largest so far, sums of weights, weighted values
+
 LEAST_QUERIES_PER_BLOCK, MOST_QUERIES_PER_BLOCK = 64, 256
 
 
-def attention(q, k, v, lo, hi, *, heads, kv_heads, scale, softcap, target):
+def attention(
+    q: Heads,
+    k: Heads,
+    v: Heads,
+    lo: Bounds,
+    hi: Bounds,
+    *,
+    heads: int,
+    kv_heads: int,
+    scale: float,
+    softcap: float | None,
+    target: Target,
+) -> Heads:
     rows, head_dim, group = q.shape[0], q.shape[1] // heads, heads // kv_heads
     wanted = min(max(SCORE_ROWS_PER_BLOCK // group, LEAST_QUERIES_PER_BLOCK), MOST_QUERIES_PER_BLOCK)
     block_q, block_k = even_block(rows, wanted), even_block(k.shape[0], KEYS_PER_BLOCK)
@@ -30,7 +50,7 @@ def attention(q, k, v, lo, hi, *, heads, kv_heads, scale, softcap, target):
     first = jnp.where(live, lo, k.shape[0]).reshape(q_blocks, block_q).min(1) // block_k
     last = ceil_div(jnp.where(live, hi, 0).reshape(q_blocks, block_q).max(1), block_k)
 
-    def tile(index, q):
+    def tile(index: jax.Array, q: Heads) -> Heads:
         block, head = index // kv_heads, index % kv_heads
         start = block * block_q
         lo_rows = lax.dynamic_slice(lo, (start,), (block_q,))[:, None, None]
@@ -38,7 +58,7 @@ def attention(q, k, v, lo, hi, *, heads, kv_heads, scale, softcap, target):
         q_tile = lax.dynamic_slice(q, (start, head * group * head_dim), (block_q, group * head_dim))
         q_tile = q_tile.reshape(block_q * group, head_dim)
 
-        def visit(key_block, state):
+        def visit(key_block: jax.Array, state: State) -> State:
             running_max, running_sum, weighted = state
             at = (key_block * block_k, head * head_dim)
             k_tile = lax.dynamic_slice(k, at, (block_k, head_dim))
@@ -72,22 +92,23 @@ def attention(q, k, v, lo, hi, *, heads, kv_heads, scale, softcap, target):
     return lax.fori_loop(0, q_blocks * kv_heads, tile, q)[:rows]
 
 
-def product(a, b, *, contract):
+def product(a: jax.Array, b: jax.Array, *, contract: tuple[int, int]) -> jax.Array:
     """2-D matrix product with a float32 result; float32 operands keep full precision on every platform."""
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     dimensions = (((contract[0],), (contract[1],)), ((), ()))
     return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 
-def ceil_div(a, b):
+def ceil_div(a: Any, b: int) -> Any:
     return -(-a // b)
 
 
 def even_block(rows: int, most: int) -> int:
     """The block size of at most `most` that cuts `rows` into the fewest, near-equal blocks (little padding)."""
-    return ceil_div(rows, ceil_div(rows, most))
+    blocks = -(-rows // most)
+    return -(-rows // blocks)
 
 
-def pad_rows(array, multiple):
+def pad_rows(array: jax.Array, multiple: int) -> jax.Array:
     missing = -array.shape[0] % multiple
     return jnp.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1)) if missing else array

@@ -15,9 +15,10 @@ from funnel_kernels.target import Target
 __all__ = ["PackedWeight", "Weight", "gated_linear", "linear", "linear_add_norm", "prepare", "project_heads"]
 
 # On GPUs and TPUs the products are XLA's: it calls cuBLAS there, or drives the matrix unit itself.
-LINEAR, GATED_LINEAR, LINEAR_ADD_NORM, PROJECT_HEADS = (
-    Op(name, __name__, "xla", "cpu") for name in ("linear", "gated_linear", "linear_add_norm", "project_heads")
-)
+LINEAR: Op[jax.Array] = Op("linear", __name__, "xla", "cpu")
+GATED_LINEAR: Op[jax.Array] = Op("gated_linear", __name__, "xla", "cpu")
+LINEAR_ADD_NORM: Op[tuple[jax.Array, jax.Array]] = Op("linear_add_norm", __name__, "xla", "cpu")
+PROJECT_HEADS: Op[tuple[jax.Array, ...]] = Op("project_heads", __name__, "xla", "cpu")
 
 
 def linear(

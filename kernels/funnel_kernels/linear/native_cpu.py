@@ -1,5 +1,7 @@
 """Products tile by tile, each followed in the cache by what comes after it (bindings/native/product.h)."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -7,11 +9,12 @@ import funnel_native
 from funnel_kernels import native_calls
 from funnel_kernels.add_norm.native_cpu import add_norm
 from funnel_kernels.linear import xla
-from funnel_kernels.linear.packed import PackedWeight
-from funnel_kernels.target import Unsupported
+from funnel_kernels.linear.packed import PackedWeight, Weight
+from funnel_kernels.shapes import Angles, Heads, Rows, Vector
+from funnel_kernels.target import Target, Unsupported
 
 
-def linear(x, weight, add, *, target):
+def linear(x: Rows, weight: Weight, add: Rows | None, *, target: Target) -> Rows:
     out = jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), jnp.float32 if add is None else x.dtype)
     added = () if add is None else (add,)
     prepare(x, weight, out.shape[1], target)
@@ -20,7 +23,7 @@ def linear(x, weight, add, *, target):
     )  # fmt: skip
 
 
-def gated_linear(x, weight, *, target):
+def gated_linear(x: Rows, weight: Weight, *, target: Target) -> Rows:
     out = jax.ShapeDtypeStruct((x.shape[0], weight.shape[0] // 2), x.dtype)
     prepare(x, weight, out.shape[1], target)
     return native_calls.call(
@@ -28,7 +31,16 @@ def gated_linear(x, weight, *, target):
     )  # fmt: skip
 
 
-def linear_add_norm(x, weight, add, norm_weight, update_weight, *, eps, target):
+def linear_add_norm(
+    x: Rows,
+    weight: Weight,
+    add: Rows,
+    norm_weight: Vector,
+    update_weight: Vector | None,
+    *,
+    eps: float,
+    target: Target,
+) -> tuple[Rows, Rows]:
     if not has_whole_rows(x, weight, target):  # then the norms are a pass of their own
         if update_weight is None:
             return add_norm(linear(x, weight, add, target=target), None, norm_weight, None, eps=eps, target=target)
@@ -41,11 +53,22 @@ def linear_add_norm(x, weight, add, norm_weight, update_weight, *, eps, target):
     )
 
 
-def project_heads(x, weight, cos, sin, norms, *, heads, plain_heads, eps, target):
+def project_heads(
+    x: Rows,
+    weight: Weight,
+    cos: Angles,
+    sin: Angles,
+    norms: tuple[Vector, ...] | None,
+    *,
+    heads: tuple[int, ...],
+    plain_heads: int,
+    eps: float,
+    target: Target,
+) -> tuple[Heads, ...]:
     rows, head_dim = x.shape[0], 2 * cos.shape[1]
     if head_dim % funnel_native.UNIT or not prepare(x, weight, weight.shape[0], target, head_dim // funnel_native.UNIT):
         product = linear(x, weight, None, target=target)  # tiles would cut heads apart, which XLA turns then
-        options = {"heads": heads, "plain_heads": plain_heads, "eps": eps, "target": target}
+        options: dict[str, Any] = {"heads": heads, "plain_heads": plain_heads, "eps": eps, "target": target}
         return xla.finish_heads(product, cos, sin, norms, x.dtype, **options)
     groups = (*heads, plain_heads) if plain_heads else heads
     outs = tuple(jax.ShapeDtypeStruct((rows, count * head_dim), x.dtype) for count in groups)
@@ -55,24 +78,27 @@ def project_heads(x, weight, cos, sin, norms, *, heads, plain_heads, eps, target
     )  # fmt: skip
 
 
-def has_whole_rows(x, weight, target):
+def has_whole_rows(x: Rows, weight: Weight, target: Target) -> bool:
     """Whether a norm can follow the product on its tiles, because these have whole rows."""
     check(weight, target)
     is_bfloat16, threads = str(x.dtype) == "bfloat16", native_calls.count_threads(target)
-    return funnel_native.handlers().suits_whole_rows(x.shape[0], *weight.shape, is_bfloat16, threads)
+    found: bool = funnel_native.handlers().suits_whole_rows(x.shape[0], *weight.shape, is_bfloat16, threads)
+    return found
 
 
-def prepare(x, weight, out_features, target, step=1):
+def prepare(x: Rows, weight: Weight, out_features: int, target: Target, step: int = 1) -> bool:
     """oneDNN makes code for each shape of a tile: now, while the program is traced, instead of in its first call.
 
     A tile has a multiple of `step` units of output features; False if it cannot.
     """
     check(weight, target)
     is_bfloat16, threads = str(x.dtype) == "bfloat16", native_calls.count_threads(target)
-    return funnel_native.handlers().prepare_product(x.shape[0], out_features, x.shape[1], is_bfloat16, step, threads)
+    shape = x.shape[0], out_features, x.shape[1]
+    made: bool = funnel_native.handlers().prepare_product(*shape, is_bfloat16, step, threads)
+    return made
 
 
-def check(weight, target):
+def check(weight: Weight, target: Target) -> None:
     """Raises `Unsupported` unless there are products with this weight."""
     native_calls.check_product(weight.dtype, target)
     if not isinstance(weight, PackedWeight):

@@ -4,30 +4,49 @@ import jax
 import jax.numpy as jnp
 
 from funnel_kernels.add_norm import reference as add_norm
-from funnel_kernels.linear.packed import PackedWeight
+from funnel_kernels.linear.packed import PackedWeight, Weight
 from funnel_kernels.norm import rms_norm
+from funnel_kernels.shapes import Angles, Heads, Rows, Vector
 from funnel_kernels.target import Unsupported
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def linear(x, weight, add):
+def linear(x: Rows, weight: Weight, add: Rows | None) -> Rows:
     if isinstance(weight, PackedWeight):
         raise Unsupported("the weight is packed for backend cpu")
     product = jnp.matmul(x.astype(jnp.float32), weight.astype(jnp.float32).T, precision=HIGHEST)
     return product if add is None else (add + product).astype(add.dtype)
 
 
-def gated_linear(x, weight):
+def gated_linear(x: Rows, weight: Weight) -> Rows:
     gate, up = jnp.split(linear(x, weight, None), 2, axis=1)
     return (jax.nn.gelu(gate, approximate=True) * up).astype(x.dtype)
 
 
-def linear_add_norm(x, weight, add, norm_weight, update_weight, *, eps):
+def linear_add_norm(
+    x: Rows,
+    weight: Weight,
+    add: Rows,
+    norm_weight: Vector,
+    update_weight: Vector | None,
+    *,
+    eps: float,
+) -> tuple[Rows, Rows]:
     return add_norm.add_norm(add, linear(x, weight, None), norm_weight, update_weight, eps=eps)
 
 
-def project_heads(x, weight, cos, sin, norms, *, heads, plain_heads, eps):
+def project_heads(
+    x: Rows,
+    weight: Weight,
+    cos: Angles,
+    sin: Angles,
+    norms: tuple[Vector, ...] | None,
+    *,
+    heads: tuple[int, ...],
+    plain_heads: int,
+    eps: float,
+) -> tuple[Heads, ...]:
     rows, half = cos.shape
     all_heads = linear(x, weight, None).reshape(rows, -1, 2 * half)
     groups, first = [], 0

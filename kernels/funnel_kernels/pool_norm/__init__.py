@@ -9,7 +9,7 @@ from funnel_kernels.op import Op
 from funnel_kernels.target import Target
 
 POOLS = ("max", "mean", "first")
-POOL_NORM = Op("pool_norm", __name__, "cpu", "triton", "tpu")
+POOL_NORM: Op[tuple[jax.Array, jax.Array]] = Op("pool_norm", __name__, "cpu", "triton", "tpu")
 
 
 def pool_norm(

@@ -4,9 +4,13 @@ import jax
 
 from funnel_kernels import native_calls
 from funnel_kernels.pool_norm import POOLS  # in the order of the C++ enumeration
+from funnel_kernels.shapes import Mask, Rows, Vector
+from funnel_kernels.target import Target
 
 
-def pool_norm(x, real, weight, *, stride, pool, eps, target):
+def pool_norm(
+    x: Rows, real: Mask, weight: Vector, *, stride: int, pool: str, eps: float, target: Target
+) -> tuple[Rows, Rows]:
     """See `funnel_kernels.pool_norm`."""
     result = jax.ShapeDtypeStruct((x.shape[0] // stride, x.shape[1]), x.dtype)
     return native_calls.call(

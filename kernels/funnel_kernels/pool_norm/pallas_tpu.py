@@ -14,9 +14,13 @@ from jax.experimental.pallas import tpu as pltpu
 
 from funnel_kernels import pallas_calls
 from funnel_kernels.pallas_rows import GROUP, LANES, check_width, rms_norm, widen, windows_per_block
+from funnel_kernels.shapes import Mask, Rows, Vector
+from funnel_kernels.target import Target
 
 
-def pool_norm(x, real, weight, *, stride, pool, eps, target):
+def pool_norm(
+    x: Rows, real: Mask, weight: Vector, *, stride: int, pool: str, eps: float, target: Target
+) -> tuple[Rows, Rows]:
     """See `funnel_kernels.pool_norm`."""
     rows, width = x.shape
     check_width(width)

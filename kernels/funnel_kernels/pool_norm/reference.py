@@ -3,9 +3,10 @@
 import jax.numpy as jnp
 
 from funnel_kernels.norm import rms_norm
+from funnel_kernels.shapes import Mask, Rows, Vector
 
 
-def pool_norm(x, real, weight, *, stride, pool, eps):
+def pool_norm(x: Rows, real: Mask, weight: Vector, *, stride: int, pool: str, eps: float) -> tuple[Rows, Rows]:
     windows = x.reshape(-1, stride, x.shape[1]).astype(jnp.float32)
     counts = real.reshape(-1, stride, 1)
     if pool == "max":

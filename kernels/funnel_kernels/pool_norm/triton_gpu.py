@@ -8,9 +8,21 @@ import triton
 import triton.language as tl
 
 from funnel_kernels import triton_calls
+from funnel_kernels.shapes import Mask, Rows, Vector
+from funnel_kernels.target import Target
 
 
-def pool_norm(x, real, weight, *, stride, pool, eps, target, sizes=None):
+def pool_norm(
+    x: Rows,
+    real: Mask,
+    weight: Vector,
+    *,
+    stride: int,
+    pool: str,
+    eps: float,
+    target: Target,
+    sizes: triton_calls.RowSizes | None = None,
+) -> tuple[Rows, Rows]:
     """See `funnel_kernels.pool_norm`; `sizes` are those of the tuning table or the common rule unless given."""
     sizes = sizes or triton_calls.row_sizes("pool_norm", x.shape[1], x.dtype, target)
     windows, width = x.shape[0] // stride, x.shape[1]
@@ -21,7 +33,9 @@ def pool_norm(x, real, weight, *, stride, pool, eps, target, sizes=None):
     )
 
 
-def launch(windows, width, stride, pool, eps, sizes):
+def launch(
+    windows: int, width: int, stride: int, pool: str, eps: float, sizes: triton_calls.RowSizes
+) -> triton_calls.Launch:
     """The grid, and everything that is fixed when the kernel is compiled."""
     options = {
         "width": width, "stride": stride, "pool": pool, "eps": eps,

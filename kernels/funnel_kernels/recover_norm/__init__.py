@@ -9,7 +9,7 @@ from funnel_kernels.target import Target
 
 MODES = ("tile", "sum", "mean", "max")
 SITES = ("before_norm", "after_norm")
-RECOVER_NORM = Op("recover_norm", __name__, "cpu", "triton", "tpu")
+RECOVER_NORM: Op[jax.Array] = Op("recover_norm", __name__, "cpu", "triton", "tpu")
 
 
 def recover_norm(

@@ -4,9 +4,13 @@ import jax
 
 from funnel_kernels import native_calls
 from funnel_kernels.recover_norm import MODES  # in the order of the C++ enumeration
+from funnel_kernels.shapes import Rows, Vector
+from funnel_kernels.target import Target
 
 
-def recover_norm(short, full, weight, *, stride, mode, site, eps, target):
+def recover_norm(
+    short: Rows, full: Rows | None, weight: Vector, *, stride: int, mode: str, site: str, eps: float, target: Target
+) -> Rows:
     """See `funnel_kernels.recover_norm`."""
     result = jax.ShapeDtypeStruct((short.shape[0] * stride, short.shape[1]), short.dtype)
     arrays = (short, weight) if full is None else (short, weight, full)

@@ -13,9 +13,13 @@ from jax.experimental.pallas import tpu as pltpu
 
 from funnel_kernels import pallas_calls
 from funnel_kernels.pallas_rows import GROUP, LANES, check_width, rms_norm, windows_per_block
+from funnel_kernels.shapes import Rows, Vector
+from funnel_kernels.target import Target
 
 
-def recover_norm(short, full, weight, *, stride, mode, site, eps, target):
+def recover_norm(
+    short: Rows, full: Rows | None, weight: Vector, *, stride: int, mode: str, site: str, eps: float, target: Target
+) -> Rows:
     """See `funnel_kernels.recover_norm`."""
     windows, width = short.shape
     check_width(width)

@@ -3,10 +3,13 @@
 import jax.numpy as jnp
 
 from funnel_kernels.norm import rms_norm
+from funnel_kernels.shapes import Rows, Vector
 
 
-def recover_norm(short, full, weight, *, stride, mode, site, eps):
-    if mode == "tile":  # tiling and norm commute: normalise the short rows
+def recover_norm(
+    short: Rows, full: Rows | None, weight: Vector, *, stride: int, mode: str, site: str, eps: float
+) -> Rows:
+    if full is None:  # mode "tile": tiling and norm commute: normalise the short rows
         return tile(rms_norm(short, weight, eps).astype(short.dtype), stride)
     if site == "before_norm":
         rows = combine(tile(short, stride), full, mode)
@@ -15,11 +18,11 @@ def recover_norm(short, full, weight, *, stride, mode, site, eps):
     return combine(tiled, rms_norm(full, weight, eps), mode).astype(short.dtype)
 
 
-def tile(short, stride):
+def tile(short: Rows, stride: int) -> Rows:
     return jnp.repeat(short, stride, axis=0)
 
 
-def combine(tiled, full, mode):
+def combine(tiled: Rows, full: Rows, mode: str) -> Rows:  # float32
     tiled = tiled.astype(jnp.float32)
     if mode == "max":
         return jnp.maximum(tiled, full)

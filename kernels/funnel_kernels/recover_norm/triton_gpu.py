@@ -8,21 +8,36 @@ import triton
 import triton.language as tl
 
 from funnel_kernels import triton_calls
+from funnel_kernels.shapes import Rows, Vector
+from funnel_kernels.target import Target
 
 
-def recover_norm(short, full, weight, *, stride, mode, site, eps, target, sizes=None):
+def recover_norm(
+    short: Rows,
+    full: Rows | None,
+    weight: Vector,
+    *,
+    stride: int,
+    mode: str,
+    site: str,
+    eps: float,
+    target: Target,
+    sizes: triton_calls.RowSizes | None = None,
+) -> Rows:
     """See `funnel_kernels.recover_norm`; `sizes` are those of the tuning table or the common rule unless given."""
     sizes = sizes or triton_calls.row_sizes("recover_norm", short.shape[1], short.dtype, target)
     rows, width = short.shape
     grid, options = launch(rows, width, stride, mode, site, eps, sizes)
     result = jax.ShapeDtypeStruct((rows * stride, width), short.dtype)
-    full = short if mode == "tile" else full  # a pointer that is not read
+    full = short if full is None else full  # a pointer that is not read
     return triton_calls.call(
         recover_norm_kernel, short, full, weight, rows, out_shape=result, grid=grid, target=target, **options
     )
 
 
-def launch(rows, width, stride, mode, site, eps, sizes):
+def launch(
+    rows: int, width: int, stride: int, mode: str, site: str, eps: float, sizes: triton_calls.RowSizes
+) -> triton_calls.Launch:
     """The grid, and everything that is fixed when the kernel is compiled."""
     options = {
         "width": width, "stride": stride,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from funnel_engine.checkpoints import files as checkpoint_files
+from funnel_engine import input_files
 from funnel_engine.config import check_positive
 from funnel_engine.messages import first_of
 from funnel_kernels.errors import CheckpointError, ConfigError, FunnelError, InputError
@@ -115,7 +115,7 @@ def check_file(file: Path) -> None:
         raise CheckpointError(f"{file} is not a regular file; put the tokenizer itself there")
     if (size := os.path.getsize(file)) > MAX_FILE_BYTES:
         raise CheckpointError(f"{file} has {size:,} bytes; a tokenizer has at most {MAX_FILE_BYTES:,}. {FETCH_AGAIN}")
-    checkpoint_files.check_file(file)
+    input_files.check_file(file)
 
 
 def read_sentencepiece(file: Path) -> Tokenize:

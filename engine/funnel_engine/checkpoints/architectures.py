@@ -4,10 +4,10 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from funnel_engine.checkpoints.files import optional_file, read_json, reading
 from funnel_engine.checkpoints.tensors import Parts, SourceTensor
 from funnel_engine.config import ModelConfig
 from funnel_engine.hugging_face_config import read_model_config
+from funnel_engine.input_files import optional_file, read_json, reading
 from funnel_engine.presets import PRESETS, preset
 from funnel_kernels.errors import CheckpointError
 

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from funnel_engine.checkpoints.files import check_file, is_file, optional_file, read_json, unfinished
+from funnel_engine.input_files import check_file, is_file, optional_file, read_json, unfinished
 from funnel_engine.messages import quote
 from funnel_kernels.errors import CheckpointError
 

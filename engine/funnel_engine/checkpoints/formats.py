@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from funnel_engine.checkpoints import gemma_pytorch, hugging_face, keras_hub, native, orbax
-from funnel_engine.checkpoints.files import check_file, is_file, reading, to_path
 from funnel_engine.checkpoints.foreign import name_foreign
 from funnel_engine.checkpoints.source import SourceModel
 from funnel_engine.config import check_option
+from funnel_engine.input_files import check_file, is_file, reading, to_path
 from funnel_kernels.errors import CheckpointError
 
 

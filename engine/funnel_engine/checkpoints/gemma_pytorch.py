@@ -18,7 +18,6 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from funnel_engine.checkpoints.architectures import find_config
-from funnel_engine.checkpoints.files import decode, file_in, is_file, open_file, optional_file, read_json
 from funnel_engine.checkpoints.hugging_face import NORMS
 from funnel_engine.checkpoints.safetensors_file import StoredTensor
 from funnel_engine.checkpoints.source import SourceModel
@@ -36,6 +35,7 @@ from funnel_engine.checkpoints.tensors import (
 from funnel_engine.checkpoints.tokenizer_files import find_tokenizer
 from funnel_engine.config import ModelConfig
 from funnel_engine.heads import HeadConfig
+from funnel_engine.input_files import decode, file_in, is_file, open_file, optional_file, read_json
 from funnel_engine.messages import quote
 from funnel_engine.weights import expected_shapes
 from funnel_kernels.errors import CheckpointError

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from funnel_engine.checkpoints.files import decode, file_in, is_file, optional_file, read_json, reading, unfinished
 from funnel_engine.checkpoints.foreign import other_weights, refuse_adapter
 from funnel_engine.checkpoints.safetensors_file import StoredTensor, read_header
 from funnel_engine.checkpoints.sentence_transformers import MODULES, SentenceModel, read_sentence_model
@@ -19,6 +18,7 @@ from funnel_engine.checkpoints.tokenizer_files import find_tokenizer
 from funnel_engine.config import ModelConfig
 from funnel_engine.heads import HeadConfig, head_shapes
 from funnel_engine.hugging_face_config import read_model_config
+from funnel_engine.input_files import decode, file_in, is_file, optional_file, read_json, reading, unfinished
 from funnel_engine.messages import quote
 from funnel_engine.weights import expected_shapes
 from funnel_kernels.errors import CheckpointError

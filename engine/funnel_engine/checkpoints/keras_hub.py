@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 
 from funnel_engine.checkpoints.architectures import find_config, is_embedding_gemma
-from funnel_engine.checkpoints.files import decode, file_in, is_file, open_file, optional_file, read_json, reading
 from funnel_engine.checkpoints.safetensors_file import StoredTensor
 from funnel_engine.checkpoints.source import SourceModel
 from funnel_engine.checkpoints.tensors import Part, Parts, assemble, drop_by_name, join_shards
@@ -30,6 +29,7 @@ from funnel_engine.checkpoints.tokenizer_files import find_tokenizer
 from funnel_engine.config import ModelConfig
 from funnel_engine.heads import DenseConfig, HeadConfig
 from funnel_engine.hugging_face_config import read_model_config
+from funnel_engine.input_files import decode, file_in, is_file, open_file, optional_file, read_json, reading
 from funnel_engine.messages import quote
 from funnel_engine.weights import expected_shapes
 from funnel_kernels.errors import CheckpointError

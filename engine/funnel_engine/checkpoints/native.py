@@ -20,7 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from funnel_engine.checkpoints.files import (
+from funnel_engine.checkpoints.safetensors_file import StoredTensor, map_tensors, read_header, write_tensors
+from funnel_engine.checkpoints.source import SourceModel
+from funnel_engine.checkpoints.tensors import Part, Rows, assemble, check_tensors, join_shards
+from funnel_engine.config import ModelConfig
+from funnel_engine.heads import HeadConfig
+from funnel_engine.input_files import (
     check_file,
     decode,
     file_in,
@@ -31,11 +36,6 @@ from funnel_engine.checkpoints.files import (
     to_path,
     unfinished,
 )
-from funnel_engine.checkpoints.safetensors_file import StoredTensor, map_tensors, read_header, write_tensors
-from funnel_engine.checkpoints.source import SourceModel
-from funnel_engine.checkpoints.tensors import Part, Rows, assemble, check_tensors, join_shards
-from funnel_engine.config import ModelConfig
-from funnel_engine.heads import HeadConfig
 from funnel_engine.messages import first_of
 from funnel_engine.text import TextConfig
 from funnel_engine.weights import DTYPES, Shapes, count_parameters, expected_shapes

@@ -23,13 +23,13 @@ from typing import Any
 import numpy as np
 
 from funnel_engine.checkpoints.architectures import find_config, is_embedding_gemma
-from funnel_engine.checkpoints.files import HEAD_BYTES, file_in, is_file, optional_file, reading, refuse_stand_in
 from funnel_engine.checkpoints.source import SourceModel
 from funnel_engine.checkpoints.tensors import Part, Parts, assemble, drop_by_name
 from funnel_engine.checkpoints.tokenizer_files import find_tokenizer
 from funnel_engine.config import ModelConfig
 from funnel_engine.heads import DenseConfig, HeadConfig
 from funnel_engine.hugging_face_config import MAX_LAYERS
+from funnel_engine.input_files import HEAD_BYTES, file_in, is_file, optional_file, reading, refuse_stand_in
 from funnel_engine.messages import quote
 from funnel_engine.text import TextConfig
 from funnel_engine.weights import expected_shapes

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeGuard
 import ml_dtypes
 import numpy as np
 
-from funnel_engine.checkpoints.files import open_file, parse_json, reading
+from funnel_engine.input_files import open_file, parse_json, reading
 from funnel_engine.weights import Shapes
 from funnel_kernels.errors import CheckpointError
 

@@ -9,9 +9,9 @@ order. Or it is the library's CrossEncoder around a classifier: a Transformer al
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from funnel_engine.checkpoints.files import decode, file_in, optional_file, read_json, reading
 from funnel_engine.checkpoints.tokenizer_files import read_limit
 from funnel_engine.heads import DenseConfig
+from funnel_engine.input_files import decode, file_in, optional_file, read_json, reading
 from funnel_engine.messages import first_of, quote
 from funnel_kernels.errors import CheckpointError
 

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from funnel_engine.checkpoints.files import is_file, unfinished
+from funnel_engine.input_files import is_file, unfinished
 from funnel_engine.messages import first_of, quote
 from funnel_kernels.errors import CheckpointError
 

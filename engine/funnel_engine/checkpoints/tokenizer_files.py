@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from funnel_engine.checkpoints.architectures import is_embedding_gemma
-from funnel_engine.checkpoints.files import decode, optional_file, read_json
 from funnel_engine.config import ModelConfig
+from funnel_engine.input_files import decode, optional_file, read_json
 from funnel_engine.messages import quote
 from funnel_engine.text import REPAIR, TextConfig, load_sentencepiece, load_tokenizer_json, raising
 from funnel_kernels.errors import CheckpointError

@@ -97,18 +97,31 @@ class Library:
         return handle
 
     def embed(
-        self, handle: Any, ids=IDS, offsets=OFFSETS, count: int = 3, normalize: int = 1, truncate_dim: int = 0,
+        self,
+        handle: Any,
+        ids=IDS,
+        offsets=OFFSETS,
+        count: int = 3,
+        normalize: int = 1,
+        truncate_dim: int = 0,
         out: np.ndarray | None = None,
-    ) -> np.ndarray:  # fmt: skip
+    ) -> np.ndarray:
         out = np.full((count, truncate_dim or WIDTH), np.nan, np.float32) if out is None else out
         self.call("embed", handle, pointer(ids), pointer(offsets), count, normalize, truncate_dim, *floats(out))
         return out
 
     def embed_texts(
-        self, handle: Any, texts: list[bytes | None], *, lengths: list[int] | None = None,
-        prompt_name: bytes | None = None, truncate: int = 0, normalize: int = 1, truncate_dim: int = 0,
+        self,
+        handle: Any,
+        texts: list[bytes | None],
+        *,
+        lengths: list[int] | None = None,
+        prompt_name: bytes | None = None,
+        truncate: int = 0,
+        normalize: int = 1,
+        truncate_dim: int = 0,
         out: np.ndarray | None = None,
-    ) -> np.ndarray:  # fmt: skip
+    ) -> np.ndarray:
         count = len(texts)
         out = np.full((count, truncate_dim or WIDTH), np.nan, np.float32) if out is None else out
         given = (ctypes.c_char_p * count)(*texts), lengths and (ctypes.c_size_t * count)(*lengths), count

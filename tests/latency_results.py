@@ -39,9 +39,14 @@ def make_row(strides: tuple[int, ...], ratio: float, ideal: float, **options: An
 
 
 BATCH = {
-    "name": "2 x 512 tokens", "source": "all equal", "sequences": 2, "tokens": 1024, "shortest": 512, "median": 512.0,
+    "name": "2 x 512 tokens",
+    "source": "all equal",
+    "sequences": 2,
+    "tokens": 1024,
+    "shortest": 512,
+    "median": 512.0,
     "longest": 512,
-}  # fmt: skip
+}
 
 
 def make_result() -> dict[str, Any]:
@@ -60,9 +65,14 @@ def make_result() -> dict[str, Any]:
         "dtype": "bfloat16",
     }
     options = {
-        "model": model, "batches": [BATCH], "backend": "auto", "served_by": "xla", "repeats": 2, "order": "A B B A",
+        "model": model,
+        "batches": [BATCH],
+        "backend": "auto",
+        "served_by": "xla",
+        "repeats": 2,
+        "order": "A B B A",
         "seed": 0,
-    }  # fmt: skip
+    }
     machine = {
         "cpu": "Imaginary 9000",
         "cores": 2,
@@ -78,9 +88,17 @@ def make_result() -> dict[str, Any]:
     figures = zip(LAYERS, RATIOS, IDEALS, strict=True)
     rows = [make_row((1,) * layer + (2,), ratio, ideal) for layer, ratio, ideal in figures]
     return {
-        "schema": 2, "suite": "latency", "started": "2026-01-02T03:04:05Z", "options": options, "machine": machine,
-        "resumed": [], "complete": True, "rows": rows, "left_out": [], "errors": [],
-    }  # fmt: skip
+        "schema": 2,
+        "suite": "latency",
+        "started": "2026-01-02T03:04:05Z",
+        "options": options,
+        "machine": machine,
+        "resumed": [],
+        "complete": True,
+        "rows": rows,
+        "left_out": [],
+        "errors": [],
+    }
 
 
 def with_other_rows() -> dict[str, Any]:

@@ -412,14 +412,21 @@ class LinearAddNormCase:
 
 # From some hundred rows on the kernels for CPUs make whole rows at a time, if these are whole units of packed weights.
 LINEAR_ADD_NORM_CASES = {
-    f"{rows}x{in_features}x{width}, {dtype}{', normed' if normed else ''}":
-    LinearAddNormCase(rows, in_features, width, dtype, normed)
+    f"{rows}x{in_features}x{width}, {dtype}{', normed' if normed else ''}": LinearAddNormCase(
+        rows, in_features, width, dtype, normed
+    )
     for rows, in_features, width in (
-        (1, 1, 1), (5, 24, 40), (130, 96, 128), (500, 64, 192), (777, 1120, 64), (500, 64, 100), (400, 32, 1152)
+        (1, 1, 1),
+        (5, 24, 40),
+        (130, 96, 128),
+        (500, 64, 192),
+        (777, 1120, 64),
+        (500, 64, 100),
+        (400, 32, 1152),
     )
     for dtype in DTYPES
     for normed in (False, True)
-}  # fmt: skip
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -450,8 +457,9 @@ class HeadsCase:
 
 # Heads of a unit of packed weights, of several, and of less: these the kernels for CPUs cannot cut out of a tile.
 HEADS_CASES = {
-    f"{rows} rows, {'+'.join(map(str, heads))}+{plain} heads of {head_dim}, {dtype}{', normed' if normed else ''}":
-    HeadsCase(rows, in_features, head_dim, heads, plain, dtype, normed)
+    f"{rows} rows, {'+'.join(map(str, heads))}+{plain} heads of {head_dim}, {dtype}{', normed' if normed else ''}": HeadsCase(
+        rows, in_features, head_dim, heads, plain, dtype, normed
+    )
     for rows, in_features, head_dim, heads, plain in (
         (5, 24, 8, (3, 1), 1),
         (1, 40, 64, (8, 2), 2),
@@ -464,7 +472,7 @@ HEADS_CASES = {
     )
     for dtype in DTYPES
     for normed in (False, True)
-}  # fmt: skip
+}
 
 
 # ---------------------------------------------------------------------------------------------------- the whole grid

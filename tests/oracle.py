@@ -83,11 +83,16 @@ def forward(
         keys, key_windows = (unpooled, unpooled_windows) if pool_query_only else (x, windows)
 
         update = attend(
-            family, config, layer_type, weights,
-            norm(x, before_attention, eps), row_positions(windows, positions),
-            norm(keys, before_attention, eps), row_positions(key_windows, positions),
+            family,
+            config,
+            layer_type,
+            weights,
+            norm(x, before_attention, eps),
+            row_positions(windows, positions),
+            norm(keys, before_attention, eps),
+            row_positions(key_windows, positions),
             visible(windows, key_windows, *radii(family, config, layer_type, attention)),
-        )  # fmt: skip
+        )
         x = x + (update if after_attention is None else norm(update, after_attention, eps))
 
         normed = norm(x, before_mlp, eps)

@@ -96,10 +96,19 @@ def test_the_wheel_ships_four_packages_and_nothing_else(wheel, unpacked):
     assert {f"{package}/py.typed" for package in PACKAGES} <= names
     found = {name for name in names if name.startswith("funnel_native/") and not name.endswith((".py", "py.typed"))}
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    cmake = [f"lib/cmake/FunnelEngine/FunnelEngine{part}.cmake" for part in
-             ("Config", "ConfigVersion", "Targets", "Targets-release")]  # fmt: skip
-    expected = (f"_handlers{suffix}", "include/funnel.h", "include/funnel.hpp", "lib/libfunnel.so",
-                "lib/libfunnel_python.so", "lib/pkgconfig/funnel.pc", *cmake)  # fmt: skip
+    cmake = [
+        f"lib/cmake/FunnelEngine/FunnelEngine{part}.cmake"
+        for part in ("Config", "ConfigVersion", "Targets", "Targets-release")
+    ]
+    expected = (
+        f"_handlers{suffix}",
+        "include/funnel.h",
+        "include/funnel.hpp",
+        "lib/libfunnel.so",
+        "lib/libfunnel_python.so",
+        "lib/pkgconfig/funnel.pc",
+        *cmake,
+    )
     assert found == {f"funnel_native/{name}" for name in expected}
     for name, library in libraries.items():
         for path in (unpacked, Path(sys.prefix), Path(sys.base_prefix) / "lib"):
@@ -166,9 +175,10 @@ def test_where_the_library_was_not_built_the_helper_says_why(tmp_path):
 def test_nothing_of_an_earlier_build_is_installed_when_the_compiler_fails(tmp_path):
     source, target = copy_sources(tmp_path / "source"), tmp_path / "lib"
     stale = [
-        f"funnel_native/_handlers{sysconfig.get_config_var('EXT_SUFFIX')}", "funnel_native/lib/libfunnel.so",
+        f"funnel_native/_handlers{sysconfig.get_config_var('EXT_SUFFIX')}",
+        "funnel_native/lib/libfunnel.so",
         "native/old.py",
-    ]  # fmt: skip
+    ]
     for name in stale:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         (target / name).write_text("stale")

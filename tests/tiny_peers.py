@@ -3,10 +3,17 @@
 from typing import Any
 
 TINY: dict[str, Any] = {
-    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "head_dim": 32, "query_pre_attn_scalar": 32, "max_position_embeddings": 128,
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "query_pre_attn_scalar": 32,
+    "max_position_embeddings": 128,
     "use_bidirectional_attention": True,
-}  # fmt: skip
+}
 # EmbeddingGemma sees 4 tokens to each side, but for one layer, so that short sequences meet the window's edge.
 MODELS = {
     "gemma": TINY | {"model_type": "gemma"},

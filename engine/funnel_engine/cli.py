@@ -136,9 +136,14 @@ def convert(
     only once it is complete. `funnel inspect SOURCE` says beforehand what will happen.
     """
     convert_checkpoint(
-        source, destination, dtype=dtype, overwrite=overwrite,
-        format=form, sliding_window=sliding_window, allow_nonfinite=allow_nonfinite,
-    )  # fmt: skip
+        source,
+        destination,
+        dtype=dtype,
+        overwrite=overwrite,
+        format=form,
+        sliding_window=sliding_window,
+        allow_nonfinite=allow_nonfinite,
+    )
     click.echo(f"Wrote {destination}")
 
 
@@ -201,9 +206,12 @@ def doctor(as_json: bool) -> None:
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("texts", type=click.Path(exists=True, dir_okay=False, allow_dash=True), default="-")
 @click.option(
-    "--output", "-o", required=True, type=click.Path(path_type=Path, dir_okay=False),
+    "--output",
+    "-o",
+    required=True,
+    type=click.Path(path_type=Path, dir_okay=False),
     help="File to write: .npy (an array [texts, size]) or .jsonl (one JSON list a line).",
-)  # fmt: skip
+)
 @click.option("--truncate-dim", type=int, help="Keep only the first dimensions of each vector.")
 @click.option("--prompt-name", help="Prompt of the checkpoint to put before each text.")
 @click.option("--truncate", is_flag=True, help="Cut the end off texts that are too long, instead of refusing them.")

@@ -187,9 +187,14 @@ class Engine:
         """
         truncate = check_flag("truncate", truncate, error=InputError)
         return read_inputs(
-            inputs, self.tokenizer, self.text, prompt_name=prompt_name,
-            vocab_size=self.config.vocab_size, max_length=self.max_length, truncate=truncate,
-        )  # fmt: skip
+            inputs,
+            self.tokenizer,
+            self.text,
+            prompt_name=prompt_name,
+            vocab_size=self.config.vocab_size,
+            max_length=self.max_length,
+            truncate=truncate,
+        )
 
     @guarded
     def embed(

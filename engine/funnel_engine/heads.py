@@ -227,9 +227,16 @@ def attention_pool(rows: jax.Array, query: jax.Array, first: jax.Array, count: j
     queries = jnp.broadcast_to(query.astype(rows.dtype), (first.shape[0], rows.shape[1]))
     head_dim = rows.shape[1] // POOLER_HEADS
     pooled = attention(
-        queries, rows, rows, first, first + count,
-        heads=POOLER_HEADS, kv_heads=POOLER_HEADS, scale=head_dim**-0.5, target=target,
-    )  # fmt: skip
+        queries,
+        rows,
+        rows,
+        first,
+        first + count,
+        heads=POOLER_HEADS,
+        kv_heads=POOLER_HEADS,
+        scale=head_dim**-0.5,
+        target=target,
+    )
     return pooled.astype(jnp.float32)
 
 

@@ -99,17 +99,38 @@ def forward(
             k, v = project(unpooled, weights["kv"], *key_angles, key_norm, heads=(kv_heads,), plain_heads=kv_heads)
         lo, hi = batch.intervals[step.query_stride, step.key_stride, step.layer_type]
         attended = attention(
-            q, k, v, lo, hi,
-            heads=heads, kv_heads=kv_heads, scale=config.query_scale, softcap=config.softcap, target=target,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            lo,
+            hi,
+            heads=heads,
+            kv_heads=kv_heads,
+            scale=config.query_scale,
+            softcap=config.softcap,
+            target=target,
+        )
         x, normed = linear_add_norm(
-            attended, weights["attention_output"], x, weights["mlp_input_norm"],
-            update_weight=weights.get("attention_output_norm"), eps=eps, axis=axis, target=target,
-        )  # fmt: skip
+            attended,
+            weights["attention_output"],
+            x,
+            weights["mlp_input_norm"],
+            update_weight=weights.get("attention_output_norm"),
+            eps=eps,
+            axis=axis,
+            target=target,
+        )
         x, normed = mlp(
-            x, normed, weights["gate_up"], weights["down"], next_norm,
-            update_weight=weights.get("mlp_output_norm"), eps=eps, axis=axis, target=target,
-        )  # fmt: skip
+            x,
+            normed,
+            weights["gate_up"],
+            weights["down"],
+            next_norm,
+            update_weight=weights.get("mlp_output_norm"),
+            eps=eps,
+            axis=axis,
+            target=target,
+        )
 
         # What the recovery needs of the full-length layers, in one buffer.
         if source and step.query_stride == 1:
@@ -121,9 +142,15 @@ def forward(
     if source == "mean" and full_layers:
         full = full / full_layers
     return recover_norm(
-        x, full, params["final_norm"],
-        stride=funnel.total_stride, mode=recovery.mode, site=funnel.recovery_site, eps=eps, target=target,
-    )  # fmt: skip
+        x,
+        full,
+        params["final_norm"],
+        stride=funnel.total_stride,
+        mode=recovery.mode,
+        site=funnel.recovery_site,
+        eps=eps,
+        target=target,
+    )
 
 
 def gather_columns(x: jax.Array, axis: str | None) -> jax.Array:

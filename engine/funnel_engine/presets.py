@@ -44,8 +44,16 @@ PRESETS: dict[str, Fields] = {
     "gemma3-12b": gemma3(48, 3840, 16, 8, 256, 15360, window=1024, **LARGE_3),
     "gemma3-27b": gemma3(62, 5376, 32, 16, 128, 21504, window=1024, **LARGE_3, query_pre_attn_scalar=168),
     "embeddinggemma-300m": gemma3(
-        24, 768, 3, 1, 256, 1152, window=512,
-        vocab_size=262144, max_position_embeddings=2048, use_bidirectional_attention=True,
+        24,
+        768,
+        3,
+        1,
+        256,
+        1152,
+        window=512,
+        vocab_size=262144,
+        max_position_embeddings=2048,
+        use_bidirectional_attention=True,
     ),
     "t5gemma-s": t5gemma(8, 512, 8, 8, 64, 1024),
     "t5gemma-b": t5gemma(12, 768, 12, 12, 64, 2048),
@@ -54,7 +62,7 @@ PRESETS: dict[str, Fields] = {
     "t5gemma-xl": t5gemma(24, 2048, 32, 32, 64, 5120),
     "t5gemma-2b": t5gemma(26, 2304, 8, 4, 256, 9216),
     "t5gemma-9b": t5gemma(42, 3584, 16, 8, 256, 14336),
-}  # fmt: skip
+}
 
 
 def preset(name: str) -> ModelConfig:

@@ -150,7 +150,7 @@ class DeviceMesh:
         # Kernels do not say over which axes their results are equal, so this cannot be checked.
         mapped = jax.shard_map(
             one_batch, mesh=self.mesh, in_specs=(weights, batches), out_specs=batches, check_vma=False
-        )  # fmt: skip
+        )
 
         def side_by_side(params: Tree, *arrays: Tree) -> jax.Array:
             return mapped(params, arrays)

@@ -97,9 +97,14 @@ def call(
     import jax_triton
 
     return jax_triton.triton_call(
-        *arguments, kernel=kernel, out_shape=out_shape, grid=grid, compute_capability=capability(target),
-        custom_call_target_name=FFI_TARGET, **options,
-    )  # fmt: skip
+        *arguments,
+        kernel=kernel,
+        out_shape=out_shape,
+        grid=grid,
+        compute_capability=capability(target),
+        custom_call_target_name=FFI_TARGET,
+        **options,
+    )
 
 
 @functools.cache
@@ -136,9 +141,12 @@ def use_typed_calls() -> None:
 
     def lower(context: Any, *operands: Any, custom_call_target_name: str, **parameters: Any) -> Any:
         legacy = triton_lib.triton_kernel_call_lowering(
-            triton_lib.get_cuda_backend, context, *operands,
-            custom_call_target_name=custom_call_target_name, **parameters,
-        )  # fmt: skip
+            triton_lib.get_cuda_backend,
+            context,
+            *operands,
+            custom_call_target_name=custom_call_target_name,
+            **parameters,
+        )
         if custom_call_target_name != FFI_TARGET:  # a kernel that is not ours
             return legacy
         operation = legacy[0].owner

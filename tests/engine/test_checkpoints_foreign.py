@@ -258,16 +258,29 @@ def test_what_changes_no_result(source):
     expected = result()
     write_json(
         source / CONFIG,
-        final_logit_softcapping=3.0, tie_word_embeddings=False, problem_type="regression", label2id={"A": 0},
-        dtype="float16", torch_dtype="float16", use_cache=False, initializer_range=9.0, attention_dropout=0.5,
-        attn_implementation="sdpa", _name_or_path="x", sentence_transformers={"activation_fn": "torch.nn.Tanh"},
-        sbert_ce_default_activation_function="torch.nn.Tanh", auto_map={"AutoTokenizer": ["t.T", None]},
-    )  # fmt: skip
+        final_logit_softcapping=3.0,
+        tie_word_embeddings=False,
+        problem_type="regression",
+        label2id={"A": 0},
+        dtype="float16",
+        torch_dtype="float16",
+        use_cache=False,
+        initializer_range=9.0,
+        attention_dropout=0.5,
+        attn_implementation="sdpa",
+        _name_or_path="x",
+        sentence_transformers={"activation_fn": "torch.nn.Tanh"},
+        sbert_ce_default_activation_function="torch.nn.Tanh",
+        auto_map={"AutoTokenizer": ["t.T", None]},
+    )
     write_json(
         source / "tokenizer_config.json",
-        padding_side="left", clean_up_tokenization_spaces=True, legacy=False, model_input_names=["input_ids"],
+        padding_side="left",
+        clean_up_tokenization_spaces=True,
+        legacy=False,
+        model_input_names=["input_ids"],
         chat_template="{{ bos_token }}{{ messages }}",
-    )  # fmt: skip
+    )
     write_json(source / "generation_config.json", temperature=9.0)
     write_json(source / "config_sentence_transformers.json", prompts={"q": "query: "}, default_prompt_name="q")
     for name in ("chat_template.jinja", "README.md", "modeling_own.py", "model.fp16.safetensors", "model.gguf"):

@@ -40,9 +40,13 @@ NORMS = {"gemma": GEMMA_1_NORMS, "gemma2": GEMMA_2_NORMS, "gemma3_text": GEMMA_3
 
 def multimodal() -> transformers.Gemma3Config:
     vision = {
-        "hidden_size": 20, "intermediate_size": 28, "num_hidden_layers": 1, "num_attention_heads": 2,
-        "image_size": 28, "patch_size": 14,
-    }  # fmt: skip
+        "hidden_size": 20,
+        "intermediate_size": 28,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
     return transformers.Gemma3Config(text_config=models.gemma3().to_dict(), vision_config=vision, mm_tokens_per_image=4)
 
 

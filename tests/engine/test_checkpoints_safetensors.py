@@ -68,7 +68,7 @@ DAMAGED = {
     "no offsets": (file_bytes({"a": {"dtype": "F32", "shape": [24]}}, DATA), "described by"),
     "three offsets": (file_bytes({"a": entry(0, 96) | {"data_offsets": [0, 96, 96]}}, DATA), "described by"),
     "no object": (file_bytes({"a": 7}, DATA), "described by"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", DAMAGED)

@@ -66,8 +66,11 @@ def write_dense(folder: Path, features: tuple[int, int], *, bias: bool = False, 
     """A layer of (out, in) features; `fields` change its config, or delete from it with "absent"."""
     out_features, in_features = features
     config = {
-        "in_features": in_features, "out_features": out_features, "bias": bias, "activation_function": IDENTITY,
-    }  # fmt: skip
+        "in_features": in_features,
+        "out_features": out_features,
+        "bias": bias,
+        "activation_function": IDENTITY,
+    }
     write(folder / "config.json", {name: value for name, value in (config | fields).items() if value != "absent"})
     tensors = {"linear.weight": dense_weight(features)} | ({"linear.bias": dense_bias(features)} if bias else {})
     save_file(tensors, folder / "model.safetensors")
@@ -108,8 +111,10 @@ def test_embedding_gemma(source):
     text = checkpoint.manifest.text
     assert (text.prompts, text.default_prompt_name, text.max_tokens) == (PROMPTS, None, None)
     assert set(checkpoint.manifest.source.files) == {
-        "model.safetensors", "2_Dense/model.safetensors", "3_Dense/model.safetensors",
-    }  # fmt: skip
+        "model.safetensors",
+        "2_Dense/model.safetensors",
+        "3_Dense/model.safetensors",
+    }
 
 
 @pytest.mark.parametrize("modules", [MODULES[:2], [*MODULES[:2], MODULES[4]], MODULES[:3], MODULES[:4]])

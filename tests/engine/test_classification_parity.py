@@ -24,9 +24,13 @@ class Case(NamedTuple):
 
 def multimodal(**fields):
     vision = {
-        "hidden_size": 20, "intermediate_size": 28, "num_hidden_layers": 1, "num_attention_heads": 2,
-        "image_size": 28, "patch_size": 14,
-    }  # fmt: skip
+        "hidden_size": 20,
+        "intermediate_size": 28,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
     return transformers.Gemma3Config(
         text_config=hf.gemma3(**fields).to_dict(), vision_config=vision, mm_tokens_per_image=4, num_labels=hf.LABELS
     )

@@ -198,10 +198,11 @@ LINES = {
     "of Windows": (b"a\r\nof\r\n", ["a", "of"]),
     "with a byte order mark": (b"\xef\xbb\xbfa\nof\n", ["a", "of"]),
     "what only Python takes for an end": (
-        "a\u2028b\u2029c\x0cd\x85e\x0bf\x1cg\rh\nof\n".encode(), ["a\u2028b\u2029c\x0cd\x85e\x0bf\x1cg\rh", "of"],
+        "a\u2028b\u2029c\x0cd\x85e\x0bf\x1cg\rh\nof\n".encode(),
+        ["a\u2028b\u2029c\x0cd\x85e\x0bf\x1cg\rh", "of"],
     ),
     "a carriage return that ends no line": (b"a\r\r\nof\r", ["a\r", "of\r"]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("content", "lines"), LINES.values(), ids=LINES.keys())
@@ -231,8 +232,9 @@ def shell(command, **variables):
 def test_standard_streams_that_are_closed(folder, tmp_path):
     result = shell(f"eval $FUNNEL embed {folder / 'model'} -o {tmp_path / 'v.npy'} <&-")
     assert (result.returncode, result.stderr) == (
-        2, "Error: standard input is closed; name a file of texts, or pipe them in\n",
-    )  # fmt: skip
+        2,
+        "Error: standard input is closed; name a file of texts, or pipe them in\n",
+    )
     assert shell(f"eval $FUNNEL inspect {folder / 'model'} >&-").stderr == ""
 
 

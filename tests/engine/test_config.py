@@ -10,10 +10,22 @@ from funnel_engine.config import RECOVERIES, FunnelConfig, LayerStep, ModelConfi
 from funnel_kernels import ConfigError
 
 VALID = {
-    "family": "gemma2", "vocab_size": 11, "hidden_size": 6, "intermediate_size": 7, "num_heads": 4, "num_kv_heads": 2,
-    "head_dim": 8, "layer_types": ("sliding", "full"), "query_scale": 0.5, "attention": "causal", "max_positions": 9,
-    "full_rope": Rope(1e6, 8.0), "sliding_rope": Rope(1e4), "causal_window": (4, 0), "bidirectional_window": (2, 2),
-}  # fmt: skip
+    "family": "gemma2",
+    "vocab_size": 11,
+    "hidden_size": 6,
+    "intermediate_size": 7,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 8,
+    "layer_types": ("sliding", "full"),
+    "query_scale": 0.5,
+    "attention": "causal",
+    "max_positions": 9,
+    "full_rope": Rope(1e6, 8.0),
+    "sliding_rope": Rope(1e4),
+    "causal_window": (4, 0),
+    "bidirectional_window": (2, 2),
+}
 
 
 def model(**changed):

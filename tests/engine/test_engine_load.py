@@ -26,12 +26,15 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("stored", "asked", "runs"), [
-    ("float32", None, "float32"),
-    ("bfloat16", None, "bfloat16"),
-    ("float32", "bfloat16", "bfloat16"),
-    ("bfloat16", "float32", "float32"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("stored", "asked", "runs"),
+    [
+        ("float32", None, "float32"),
+        ("bfloat16", None, "bfloat16"),
+        ("float32", "bfloat16", "bfloat16"),
+        ("bfloat16", "float32", "float32"),
+    ],
+)
 def test_dtype_is_the_checkpoints_or_the_one_asked_for(folder, stored, asked, runs):
     engine = Engine.load(folder / stored, dtype=asked, max_batch_tokens=64)
     assert {str(weight.dtype) for weight in jax.tree.leaves(engine.params)} == {runs}

@@ -15,9 +15,17 @@ from funnel_kernels import ConfigError
 
 # Every size is another number, and none is a class default.
 SIZES = {
-    "vocab_size": 307, "hidden_size": 48, "intermediate_size": 56, "num_hidden_layers": 8, "num_attention_heads": 6,
-    "num_key_value_heads": 3, "head_dim": 10, "max_position_embeddings": 600, "rms_norm_eps": 1e-5, "pad_token_id": 3,
-}  # fmt: skip
+    "vocab_size": 307,
+    "hidden_size": 48,
+    "intermediate_size": 56,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 10,
+    "max_position_embeddings": 600,
+    "rms_norm_eps": 1e-5,
+    "pad_token_id": 3,
+}
 SCORES = {"query_pre_attn_scalar": 13, "sliding_window": 20}
 
 CLASSES = {
@@ -57,10 +65,13 @@ def expected(config):
     if family == "gemma":
         rope = Rope(ropes["rope_theta"], ropes.get("factor", 1.0))
         return ModelConfig(
-            **common, layer_types=("full",) * config.num_hidden_layers, query_scale=1 / math.sqrt(config.head_dim),
+            **common,
+            layer_types=("full",) * config.num_hidden_layers,
+            query_scale=1 / math.sqrt(config.head_dim),
             attention="bidirectional" if config.use_bidirectional_attention else "causal",
-            full_rope=rope, sliding_rope=rope,
-        )  # fmt: skip
+            full_rope=rope,
+            sliding_rope=rope,
+        )
     common |= {
         "layer_types": sliding_layers(config),
         "query_scale": 1 / math.sqrt(config.query_pre_attn_scalar),
@@ -71,19 +82,25 @@ def expected(config):
         # The class turns a bidirectional window into an exclusive radius: W // 2 + 1.
         window = 2 * (config.sliding_window - 1) if bidirectional else config.sliding_window
         return ModelConfig(
-            **common, qk_norm=True, attention="bidirectional" if bidirectional else "causal",
-            causal_window=(window - 1, 0), bidirectional_window=(window // 2, window // 2),
+            **common,
+            qk_norm=True,
+            attention="bidirectional" if bidirectional else "causal",
+            causal_window=(window - 1, 0),
+            bidirectional_window=(window // 2, window // 2),
             full_rope=Rope(ropes["full_attention"]["rope_theta"], ropes["full_attention"].get("factor", 1.0)),
             sliding_rope=Rope(ropes["sliding_attention"]["rope_theta"], ropes["sliding_attention"].get("factor", 1.0)),
-        )  # fmt: skip
+        )
     rope = Rope(ropes["rope_theta"], ropes.get("factor", 1.0))
     bidirectional = family == "t5gemma" or config.use_bidirectional_attention
     return ModelConfig(
-        **common, softcap=config.attn_logit_softcapping, attention="bidirectional" if bidirectional else "causal",
+        **common,
+        softcap=config.attn_logit_softcapping,
+        attention="bidirectional" if bidirectional else "causal",
         causal_window=(config.sliding_window - 1, 0),
         bidirectional_window=(config.sliding_window - 1, config.sliding_window - 1),
-        full_rope=rope, sliding_rope=rope,
-    )  # fmt: skip
+        full_rope=rope,
+        sliding_rope=rope,
+    )
 
 
 def text_config(config):

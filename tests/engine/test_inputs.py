@@ -125,10 +125,15 @@ class Column:
 
 @pytest.mark.parametrize(
     "texts",
-    [("a", "of tokens"), np.array(["a", "of tokens"]), np.array(["a", "of tokens"], object),
-     np.array(["a", "of tokens"], np.dtypes.StringDType()), Column()],
+    [
+        ("a", "of tokens"),
+        np.array(["a", "of tokens"]),
+        np.array(["a", "of tokens"], object),
+        np.array(["a", "of tokens"], np.dtypes.StringDType()),
+        Column(),
+    ],
     ids=["tuple", "array", "array of objects", "array of variable width", "column"],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("prompt_name", [None, "query"])
 def test_texts_in_any_container(texts, prompt_name):
     expected = read(["a", "of tokens"], text=PROMPTS, prompt_name=prompt_name)
@@ -141,10 +146,15 @@ def test_one_text_as_an_array():
 
 @pytest.mark.parametrize(
     "nested",
-    [[("a", "of tokens"), ("b", "c")], [["a"], ["b"]], np.array([["a", "b"]]), (np.array(["a"]), np.array(["b"])),
-     [["a", 3]]],
+    [
+        [("a", "of tokens"), ("b", "c")],
+        [["a"], ["b"]],
+        np.array([["a", "b"]]),
+        (np.array(["a"]), np.array(["b"])),
+        [["a", 3]],
+    ],
     ids=["pairs", "lists", "array of two axes", "tuple of arrays", "texts and ids"],
-)  # fmt: skip
+)
 def test_nested_texts_are_told_so(nested):
     with pytest.raises(InputError, match=r"(input 0|ids) holds several texts where token ids are needed; give"):
         read(nested)

@@ -29,11 +29,25 @@ run = jax.jit(forward, static_argnames=("config", "funnel", "target"))
 
 # No matrix of a layer has as many elements as an activation, so that its copies are known by their size.
 MODEL = ModelConfig(
-    family="gemma3_text", vocab_size=200_011, hidden_size=192, intermediate_size=640, num_heads=6, num_kv_heads=2,
-    head_dim=32, layer_types=("sliding", "full", "sliding"), query_scale=0.2, attention="bidirectional",
-    max_positions=200, full_rope=Rope(1e6, 8.0), sliding_rope=Rope(1e4), causal_window=(20, 0),
-    bidirectional_window=(5, 5), softcap=20.0, post_norms=True, qk_norm=True,
-)  # fmt: skip
+    family="gemma3_text",
+    vocab_size=200_011,
+    hidden_size=192,
+    intermediate_size=640,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=32,
+    layer_types=("sliding", "full", "sliding"),
+    query_scale=0.2,
+    attention="bidirectional",
+    max_positions=200,
+    full_rope=Rope(1e6, 8.0),
+    sliding_rope=Rope(1e4),
+    causal_window=(20, 0),
+    bidirectional_window=(5, 5),
+    softcap=20.0,
+    post_norms=True,
+    qk_norm=True,
+)
 SMALL = dataclasses.replace(MODEL, vocab_size=101, hidden_size=24, intermediate_size=40, head_dim=8)
 GEMMA_1 = dataclasses.replace(SMALL, layer_types=("full",) * 3, softcap=None, post_norms=False, qk_norm=False)
 

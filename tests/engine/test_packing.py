@@ -17,11 +17,22 @@ from funnel_kernels import ConfigError, InputError
 
 def model(*layer_types, attention="bidirectional", causal_window=(3, 0), bidirectional_window=(2, 2)):
     return ModelConfig(
-        family="gemma2", vocab_size=1000, hidden_size=8, intermediate_size=8, num_heads=1, num_kv_heads=1, head_dim=8,
-        layer_types=layer_types, query_scale=1.0, attention=attention, max_positions=1000,
-        full_rope=Rope(10_000.0), sliding_rope=Rope(10_000.0),
-        causal_window=causal_window, bidirectional_window=bidirectional_window,
-    )  # fmt: skip
+        family="gemma2",
+        vocab_size=1000,
+        hidden_size=8,
+        intermediate_size=8,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=8,
+        layer_types=layer_types,
+        query_scale=1.0,
+        attention=attention,
+        max_positions=1000,
+        full_rope=Rope(10_000.0),
+        sliding_rope=Rope(10_000.0),
+        causal_window=causal_window,
+        bidirectional_window=bidirectional_window,
+    )
 
 
 class Row(NamedTuple):

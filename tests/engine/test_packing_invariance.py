@@ -19,15 +19,19 @@ SUBJECTS = {
     "no funnel": (Gemma2Model, hf.gemma2(), "bidirectional", FunnelConfig()),
     "pooled": (Gemma2Model, hf.gemma2(), "bidirectional", FunnelConfig((1, 2), pool="mean")),
     "keep_first": (
-        Gemma3TextModel, hf.gemma3(), "causal",
+        Gemma3TextModel,
+        hf.gemma3(),
+        "causal",
         FunnelConfig((1, 3), keep_first=True, positions="mid", pool_query_only=True),
     ),
     "recovered": (Gemma2Model, hf.gemma2(), "causal", FunnelConfig((1, 2, 2), recovery="max_last")),
     "recovered after the norm": (
-        Gemma3TextModel, hf.gemma3(use_bidirectional_attention=True), "bidirectional",
+        Gemma3TextModel,
+        hf.gemma3(use_bidirectional_attention=True),
+        "bidirectional",
         FunnelConfig((1, 1, 3), keep_first=True, recovery="sum_mean", recovery_site="after_norm"),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module", params=SUBJECTS)

@@ -65,8 +65,11 @@ def test_special_tokens_inside_a_text_of_sentencepiece(model):
     small, pools = processor.encode("a small "), processor.encode(" pools")
     tokenize = read_tokenizer(model)
     assert tokenize(["a small <eos> pools", "<bos><unk>", "a small ", "<pad> pools<eos>"]) == [
-        [*small, 1, *pools], [2, 3], small, [0, *pools, 1],
-    ]  # fmt: skip
+        [*small, 1, *pools],
+        [2, 3],
+        small,
+        [0, *pools, 1],
+    ]
     assert tokenize([]) == []
     assert tokenize([""]) == [[]]
 

@@ -127,8 +127,11 @@ def test_the_remedy_for_flags_that_disagree(folder, flags):
     train_tokenizer("$A" if True in flags.values() else "<bos> $A <eos>").save(str(folder / "tokenizer.json"))
     write_json(
         folder / "tokenizer_config.json",
-        tokenizer_class="GemmaTokenizer", bos_token="<bos>", eos_token="<eos>", **flags,
-    )  # fmt: skip
+        tokenizer_class="GemmaTokenizer",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        **flags,
+    )
     assert "To settle it" in refusal(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer.add_bos_token, tokenizer.add_eos_token = True, False

@@ -15,15 +15,29 @@ from funnel_kernels import PackedWeight
 from option_grid import no_product, packed_weight, served_or_refused, target
 
 GEMMA_1 = ModelConfig(
-    family="gemma", vocab_size=13, hidden_size=10, intermediate_size=7, num_heads=6, num_kv_heads=2, head_dim=4,
-    layer_types=("full", "full"), query_scale=0.5, attention="causal", max_positions=9,
-    full_rope=Rope(1e4), sliding_rope=Rope(1e4),
-)  # fmt: skip
+    family="gemma",
+    vocab_size=13,
+    hidden_size=10,
+    intermediate_size=7,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=4,
+    layer_types=("full", "full"),
+    query_scale=0.5,
+    attention="causal",
+    max_positions=9,
+    full_rope=Rope(1e4),
+    sliding_rope=Rope(1e4),
+)
 GEMMA_3 = dataclasses.replace(GEMMA_1, post_norms=True, qk_norm=True)
 LAYER = {
-    "attention_input_norm": (10,), "qkv": (40, 10), "attention_output": (10, 24),
-    "mlp_input_norm": (10,), "gate_up": (14, 10), "down": (10, 7),
-}  # fmt: skip
+    "attention_input_norm": (10,),
+    "qkv": (40, 10),
+    "attention_output": (10, 24),
+    "mlp_input_norm": (10,),
+    "gate_up": (14, 10),
+    "down": (10, 7),
+}
 
 
 def layers(layer):
@@ -40,14 +54,21 @@ def test_names_and_shapes():
 
 def test_shapes_of_a_head_are_added():
     head = HeadConfig(
-        pooler=True, pooling="attention", dense=(DenseConfig(9, 10, bias=True), DenseConfig(8, 9)),
-        task="tag", labels=("a", "b", "c"), classifier_bias=True,
-    )  # fmt: skip
+        pooler=True,
+        pooling="attention",
+        dense=(DenseConfig(9, 10, bias=True), DenseConfig(8, 9)),
+        task="tag",
+        labels=("a", "b", "c"),
+        classifier_bias=True,
+    )
     extra = {
-        "pooler.query": (10,), "dense.0.weight": (9, 10), "dense.0.bias": (9,), "dense.1.weight": (8, 9),
+        "pooler.query": (10,),
+        "dense.0.weight": (9, 10),
+        "dense.0.bias": (9,),
+        "dense.1.weight": (8, 9),
         "classifier.weight": (3, 10),
         "classifier.bias": (3,),
-    }  # fmt: skip
+    }
     assert expected_shapes(GEMMA_1, head) == expected_shapes(GEMMA_1, HeadConfig()) | extra
 
 

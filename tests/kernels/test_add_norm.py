@@ -69,9 +69,13 @@ def test_without_an_update_x_is_handed_on(backend):
 
 def valid():
     return {
-        "x": jnp.asarray(normal(0, 6, 4), jnp.bfloat16), "update": jnp.asarray(normal(1, 6, 4), jnp.float32),
-        "weight": jnp.ones(4), "update_weight": jnp.ones(4), "eps": 1e-6, "target": target(),
-    }  # fmt: skip
+        "x": jnp.asarray(normal(0, 6, 4), jnp.bfloat16),
+        "update": jnp.asarray(normal(1, 6, 4), jnp.float32),
+        "weight": jnp.ones(4),
+        "update_weight": jnp.ones(4),
+        "eps": 1e-6,
+        "target": target(),
+    }
 
 
 def test_the_valid_call_that_the_refusals_start_from_is_served():

@@ -164,10 +164,16 @@ def test_rows_of_padding_visit_nothing():
 
 def valid():
     return {
-        "q": jnp.ones((5, 24)), "k": jnp.ones((7, 8)), "v": jnp.ones((7, 8)),
-        "lo": jnp.zeros(5, jnp.int32), "hi": jnp.full(5, 7, jnp.int32),
-        "heads": 6, "kv_heads": 2, "scale": 0.5, "target": target(),
-    }  # fmt: skip
+        "q": jnp.ones((5, 24)),
+        "k": jnp.ones((7, 8)),
+        "v": jnp.ones((7, 8)),
+        "lo": jnp.zeros(5, jnp.int32),
+        "hi": jnp.full(5, 7, jnp.int32),
+        "heads": 6,
+        "kv_heads": 2,
+        "scale": 0.5,
+        "target": target(),
+    }
 
 
 def test_the_valid_call_that_the_refusals_start_from_is_served():

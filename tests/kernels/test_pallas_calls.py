@@ -11,9 +11,14 @@ from funnel_kernels.target import Unsupported
 
 @pytest.mark.parametrize(
     ("kind", "name", "mebibytes"),
-    [("TPU v4", "v4", 16), ("TPU v5 lite", "v5e", 128), ("TPU v5", "v5p", 64), ("TPU v6 lite", "v6e", 128),
-     ("TPU7x", "v7x", 64)],
-)  # fmt: skip
+    [
+        ("TPU v4", "v4", 16),
+        ("TPU v5 lite", "v5e", 128),
+        ("TPU v5", "v5p", 64),
+        ("TPU v6 lite", "v6e", 128),
+        ("TPU7x", "v7x", 64),
+    ],
+)
 def test_generations_by_the_names_that_jax_gives_them(kind, name, mebibytes):
     generation = pallas_calls.generation(Target("tpu", "tpu", kind))
     assert generation.name == name

@@ -86,9 +86,14 @@ def test_max_and_first_hand_on_the_exact_values(backend, dtype):
 
 def valid():
     return {
-        "x": jnp.asarray(normal(0, 6, 4), jnp.float32), "real": jnp.ones(6, bool), "weight": jnp.ones(4),
-        "stride": 2, "pool": "max", "eps": 1e-6, "target": target(),
-    }  # fmt: skip
+        "x": jnp.asarray(normal(0, 6, 4), jnp.float32),
+        "real": jnp.ones(6, bool),
+        "weight": jnp.ones(4),
+        "stride": 2,
+        "pool": "max",
+        "eps": 1e-6,
+        "target": target(),
+    }
 
 
 def test_the_valid_call_that_the_refusals_start_from_is_served():

@@ -82,9 +82,14 @@ def test_the_full_length_is_written_at_most_twice(mode):
 
 def valid():
     return {
-        "short": jnp.asarray(normal(0, 3, 4), jnp.float32), "full": jnp.asarray(normal(1, 6, 4), jnp.float32),
-        "weight": jnp.ones(4), "stride": 2, "mode": "sum", "eps": 1e-6, "target": target(),
-    }  # fmt: skip
+        "short": jnp.asarray(normal(0, 3, 4), jnp.float32),
+        "full": jnp.asarray(normal(1, 6, 4), jnp.float32),
+        "weight": jnp.ones(4),
+        "stride": 2,
+        "mode": "sum",
+        "eps": 1e-6,
+        "target": target(),
+    }
 
 
 def test_the_valid_call_that_the_refusals_start_from_is_served():

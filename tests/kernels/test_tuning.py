@@ -10,12 +10,16 @@ from funnel_kernels import Target, attention, pool_norm, recover_norm, triton_ca
 
 TABLE = {
     "entries": [
-        {"op": "attention", "width": 32, "dtype": "float32",
-         "sizes": {"block_q": 16, "block_k": 64, "warps": 2, "stages": 1}},
+        {
+            "op": "attention",
+            "width": 32,
+            "dtype": "float32",
+            "sizes": {"block_q": 16, "block_k": 64, "warps": 2, "stages": 1},
+        },
         {"op": "pool_norm", "width": 64, "dtype": "float32", "sizes": {"block_rows": 4, "warps": 1}},
         {"op": "recover_norm", "width": 64, "dtype": "float32", "sizes": {"block_rows": 2, "warps": 8}},
     ]
-}  # fmt: skip
+}
 
 
 @pytest.fixture

@@ -24,6 +24,16 @@ def attention(
     target: Target,
 ) -> Heads:
     return native_calls.call(
-        "funnel_attention", jax.ShapeDtypeStruct(q.shape, q.dtype), q, k, v, lo, hi,
-        heads=heads, kv_heads=kv_heads, scale=float(scale), softcap=float(softcap or 0.0), target=target,
-    )  # fmt: skip
+        "funnel_attention",
+        jax.ShapeDtypeStruct(q.shape, q.dtype),
+        q,
+        k,
+        v,
+        lo,
+        hi,
+        heads=heads,
+        kv_heads=kv_heads,
+        scale=float(scale),
+        softcap=float(softcap or 0.0),
+        target=target,
+    )

@@ -18,17 +18,13 @@ def linear(x: Rows, weight: Weight, add: Rows | None, *, target: Target) -> Rows
     out = jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), jnp.float32 if add is None else x.dtype)
     added = () if add is None else (add,)
     prepare(x, weight, out.shape[1], target)
-    return native_calls.call(
-        "funnel_linear", out, x, weight.packed, *added, out_features=out.shape[1], target=target
-    )  # fmt: skip
+    return native_calls.call("funnel_linear", out, x, weight.packed, *added, out_features=out.shape[1], target=target)
 
 
 def gated_linear(x: Rows, weight: Weight, *, target: Target) -> Rows:
     out = jax.ShapeDtypeStruct((x.shape[0], weight.shape[0] // 2), x.dtype)
     prepare(x, weight, out.shape[1], target)
-    return native_calls.call(
-        "funnel_gated_linear", out, x, weight.packed, out_features=out.shape[1], target=target
-    )  # fmt: skip
+    return native_calls.call("funnel_gated_linear", out, x, weight.packed, out_features=out.shape[1], target=target)
 
 
 def linear_add_norm(
@@ -73,9 +69,19 @@ def project_heads(
     groups = (*heads, plain_heads) if plain_heads else heads
     outs = tuple(jax.ShapeDtypeStruct((rows, count * head_dim), x.dtype) for count in groups)
     return native_calls.call(
-        "funnel_project_heads", outs, x, weight.packed, cos, sin, *(norms or ()),
-        heads=heads, plain_heads=plain_heads, head_dim=head_dim, eps=float(eps), target=target,
-    )  # fmt: skip
+        "funnel_project_heads",
+        outs,
+        x,
+        weight.packed,
+        cos,
+        sin,
+        *(norms or ()),
+        heads=heads,
+        plain_heads=plain_heads,
+        head_dim=head_dim,
+        eps=float(eps),
+        target=target,
+    )
 
 
 def has_whole_rows(x: Rows, weight: Weight, target: Target) -> bool:

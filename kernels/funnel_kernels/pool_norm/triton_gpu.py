@@ -38,19 +38,33 @@ def launch(
 ) -> triton_calls.Launch:
     """The grid, and everything that is fixed when the kernel is compiled."""
     options = {
-        "width": width, "stride": stride, "pool": pool, "eps": eps,
-        "block_windows": sizes.block_rows, "block_width": triton.next_power_of_2(width),
-        "num_warps": sizes.warps, "num_stages": 1,
-    }  # fmt: skip
+        "width": width,
+        "stride": stride,
+        "pool": pool,
+        "eps": eps,
+        "block_windows": sizes.block_rows,
+        "block_width": triton.next_power_of_2(width),
+        "num_warps": sizes.warps,
+        "num_stages": 1,
+    }
     return (triton.cdiv(windows, sizes.block_rows),), options
 
 
 @triton.jit
 def pool_norm_kernel(
-    x_ptr, real_ptr, weight_ptr, windows, pooled_ptr, normed_ptr,
-    width: tl.constexpr, stride: tl.constexpr, pool: tl.constexpr, eps: tl.constexpr,
-    block_windows: tl.constexpr, block_width: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    real_ptr,
+    weight_ptr,
+    windows,
+    pooled_ptr,
+    normed_ptr,
+    width: tl.constexpr,
+    stride: tl.constexpr,
+    pool: tl.constexpr,
+    eps: tl.constexpr,
+    block_windows: tl.constexpr,
+    block_width: tl.constexpr,
+):
     window = tl.program_id(0) * block_windows + tl.arange(0, block_windows)
     column = tl.arange(0, block_width)
     inside = window < windows

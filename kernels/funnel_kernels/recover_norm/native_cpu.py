@@ -15,6 +15,12 @@ def recover_norm(
     result = jax.ShapeDtypeStruct((short.shape[0] * stride, short.shape[1]), short.dtype)
     arrays = (short, weight) if full is None else (short, weight, full)
     return native_calls.call(
-        "funnel_recover_norm", result, *arrays,
-        stride=stride, mode=MODES.index(mode), after_norm=site == "after_norm", eps=float(eps), target=target,
-    )  # fmt: skip
+        "funnel_recover_norm",
+        result,
+        *arrays,
+        stride=stride,
+        mode=MODES.index(mode),
+        after_norm=site == "after_norm",
+        eps=float(eps),
+        target=target,
+    )

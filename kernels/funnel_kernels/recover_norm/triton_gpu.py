@@ -40,20 +40,34 @@ def launch(
 ) -> triton_calls.Launch:
     """The grid, and everything that is fixed when the kernel is compiled."""
     options = {
-        "width": width, "stride": stride,
-        "mode": mode, "norm_first": mode == "tile" or site == "after_norm",  # tiling and norm commute
-        "eps": eps, "block_rows": sizes.block_rows, "block_width": triton.next_power_of_2(width),
-        "num_warps": sizes.warps, "num_stages": 1,
-    }  # fmt: skip
+        "width": width,
+        "stride": stride,
+        "mode": mode,
+        "norm_first": mode == "tile" or site == "after_norm",  # tiling and norm commute
+        "eps": eps,
+        "block_rows": sizes.block_rows,
+        "block_width": triton.next_power_of_2(width),
+        "num_warps": sizes.warps,
+        "num_stages": 1,
+    }
     return (triton.cdiv(rows, sizes.block_rows),), options
 
 
 @triton.jit
 def recover_norm_kernel(
-    short_ptr, full_ptr, weight_ptr, rows, out_ptr,
-    width: tl.constexpr, stride: tl.constexpr, mode: tl.constexpr, norm_first: tl.constexpr,
-    eps: tl.constexpr, block_rows: tl.constexpr, block_width: tl.constexpr,
-):  # fmt: skip
+    short_ptr,
+    full_ptr,
+    weight_ptr,
+    rows,
+    out_ptr,
+    width: tl.constexpr,
+    stride: tl.constexpr,
+    mode: tl.constexpr,
+    norm_first: tl.constexpr,
+    eps: tl.constexpr,
+    block_rows: tl.constexpr,
+    block_width: tl.constexpr,
+):
     row = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
     column = tl.arange(0, block_width)
     there = (row < rows)[:, None] & (column < width)[None, :]

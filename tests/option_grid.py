@@ -456,20 +456,21 @@ class HeadsCase:
 
 
 # Heads of a unit of packed weights, of several, and of less: these the kernels for CPUs cannot cut out of a tile.
+HEADS_SIZES = (  # rows, input features, head dim, heads, plain heads
+    (5, 24, 8, (3, 1), 1),
+    (1, 40, 64, (8, 2), 2),
+    (130, 96, 128, (5, 1), 1),
+    (300, 64, 256, (3, 1), 1),
+    (17, 80, 256, (4,), 0),
+    (65, 48, 192, (1,), 1),
+    (70, 64, 320, (1,), 1),
+    (9, 64, 512, (2, 1), 0),
+)
 HEADS_CASES = {
-    f"{rows} rows, {'+'.join(map(str, heads))}+{plain} heads of {head_dim}, {dtype}{', normed' if normed else ''}": HeadsCase(
-        rows, in_features, head_dim, heads, plain, dtype, normed
+    f"{rows} rows, {'+'.join(map(str, heads))}+{plain} heads of {d}, {dtype}{', normed' * normed}": HeadsCase(
+        rows, in_features, d, heads, plain, dtype, normed
     )
-    for rows, in_features, head_dim, heads, plain in (
-        (5, 24, 8, (3, 1), 1),
-        (1, 40, 64, (8, 2), 2),
-        (130, 96, 128, (5, 1), 1),
-        (300, 64, 256, (3, 1), 1),
-        (17, 80, 256, (4,), 0),
-        (65, 48, 192, (1,), 1),
-        (70, 64, 320, (1,), 1),
-        (9, 64, 512, (2, 1), 0),
-    )
+    for rows, in_features, d, heads, plain in HEADS_SIZES
     for dtype in DTYPES
     for normed in (False, True)
 }

@@ -71,15 +71,29 @@ def served_or_refused(dtype: str, backend: str = "cpu") -> Iterator[None]:
 
 
 def over_the_grid(op: str, backends: Iterable[str] = BACKENDS) -> pytest.MarkDecorator:
-    """Parametrises a test of an op by `backend` and `case`: each backend gets the cases of its part of the grid."""
+    """Parametrises a test of an op by `backend` and `case`: each backend gets the cases of its part of the grid.
+
+    Interpreted kernels are slow: of their cases some run by default, in which every value of every option occurs.
+    """
     return pytest.mark.parametrize(
         ("backend", "case"),
         [
-            pytest.param(backend, case, id=f"{backend}-{name}")
+            pytest.param(backend, case, id=f"{backend}-{name}", marks=() if is_default else pytest.mark.grid)
             for backend in backends
-            for name, case in (SIMULATED if backend == "tpu" else CASES)[op].items()
+            for name, case, is_default in cases_of(op, backend)
         ],
     )
+
+
+def cases_of(op: str, backend: str) -> Iterator[tuple[str, Any, bool]]:
+    """The name of each case of a backend, the case, and whether it runs by default: if a value of an option is new."""
+    seen: set[tuple[str, str]] = set()
+    for name, case in (SIMULATED if backend == "tpu" else CASES)[op].items():
+        values = {(field, str(value)) for field, value in dataclasses.asdict(case).items()}
+        is_served = not refuses(op, backend, case)
+        yield name, case, backend not in ("triton", "tpu") or (is_served and not values <= seen)
+        if is_served:
+            seen |= values
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:

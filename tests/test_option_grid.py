@@ -1,17 +1,34 @@
-"""The part of the grid that a simulated TPU gets: it is smaller, and leaves no value of an option out."""
+"""The parts of the grid that an interpreted backend gets are smaller, and leave no value of an option out."""
 
 import dataclasses
 
 import pytest
 
-from option_grid import CASES, SIMULATED, SMALL, refuses
+from option_grid import CASES, SIMULATED, SMALL, cases_of, refuses
+
+
+def values(op, cases):
+    served = [dataclasses.asdict(case) for case in cases if not refuses(op, "tpu", case)]
+    return {(name, str(value)) for case in served for name, value in case.items()}
 
 
 @pytest.mark.parametrize("op", SIMULATED)
 def test_every_value_of_every_option_is_simulated(op):
-    values = []
-    for cases in (CASES[op], SIMULATED[op]):
-        served = [dataclasses.asdict(case) for case in cases.values() if not refuses(op, "tpu", case)]
-        values.append({(name, str(value)) for case in served for name, value in case.items()})
-    assert values[0] - values[1] <= {("layout", str(dataclasses.asdict(SMALL)))}
+    left_out = values(op, CASES[op].values()) - values(op, SIMULATED[op].values())
+    assert left_out <= {("layout", str(dataclasses.asdict(SMALL)))}
     assert len(SIMULATED[op]) <= len(CASES[op]) / 3
+
+
+@pytest.mark.parametrize("backend", ["triton", "tpu"])
+@pytest.mark.parametrize("op", SIMULATED)
+def test_every_value_of_every_option_is_in_the_default_run(op, backend):
+    cases = list(cases_of(op, backend))
+    default = [case for _, case, is_default in cases if is_default]
+    assert values(op, default) == values(op, [case for _, case, _ in cases])
+    assert len(default) < len(cases) or (op, backend) == ("attention", "tpu")  # where each case is a layout
+
+
+@pytest.mark.parametrize("op", CASES)
+@pytest.mark.parametrize("backend", ["reference", "xla", "cpu"])
+def test_other_backends_get_the_whole_grid_by_default(op, backend):
+    assert [case for _, case, is_default in cases_of(op, backend) if is_default] == list(CASES[op].values())

@@ -1,5 +1,6 @@
 """An engine gives the same whatever JAX's settings are, in whatever thread and on whatever device."""
 
+import functools
 import re
 import subprocess
 import sys
@@ -55,6 +56,9 @@ def results(backend: str, pooling: str) -> list[np.ndarray]:
     return [engine.embed(IDS), *engine.hidden_states(IDS)]
 
 
+plain_results = functools.cache(results)  # under JAX's own settings: every test asks before it changes one
+
+
 def test_every_setting_is_tried():
     assert CHANGED.keys() == SETTINGS.keys()
 
@@ -66,10 +70,16 @@ def test_the_defaults_are_those_of_jax():
             assert getattr(jax.config, name) == default
 
 
-@pytest.mark.parametrize("pooling", ["mean", "max", "attention"])
-@pytest.mark.parametrize("backend", ["auto", "xla", "reference"])
+@pytest.mark.parametrize(
+    ("backend", "pooling"),
+    [
+        pytest.param(backend, pooling, marks=() if (row + column) % 3 == 0 else pytest.mark.grid)
+        for row, backend in enumerate(("auto", "xla", "reference"))
+        for column, pooling in enumerate(("mean", "max", "attention"))
+    ],
+)
 def test_no_setting_changes_a_result(setting, backend, pooling):
-    expected = results(backend, pooling)
+    expected = plain_results(backend, pooling)
     for name, value in CHANGED.items():
         setting(name, value)
     for plain, changed in zip(expected, results(backend, pooling), strict=True):
@@ -78,7 +88,7 @@ def test_no_setting_changes_a_result(setting, backend, pooling):
 
 @pytest.mark.parametrize("name", CHANGED)
 def test_each_setting_alone(setting, name):
-    expected = results("xla", "max")
+    expected = plain_results("xla", "max")
     setting(name, CHANGED[name])
     for plain, changed in zip(expected, results("xla", "max"), strict=True):
         np.testing.assert_array_equal(plain, changed)

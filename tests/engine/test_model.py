@@ -220,6 +220,7 @@ def test_what_does_not_fit_is_refused():
 # What differs between platforms.
 
 
+@functools.cache
 def result_on(platform, config, dtype, rows=40):
     """The forward pass as it is for a platform, computed on the CPU."""
     funnel = FunnelConfig.after(1, recovery="mean_last")

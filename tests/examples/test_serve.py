@@ -3,7 +3,7 @@
 import http.client
 import importlib.util
 import json
-import subprocess
+import queue
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from funnel_engine import Engine, FunnelConfig, convert
+from sentence_models import save_embedding_gemma
 from tiny_models import TEXT, make_engine, tokenize
 
 FILE = Path(__file__).parents[2] / "examples" / "serve.py"
@@ -64,7 +66,7 @@ def test_every_client_gets_the_vectors_of_its_own_texts(server, engine):
 def test_requests_that_wait_share_a_batch(serve, engine):
     """The queue is filled before the thread of the batcher starts."""
     batcher = object.__new__(serve.Batcher)
-    batcher.engine, batcher.waiting = engine, serve.queue.Queue(serve.MAX_WAITING)
+    batcher.engine, batcher.waiting = engine, queue.Queue(serve.MAX_WAITING)
     with ThreadPoolExecutor(len(TEXTS)) as clients:
         answers = [clients.submit(batcher.embed, [text], None) for text in TEXTS]
         while batcher.waiting.qsize() < len(TEXTS):
@@ -108,7 +110,7 @@ def test_other_paths_and_a_body_without_a_length_or_too_long(server):
 def test_a_full_queue_and_a_broken_engine_are_told(serve, server, engine, monkeypatch):
     batcher = server.RequestHandlerClass.batcher
     with monkeypatch.context() as patch:
-        patch.setattr(batcher, "waiting", serve.queue.Queue(1))
+        patch.setattr(batcher, "waiting", queue.Queue(1))
         batcher.waiting.put(None)
         assert ask(server, {"texts": ["a"]})[0] == 503
     with monkeypatch.context() as patch:
@@ -117,14 +119,26 @@ def test_a_full_queue_and_a_broken_engine_are_told(serve, server, engine, monkey
     assert ask(server, {"texts": ["a"]})[0] == 200
 
 
-def test_the_command_loads_a_checkpoint_and_serves_it(embedding_gemma):
-    command = [sys.executable, FILE, embedding_gemma / "checkpoint", "--after", "2", "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            line = process.stdout.readline()
-            assert line.startswith("ready on http://127.0.0.1:")
-            connection = http.client.HTTPConnection("127.0.0.1", int(line.rpartition(":")[2]), timeout=60)
-            connection.request("POST", "/embed", json.dumps({"texts": ["a text"], "prompt_name": "query"}))
-            assert len(json.loads(connection.getresponse().read())["vectors"]) == 1
-        finally:
-            process.terminate()
+def test_the_command_loads_a_checkpoint_and_serves_it(serve, tmp_path, monkeypatch, capsys):
+    save_embedding_gemma(tmp_path, layers=2)
+    convert(tmp_path / "source", tmp_path / "checkpoint", dtype="float32")
+    made, make_server = queue.Queue(), serve.make_server
+
+    def remember(*arguments):
+        server = make_server(*arguments)
+        made.put(server)
+        return server
+
+    monkeypatch.setattr(serve, "make_server", remember)
+    monkeypatch.setattr(serve, "BATCH_TOKENS", 64)  # fewer buckets to compile
+    monkeypatch.setattr(sys, "argv", ["serve.py", str(tmp_path / "checkpoint"), "--after", "1", "--port", "0"])
+    thread = threading.Thread(target=serve.main, daemon=True)
+    thread.start()
+    server = made.get(timeout=240)
+    status, content = ask(server, {"texts": ["a text"], "prompt_name": "query"})
+    server.shutdown()
+    thread.join()
+    engine = Engine.load(tmp_path / "checkpoint", funnel=FunnelConfig.after(1, pool="mean"), max_batch_tokens=64)
+    assert status == 200
+    np.testing.assert_allclose(content["vectors"], engine.embed("a text", prompt_name="query"), atol=1e-5)
+    assert capsys.readouterr().out == f"ready on http://127.0.0.1:{server.server_port}\n"

@@ -6,6 +6,8 @@ import huggingface_hub
 import numpy as np
 import pytest
 
+import funnel_engine
+import funnel_kernels
 from c_library import ROOT
 from sentence_models import DENSE_SIZES, save_embedding_gemma
 
@@ -26,6 +28,20 @@ def test_every_link_leads_to_a_file_and_a_heading(document):
         assert target.exists(), name
         if anchor:
             assert anchor in anchors(target.read_text(encoding="utf-8")), name + anchor
+
+
+@pytest.mark.parametrize(
+    ("page", "names"),
+    [
+        ("funnel_engine", set(funnel_engine.__all__)),
+        ("funnel_kernels", set(funnel_kernels.__all__) - set(funnel_engine.__all__)),
+    ],
+)
+def test_the_reference_names_all_that_is_public(page, names):
+    text = (ROOT / "docs" / "api" / f"{page}.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^::: [\w.]+\.(\w+)$", text, re.MULTILINE)
+    listed += [name.strip() for members in re.findall(r"members: \[(.*)\]", text) for name in members.split(",")]
+    assert names <= set(listed)
 
 
 def test_the_readmes_code_runs(tmp_path, monkeypatch, capsys):

@@ -45,7 +45,7 @@ wheel: $(VENV)/wheel-tools
 	  --wheel-dir dist dist/local/*.whl
 
 clean:
-	rm -rf $(VENV) demo build dist site *.egg-info
+	rm -rf $(VENV) demo build dist site bench.json *.egg-info
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version if sys.version_info < (3, 11) else 0)'

@@ -3,19 +3,20 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-PYTEST_OPTIONS := -n 2 --dist worksteal -p no:benchmark
+# -rs: the summary says which tests were skipped, and why.
+PYTEST_OPTIONS := -n 2 --dist worksteal -p no:benchmark -rs
 # What is different on processors without bfloat16 products, or without AVX-512: simulated before the whole run.
 OLDER_CPUS := -k 'not (reference- or xla- or triton or tpu)' tests/bindings/test_native_linear.py \
 	tests/kernels/test_linear.py tests/kernels/test_attention.py tests/kernels/test_add_norm.py \
 	tests/engine/test_threads.py tests/engine/test_weights.py \
 	tests/engine/test_model.py::test_every_backend_gives_what_the_reference_gives
 
-.PHONY: demo test lint wheel clean
+.PHONY: demo test lint docs bench wheel clean
 
 demo: $(VENV)/installed-bench
 	$(BIN)/funnel demo --output demo
 
-test: $(VENV)/installed-test $(VENV)/lowering $(VENV)/chromium
+test: $(VENV)/installed-test $(VENV)/lowering
 	$(MAKE) --no-print-directory lint
 	FUNNEL_CPU_ISA=avx2 $(BIN)/pytest $(PYTEST_OPTIONS) $(OLDER_CPUS)
 	FUNNEL_CPU_ISA=avx512 $(BIN)/pytest $(PYTEST_OPTIONS) $(OLDER_CPUS)
@@ -26,6 +27,15 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Web pages of docs/ and of the docstrings, in site/. A warning is an error.
+docs: $(VENV)/installed-docs
+	$(BIN)/mkdocs build
+
+# Did speed hold? Every op in turns with the ceiling of this machine that bounds it: a share does not depend on how fast
+# the machine is today. `funnel bench compare` compares two such files.
+bench: $(VENV)/installed-bench
+	$(BIN)/funnel bench kernels --preset embeddinggemma-300m --json bench.json
+
 # Runs on every Linux whose glibc is at least as new as the wheel's name says. auditwheel does not copy oneDNN into it,
 # which comes with its own wheel, nor libgomp, which oneDNN takes from the system too.
 wheel: $(VENV)/wheel-tools
@@ -35,7 +45,7 @@ wheel: $(VENV)/wheel-tools
 	  --wheel-dir dist dist/local/*.whl
 
 clean:
-	rm -rf $(VENV) demo build dist *.egg-info
+	rm -rf $(VENV) demo build dist site bench.json *.egg-info
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version if sys.version_info < (3, 11) else 0)'
@@ -49,12 +59,6 @@ $(VENV)/wheel-tools: | $(BIN)/python
 $(VENV)/lowering: $(VENV)/installed-test
 	version=$$($(BIN)/python -c 'import jax; print(jax.__version__)') && \
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $@ jax-cuda13-plugin==$$version jax-triton==0.3.1 libtpu==0.0.51
-	touch $@
-
-# The tests open reports in it. Where there is none, Debian's is installed; elsewhere the tests say what is missing.
-$(VENV)/chromium: | $(BIN)/python
-	command -v chromium || command -v chromium-browser || command -v google-chrome || \
-	{ apt-get update --quiet && apt-get install --quiet --yes --no-install-recommends chromium; } || true
 	touch $@
 
 $(VENV)/installed-%: pyproject.toml setup.py CMakeLists.txt $(wildcard bindings/native/*) | $(BIN)/python

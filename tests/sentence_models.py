@@ -9,16 +9,22 @@ import numpy as np
 import sentencepiece
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Transformer
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
+from transformers import Gemma3TextModel
+
+import hugging_face_models as hf
 
 VOCAB_SIZE = 512  # of the models; the tokenizers need fewer ids
 SPECIAL = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3}
 SYMBOLS = ["<mask>", "<start_of_turn>", "\n\n", "▁▁"]  # user-defined: found in a text before anything else
 WORDS = ("the", "small", "funnel", "pools", "pairs", "of", "tokens", "and", "a", "large", "keeps", "every", "memory")
+
+PROMPTS = {"query": "task: search result | query: ", "document": "title: none | text: "}
+DENSE_SIZES = (68, 36)  # of the two layers after the pooling of an EmbeddingGemma
 
 # Special tokens inside, spaces and newlines everywhere, bytes of what no piece covers.
 TEXTS = [
@@ -117,3 +123,19 @@ def save_sentence_model(folder: Path, model: Any, modules: list[torch.nn.Module]
             parameter.normal_(0.0, parameter.shape[-1] ** -0.5, generator=generator)
     transformer = Transformer(str(folder / "encoder"))
     SentenceTransformer(modules=[transformer, *modules], device="cpu", **options).save(str(folder / "source"))
+
+
+def save_embedding_gemma(folder: Path, layers: int = 4) -> None:
+    """Folder `source` of a model built like EmbeddingGemma: a window of 256 to either side, mixed layer types, two
+    linear layers, BOS and EOS."""
+    config = hf.gemma3(
+        use_bidirectional_attention=True, sliding_window=512, num_hidden_layers=layers, vocab_size=VOCAB_SIZE
+    )
+    width, (middle, out) = config.hidden_size, DENSE_SIZES
+    modules = [
+        Pooling(width, pooling_mode="mean"),
+        Dense(width, middle, bias=False, activation_function=torch.nn.Identity()),
+        Dense(middle, out, bias=False, activation_function=torch.nn.Identity()),
+        Normalize(),
+    ]
+    save_sentence_model(folder, hf.build(Gemma3TextModel, config), modules, prompts=PROMPTS)

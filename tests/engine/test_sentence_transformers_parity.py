@@ -13,12 +13,21 @@ from transformers import Gemma3TextModel
 
 import hugging_face_models as hf
 from funnel_engine import Engine, InputError, convert
-from sentence_models import TEXTS, VOCAB_SIZE, save_sentence_model, text_of, train_sentencepiece, write_json
+from sentence_models import (
+    DENSE_SIZES,
+    PROMPTS,
+    TEXTS,
+    VOCAB_SIZE,
+    save_embedding_gemma,
+    save_sentence_model,
+    text_of,
+    train_sentencepiece,
+    write_json,
+)
 
 TOLERANCE = 1e-5
-WIDTH, MIDDLE, OUT = hf.SIZES["hidden_size"], 68, 36
+WIDTH, (MIDDLE, OUT) = hf.SIZES["hidden_size"], DENSE_SIZES
 LIMIT = 700  # tokens
-PROMPTS = {"query": "task: search result | query: ", "document": "title: none | text: "}
 
 
 def worst(ours, theirs):
@@ -35,14 +44,7 @@ def embedding_gemma(tmp_path_factory):
     """Folder `source` and `checkpoint` of a model built like EmbeddingGemma: a window of 256 to either side, mixed
     layer types, two linear layers, BOS and EOS."""
     folder = tmp_path_factory.mktemp("model")
-    config = hf.gemma3(use_bidirectional_attention=True, sliding_window=512, num_hidden_layers=4, vocab_size=VOCAB_SIZE)
-    modules = [
-        Pooling(WIDTH, pooling_mode="mean"),
-        Dense(WIDTH, MIDDLE, bias=False, activation_function=torch.nn.Identity()),
-        Dense(MIDDLE, OUT, bias=False, activation_function=torch.nn.Identity()),
-        Normalize(),
-    ]
-    save_sentence_model(folder, hf.build(Gemma3TextModel, config), modules, prompts=PROMPTS)
+    save_embedding_gemma(folder)
     write_json(folder / "source" / "tokenizer_config.json", model_max_length=LIMIT)
     convert(folder / "source", folder / "checkpoint", dtype="float32")
     return folder

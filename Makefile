@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
+# What is written in C++ and in the Python module; an installation builds it.
+NATIVE := $(shell find kernels bindings/funnel_native -name '*.cc' -o -name '*.h' -o -name CMakeLists.txt)
+
 PYTEST_OPTIONS := -n 2 --dist worksteal -p no:benchmark
 # What is different on processors without bfloat16 products, or without AVX-512: simulated before the whole run.
 OLDER_CPUS := -k 'not (reference- or xla- or triton or tpu)' tests/bindings/test_native_linear.py \
@@ -57,7 +60,7 @@ $(VENV)/chromium: | $(BIN)/python
 	{ apt-get update --quiet && apt-get install --quiet --yes --no-install-recommends chromium; } || true
 	touch $@
 
-$(VENV)/installed-%: pyproject.toml setup.py CMakeLists.txt $(wildcard bindings/native/*) | $(BIN)/python
+$(VENV)/installed-%: pyproject.toml setup.py CMakeLists.txt $(NATIVE) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[$*]'
 	touch $@

@@ -3,7 +3,8 @@
     funnel_native.problem()            # why they cannot, or None
     jax.ffi.ffi_call("funnel_linear", ...)
 
-The compiled module is `_handlers` (bindings/native). It is left out where no C++ compiler was found at installation.
+The compiled module is `_handlers`: module.cc, with the kernels of kernels/funnel_kernels. It is left out where no C++
+compiler was found at installation.
 """
 
 import ctypes

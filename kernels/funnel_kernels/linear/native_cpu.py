@@ -1,4 +1,4 @@
-"""Products tile by tile, each followed in the cache by what comes after it (bindings/native/product.h)."""
+"""Products tile by tile, each followed in the cache by what comes after it (../cpu/product.h)."""
 
 import jax
 import jax.numpy as jnp

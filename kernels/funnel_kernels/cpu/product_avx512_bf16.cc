@@ -1,4 +1,4 @@
-#include "product_avx512_bf16.h"
+#include "cpu/product_avx512_bf16.h"
 
 #include <immintrin.h>
 

@@ -1,4 +1,4 @@
-#include "product.h"
+#include "cpu/product.h"
 
 #include <omp.h>
 
@@ -14,10 +14,10 @@
 #include <utility>
 #include <vector>
 
-#include "instruction_set.h"
-#include "memory.h"
+#include "cpu/instruction_set.h"
+#include "cpu/memory.h"
 #include "oneapi/dnnl/dnnl.hpp"
-#include "parallel.h"
+#include "cpu/parallel.h"
 
 namespace funnel {
 namespace {

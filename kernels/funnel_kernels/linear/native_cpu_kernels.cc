@@ -1,6 +1,6 @@
-#include "linear_kernels.h"
+#include "linear/native_cpu_kernels.h"
 
-#include "row.h"
+#include "cpu/row.h"
 
 namespace funnel::FUNNEL_INSTRUCTION_SET {
 namespace {

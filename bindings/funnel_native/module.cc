@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-#include "handlers.h"
-#include "instruction_set.h"
-#include "product.h"
+#include "cpu/handlers.h"
+#include "cpu/instruction_set.h"
+#include "cpu/product.h"
 
 namespace py = pybind11;
 
@@ -13,7 +13,8 @@ PYBIND11_MODULE(_handlers, module) {
   funnel::limit_onednn();
   module.def("handlers", [] {
     py::dict all;
-    for (const auto& handlers : {funnel::attention_handlers(), funnel::linear_handlers(), funnel::rows_handlers()}) {
+    for (const auto& handlers : {funnel::add_norm_handlers(), funnel::attention_handlers(), funnel::linear_handlers(),
+                                 funnel::pool_norm_handlers(), funnel::recover_norm_handlers()}) {
       for (const auto& [name, handler] : handlers) all[py::str(name)] = py::capsule(reinterpret_cast<void*>(handler));
     }
     return all;

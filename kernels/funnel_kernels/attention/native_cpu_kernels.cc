@@ -5,9 +5,9 @@
 // A row's softmax is computed block by block, with a running maximum and sum (Milakov and Gimelshein, arXiv:1805.02867;
 // FlashAttention, arXiv:2205.14135). Scores are in units of ln 2: weights are powers of two. A key that a row does not
 // see adds an exact 0. So a row's result does not depend on the rows that it shares a tile with.
-#include "attention_kernels.h"
+#include "attention/native_cpu_kernels.h"
 
-#include "simd.h"
+#include "cpu/simd.h"
 
 namespace funnel::FUNNEL_INSTRUCTION_SET {
 namespace {

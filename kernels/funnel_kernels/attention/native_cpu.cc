@@ -9,11 +9,11 @@
 #include <utility>
 #include <vector>
 
-#include "attention_kernels.h"
-#include "checks.h"
-#include "handlers.h"
-#include "memory.h"
-#include "parallel.h"
+#include "attention/native_cpu_kernels.h"
+#include "cpu/checks.h"
+#include "cpu/handlers.h"
+#include "cpu/memory.h"
+#include "cpu/parallel.h"
 
 namespace funnel {
 namespace {

@@ -10,8 +10,8 @@
 #include <functional>
 #include <string>
 
-#include "checks.h"
-#include "product_avx512_bf16.h"  // kUnit
+#include "cpu/checks.h"
+#include "cpu/product_avx512_bf16.h"  // kUnit
 
 namespace funnel {
 

@@ -3,10 +3,11 @@
 #include <utility>
 #include <vector>
 
-#include "factor.h"
-#include "handlers.h"
-#include "linear_kernels.h"
-#include "product.h"
+#include "add_norm/native_cpu_kernels.h"
+#include "cpu/factor.h"
+#include "cpu/handlers.h"
+#include "cpu/product.h"
+#include "linear/native_cpu_kernels.h"
 
 namespace funnel {
 namespace {

@@ -3,7 +3,7 @@
 
 #include <stdint.h>
 
-#include "instruction_set.h"
+#include "cpu/instruction_set.h"
 
 namespace funnel {
 

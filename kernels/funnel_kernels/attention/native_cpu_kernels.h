@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#include "instruction_set.h"
+#include "cpu/instruction_set.h"
 
 namespace funnel {
 
@@ -17,7 +17,7 @@ struct Attention {
   void* out;                                // as q
   int64_t rows, heads, kv_heads, head_dim;
   float scale, softcap;                     // a softcap of 0 is none
-  // Keys have a place in the packed order, see attention.cc.
+  // Keys have a place in the packed order, see native_cpu.cc.
   const int32_t* lo;                        // [rows]: row i sees the places lo[i] <= j < hi[i]
   const int32_t* hi;                        // [rows]
   const int32_t* keys;                      // [places]: the row of k and v, or -1 for none, which is packed as zeros

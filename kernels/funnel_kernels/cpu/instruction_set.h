@@ -1,6 +1,6 @@
 // Which of a kernel's compiled forms runs on this machine.
 //
-// A kernel's source is compiled once for each instruction set, into a namespace of that name (`simd.h`). Its header
+// A kernel's source (*_kernels.cc) is compiled once for each instruction set, into a namespace of that name (simd.h). Its header
 // declares all of them with FUNNEL_KERNEL; FUNNEL_BEST(name) is the one for this machine. Sources that are compiled so
 // include no header with inline functions of the standard library: the linker keeps one copy of those, which may then
 // be one that older machines cannot run.

@@ -4,8 +4,8 @@
 #include <memory>
 #include <new>
 
-#include "checks.h"
-#include "rows_kernels.h"
+#include "cpu/checks.h"
+#include "cpu/factor_kernels.h"
 
 namespace funnel {
 

@@ -1,4 +1,4 @@
-#include "instruction_set.h"
+#include "cpu/instruction_set.h"
 
 #include <cpuid.h>
 

@@ -2,12 +2,25 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <iterator>
+#include <string>
 
+#include "cpu/caches.h"
 #include "cpu/handlers.h"
 #include "cpu/instruction_set.h"
+#include "cpu/parallel.h"
 #include "cpu/product.h"
+#include "pool_norm/native_cpu_kernels.h"
+#include "recover_norm/native_cpu_kernels.h"
 
 namespace py = pybind11;
+using namespace pybind11::literals;
+
+static py::tuple names(const char* const* begin, const char* const* end) {
+  py::list all;
+  for (; begin != end; ++begin) all.append(*begin);
+  return py::tuple(all);
+}
 
 PYBIND11_MODULE(_handlers, module) {
   funnel::limit_onednn();
@@ -19,6 +32,19 @@ PYBIND11_MODULE(_handlers, module) {
     }
     return all;
   });
+  module.attr("UNIT") = funnel::kUnit;
+  module.attr("MOST_THREADS") = funnel::kMostThreads;
+  module.attr("LIMIT") = funnel::kLimit;
+  module.attr("INSTRUCTION_SETS") = names(std::begin(funnel::kInstructionSets) + 1, std::end(funnel::kInstructionSets));
+  module.attr("POOLS") = names(std::begin(funnel::kPools), std::end(funnel::kPools));
+  module.attr("MODES") = names(std::begin(funnel::kModes), std::end(funnel::kModes));
+  module.def(
+      "caches",
+      [](const std::string& folder) {
+        const funnel::Caches caches = funnel::read_caches(folder);
+        return py::dict("core"_a = caches.core, "shared"_a = caches.shared);
+      },
+      py::arg("folder") = funnel::kCacheFolder);
   module.def("instruction_set", &funnel::instruction_set_name);
   module.def("processor", &funnel::processor_name);
   module.def("limit_instruction_set", &funnel::limit_instruction_set, py::arg("name"));

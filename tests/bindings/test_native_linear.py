@@ -133,11 +133,14 @@ def test_a_sum_and_its_norm_are_the_same_with_the_product_and_after_it(rows, thr
 
 
 def test_which_products_make_whole_rows():
-    assert HANDLERS.suits_whole_rows(10**4, 2048, 4096, True, 2) == OURS  # 16 MiB of weights
-    assert not HANDLERS.suits_whole_rows(10**4, 2048, 4128, True, 2)
-    assert not HANDLERS.suits_whole_rows(10**4, 2000, 4096, True, 2)  # half a unit
-    assert HANDLERS.suits_whole_rows(10**4, 8192, 96, True, 2) == OURS
-    assert not HANDLERS.suits_whole_rows(10**4, 8256, 96, True, 2)
+    """Those whose weights take half of the shared cache, and 48 of their float32 rows 3/2 of a core's own."""
+    caches = HANDLERS.caches()
+    width, columns = caches["shared"] // 2 // (2048 * 2), caches["core"] * 3 // 2 // (48 * 4)
+    assert HANDLERS.suits_whole_rows(10**4, 2048, width, True, 2) == OURS
+    assert not HANDLERS.suits_whole_rows(10**4, 2048, width + 32, True, 2)
+    assert not HANDLERS.suits_whole_rows(10**4, 2000, width, True, 2)  # half a unit
+    assert HANDLERS.suits_whole_rows(10**4, columns, 96, True, 2) == OURS
+    assert not HANDLERS.suits_whole_rows(10**4, columns + 64, 96, True, 2)
     assert not HANDLERS.suits_whole_rows(10**4, 2048, 2048, False, 2)
 
 

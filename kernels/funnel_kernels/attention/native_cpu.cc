@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "attention/native_cpu_kernels.h"
+#include "cpu/caches.h"
 #include "cpu/checks.h"
 #include "cpu/handlers.h"
 #include "cpu/memory.h"
@@ -18,17 +19,19 @@
 namespace funnel {
 namespace {
 
-constexpr int64_t kTileRows = 96;        // score rows; with head_dim 256, a tile's sums take 96 KB of a core's cache
 constexpr int64_t kLeastTileRows = 24;   // smaller tiles would not keep the vector units busy
 constexpr int64_t kTilesPerThread = 4;   // at least, if tiles do not become too small, so that threads finish together
 constexpr int64_t kMostLanes = 16;
 constexpr int64_t kMostKeys = int64_t{1} << 29;  // they take at most twice as many places, and one step more
 constexpr int64_t kPlacesPacked = 4 * kKeyStep;  // at once
 
+// Score rows of a tile, 96 with 1 MB: with head_dim 256 its sums take 3/32 of a core's cache.
+int64_t most_tile_rows() { return caches().core / 32 * 3 / (256 * static_cast<int64_t>(sizeof(float))); }
+
 // Query rows of a tile: as many as the cache holds, or fewer if that would leave threads without work.
 int64_t tile_rows(const Attention& call, int64_t threads) {
   const int64_t group = call.heads / call.kv_heads;
-  int64_t rows = std::max<int64_t>(1, kTileRows / group);
+  int64_t rows = std::max<int64_t>(1, most_tile_rows() / group);
   while (rows * group >= 2 * kLeastTileRows &&
          (call.rows + rows - 1) / rows * call.kv_heads < kTilesPerThread * threads) {
     rows /= 2;

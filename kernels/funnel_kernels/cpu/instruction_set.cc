@@ -7,6 +7,7 @@
 #include <atomic>
 #include <cctype>
 #include <cstdlib>
+#include <iterator>
 #include <stdexcept>
 #include <utility>
 
@@ -14,9 +15,6 @@
 
 namespace funnel {
 namespace {
-
-constexpr std::array<const char*, 5> kNames = {"none", "avx2", "avx512", "avx512_bf16", "amx"};
-constexpr const char* kVariable = "FUNNEL_CPU_ISA";
 
 // Asked of the processor itself, because clang's __builtin_cpu_supports does not know AMX.
 bool has_amx() {
@@ -41,15 +39,15 @@ InstructionSet of_this_processor() {
 
 // `none` for a name that is none of these.
 InstructionSet named(const std::string& name) {
-  const auto found = std::find(kNames.begin(), kNames.end(), name);
-  return static_cast<InstructionSet>(found == kNames.end() ? 0 : found - kNames.begin());
+  const auto found = std::find(std::begin(kInstructionSets), std::end(kInstructionSets), name);
+  return static_cast<InstructionSet>(found == std::end(kInstructionSets) ? 0 : found - std::begin(kInstructionSets));
 }
 
-std::string name_of(InstructionSet set) { return kNames[static_cast<size_t>(set)]; }
+std::string name_of(InstructionSet set) { return kInstructionSets[static_cast<size_t>(set)]; }
 
 // What FUNNEL_CPU_ISA allows: everything if it is not set. The Python package refuses a name that it does not know.
 InstructionSet allowed() {
-  const char* value = std::getenv(kVariable);
+  const char* value = std::getenv(kLimit);
   const InstructionSet set = value ? named(value) : InstructionSet::none;
   return set == InstructionSet::none ? InstructionSet::amx : set;
 }
@@ -104,7 +102,7 @@ void limit_onednn() {
   // The bits that both have are an instruction set, too.
   const unsigned isa = static_cast<unsigned>(kIsas[static_cast<size_t>(kAllowed)]) & onednn_allowed();
   if (dnnl::set_max_cpu_isa(static_cast<dnnl::cpu_isa>(isa)) != dnnl::status::success) {
-    throw std::runtime_error(std::string(kVariable) + " comes too late: oneDNN is in use in this process");
+    throw std::runtime_error(std::string(kLimit) + " comes too late: oneDNN is in use in this process");
   }
 }
 

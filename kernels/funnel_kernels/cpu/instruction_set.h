@@ -12,6 +12,8 @@ namespace funnel {
 
 // Each has all of those before it. With `amx` our own kernels are those of avx512_bf16: its products are oneDNN's.
 enum class InstructionSet { none, avx2, avx512, avx512_bf16, amx };
+constexpr const char* kInstructionSets[] = {"none", "avx2", "avx512", "avx512_bf16", "amx"};
+constexpr const char* kLimit = "FUNNEL_CPU_ISA";  // the variable that limits the kernels, and oneDNN, to one of them
 
 InstructionSet instruction_set();  // the one that kernels run with
 std::string instruction_set_name();

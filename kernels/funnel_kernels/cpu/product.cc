@@ -14,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/caches.h"
 #include "cpu/instruction_set.h"
 #include "cpu/memory.h"
 #include "oneapi/dnnl/dnnl.hpp"
@@ -24,13 +25,16 @@ namespace {
 
 constexpr int64_t kTileRows = 128;  // with kTileUnits, a tile's float32 result takes 128 KB of a core's cache
 constexpr int64_t kTileUnits = 4;
-constexpr int64_t kTileBytes = 384 << 10;  // of the result of a tile with more units, unless it has kFewestRows
-constexpr int64_t kFewestRows = 48;        // for which it is worth to read a tile's weights again
-constexpr int64_t kMostWholeColumns = 8192;  // 1.5 MB of kFewestRows
-constexpr int64_t kTilesPerThread = 4;     // at least, so that threads finish together
-constexpr int64_t kCachedWeights = int64_t{16} << 20;  // bytes of weights that stay in the cache that cores share
-constexpr int64_t kGroupBytes = int64_t{3} << 19;      // of x in a group of tiles, see Tiling
+constexpr int64_t kFewestRows = 48;     // for which it is worth to read a tile's weights again
+constexpr int64_t kTilesPerThread = 4;  // at least, so that threads finish together
 constexpr int kScratchpad = kMostParts;  // which of a thread's buffers is oneDNN's; those before it hold tiles
+
+// Bytes that follow the machine's caches. They were measured with 1 MB and 32 MB.
+int64_t tile_bytes() { return caches().core / 8 * 3; }    // of the result of a tile, unless it has kFewestRows
+int64_t group_bytes() { return caches().core / 2 * 3; }   // of x in a group of tiles, see Tiling
+int64_t cached_weights() { return caches().shared / 2; }  // of weights that stay in the cache that cores share
+// The widest rows of which kFewestRows are a tile.
+int64_t most_whole_columns() { return group_bytes() / (kFewestRows * static_cast<int64_t>(sizeof(float))); }
 
 // oneDNN was built with OpenMP and would start a team of its own.
 class OneThread {
@@ -198,7 +202,7 @@ int64_t most_units(const Weights& weights, int64_t step, bool ours) {
 
 bool stays_cached(const Product& product, const Weights& weights) {
   const int64_t elements = product.parts * units_of(product.out_features) * weights.unit_elements;
-  return elements * product.element() <= kCachedWeights;
+  return elements * product.element() <= cached_weights();
 }
 
 // How a product is cut into tiles: near-equal numbers of rows, and so many columns that every thread gets some tiles.
@@ -217,7 +221,7 @@ struct Tiling {
         tile_units(most_units(weights, product.step, ours)) {
     if (tile_units == 0) return;
     const int64_t row_bytes = tile_units * kUnit * static_cast<int64_t>(sizeof(float));
-    const int64_t most_rows = std::clamp(kTileBytes / row_bytes, kFewestRows, kTileRows);
+    const int64_t most_rows = std::clamp(tile_bytes() / row_bytes, kFewestRows, kTileRows);
     const int64_t tiles = kTilesPerThread * sane_threads(threads);
     row_tiles = (product.rows + most_rows - 1) / most_rows;
     while (tile_units > product.step && row_tiles * (all_units / tile_units) < tiles) tile_units -= product.step;
@@ -227,7 +231,7 @@ struct Tiling {
     row_tiles = (product.rows + tile_rows - 1) / tile_rows;  // rounding up may leave fewer
     const int64_t x_bytes = tile_rows * product.in_features * product.element();
     const bool cached = stays_cached(product, weights);
-    group_tiles = cached ? std::clamp<int64_t>(kGroupBytes / x_bytes, 1, row_tiles) : row_tiles;
+    group_tiles = cached ? std::clamp<int64_t>(group_bytes() / x_bytes, 1, row_tiles) : row_tiles;
   }
 
   // The place of tile `index` among the tiles of rows and of columns.
@@ -299,7 +303,7 @@ bool suits_whole_rows(int64_t rows, int64_t out_features, int64_t in_features, b
   if (!no_product(is_bfloat16).empty()) return false;
   const Weights& weights = weights_of(in_features, is_bfloat16);
   const Product product = {nullptr, nullptr, rows, in_features, out_features, 1, units_of(out_features), is_bfloat16};
-  return is_ours(weights) && out_features % kUnit == 0 && out_features <= kMostWholeColumns &&
+  return is_ours(weights) && out_features % kUnit == 0 && out_features <= most_whole_columns() &&
          stays_cached(product, weights) && rows >= kFewestRows * kTilesPerThread * sane_threads(threads);
 }
 

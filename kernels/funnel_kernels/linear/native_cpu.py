@@ -43,7 +43,8 @@ def linear_add_norm(x, weight, add, norm_weight, update_weight, *, eps, target):
 
 def project_heads(x, weight, cos, sin, norms, *, heads, plain_heads, eps, target):
     rows, head_dim = x.shape[0], 2 * cos.shape[1]
-    if head_dim % funnel_native.UNIT or not prepare(x, weight, weight.shape[0], target, head_dim // funnel_native.UNIT):
+    units, rest = divmod(head_dim, funnel_native.handlers().UNIT)
+    if rest or not prepare(x, weight, weight.shape[0], target, units):
         product = linear(x, weight, None, target=target)  # tiles would cut heads apart, which XLA turns then
         options = {"heads": heads, "plain_heads": plain_heads, "eps": eps, "target": target}
         return xla.finish_heads(product, cos, sin, norms, x.dtype, **options)

@@ -1,4 +1,6 @@
 // The handler of `pool_norm`; native_cpu_kernels.h says what it computes.
+#include <iterator>
+
 #include "cpu/factor.h"
 #include "cpu/handlers.h"
 #include "cpu/row_handlers.h"
@@ -15,7 +17,7 @@ ffi::Error pool_norm(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer real
   Factor factor;
   if (!read_matrix("x", x, rows, width, error)) return error;
   if (stride < 1 || rows % stride != 0) return invalid("the stride must be positive and divide the rows of x");
-  if (pooling < 0 || pooling > static_cast<int64_t>(Pool::first)) return invalid("there is no such pool");
+  if (pooling < 0 || pooling >= static_cast<int64_t>(std::size(kPools))) return invalid("there is no such pool");
   const auto dtype = x.element_type();
   const int64_t windows = rows / stride;
   if (!fits("real", real, ffi::PRED, {rows}, error)) return error;

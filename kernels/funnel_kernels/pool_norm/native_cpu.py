@@ -2,8 +2,8 @@
 
 import jax
 
+import funnel_native
 from funnel_kernels import native_calls
-from funnel_kernels.pool_norm import POOLS  # in the order of the C++ enumeration
 
 
 def pool_norm(x, real, weight, *, stride, pool, eps, target):
@@ -16,7 +16,7 @@ def pool_norm(x, real, weight, *, stride, pool, eps, target):
         real,
         weight,
         stride=stride,
-        pooling=POOLS.index(pool),
+        pooling=funnel_native.handlers().POOLS.index(pool),
         eps=float(eps),
         target=target,
     )

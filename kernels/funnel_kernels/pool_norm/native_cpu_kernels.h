@@ -10,6 +10,7 @@
 namespace funnel {
 
 enum class Pool { max, mean, first };
+constexpr const char* kPools[] = {"max", "mean", "first"};
 
 struct PoolNorm {
   const void* x;        // [windows * stride, width]

@@ -1,4 +1,6 @@
 // The handler of `recover_norm`; native_cpu_kernels.h says what it computes.
+#include <iterator>
+
 #include "cpu/factor.h"
 #include "cpu/handlers.h"
 #include "cpu/row_handlers.h"
@@ -18,7 +20,7 @@ ffi::Error recover_norm(ffi::ThreadPool pool, ffi::AnyBuffer short_rows, ffi::An
   if (stride < 1 || rows % stride != 0 || rows / stride != windows) {
     return invalid("the stride must be positive, and the result has so many rows for each short row");
   }
-  if (mode < 0 || mode > static_cast<int64_t>(Mode::max)) return invalid("there is no such mode");
+  if (mode < 0 || mode >= static_cast<int64_t>(std::size(kModes))) return invalid("there is no such mode");
   const auto dtype = short_rows.element_type();
   if (!fits("the result", *out, dtype, {rows, width}, error)) return error;
   if (!read_factor("weight", weight, width, factor, error)) return error;

@@ -2,15 +2,16 @@
 
 import jax
 
+import funnel_native
 from funnel_kernels import native_calls
-from funnel_kernels.recover_norm import MODES  # in the order of the C++ enumeration
 
 
 def recover_norm(short, full, weight, *, stride, mode, site, eps, target):
     """See `funnel_kernels.recover_norm`."""
     result = jax.ShapeDtypeStruct((short.shape[0] * stride, short.shape[1]), short.dtype)
+    mode = funnel_native.handlers().MODES.index(mode)
     arrays = (short, weight) if full is None else (short, weight, full)
     return native_calls.call(
         "funnel_recover_norm", result, *arrays,
-        stride=stride, mode=MODES.index(mode), after_norm=site == "after_norm", eps=float(eps), target=target,
+        stride=stride, mode=mode, after_norm=site == "after_norm", eps=float(eps), target=target,
     )  # fmt: skip

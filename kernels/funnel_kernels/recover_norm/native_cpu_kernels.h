@@ -10,6 +10,7 @@
 namespace funnel {
 
 enum class Mode { tile, sum, mean, max };
+constexpr const char* kModes[] = {"tile", "sum", "mean", "max"};
 
 struct RecoverNorm {
   const void* short_rows;  // [windows, width]

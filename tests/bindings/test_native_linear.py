@@ -253,7 +253,7 @@ PACKED_HEADS = funnel_native.pack(np.ones((256, 32), np.float32))
 BAD_HEADS = {
     "fewer results than groups": ((Q, K), (), {}, "each group of heads needs a result"),
     "more results than groups": ((Q, K, K, K), (), {}, "each group of heads needs a result"),
-    "one norm of two": ((Q, K, K), (NORM,), {}, "a norm if one has it"),
+    "one norm of two": ((Q, K, K), (NORM,), {}, "a norm if another group has one"),
     "a norm of another size": ((Q, K, K), (NORM, NORM[:32]), {}, "a head's norm has shape"),
     "a norm of integers": ((Q, K, K), (NORM, NORM.astype(np.int32)), {}, "a head's norm has shape"),
     "results in another order": ((K, Q, K), (), {}, "heads has shape"),
@@ -297,7 +297,7 @@ BAD_ROWS = {
     "fewer rows to add to": ((ROWS, ROWS), np.ones((3, 64), np.float32), (ROW_NORM,), "the matrix to add has shape"),
     "wider rows to add to": ((ROWS, ROWS), np.ones((4, 128), np.float32), (ROW_NORM,), "packed weights has shape"),
     "rows of another dtype": ((ROWS, ROWS), np.ones((4, 64), jnp.bfloat16), (ROW_NORM,), "the matrix to add has shape"),
-    "half a unit": ((ROWS, ROWS), np.ones((4, 32), np.float32), (ROW_NORM,), "their width a multiple of 64"),
+    "half a unit": ((ROWS, ROWS), np.ones((4, 32), np.float32), (ROW_NORM,), "width of whole rows must be a multiple"),
     "a short norm": ((ROWS, ROWS), X @ np.ones((32, 64), np.float32), (ROW_NORM[1:],), "norm_weight has shape"),
     "a short norm of the update": ((ROWS, ROWS), X @ np.ones((32, 64), np.float32), (ROW_NORM, ROW_NORM[1:]), "update"),
     "three norms": ((ROWS, ROWS), X @ np.ones((32, 64), np.float32), (ROW_NORM,) * 3, "at most one norm"),

@@ -16,14 +16,14 @@ ffi::Error norm(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weight, f
   const auto dtype = x.element_type();
   if (!fits("the normed rows", *normed, dtype, {rows, width}, error)) return error;
   if (!read_factor("weight", weight, width, factor, error)) return error;
-  const Norm all = {x.untyped_data(), factor.get(), normed->untyped_data(), width, eps, dtype == ffi::BF16};
+  const Norm call = {x.untyped_data(), factor.get(), normed->untyped_data(), width, eps, dtype == ffi::BF16};
   by_parts(pool, threads, rows, width * 2 * size_of(dtype),
-           [&](int64_t begin, int64_t end) { FUNNEL_BEST(norm)(all, begin, end); });
+           [&](int64_t begin, int64_t end) { FUNNEL_BEST(norm)(call, begin, end); });
   return ffi::Error::Success();
 }
 
 ffi::Error add_norm(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer update, ffi::AnyBuffer weight,
-                    ffi::RemainingArgs rest, ffi::Result<ffi::AnyBuffer> sum, ffi::Result<ffi::AnyBuffer> normed,
+                    ffi::RemainingArgs update_weights, ffi::Result<ffi::AnyBuffer> sum, ffi::Result<ffi::AnyBuffer> normed,
                     float eps, int64_t threads) {
   ffi::Error error;
   int64_t rows, width;
@@ -35,8 +35,8 @@ ffi::Error add_norm(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer updat
   if (!fits("the sum", *sum, dtype, {rows, width}, error)) return error;
   if (!fits("the normed rows", *normed, dtype, {rows, width}, error)) return error;
   if (!read_factor("weight", weight, width, factor, error)) return error;
-  if (!read_update_factor(rest, width, update_factor, error)) return error;
-  const AddNorm all = {x.untyped_data(),
+  if (!read_update_factor(update_weights, width, update_factor, error)) return error;
+  const AddNorm call = {x.untyped_data(),
                        update.untyped_data(),
                        update_factor.get(),
                        factor.get(),
@@ -47,7 +47,7 @@ ffi::Error add_norm(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer updat
                        dtype == ffi::BF16,
                        update_dtype == ffi::BF16};
   by_parts(pool, threads, rows, width * (3 * size_of(dtype) + size_of(update_dtype)),
-           [&](int64_t begin, int64_t end) { FUNNEL_BEST(add_norm)(all, begin, end); });
+           [&](int64_t begin, int64_t end) { FUNNEL_BEST(add_norm)(call, begin, end); });
   return ffi::Error::Success();
 }
 

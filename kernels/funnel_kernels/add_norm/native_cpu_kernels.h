@@ -34,7 +34,7 @@ struct AddNorm {
 };
 
 // Rows `begin` to `end` of what the arguments describe.
-FUNNEL_KERNEL(void, norm, const Norm& all, int64_t begin, int64_t end)
-FUNNEL_KERNEL(void, add_norm, const AddNorm& all, int64_t begin, int64_t end)
+FUNNEL_KERNEL(void, norm, const Norm& call, int64_t begin, int64_t end)
+FUNNEL_KERNEL(void, add_norm, const AddNorm& call, int64_t begin, int64_t end)
 
 }  // namespace funnel

@@ -1,5 +1,5 @@
-// The XLA FFI handler of attention: checks, finds places for the keys, packs them and the values in parallel, then works
-// on tiles in parallel.
+// The XLA FFI handler of attention. It checks the arguments and gives every key a place, then packs keys and values in
+// parallel, then computes tiles in parallel.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -20,9 +20,9 @@ namespace funnel {
 namespace {
 
 constexpr int64_t kLeastTileRows = 24;   // smaller tiles would not keep the vector units busy
-constexpr int64_t kTilesPerThread = 4;   // at least, if tiles do not become too small, so that threads finish together
+constexpr int64_t kTilesPerThread = 4;   // at least, unless tiles become too small, so that threads finish together
 constexpr int64_t kMostLanes = 16;
-constexpr int64_t kMostKeys = int64_t{1} << 29;  // they take at most twice as many places, and one step more
+constexpr int64_t kMostKeys = int64_t{1} << 29;  // which have at most twice as many places, and one step more
 constexpr int64_t kPlacesPacked = 4 * kKeyStep;  // at once
 
 // Score rows of a tile, 96 with 1 MB: with head_dim 256 its sums take 3/32 of a core's cache.
@@ -39,10 +39,10 @@ int64_t tile_rows(const Attention& call, int64_t threads) {
   return rows;
 }
 
-// Where keys are packed, so that a row's result does not depend on where its sequence lies in the batch.
+// Decides where keys are packed, so that a row's result does not depend on where its sequence lies in the batch.
 //
 // Keys that intervals join, such as those of a sequence, form a run. A run that fits into what is left of a block lies
-// in that block; a longer one begins a block. So blocks cut a run at the same keys wherever it is. Its first key lies at
+// in that block; a longer one begins a block. So blocks cut a run at the same keys wherever it is in the batch. Its first key lies at
 // a multiple of its length, rounded up to a power of two, or of kKeyStep if that is less: the lanes of vectors are then
 // added in the same order. Keys that nobody sees, such as the padding at the end of a batch, have no place.
 struct Places {
@@ -92,7 +92,7 @@ struct Places {
 
 void run(ffi::ThreadPool& pool, int64_t threads, Attention& call, const Places& places, bool is_bfloat16) {
   const AttentionKernels kernels = FUNNEL_BEST(attention_kernels)(is_bfloat16);
-  threads = sane_threads(threads);
+  threads = clamp_threads(threads);
   call.lo = places.lo.data();
   call.hi = places.hi.data();
   call.keys = places.keys.data();

@@ -1,4 +1,4 @@
-// The sizes of the machine's caches, which tiles are made for.
+// The sizes of the machine's caches, which the sizes of tiles follow.
 #pragma once
 
 #include <cstdint>
@@ -13,8 +13,8 @@ struct Caches {
 
 constexpr const char* kCacheFolder = "/sys/devices/system/cpu/cpu0/cache";
 
-// Reads the sizes from a folder that is laid out as Linux's. A size that it does not say has the value above, and one
-// that is unusual, as virtual machines report them, is brought into the range of current processors.
+// Reads the sizes from a folder like Linux's. A size that is missing has the value above. A size outside the range of
+// current processors, as virtual machines may report, is brought into it.
 Caches read_caches(const std::string& folder = kCacheFolder);
 
 // Those of this machine, read once.

@@ -1,4 +1,4 @@
-// The XLA FFI handlers, by the names that they are registered under. An op's handlers are in native_cpu.cc of its folder.
+// The XLA FFI handlers, by the names that they are registered under; an op's are in native_cpu.cc of its folder.
 //
 // A handler checks every shape and dtype before it touches memory, and returns an error that says what is wrong.
 #pragma once

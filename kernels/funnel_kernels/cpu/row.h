@@ -1,6 +1,6 @@
-// What the kernels do with one row of a matrix, for sources that are compiled once for each instruction set.
+// What kernels do with one row of a matrix, for sources that are compiled once for each instruction set.
 //
-// In the functions below, value_at(j, count) makes the vector of a row that starts at column j. Only the first `count`
+// In the functions below, value_at(j, count) is the vector of a row that starts at column j. Only the first `count`
 // of its lanes are in the row; the others are 0. Functions are passed and captured by value: a store of bfloat16 could
 // change what a reference points to, and every loop would read its pointers anew.
 #pragma once

@@ -1,4 +1,4 @@
-// What the handlers of ops on whole rows share.
+// What the handlers of add_norm, pool_norm and recover_norm share.
 #pragma once
 
 #include <algorithm>
@@ -10,10 +10,10 @@
 
 namespace funnel {
 
-// What a thread takes at a time: enough that handing it out costs nothing, and that a call of a few rows wakes nobody.
+// What a thread takes at a time. Handing out this much costs little, and a call of a few rows wakes no other thread.
 constexpr int64_t kBytesPerTask = 128 * 1024;
 
-// Runs body(begin, end) on parts of [0, count), whose items read and write so many bytes each.
+// Runs body(begin, end) on parts of [0, count). Each item reads and writes `bytes_per_item`.
 template <typename Body>
 void by_parts(ffi::ThreadPool& pool, int64_t threads, int64_t count, int64_t bytes_per_item, const Body& body) {
   const int64_t items = std::max<int64_t>(1, kBytesPerTask / bytes_per_item);

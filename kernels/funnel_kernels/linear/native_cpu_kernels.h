@@ -1,4 +1,4 @@
-// What follows a matrix product while its tile is still in the cache.
+// The operations that follow a matrix product while its tile is still in the cache.
 #pragma once
 
 #include <stdint.h>

@@ -24,7 +24,7 @@ ffi::Error pool_norm(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer real
   if (!fits("the pooled rows", *pooled, dtype, {windows, width}, error)) return error;
   if (!fits("the normed rows", *normed, dtype, {windows, width}, error)) return error;
   if (!read_factor("weight", weight, width, factor, error)) return error;
-  const PoolNorm all = {x.untyped_data(),
+  const PoolNorm call = {x.untyped_data(),
                         static_cast<const uint8_t*>(real.untyped_data()),
                         factor.get(),
                         pooled->untyped_data(),
@@ -35,7 +35,7 @@ ffi::Error pool_norm(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer real
                         eps,
                         dtype == ffi::BF16};
   by_parts(pool, threads, windows, width * (stride + 2) * size_of(dtype),
-           [&](int64_t begin, int64_t end) { FUNNEL_BEST(pool_norm)(all, begin, end); });
+           [&](int64_t begin, int64_t end) { FUNNEL_BEST(pool_norm)(call, begin, end); });
   return ffi::Error::Success();
 }
 

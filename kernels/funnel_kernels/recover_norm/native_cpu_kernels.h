@@ -1,4 +1,4 @@
-// The kernel of `recover_norm`: tiling, combining and the final norm, in one pass over memory. All arithmetic is float32.
+// The kernel of `recover_norm`: tiling, combining and the final norm, in one pass over memory, in float32.
 //
 // Elements named `void` are bfloat16 if told so and else float32. Arrays are dense, `width` elements from row to row.
 #pragma once
@@ -25,6 +25,6 @@ struct RecoverNorm {
 };
 
 // Windows `begin` to `end` of what the arguments describe.
-FUNNEL_KERNEL(void, recover_norm, const RecoverNorm& all, int64_t begin, int64_t end)
+FUNNEL_KERNEL(void, recover_norm, const RecoverNorm& call, int64_t begin, int64_t end)
 
 }  // namespace funnel

@@ -23,8 +23,8 @@ ffi::Error norm(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weight, f
 }
 
 ffi::Error add_norm(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer update, ffi::AnyBuffer weight,
-                    ffi::RemainingArgs update_weights, ffi::Result<ffi::AnyBuffer> sum, ffi::Result<ffi::AnyBuffer> normed,
-                    float eps, int64_t threads) {
+                    ffi::RemainingArgs update_weights, ffi::Result<ffi::AnyBuffer> sum,
+                    ffi::Result<ffi::AnyBuffer> normed, float eps, int64_t threads) {
   ffi::Error error;
   int64_t rows, width;
   Factor factor, update_factor;
@@ -37,15 +37,15 @@ ffi::Error add_norm(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer updat
   if (!read_factor("weight", weight, width, factor, error)) return error;
   if (!read_update_factor(update_weights, width, update_factor, error)) return error;
   const AddNorm call = {x.untyped_data(),
-                       update.untyped_data(),
-                       update_factor.get(),
-                       factor.get(),
-                       sum->untyped_data(),
-                       normed->untyped_data(),
-                       width,
-                       eps,
-                       dtype == ffi::BF16,
-                       update_dtype == ffi::BF16};
+                        update.untyped_data(),
+                        update_factor.get(),
+                        factor.get(),
+                        sum->untyped_data(),
+                        normed->untyped_data(),
+                        width,
+                        eps,
+                        dtype == ffi::BF16,
+                        update_dtype == ffi::BF16};
   by_parts(pool, threads, rows, width * (3 * size_of(dtype) + size_of(update_dtype)),
            [&](int64_t begin, int64_t end) { FUNNEL_BEST(add_norm)(call, begin, end); });
   return ffi::Error::Success();

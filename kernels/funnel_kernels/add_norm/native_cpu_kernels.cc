@@ -9,8 +9,8 @@ template <typename Element>
 void norm_as(const Norm& call, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const auto x = columns_of(static_cast<const Element*>(call.x) + row * call.width);
-    store_normed(static_cast<Element*>(call.normed) + row * call.width, call.width, inverse_rms(call.width, call.eps, x),
-                 call.factor, x);
+    store_normed(static_cast<Element*>(call.normed) + row * call.width, call.width,
+                 inverse_rms(call.width, call.eps, x), call.factor, x);
   }
 }
 

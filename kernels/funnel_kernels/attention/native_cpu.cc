@@ -19,8 +19,8 @@
 namespace funnel {
 namespace {
 
-constexpr int64_t kLeastTileRows = 24;   // smaller tiles would not keep the vector units busy
-constexpr int64_t kTilesPerThread = 4;   // at least, unless tiles become too small, so that threads finish together
+constexpr int64_t kLeastTileRows = 24;  // smaller tiles would not keep the vector units busy
+constexpr int64_t kTilesPerThread = 4;  // at least, unless tiles become too small, so that threads finish together
 constexpr int64_t kMostLanes = 16;
 constexpr int64_t kMostKeys = int64_t{1} << 29;  // which have at most twice as many places, and one step more
 constexpr int64_t kPlacesPacked = 4 * kKeyStep;  // at once
@@ -42,9 +42,10 @@ int64_t tile_rows(const Attention& call, int64_t threads) {
 // Decides where keys are packed, so that a row's result does not depend on where its sequence lies in the batch.
 //
 // Keys that intervals join, such as those of a sequence, form a run. A run that fits into what is left of a block lies
-// in that block; a longer one begins a block. So blocks cut a run at the same keys wherever it is in the batch. Its first key lies at
-// a multiple of its length, rounded up to a power of two, or of kKeyStep if that is less: the lanes of vectors are then
-// added in the same order. Keys that nobody sees, such as the padding at the end of a batch, have no place.
+// in that block; a longer one begins a block. So blocks cut a run at the same keys wherever it is in the batch. Its
+// first key lies at a multiple of its length, rounded up to a power of two, or of kKeyStep if that is less: the lanes
+// of vectors are then added in the same order. Keys that nobody sees, such as the padding at the end of a batch, have
+// no place.
 struct Places {
   std::vector<int32_t> lo, hi, keys, starts;  // as in Attention
 

@@ -169,8 +169,8 @@ float over_lanes(Floats value, const Combine& combine) {
 #else
   const auto eight = value;
 #endif
-  const auto four = combine(__builtin_shufflevector(eight, eight, 0, 1, 2, 3),
-                            __builtin_shufflevector(eight, eight, 4, 5, 6, 7));
+  const auto four =
+      combine(__builtin_shufflevector(eight, eight, 0, 1, 2, 3), __builtin_shufflevector(eight, eight, 4, 5, 6, 7));
   const auto two = combine(__builtin_shufflevector(four, four, 0, 1), __builtin_shufflevector(four, four, 2, 3));
   return combine(two[0], two[1]);
 }
@@ -337,12 +337,12 @@ class Tile {
 
     for (int64_t column = 0; column < packed_.columns; column += kPanel) {
       float* to_sums = sums(s, column);
-      multiply<Element, kWeightStride, 1>(
-          weights_, packed_.v + column * packed_.key_words + from / kPerWord<Element> * kPanel, words_of<Element>(count),
-          [&](int r, int j, Floats product) {
-            float* sum = to_sums + r * kPanel + j;
-            store(sum, load(sum) * shrink[r] + product);
-          });
+      multiply<Element, kWeightStride, 1>(weights_,
+                                          packed_.v + column * packed_.key_words + from / kPerWord<Element> * kPanel,
+                                          words_of<Element>(count), [&](int r, int j, Floats product) {
+                                            float* sum = to_sums + r * kPanel + j;
+                                            store(sum, load(sum) * shrink[r] + product);
+                                          });
     }
   }
 
@@ -353,10 +353,9 @@ class Tile {
     const float factor = capped ? call_.scale / call_.softcap : call_.scale * kLog2E;
     const float cap = call_.softcap * kLog2E;
     for (int64_t key = 0; key < count; key += kPanel) {
-      multiply<Element, 1, kRows>(queries, packed_.k + (at + key) * packed_.depth, packed_.depth,
-                                  [&](int r, int j, Floats product) {
-                                    store(scores_ + r * kScoreStride + key + j, product * factor);
-                                  });
+      multiply<Element, 1, kRows>(
+          queries, packed_.k + (at + key) * packed_.depth, packed_.depth,
+          [&](int r, int j, Floats product) { store(scores_ + r * kScoreStride + key + j, product * factor); });
     }
     if (!capped) return;
     for (int64_t r = 0; r < kRows; ++r) {
@@ -388,11 +387,11 @@ class Tile {
   const Element* const q_;  // the first score row
   Element* const out_;
   // In scratch memory:
-  float* sums_;         // [strips, panels of columns, kRows, kPanel], values weighted so far
-  float* scores_;       // [kRows, kScoreStride]
-  uint32_t* weights_;   // [kRows, kWeightStride]
-  uint32_t* queries_;   // [strips, depth, kRows]
-  Strip* strip_;        // [strips]
+  float* sums_;        // [strips, panels of columns, kRows, kPanel], values weighted so far
+  float* scores_;      // [kRows, kScoreStride]
+  uint32_t* weights_;  // [kRows, kWeightStride]
+  uint32_t* queries_;  // [strips, depth, kRows]
+  Strip* strip_;       // [strips]
 };
 
 template <typename Element>

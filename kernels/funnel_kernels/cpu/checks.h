@@ -13,7 +13,9 @@ namespace ffi = xla::ffi;
 
 inline bool is_float(ffi::DataType dtype) { return dtype == ffi::BF16 || dtype == ffi::F32; }
 
-inline ffi::Error invalid(const std::string& message) { return ffi::Error::InvalidArgument("funnel_native: " + message); }
+inline ffi::Error invalid(const std::string& message) {
+  return ffi::Error::InvalidArgument("funnel_native: " + message);
+}
 
 // Whether a buffer has exactly this shape and dtype; if not, `error` says what is wrong.
 template <typename Buffer>

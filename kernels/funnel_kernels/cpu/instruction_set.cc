@@ -96,8 +96,8 @@ bool limit_instruction_set(const std::string& name) {
 }
 
 void limit_onednn() {
-  constexpr std::array<dnnl::cpu_isa, 4> kIsas = {
-      dnnl::cpu_isa::isa_default, dnnl::cpu_isa::avx2, dnnl::cpu_isa::avx512_core_vnni, dnnl::cpu_isa::avx512_core_bf16};
+  constexpr std::array<dnnl::cpu_isa, 4> kIsas = {dnnl::cpu_isa::isa_default, dnnl::cpu_isa::avx2,
+                                                  dnnl::cpu_isa::avx512_core_vnni, dnnl::cpu_isa::avx512_core_bf16};
   if (kAllowed == InstructionSet::amx) return;  // without a limit
   // The bits that both have in common are an instruction set too.
   const unsigned isa = static_cast<unsigned>(kIsas[static_cast<size_t>(kAllowed)]) & onednn_allowed();

@@ -21,9 +21,9 @@ inline int64_t clamp_threads(int64_t threads) { return std::clamp<int64_t>(threa
 // Runs body(i) for every i in [0, count), each once, on the calling thread and on up to `threads` - 1 of the pool's.
 // Returns when all are done. A body must not throw.
 //
-// Indices are handed out one after another, so a body that takes longer does not hold up the others. A thread of the pool
-// that comes late finds nothing left to do and never touches `body`: the caller does not wait for it, so it does not
-// matter how busy the pool is.
+// Indices are handed out one after another, so a body that takes longer does not hold up the others. A thread of the
+// pool that comes late finds nothing left to do and never touches `body`: the caller does not wait for it, so it does
+// not matter how busy the pool is.
 //
 // Before the caller sleeps it checks for a while whether the last bodies are done, because waking up takes as long as a
 // body of a few rows. A sentence of 24 tokens is 12 % faster with this.

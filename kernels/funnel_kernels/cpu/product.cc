@@ -17,16 +17,16 @@
 #include "cpu/caches.h"
 #include "cpu/instruction_set.h"
 #include "cpu/memory.h"
-#include "oneapi/dnnl/dnnl.hpp"
 #include "cpu/parallel.h"
+#include "oneapi/dnnl/dnnl.hpp"
 
 namespace funnel {
 namespace {
 
 constexpr int64_t kTileRows = 128;  // with kTileUnits, a tile's float32 result takes 128 KB of a core's cache
 constexpr int64_t kTileUnits = 4;
-constexpr int64_t kFewestRows = 48;     // that make it worthwhile to read a tile's weights again
-constexpr int64_t kTilesPerThread = 4;  // at least, so that threads finish together
+constexpr int64_t kFewestRows = 48;      // that make it worthwhile to read a tile's weights again
+constexpr int64_t kTilesPerThread = 4;   // at least, so that threads finish together
 constexpr int kScratchpad = kMostParts;  // which of a thread's buffers is oneDNN's; those before it hold tiles
 
 // Bytes that follow the machine's caches. The fractions were measured with caches of 1 MB and 32 MB.
@@ -127,11 +127,10 @@ dnnl::memory::desc joined_layout(int64_t in_features, int64_t units, bool is_bfl
   if (units == 1) return unit;
   const TileProduct tile(kTileRows, units, in_features, is_bfloat16, any_layout(in_features, units, is_bfloat16));
   const dnnl::memory::desc several = tile.description.weights_desc();
-  const bool joins = several.get_inner_blks() == unit.get_inner_blks() &&
-                     several.get_inner_idxs() == unit.get_inner_idxs() &&
-                     several.get_padded_dims()[0] == unit.get_padded_dims()[0] &&
-                     several.get_strides()[0] == unit.get_strides()[0] &&
-                     several.get_strides()[1] == elements(unit, is_bfloat16);
+  const bool joins =
+      several.get_inner_blks() == unit.get_inner_blks() && several.get_inner_idxs() == unit.get_inner_idxs() &&
+      several.get_padded_dims()[0] == unit.get_padded_dims()[0] && several.get_strides()[0] == unit.get_strides()[0] &&
+      several.get_strides()[1] == elements(unit, is_bfloat16);
   return joins ? several : dnnl::memory::desc();
 }
 
@@ -208,8 +207,8 @@ bool stays_cached(const Product& product, const Weights& weights) {
 // How a product is cut into tiles: nearly equal numbers of rows, and few enough columns that every thread gets tiles.
 //
 // Neighbouring tiles share columns and differ in rows. So weights that are too large for a cache are read from memory
-// once for all rows. Where a cache holds them, rows are taken in groups that stay in a core's own cache from one column to
-// the next: with 768 input features this is a tenth faster on 8192 rows.
+// once for all rows. Where a cache holds them, rows are taken in groups that stay in a core's own cache from one column
+// to the next: with 768 input features this is a tenth faster on 8192 rows.
 struct Tiling {
   bool ours;  // asked once, because the instruction set may be limited meanwhile
   int64_t all_units, tile_units, column_tiles = 0, row_tiles = 0, tile_rows = 0, group_tiles = 0;

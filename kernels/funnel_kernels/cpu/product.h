@@ -52,8 +52,8 @@ int64_t units_of(int64_t features);
 // Elements that a packed weight takes.
 int64_t packed_size(int64_t out_features, int64_t in_features, bool is_bfloat16);
 
-// Packs rows of a weight, [out_features, in_features] elements one row after another: units of kUnit rows, each as oneDNN
-// lays it out for its products.
+// Packs rows of a weight, [out_features, in_features] elements one row after another: units of kUnit rows, each as
+// oneDNN lays it out for its products.
 void pack(const void* weight, int64_t out_features, int64_t in_features, bool is_bfloat16, void* packed);
 
 // Why there is no fast product of this dtype on this machine; empty if there is one.

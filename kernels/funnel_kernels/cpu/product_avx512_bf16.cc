@@ -5,11 +5,11 @@
 namespace funnel::avx512_bf16 {
 namespace {
 
-constexpr int kLanes = 16;                  // floats, or pairs of bfloat16, in a vector
-constexpr int kVectors = kUnit / kLanes;    // of weights
-constexpr int kBlockRows = 6;               // with kVectors, 24 vectors of sums
-constexpr int64_t kFetchingBlocks = 3;  // with at least this many there is time to fetch while multiplying
-constexpr int64_t kPairs = 512;         // most in a pass, whose part of x and weights stays in a core's cache
+constexpr int kLanes = 16;                // floats, or pairs of bfloat16, in a vector
+constexpr int kVectors = kUnit / kLanes;  // of weights
+constexpr int kBlockRows = 6;             // with kVectors, 24 vectors of sums
+constexpr int64_t kFetchingBlocks = 3;    // with at least this many there is time to fetch while multiplying
+constexpr int64_t kPairs = 512;           // most in a pass, whose part of x and weights stays in a core's cache
 
 // Not std::min: the linker could give other sources this file's copy, which older processors cannot run.
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -24,7 +24,8 @@ void by_parts(ffi::ThreadPool& pool, int64_t threads, int64_t count, int64_t byt
 inline int64_t size_of(ffi::DataType dtype) { return dtype == ffi::BF16 ? 2 : 4; }
 
 // Reads the shape of a matrix of float32 or bfloat16, which must not be empty.
-inline bool read_matrix(const char* name, const ffi::AnyBuffer& matrix, int64_t& rows, int64_t& width, ffi::Error& error) {
+inline bool read_matrix(const char* name, const ffi::AnyBuffer& matrix, int64_t& rows, int64_t& width,
+                        ffi::Error& error) {
   if (matrix.dimensions().size() != 2 || matrix.element_count() == 0 || !is_float(matrix.element_type())) {
     error = invalid(std::string(name) + " must be a matrix of float32 or bfloat16 with at least one element");
     return false;

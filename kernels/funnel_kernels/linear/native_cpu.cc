@@ -65,8 +65,8 @@ ffi::Error linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weights
   });
 }
 
-ffi::Error gated_linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weights,
-                        ffi::Result<ffi::AnyBuffer> out, int64_t out_features, int64_t threads) {
+ffi::Error gated_linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weights, ffi::Result<ffi::AnyBuffer> out,
+                        int64_t out_features, int64_t threads) {
   ffi::Error error;
   Product product;
   if (!read_product(x, weights, out_features, 2, product, error)) return error;
@@ -81,8 +81,9 @@ ffi::Error gated_linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w
 
 // The sum of a product and the residual stream `add`, and its norm: `add_norm` without the update in memory.
 ffi::Error linear_add_norm(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weights, ffi::AnyBuffer add,
-                           ffi::AnyBuffer norm_weight, ffi::RemainingArgs update_weights, ffi::Result<ffi::AnyBuffer> sum,
-                           ffi::Result<ffi::AnyBuffer> normed, float eps, int64_t threads) {
+                           ffi::AnyBuffer norm_weight, ffi::RemainingArgs update_weights,
+                           ffi::Result<ffi::AnyBuffer> sum, ffi::Result<ffi::AnyBuffer> normed, float eps,
+                           int64_t threads) {
   ffi::Error error;
   Product product;
   Factor factor, update_factor;
@@ -91,7 +92,8 @@ ffi::Error linear_add_norm(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffe
   if (!read_product(x, weights, width, 1, product, error)) return error;
   if (width % kUnit != 0) return invalid("the width of whole rows must be a multiple of " + std::to_string(kUnit));
   const auto dtype = x.element_type();
-  for (const auto& [name, matrix] : {std::pair("the matrix to add", &add), {"the sum", &*sum}, {"the norm", &*normed}}) {
+  for (const auto& [name, matrix] :
+       {std::pair("the matrix to add", &add), {"the sum", &*sum}, {"the norm", &*normed}}) {
     if (!fits(name, *matrix, dtype, {product.rows, width}, error)) return error;
   }
   if (!read_factor("norm_weight", norm_weight, width, factor, error)) return error;
@@ -146,8 +148,7 @@ bool read_heads(ffi::RemainingArgs& norms, ffi::RemainingRets& outs, ffi::Span<c
 
 ffi::Error project_heads(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weights, ffi::AnyBuffer cos,
                          ffi::AnyBuffer sin, ffi::RemainingArgs norms, ffi::RemainingRets outs,
-                         ffi::Span<const int64_t> turned, int64_t plain, int64_t head_dim, float eps,
-                         int64_t threads) {
+                         ffi::Span<const int64_t> turned, int64_t plain, int64_t head_dim, float eps, int64_t threads) {
   ffi::Error error;
   Product product;
   if (head_dim < kUnit || head_dim % kUnit != 0 || head_dim > kMostFeatures) {

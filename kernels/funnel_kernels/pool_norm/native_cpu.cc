@@ -25,15 +25,15 @@ ffi::Error pool_norm(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer real
   if (!fits("the normed rows", *normed, dtype, {windows, width}, error)) return error;
   if (!read_factor("weight", weight, width, factor, error)) return error;
   const PoolNorm call = {x.untyped_data(),
-                        static_cast<const uint8_t*>(real.untyped_data()),
-                        factor.get(),
-                        pooled->untyped_data(),
-                        normed->untyped_data(),
-                        width,
-                        stride,
-                        static_cast<Pool>(pooling),
-                        eps,
-                        dtype == ffi::BF16};
+                         static_cast<const uint8_t*>(real.untyped_data()),
+                         factor.get(),
+                         pooled->untyped_data(),
+                         normed->untyped_data(),
+                         width,
+                         stride,
+                         static_cast<Pool>(pooling),
+                         eps,
+                         dtype == ffi::BF16};
   by_parts(pool, threads, windows, width * (stride + 2) * size_of(dtype),
            [&](int64_t begin, int64_t end) { FUNNEL_BEST(pool_norm)(call, begin, end); });
   return ffi::Error::Success();

@@ -5,8 +5,8 @@
 namespace funnel::FUNNEL_INSTRUCTION_SET {
 namespace {
 
-// The pooled row is computed twice, for its sum of squares and for its norm. The second time its window is in the cache,
-// so a buffer for its float32 values would gain nothing.
+// The pooled row is computed twice, for its sum of squares and for its norm. The second time its window is in the
+// cache, so a buffer for its float32 values would gain nothing.
 template <typename Element, typename Pooled>
 void store_pooled(const PoolNorm& call, int64_t window, Pooled pooled_at) {
   Element* pooled = static_cast<Element*>(call.pooled) + window * call.width;
@@ -43,9 +43,8 @@ void pool_norm_as(const PoolNorm& call, int64_t begin, int64_t end) {
       store_pooled<Element>(call, window, [=](int64_t j, int64_t count) { return over_rows(j, count, Maximum{}); });
     } else {
       const float divisor = static_cast<float>(count_real);
-      store_pooled<Element>(call, window, [=](int64_t j, int64_t count) {
-        return over_rows(j, count, Sum{}) / divisor;
-      });
+      store_pooled<Element>(call, window,
+                            [=](int64_t j, int64_t count) { return over_rows(j, count, Sum{}) / divisor; });
     }
   }
 }

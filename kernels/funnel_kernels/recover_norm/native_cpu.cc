@@ -25,7 +25,8 @@ ffi::Error recover_norm(ffi::ThreadPool pool, ffi::AnyBuffer short_rows, ffi::An
   if (!fits("the result", *out, dtype, {rows, width}, error)) return error;
   if (!read_factor("weight", weight, width, factor, error)) return error;
   const bool tile = static_cast<Mode>(mode) == Mode::tile;
-  if (full_rows.size() != (tile ? 0 : 1)) return invalid("every mode but tile needs full-length rows, and tile takes none");
+  if (full_rows.size() != (tile ? 0 : 1))
+    return invalid("every mode but tile needs full-length rows, and tile takes none");
   const void* full = nullptr;
   auto full_dtype = dtype;
   if (!tile) {
@@ -36,16 +37,16 @@ ffi::Error recover_norm(ffi::ThreadPool pool, ffi::AnyBuffer short_rows, ffi::An
     full = given->untyped_data();
   }
   const RecoverNorm call = {short_rows.untyped_data(),
-                           full,
-                           factor.get(),
-                           out->untyped_data(),
-                           width,
-                           stride,
-                           static_cast<Mode>(mode),
-                           after_norm,
-                           eps,
-                           dtype == ffi::BF16,
-                           full_dtype == ffi::BF16};
+                            full,
+                            factor.get(),
+                            out->untyped_data(),
+                            width,
+                            stride,
+                            static_cast<Mode>(mode),
+                            after_norm,
+                            eps,
+                            dtype == ffi::BF16,
+                            full_dtype == ffi::BF16};
   by_parts(pool, threads, windows, width * (size_of(dtype) * (stride + 1) + size_of(full_dtype) * stride),
            [&](int64_t begin, int64_t end) { FUNNEL_BEST(recover_norm)(call, begin, end); });
   return ffi::Error::Success();

@@ -29,7 +29,7 @@ constexpr int64_t kFewestRows = 48;      // that make it worthwhile to read a ti
 constexpr int64_t kTilesPerThread = 4;   // at least, so that threads finish together
 constexpr int kScratchpad = kMostParts;  // which of a thread's buffers is oneDNN's; those before it hold tiles
 
-// Bytes that follow the machine's caches. The fractions were measured with caches of 1 MB and 32 MB.
+// Bytes that follow the machine's caches: 384 KB, 1.5 MB and 16 MB with caches of 1 MB and 32 MB.
 int64_t tile_bytes() { return caches().core / 8 * 3; }    // of the result of a tile, unless it has kFewestRows
 int64_t group_bytes() { return caches().core / 2 * 3; }   // of x in a group of tiles, see Tiling
 int64_t cached_weights() { return caches().shared / 2; }  // of weights that stay in the cache that cores share

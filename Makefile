@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
+# What is written in C++ and in the Python module; an installation builds it.
+NATIVE := $(shell find kernels bindings/funnel_native -name '*.cc' -o -name '*.h' -o -name CMakeLists.txt)
+
 # -rs: the summary says which tests were skipped, and why.
 PYTEST_OPTIONS := -n 2 --dist worksteal -p no:benchmark -rs
 # What is different on processors without bfloat16 products, or without AVX-512: simulated before the whole run.
@@ -61,7 +64,7 @@ $(VENV)/lowering: $(VENV)/installed-test
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $@ jax-cuda13-plugin==$$version jax-triton==0.3.1 libtpu==0.0.51
 	touch $@
 
-$(VENV)/installed-%: pyproject.toml setup.py CMakeLists.txt $(wildcard bindings/native/*) | $(BIN)/python
+$(VENV)/installed-%: pyproject.toml setup.py CMakeLists.txt $(NATIVE) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[$*]'
 	touch $@

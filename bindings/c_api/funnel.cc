@@ -315,8 +315,8 @@ Status warmup(const int32_t* buckets, int32_t count, Progress progress) {
   }
   static PyMethodDef method = {"report_progress", report_progress, METH_VARARGS, nullptr};
   const InterpreterLock lock;
-  const Reference rows = buckets == nullptr ? Reference(Py_NewRef(Py_None))
-                                            : view(buckets, static_cast<size_t>(count), PyBUF_READ);
+  const Reference rows =
+      buckets == nullptr ? Reference(Py_NewRef(Py_None)) : view(buckets, static_cast<size_t>(count), PyBUF_READ);
   const Reference capsule(PyCapsule_New(&progress, nullptr, nullptr));
   const Reference report(capsule ? PyCFunction_New(&method, capsule.get()) : nullptr);
   if (!rows || !report) return raised(engine.host.get());
@@ -447,9 +447,8 @@ funnel_status funnel_warmup_buckets(funnel_engine* engine, const int32_t* bucket
 }
 
 funnel_status funnel_get_info(funnel_engine* engine, funnel_info* info, char* error, size_t error_size) {
-  return call(error, error_size, [&] {
-    return with_engine(engine, [&](const Engine& open) { return get_info(open, info); });
-  });
+  return call(error, error_size,
+              [&] { return with_engine(engine, [&](const Engine& open) { return get_info(open, info); }); });
 }
 
 funnel_status funnel_embed(funnel_engine* engine, const int32_t* ids, const int32_t* offsets, int32_t count,
@@ -494,18 +493,16 @@ funnel_status funnel_tag(funnel_engine* engine, const int32_t* ids, const int32_
 funnel_status funnel_stats(funnel_engine* engine, char* json, size_t json_size, size_t* needed, char* error,
                            size_t error_size) {
   return call(error, error_size, [&] {
-    return with_engine(engine, [&](const Engine& open) {
-      return write_text(open, "stats", "json", json, json_size, needed);
-    });
+    return with_engine(engine,
+                       [&](const Engine& open) { return write_text(open, "stats", "json", json, json_size, needed); });
   });
 }
 
 funnel_status funnel_describe(funnel_engine* engine, char* text, size_t text_size, size_t* needed, char* error,
                               size_t error_size) {
   return call(error, error_size, [&] {
-    return with_engine(engine, [&](const Engine& open) {
-      return write_text(open, "describe", "text", text, text_size, needed);
-    });
+    return with_engine(
+        engine, [&](const Engine& open) { return write_text(open, "describe", "text", text, text_size, needed); });
   });
 }
 

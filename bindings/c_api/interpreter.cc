@@ -127,13 +127,15 @@ Reference take_exception() {
 
 Call::Call() {
   if (forked()) {
-    status = {FUNNEL_PYTHON, "this process is a fork of the one that opened an engine, and neither Python's threads "
-                             "nor JAX's are in it; open engines after the fork only, or start a new program"};
+    status = {FUNNEL_PYTHON,
+              "this process is a fork of the one that opened an engine, and neither Python's threads "
+              "nor JAX's are in it; open engines after the fork only, or start a new program"};
   } else if (in_callback) {
     status = {FUNNEL_INVALID_ARGUMENT, "a callback cannot call this library; return from it first"};
   } else if (has_subinterpreters()) {
-    status = {FUNNEL_PYTHON, "this process has Python sub-interpreters, in which neither NumPy nor JAX runs; end them "
-                             "before the call, or use a process of its own"};
+    status = {FUNNEL_PYTHON,
+              "this process has Python sub-interpreters, in which neither NumPy nor JAX runs; end them "
+              "before the call, or use a process of its own"};
   } else {
     Running& all = running();
     std::lock_guard<std::mutex> guard(all.mutex);
@@ -186,8 +188,9 @@ Status start_interpreter(const char* python) {
                                          " and cannot be exchanged; give NULL"};
   }
   if (was_stopped()) {
-    return {FUNNEL_PYTHON, "the interpreter of this process was stopped, or failed to start, and cannot run again, "
-                           "because NumPy and JAX load once per process; start a new process"};
+    return {FUNNEL_PYTHON,
+            "the interpreter of this process was stopped, or failed to start, and cannot run again, "
+            "because NumPy and JAX load once per process; start a new process"};
   }
   std::string path;
   const Status found = find_python(python, &path);
@@ -210,8 +213,8 @@ Status import_host(Reference* host) {
     const Reference error = take_exception(), text(PyObject_Str(error.get()));
     const char* reason = text ? PyUnicode_AsUTF8(text.get()) : nullptr;
     PyErr_Clear();
-    return {FUNNEL_PYTHON, std::string("Python ") + PY_VERSION + " cannot import funnel_engine: " +
-                               (reason != nullptr ? reason : "no reason given") +
+    return {FUNNEL_PYTHON, std::string("Python ") + PY_VERSION +
+                               " cannot import funnel_engine: " + (reason != nullptr ? reason : "no reason given") +
                                "; install funnel-engine in the environment of funnel_options.python, which must have "
                                "this version of Python"};
   }

@@ -121,10 +121,10 @@ funnel_status funnel_open(const funnel_options* options, funnel_engine** engine,
 }
 
 // A function of funnel.h whose first argument is an engine. Before the first funnel_open there is none.
-#define FORWARD(name, parameters, ...)                                                      \
-  funnel_status name parameters {                                                           \
-    if (functions != nullptr) return CALL(name, __VA_ARGS__);                               \
-    return answer(error, error_size, [&] { return no_engine(engine); });                    \
+#define FORWARD(name, parameters, ...)                                   \
+  funnel_status name parameters {                                        \
+    if (functions != nullptr) return CALL(name, __VA_ARGS__);            \
+    return answer(error, error_size, [&] { return no_engine(engine); }); \
   }
 
 FORWARD(funnel_warmup, (funnel_engine* engine, char* error, size_t error_size), engine, error, error_size)
@@ -143,9 +143,9 @@ FORWARD(funnel_embed,
         engine, ids, offsets, count, normalize, truncate_dim, out, out_floats, error, error_size)
 
 FORWARD(funnel_embed_texts,
-        (funnel_engine* engine, const char* const* texts, const size_t* lengths, int32_t count,
-         const char* prompt_name, int32_t truncate, int32_t normalize, int32_t truncate_dim, float* out,
-         size_t out_floats, char* error, size_t error_size),
+        (funnel_engine* engine, const char* const* texts, const size_t* lengths, int32_t count, const char* prompt_name,
+         int32_t truncate, int32_t normalize, int32_t truncate_dim, float* out, size_t out_floats, char* error,
+         size_t error_size),
         engine, texts, lengths, count, prompt_name, truncate, normalize, truncate_dim, out, out_floats, error,
         error_size)
 

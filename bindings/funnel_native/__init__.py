@@ -3,7 +3,8 @@
     funnel_native.problem()            # why they cannot, or None
     jax.ffi.ffi_call("funnel_linear", ...)
 
-The compiled module is `_handlers` (bindings/native). It is left out where no C++ compiler was found at installation.
+The compiled module is `_handlers`: module.cc, with the kernels of kernels/funnel_kernels. It is left out where no C++
+compiler was found at installation.
 """
 
 import ctypes
@@ -19,7 +20,6 @@ from types import ModuleType
 import jax
 import numpy as np
 
-UNIT = 64  # output features that are packed together (kUnit in bindings/native/product_avx512_bf16.h)
 ONEDNN = "onednn-cpu-gomp"  # its wheel puts the library below the environment's prefix
 LIMIT = "FUNNEL_CPU_ISA"  # the variable that limits the kernels, and oneDNN, to an instruction set and those below it
 INSTRUCTION_SETS = ("avx2", "avx512", "avx512_bf16", "amx")

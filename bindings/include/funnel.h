@@ -161,9 +161,9 @@ FUNNEL_API funnel_status funnel_embed(funnel_engine* engine, const int32_t* ids,
  *   truncate     not 0: cut the end off texts that are longer than max_length tokens; 0 refuses them
  * FUNNEL_INPUT: the checkpoint has no tokenizer or no such prompt, or a text is empty, too long or not UTF-8. */
 FUNNEL_API funnel_status funnel_embed_texts(funnel_engine* engine, const char* const* texts, const size_t* lengths,
-                                            int32_t count, const char* prompt_name, int32_t truncate,
-                                            int32_t normalize, int32_t truncate_dim, float* out, size_t out_floats,
-                                            char* error, size_t error_size);
+                                            int32_t count, const char* prompt_name, int32_t truncate, int32_t normalize,
+                                            int32_t truncate_dim, float* out, size_t out_floats, char* error,
+                                            size_t error_size);
 
 /* Raw logits of each sequence, [count, labels]; out_floats is at least count * labels.
  * FUNNEL_CONFIG: the checkpoint has no sequence classifier. */

@@ -94,9 +94,8 @@ class Engine {
       return thrown != nullptr;
     };
     char error[512];
-    const funnel_status status =
-        funnel_warmup_buckets(engine_, buckets.empty() ? nullptr : buckets.data(), count_of(buckets), tell, &told,
-                              error, sizeof(error));
+    const funnel_status status = funnel_warmup_buckets(engine_, buckets.empty() ? nullptr : buckets.data(),
+                                                       count_of(buckets), tell, &told, error, sizeof(error));
     if (told.thrown != nullptr) std::rethrow_exception(told.thrown);
     if (status != FUNNEL_OK) throw Error(status, error);
   }

@@ -11,7 +11,7 @@ from funnel_engine.config import check_integer
 from funnel_kernels.errors import ConfigError
 
 VARIABLE = "OMP_NUM_THREADS"
-MOST_THREADS = 1024  # kMostThreads of the kernels
+MOST_THREADS = 1024  # of the kernels in C++, too
 
 
 def count_threads(asked: int | None) -> int:

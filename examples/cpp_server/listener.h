@@ -43,8 +43,8 @@ class Listener {
       }
       if (errno != ECONNREFUSED || unlink(path.c_str()) != 0) fail("cannot replace " + path);
     }
-    if (fchmod(socket_, 0600) != 0 || bind(socket_, where, sizeof address) != 0 ||
-        lstat(path.c_str(), &file_) != 0 || listen(socket_, SOMAXCONN) != 0) {
+    if (fchmod(socket_, 0600) != 0 || bind(socket_, where, sizeof address) != 0 || lstat(path.c_str(), &file_) != 0 ||
+        listen(socket_, SOMAXCONN) != 0) {
       fail("cannot listen on " + path);
     }
     close(turn);

@@ -37,17 +37,18 @@ class Service {
     if (bytes == 0) return answer({Code::kOk, {}, {}});
     const auto limit = static_cast<uint32_t>(engine_->info().max_length);
     if (bytes % 4 == 0 && bytes / 4 <= limit) return {};
-    return answer({Code::kBadRequest, {}, "a request has " + std::to_string(bytes) +
-                                              " bytes; give 4 for each token id, and 1 ... " + std::to_string(limit) +
-                                              " ids"});
+    return answer({Code::kBadRequest,
+                   {},
+                   "a request has " + std::to_string(bytes) + " bytes; give 4 for each token id, and 1 ... " +
+                       std::to_string(limit) + " ids"});
   }
 
   std::future<Answer> submit(std::vector<int32_t> ids) {
     const int32_t size = engine_->info().vocabulary_size;
     for (const int32_t id : ids) {  // checked here, so that a bad request spoils no batch of others
       if (id >= 0 && id < size) continue;
-      return answer({Code::kBadRequest, {}, "token id " + std::to_string(id) + " is not in 0 ... " +
-                                                std::to_string(size - 1)});
+      return answer(
+          {Code::kBadRequest, {}, "token id " + std::to_string(id) + " is not in 0 ... " + std::to_string(size - 1)});
     }
     return batcher_.submit(std::move(ids));
   }

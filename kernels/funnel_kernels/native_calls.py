@@ -113,7 +113,7 @@ def call(
     target: Target,
     **attributes: int | float | bool | tuple[int, ...],
 ) -> Any:
-    """Runs a handler of bindings/native on arrays.
+    """Runs a handler of the kernels in C++ on arrays.
 
     Args:
         handler: the name that it is registered under.

@@ -1,5 +1,5 @@
-// The functions of bindings/native/simd.h over arrays, for one instruction set; test_simd.py compiles and calls them.
-#include "simd.h"
+// The functions of cpu/simd.h over arrays, for one instruction set; test_simd.py compiles and calls them.
+#include "cpu/simd.h"
 
 namespace simd = funnel::FUNNEL_INSTRUCTION_SET;
 

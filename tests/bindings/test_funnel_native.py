@@ -112,22 +112,22 @@ def test_on_another_platform_they_refuse():
         native_calls.check(Target("cpu", "gpu"))
 
 
-NATIVE = ROOT / "bindings" / "native"
+KERNELS = ROOT / "kernels" / "funnel_kernels"
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16")
 
 
 @pytest.mark.parametrize(
     ("source", "instruction_set"),
     [
-        *((path, "avx2") for path in sorted(NATIVE.glob("*_kernels.cc"))),
-        (NATIVE / "product_avx512_bf16.cc", "avx512_bf16"),
+        *((path, "avx2") for path in sorted(KERNELS.glob("*/*_kernels.cc"))),
+        (KERNELS / "cpu" / "product_avx512_bf16.cc", "avx512_bf16"),
     ],
-    ids=lambda value: value.name if isinstance(value, Path) else value,
+    ids=lambda value: str(value.relative_to(KERNELS)) if isinstance(value, Path) else value,
 )
 def test_no_kernel_brings_functions_of_the_standard_library(source, instruction_set, tmp_path):
     """The linker keeps one copy of an inline function: were it one of a kernel's, older machines could not run it."""
     built = tmp_path / "kernels.o"
-    flags = ["-std=c++17", "-O2", "-mavx2", "-mfma", f"-DFUNNEL_INSTRUCTION_SET={instruction_set}"]
+    flags = ["-std=c++17", "-O2", f"-I{KERNELS}", "-mavx2", "-mfma", f"-DFUNNEL_INSTRUCTION_SET={instruction_set}"]
     flags += AVX512 if instruction_set == "avx512_bf16" else ()
     subprocess.run(["g++", *flags, "-c", source, "-o", built], check=True)
     symbols = subprocess.run(["nm", "-C", built], capture_output=True, text=True, check=True).stdout.splitlines()

@@ -133,11 +133,14 @@ def test_a_sum_and_its_norm_are_the_same_with_the_product_and_after_it(rows, thr
 
 
 def test_which_products_make_whole_rows():
-    assert HANDLERS.suits_whole_rows(10**4, 2048, 4096, True, 2) == OURS  # 16 MiB of weights
-    assert not HANDLERS.suits_whole_rows(10**4, 2048, 4128, True, 2)
-    assert not HANDLERS.suits_whole_rows(10**4, 2000, 4096, True, 2)  # half a unit
-    assert HANDLERS.suits_whole_rows(10**4, 8192, 96, True, 2) == OURS
-    assert not HANDLERS.suits_whole_rows(10**4, 8256, 96, True, 2)
+    """Those whose weights take half of the shared cache, and 48 of their float32 rows 3/2 of a core's own."""
+    caches = HANDLERS.caches()
+    width, columns = caches["shared"] // 2 // (2048 * 2), caches["core"] * 3 // 2 // (48 * 4)
+    assert HANDLERS.suits_whole_rows(10**4, 2048, width, True, 2) == OURS
+    assert not HANDLERS.suits_whole_rows(10**4, 2048, width + 32, True, 2)
+    assert not HANDLERS.suits_whole_rows(10**4, 2000, width, True, 2)  # half a unit
+    assert HANDLERS.suits_whole_rows(10**4, columns, 96, True, 2) == OURS
+    assert not HANDLERS.suits_whole_rows(10**4, columns + 64, 96, True, 2)
     assert not HANDLERS.suits_whole_rows(10**4, 2048, 2048, False, 2)
 
 
@@ -250,7 +253,7 @@ PACKED_HEADS = funnel_native.pack(np.ones((256, 32), np.float32))
 BAD_HEADS = {
     "fewer results than groups": ((Q, K), (), {}, "each group of heads needs a result"),
     "more results than groups": ((Q, K, K, K), (), {}, "each group of heads needs a result"),
-    "one norm of two": ((Q, K, K), (NORM,), {}, "a norm if one has it"),
+    "one norm of two": ((Q, K, K), (NORM,), {}, "a norm if another group has one"),
     "a norm of another size": ((Q, K, K), (NORM, NORM[:32]), {}, "a head's norm has shape"),
     "a norm of integers": ((Q, K, K), (NORM, NORM.astype(np.int32)), {}, "a head's norm has shape"),
     "results in another order": ((K, Q, K), (), {}, "heads has shape"),
@@ -294,7 +297,7 @@ BAD_ROWS = {
     "fewer rows to add to": ((ROWS, ROWS), np.ones((3, 64), np.float32), (ROW_NORM,), "the matrix to add has shape"),
     "wider rows to add to": ((ROWS, ROWS), np.ones((4, 128), np.float32), (ROW_NORM,), "packed weights has shape"),
     "rows of another dtype": ((ROWS, ROWS), np.ones((4, 64), jnp.bfloat16), (ROW_NORM,), "the matrix to add has shape"),
-    "half a unit": ((ROWS, ROWS), np.ones((4, 32), np.float32), (ROW_NORM,), "their width a multiple of 64"),
+    "half a unit": ((ROWS, ROWS), np.ones((4, 32), np.float32), (ROW_NORM,), "width of whole rows must be a multiple"),
     "a short norm": ((ROWS, ROWS), X @ np.ones((32, 64), np.float32), (ROW_NORM[1:],), "norm_weight has shape"),
     "a short norm of the update": ((ROWS, ROWS), X @ np.ones((32, 64), np.float32), (ROW_NORM, ROW_NORM[1:]), "update"),
     "three norms": ((ROWS, ROWS), X @ np.ones((32, 64), np.float32), (ROW_NORM,) * 3, "at most one norm"),

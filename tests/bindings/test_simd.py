@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 AVX512 = "-mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl"
-# As bindings/native/CMakeLists.txt compiles the kernels.
+# As kernels/CMakeLists.txt compiles the kernels.
 FLAGS = {"avx2": "-mavx2 -mfma", "avx512": AVX512, "avx512_bf16": f"{AVX512} -mavx512bf16"}
 FLAGS["amx"] = FLAGS["avx512_bf16"]
 INFINITY = np.float32(np.inf)
@@ -24,7 +24,8 @@ def build(tmp_path_factory):
         library = folder / f"{name}.so"
         if not library.exists():
             flags = f"-std=c++17 -O3 -shared -fPIC -ffp-contract=fast {FLAGS[name]} -DFUNNEL_INSTRUCTION_SET={name}"
-            paths = [f"-I{ROOT / 'bindings' / 'native'}", Path(__file__).with_name("simd_functions.cc"), "-o", library]
+            flags += f" -I{ROOT / 'kernels' / 'funnel_kernels'}"
+            paths = [Path(__file__).with_name("simd_functions.cc"), "-o", library]
             subprocess.run(["g++", *flags.split(), *paths], check=True)
         return ctypes.CDLL(str(library))
 

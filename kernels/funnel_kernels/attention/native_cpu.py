@@ -1,4 +1,4 @@
-"""Attention on CPUs in C++ (bindings/native/attention.cc): blocked, with an online softmax in float32.
+"""Attention on CPUs in C++ (native_cpu.cc): blocked, with an online softmax in float32.
 
 bfloat16 is multiplied in pairs where the processor can (AVX512-BF16), and otherwise widened to float32.
 """

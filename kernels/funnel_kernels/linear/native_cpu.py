@@ -1,4 +1,4 @@
-"""Products tile by tile, each followed in the cache by what comes after it (bindings/native/product.h)."""
+"""Products tile by tile, each followed in the cache by what comes after it (../cpu/product.h)."""
 
 from typing import Any
 
@@ -62,7 +62,8 @@ def project_heads(
     target: Target,
 ) -> tuple[Heads, ...]:
     rows, head_dim = x.shape[0], 2 * cos.shape[1]
-    if head_dim % funnel_native.UNIT or not prepare(x, weight, weight.shape[0], target, head_dim // funnel_native.UNIT):
+    units, rest = divmod(head_dim, funnel_native.handlers().UNIT)
+    if rest or not prepare(x, weight, weight.shape[0], target, units):
         product = linear(x, weight, None, target=target)  # tiles would cut heads apart, which XLA turns then
         options: dict[str, Any] = {"heads": heads, "plain_heads": plain_heads, "eps": eps, "target": target}
         return xla.finish_heads(product, cos, sin, norms, x.dtype, **options)

@@ -33,18 +33,19 @@ class PackedWeight:
         return self.packed.dtype
 
     def __getitem__(self, rows: slice) -> "PackedWeight":
-        """Some of its output features, without unpacking: both ends on a multiple of `funnel_native.UNIT`, or the end.
+        """Some of its output features, without unpacking: both ends on a multiple of the kernels' UNIT, or the end.
 
         Raises:
             ValueError: they are not, or the weight has several parts.
         """
-        from funnel_native import UNIT
+        import funnel_native
 
+        unit = funnel_native.handlers().UNIT
         first, last, _ = rows.indices(self.shape[0])
-        if self.parts > 1 or first % UNIT or (last % UNIT and last != self.shape[0]):
+        if self.parts > 1 or first % unit or (last % unit and last != self.shape[0]):
             raise ValueError(f"rows {first} to {last} of a packed weight {self.shape} cannot be taken by themselves")
-        row_elements = self.packed.shape[0] // (-(-self.shape[0] // UNIT) * UNIT)
-        end = -(-last // UNIT) * UNIT
+        row_elements = self.packed.shape[0] // (-(-self.shape[0] // unit) * unit)
+        end = -(-last // unit) * unit
         return PackedWeight(self.packed[first * row_elements : end * row_elements], (last - first, self.shape[1]))
 
 

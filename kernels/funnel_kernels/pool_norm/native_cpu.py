@@ -1,9 +1,9 @@
-"""`pool_norm` for CPUs, in C++ (bindings/native/rows_kernels.h): a window is read once, each result written once."""
+"""`pool_norm` for CPUs, in C++ (native_cpu_kernels.h): a window is read once, each result written once."""
 
 import jax
 
+import funnel_native
 from funnel_kernels import native_calls
-from funnel_kernels.pool_norm import POOLS  # in the order of the C++ enumeration
 from funnel_kernels.shapes import Mask, Rows, Vector
 from funnel_kernels.target import Target
 
@@ -20,7 +20,7 @@ def pool_norm(
         real,
         weight,
         stride=stride,
-        pooling=POOLS.index(pool),
+        pooling=funnel_native.handlers().POOLS.index(pool),
         eps=float(eps),
         target=target,
     )

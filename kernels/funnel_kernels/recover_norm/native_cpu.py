@@ -1,9 +1,9 @@
-"""`recover_norm` for CPUs, in C++ (bindings/native/rows_kernels.h): all is read or written once."""
+"""`recover_norm` for CPUs, in C++ (native_cpu_kernels.h): all is read or written once."""
 
 import jax
 
+import funnel_native
 from funnel_kernels import native_calls
-from funnel_kernels.recover_norm import MODES  # in the order of the C++ enumeration
 from funnel_kernels.shapes import Rows, Vector
 from funnel_kernels.target import Target
 
@@ -19,7 +19,7 @@ def recover_norm(
         result,
         *arrays,
         stride=stride,
-        mode=MODES.index(mode),
+        mode=funnel_native.handlers().MODES.index(mode),
         after_norm=site == "after_norm",
         eps=float(eps),
         target=target,

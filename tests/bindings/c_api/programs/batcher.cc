@@ -6,12 +6,12 @@
 #include <cstdlib>
 #include <stdexcept>
 
-#define CHECK(condition)                                            \
-  do {                                                              \
-    if (!(condition)) {                                             \
+#define CHECK(condition)                                           \
+  do {                                                             \
+    if (!(condition)) {                                            \
       std::fprintf(stderr, "line %d: %s\n", __LINE__, #condition); \
-      std::exit(1);                                                 \
-    }                                                               \
+      std::exit(1);                                                \
+    }                                                              \
   } while (0)
 
 // A model whose vector of a sequence is its sum and its length. It notes the batches, and waits while the gate is shut.
@@ -62,8 +62,8 @@ void gathers_by_budget_and_refuses_beyond_the_queue() {
     answers.push_back(batcher.submit({1}));
     model.await_batch();  // it runs alone, and the others queue behind it
     answers.push_back(batcher.submit({1, 2}));
-    answers.push_back(batcher.submit({3, 4, 5, 6}));                    // 2 + 4 just fit
-    answers.push_back(batcher.submit({7, 7, 7, 7, 7, 7, 7, 7}));        // more than the budget: a batch of its own
+    answers.push_back(batcher.submit({3, 4, 5, 6}));              // 2 + 4 just fit
+    answers.push_back(batcher.submit({7, 7, 7, 7, 7, 7, 7, 7}));  // more than the budget: a batch of its own
     answers.push_back(batcher.submit({8}));
     std::future<Answer> refused = batcher.submit({9});
     CHECK(refused.wait_for(std::chrono::seconds(0)) == std::future_status::ready);  // while the model is still at work

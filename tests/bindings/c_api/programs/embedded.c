@@ -12,12 +12,12 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#define CHECK(condition)                                                                      \
-  do {                                                                                        \
-    if (!(condition)) {                                                                       \
-      fprintf(stderr, "line %d: %s; last error: %s\n", __LINE__, #condition, error);          \
-      exit(1);                                                                                \
-    }                                                                                         \
+#define CHECK(condition)                                                             \
+  do {                                                                               \
+    if (!(condition)) {                                                              \
+      fprintf(stderr, "line %d: %s; last error: %s\n", __LINE__, #condition, error); \
+      exit(1);                                                                       \
+    }                                                                                \
   } while (0)
 
 enum { COUNT = 3, TOKENS = 12, WIDTH = 24, LABELS = 8, THREADS = 4 };

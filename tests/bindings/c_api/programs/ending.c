@@ -10,12 +10,12 @@
 #include <time.h>
 #include <unistd.h>
 
-#define CHECK(condition)                                                                      \
-  do {                                                                                        \
-    if (!(condition)) {                                                                       \
-      fprintf(stderr, "line %d: %s; last error: %s\n", __LINE__, #condition, error);          \
-      _exit(1);                                                                               \
-    }                                                                                         \
+#define CHECK(condition)                                                             \
+  do {                                                                               \
+    if (!(condition)) {                                                              \
+      fprintf(stderr, "line %d: %s; last error: %s\n", __LINE__, #condition, error); \
+      _exit(1);                                                                      \
+    }                                                                                \
   } while (0)
 
 enum { COUNT = 3, WIDTH = 24, THREADS = 4 };
@@ -50,8 +50,7 @@ static int slow(int32_t done, int32_t total, void* user) {
 static void* warm_up(void* unused) {
   (void)unused;
   char message[512];
-  const funnel_status status =
-      funnel_warmup_buckets(engine, NULL, 0, slow, &working, message, sizeof message);
+  const funnel_status status = funnel_warmup_buckets(engine, NULL, 0, slow, &working, message, sizeof message);
   CHECK(status == expected && strstr(message, "stopped after ") != NULL);
   return NULL;
 }

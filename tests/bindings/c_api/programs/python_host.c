@@ -5,12 +5,12 @@
 #include <pthread.h>
 #include <string.h>
 
-#define CHECK(condition)                                                                      \
-  do {                                                                                        \
-    if (!(condition)) {                                                                       \
-      fprintf(stderr, "line %d: %s; last error: %s\n", __LINE__, #condition, error);          \
-      exit(1);                                                                                \
-    }                                                                                         \
+#define CHECK(condition)                                                             \
+  do {                                                                               \
+    if (!(condition)) {                                                              \
+      fprintf(stderr, "line %d: %s; last error: %s\n", __LINE__, #condition, error); \
+      exit(1);                                                                       \
+    }                                                                                \
   } while (0)
 
 enum { COUNT = 3, WIDTH = 24, THREADS = 4 };

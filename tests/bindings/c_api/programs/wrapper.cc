@@ -1,8 +1,8 @@
 // wrapper CLASSIFIER TAGGER TEXTS: funnel.hpp against funnel.h.
+#include <climits>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <climits>
 #include <funnel.hpp>
 #include <type_traits>
 
@@ -12,12 +12,12 @@ static_assert(std::is_nothrow_move_constructible<funnel::Engine>::value &&
                   std::is_nothrow_move_assignable<funnel::Engine>::value,
               "and can change it");
 
-#define CHECK(condition)                                            \
-  do {                                                              \
-    if (!(condition)) {                                             \
+#define CHECK(condition)                                           \
+  do {                                                             \
+    if (!(condition)) {                                            \
       std::fprintf(stderr, "line %d: %s\n", __LINE__, #condition); \
-      std::exit(1);                                                 \
-    }                                                               \
+      std::exit(1);                                                \
+    }                                                              \
   } while (0)
 
 // Whether `call` throws a funnel::Error of this status whose message holds `text`.

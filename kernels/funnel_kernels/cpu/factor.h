@@ -1,11 +1,11 @@
-// The factors of a norm, as the handlers read them from its weight.
+// How handlers read a norm's factor from its weight.
 #pragma once
 
 #include <memory>
 #include <new>
 
-#include "checks.h"
-#include "rows_kernels.h"
+#include "cpu/checks.h"
+#include "cpu/factor_kernels.h"
 
 namespace funnel {
 
@@ -25,11 +25,11 @@ inline bool read_factor(const char* name, const ffi::AnyBuffer& weight, int64_t 
   return true;
 }
 
-// The same for the norm of an update, if `rest` has one; else the factor stays null.
-inline bool read_update_factor(ffi::RemainingArgs& rest, int64_t width, Factor& factor, ffi::Error& error) {
-  if (rest.size() > 1) return error = invalid("an update has at most one norm"), false;
-  if (rest.size() == 0) return true;
-  const auto weight = rest.get<ffi::AnyBuffer>(0);
+// The same for the norm of an update, if there is one; otherwise the factor stays null.
+inline bool read_update_factor(ffi::RemainingArgs& weights, int64_t width, Factor& factor, ffi::Error& error) {
+  if (weights.size() > 1) return error = invalid("an update has at most one norm"), false;
+  if (weights.size() == 0) return true;
+  const auto weight = weights.get<ffi::AnyBuffer>(0);
   if (weight.has_error()) return error = weight.error(), false;
   return read_factor("update_weight", *weight, width, factor, error);
 }

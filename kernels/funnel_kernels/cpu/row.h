@@ -1,11 +1,11 @@
-// What the kernels do with one row of a matrix, for sources that are compiled once for each instruction set.
+// What kernels do with one row of a matrix, for sources that are compiled once for each instruction set.
 //
-// In the functions below, value_at(j, count) makes the vector of a row that starts at column j. Only the first `count`
+// In the functions below, value_at(j, count) is the vector of a row that starts at column j. Only the first `count`
 // of its lanes are in the row; the others are 0. Functions are passed and captured by value: a store of bfloat16 could
 // change what a reference points to, and every loop would read its pointers anew.
 #pragma once
 
-#include "simd.h"
+#include "cpu/simd.h"
 
 namespace funnel::FUNNEL_INSTRUCTION_SET {
 
@@ -45,5 +45,20 @@ template <typename Element>
 static auto columns_of(const Element* row) {
   return [row](int64_t j, int64_t count) { return load_some(row + j, count); };
 }
+
+// A row times its inverse_rms and the factor of a norm.
+template <typename Element, typename Value>
+static void store_normed(Element* to, int64_t width, float inverse, const float* factor, Value value_at) {
+  store_row(to, width,
+            [=](int64_t j, int64_t count) { return value_at(j, count) * inverse * load_some(factor + j, count); });
+}
+
+// Functions as types, so that they are inlined.
+struct Sum {
+  Floats operator()(Floats a, Floats b) const { return a + b; }
+};
+struct Maximum {
+  Floats operator()(Floats a, Floats b) const { return maximum(a, b); }
+};
 
 }  // namespace funnel::FUNNEL_INSTRUCTION_SET

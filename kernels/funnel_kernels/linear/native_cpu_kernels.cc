@@ -1,6 +1,6 @@
-#include "linear_kernels.h"
+#include "linear/native_cpu_kernels.h"
 
-#include "row.h"
+#include "cpu/row.h"
 
 namespace funnel::FUNNEL_INSTRUCTION_SET {
 namespace {
@@ -30,9 +30,8 @@ template <typename Out>
 void store_gated_as(const float* gate, const float* up, int64_t tile_stride, int64_t rows, int64_t columns, Out* out,
                     int64_t stride) {
   for (int64_t i = 0; i < rows; ++i, gate += tile_stride, up += tile_stride, out += stride) {
-    store_row(out, columns, [&](int64_t j, int64_t count) {
-      return gelu(load_some(gate + j, count)) * load_some(up + j, count);
-    });
+    store_row(out, columns,
+              [&](int64_t j, int64_t count) { return gelu(load_some(gate + j, count)) * load_some(up + j, count); });
   }
 }
 
@@ -60,9 +59,8 @@ void store_heads_as(const float* tile, int64_t tile_stride, int64_t rows, int64_
       store_head(out, half, row_cos, row_sin, head);
     } else {
       const float inverse = inverse_rms(head_dim, eps, head);
-      store_head(out, half, row_cos, row_sin, [=](int64_t j, int64_t count) {
-        return head(j, count) * inverse * load_some(factor + j, count);
-      });
+      store_head(out, half, row_cos, row_sin,
+                 [=](int64_t j, int64_t count) { return head(j, count) * inverse * load_some(factor + j, count); });
     }
   }
 }
@@ -89,8 +87,8 @@ void store_gated(const float* gate, const float* up, int64_t tile_stride, int64_
 void store_heads(const float* tile, int64_t tile_stride, int64_t rows, int64_t head_dim, const float* factor, float eps,
                  const float* cos, const float* sin, void* out, bool out_is_bfloat16, int64_t stride) {
   choose(out_is_bfloat16, [&](auto out_element) {
-    store_heads_as(tile, tile_stride, rows, head_dim, factor, eps, cos, sin,
-                   static_cast<decltype(out_element)*>(out), stride);
+    store_heads_as(tile, tile_stride, rows, head_dim, factor, eps, cos, sin, static_cast<decltype(out_element)*>(out),
+                   stride);
   });
 }
 

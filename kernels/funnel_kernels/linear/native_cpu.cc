@@ -1,12 +1,13 @@
-// The handlers of products with a model's weights, and of what follows them tile by tile.
+// The handlers of products with a model's weights, and of the operations that follow them tile by tile.
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "factor.h"
-#include "handlers.h"
-#include "linear_kernels.h"
-#include "product.h"
+#include "add_norm/native_cpu_kernels.h"
+#include "cpu/factor.h"
+#include "cpu/handlers.h"
+#include "cpu/product.h"
+#include "linear/native_cpu_kernels.h"
 
 namespace funnel {
 namespace {
@@ -36,21 +37,23 @@ bool read_product(const ffi::AnyBuffer& x, const ffi::AnyBuffer& weights, int64_
   return true;
 }
 
-ffi::Error linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weights, ffi::RemainingArgs rest,
+ffi::Error linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weights, ffi::RemainingArgs added,
                   ffi::Result<ffi::AnyBuffer> out, int64_t out_features, int64_t threads) {
   ffi::Error error;
   Product product;
   if (!read_product(x, weights, out_features, 1, product, error)) return error;
   const auto out_dtype = out->element_type();
-  if (out_dtype != ffi::F32 && out_dtype != x.element_type()) return invalid("the result is float32 or as x");
+  if (out_dtype != ffi::F32 && out_dtype != x.element_type()) {
+    return invalid("the result must be float32 or have the dtype of x");
+  }
   if (!fits("the result", *out, out_dtype, {product.rows, out_features}, error)) return error;
-  if (rest.size() > 1) return invalid("a product adds at most one matrix");
+  if (added.size() > 1) return invalid("a product adds at most one matrix");
   const char* add = nullptr;
-  if (rest.size() == 1) {
-    const auto added = rest.get<ffi::AnyBuffer>(0);
-    if (added.has_error()) return added.error();
-    if (!fits("the matrix to add", *added, x.element_type(), {product.rows, out_features}, error)) return error;
-    add = static_cast<const char*>(added->untyped_data());
+  if (added.size() == 1) {
+    const auto matrix = added.get<ffi::AnyBuffer>(0);
+    if (matrix.has_error()) return matrix.error();
+    if (!fits("the matrix to add", *matrix, x.element_type(), {product.rows, out_features}, error)) return error;
+    add = static_cast<const char*>(matrix->untyped_data());
   }
   char* to = static_cast<char*>(out->untyped_data());
   const bool out_is_bfloat16 = out_dtype == ffi::BF16;
@@ -62,8 +65,8 @@ ffi::Error linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weights
   });
 }
 
-ffi::Error gated_linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weights,
-                        ffi::Result<ffi::AnyBuffer> out, int64_t out_features, int64_t threads) {
+ffi::Error gated_linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weights, ffi::Result<ffi::AnyBuffer> out,
+                        int64_t out_features, int64_t threads) {
   ffi::Error error;
   Product product;
   if (!read_product(x, weights, out_features, 2, product, error)) return error;
@@ -78,21 +81,23 @@ ffi::Error gated_linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w
 
 // The sum of a product and the residual stream `add`, and its norm: `add_norm` without the update in memory.
 ffi::Error linear_add_norm(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weights, ffi::AnyBuffer add,
-                           ffi::AnyBuffer norm_weight, ffi::RemainingArgs rest, ffi::Result<ffi::AnyBuffer> sum,
-                           ffi::Result<ffi::AnyBuffer> normed, float eps, int64_t threads) {
+                           ffi::AnyBuffer norm_weight, ffi::RemainingArgs update_weights,
+                           ffi::Result<ffi::AnyBuffer> sum, ffi::Result<ffi::AnyBuffer> normed, float eps,
+                           int64_t threads) {
   ffi::Error error;
   Product product;
   Factor factor, update_factor;
   if (add.dimensions().size() != 2) return invalid("the matrix to add must be a matrix");
   const int64_t width = add.dimensions()[1];
   if (!read_product(x, weights, width, 1, product, error)) return error;
-  if (width % kUnit != 0) return invalid("whole rows must be units: their width a multiple of " + std::to_string(kUnit));
+  if (width % kUnit != 0) return invalid("the width of whole rows must be a multiple of " + std::to_string(kUnit));
   const auto dtype = x.element_type();
-  for (const auto& [name, matrix] : {std::pair("the matrix to add", &add), {"the sum", &*sum}, {"the norm", &*normed}}) {
+  for (const auto& [name, matrix] :
+       {std::pair("the matrix to add", &add), {"the sum", &*sum}, {"the norm", &*normed}}) {
     if (!fits(name, *matrix, dtype, {product.rows, width}, error)) return error;
   }
   if (!read_factor("norm_weight", norm_weight, width, factor, error)) return error;
-  if (!read_update_factor(rest, width, update_factor, error)) return error;
+  if (!read_update_factor(update_weights, width, update_factor, error)) return error;
   product.step = units_of(width);
   return by_tiles(pool, threads, product, [&](const Tile& tile) {
     const int64_t at = tile.row * width * product.element();
@@ -112,13 +117,13 @@ struct Heads {
   char* out;  // [rows, end - first, head_dim]
 };
 
-// Reads what becomes of the heads: a result for each count in `turned`, with a norm for each or for none, and then one
-// for the heads that are left as they are, if there are such.
+// Reads the results: one for each count in `turned`, with a norm for each or for none, and then one for the heads that
+// are left as they are, if there are any.
 bool read_heads(ffi::RemainingArgs& norms, ffi::RemainingRets& outs, ffi::Span<const int64_t> turned, int64_t plain,
                 int64_t head_dim, const Product& product, std::vector<Heads>& all, ffi::Error& error) {
   const size_t results = turned.size() + (plain > 0);
   if (outs.size() != results || (norms.size() != 0 && norms.size() != turned.size())) {
-    error = invalid("each group of heads needs a result, and a norm if one has it");
+    error = invalid("each group of heads needs a result, and a norm if another group has one");
     return false;
   }
   const auto dtype = product.is_bfloat16 ? ffi::BF16 : ffi::F32;
@@ -143,17 +148,16 @@ bool read_heads(ffi::RemainingArgs& norms, ffi::RemainingRets& outs, ffi::Span<c
 
 ffi::Error project_heads(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weights, ffi::AnyBuffer cos,
                          ffi::AnyBuffer sin, ffi::RemainingArgs norms, ffi::RemainingRets outs,
-                         ffi::Span<const int64_t> turned, int64_t plain, int64_t head_dim, float eps,
-                         int64_t threads) {
+                         ffi::Span<const int64_t> turned, int64_t plain, int64_t head_dim, float eps, int64_t threads) {
   ffi::Error error;
   Product product;
   if (head_dim < kUnit || head_dim % kUnit != 0 || head_dim > kMostFeatures) {
-    return invalid("heads are products by units: their dimension must be a multiple of " + std::to_string(kUnit));
+    return invalid("the dimension of a head must be a multiple of " + std::to_string(kUnit));
   }
   int64_t heads = 0;
   for (const int64_t count : turned) heads = count < 1 || heads < 0 || count > kMostFeatures ? -1 : heads + count;
   if (heads < 0 || plain < 0 || plain > kMostFeatures || heads + plain > kMostFeatures) {
-    return invalid("numbers of heads must be positive, and few");
+    return invalid("the numbers of heads must be positive, and at most 2^24 together");
   }
   if (!read_product(x, weights, (heads + plain) * head_dim, 1, product, error)) return error;
   product.step = head_dim / kUnit;

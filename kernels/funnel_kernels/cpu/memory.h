@@ -1,4 +1,4 @@
-// Memory for what a kernel works with on the way: it starts on a cache line.
+// Memory for the intermediate values of kernels. It starts on a cache line.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +22,7 @@ inline Memory allocate(size_t bytes) {
   return memory;
 }
 
-// What a thread keeps for its next tile; it is as large as the largest tile so far.
+// Memory that a thread uses again for its next tile. It grows to the size of the largest.
 class Scratch {
  public:
   template <typename Element>

@@ -4,27 +4,27 @@
 
 #include <stdint.h>
 
-#include "instruction_set.h"
+#include "cpu/instruction_set.h"
 
 namespace funnel {
 
 // One call; funnel_kernels/attention/__init__.py says what it computes. All arrays are dense, with the heads side by
 // side in a row, and float32 or bfloat16.
 struct Attention {
-  const void* q;                            // [rows, heads * head_dim]
-  const void* k;                            // [keys, kv_heads * head_dim]
-  const void* v;                            // as k
-  void* out;                                // as q
+  const void* q;  // [rows, heads * head_dim]
+  const void* k;  // [keys, kv_heads * head_dim]
+  const void* v;  // as k
+  void* out;      // as q
   int64_t rows, heads, kv_heads, head_dim;
-  float scale, softcap;                     // a softcap of 0 is none
-  // Keys have a place in the packed order, see attention.cc.
-  const int32_t* lo;                        // [rows]: row i sees the places lo[i] <= j < hi[i]
-  const int32_t* hi;                        // [rows]
-  const int32_t* keys;                      // [places]: the row of k and v, or -1 for none, which is packed as zeros
-  int64_t places;                           // a multiple of kKeyStep
-  const int32_t* starts;                    // [blocks + 1]: of each block, multiples of kKeyStep; the last is `places`
+  float scale, softcap;  // a softcap of 0 is none
+  // Keys have a place in the packed order, see native_cpu.cc.
+  const int32_t* lo;      // [rows]: row i sees the places lo[i] <= j < hi[i]
+  const int32_t* hi;      // [rows]
+  const int32_t* keys;    // [places]: the row of k and v, or -1 for none, which is packed as zeros
+  int64_t places;         // a multiple of kKeyStep
+  const int32_t* starts;  // [blocks + 1]: of each block, multiples of kKeyStep; the last is `places`
   int64_t blocks;
-  uint32_t* packed;                         // packed_words, on a cache line
+  uint32_t* packed;  // packed_words, on a cache line
 };
 
 constexpr int64_t kKeyStep = 32;    // places that are packed at once are a multiple of this

@@ -34,7 +34,7 @@ static inline Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
 static inline Floats minimum(Floats a, Floats b) { return a < b ? a : b; }
 
 static inline Floats load(const float* from) { return *reinterpret_cast<const FloatsAt*>(from); }
-// By intrinsics, because GCC 12 makes five instructions of the one that widens, and more of those that narrow.
+// With intrinsics, because GCC 12 makes five instructions of the one that widens, and more of those that narrow.
 static inline Floats load(const Bfloat16* from) {
 #ifdef __AVX512F__
   const Words wide = (Words)_mm512_maskz_cvtepu16_epi32(-1, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
@@ -45,7 +45,7 @@ static inline Floats load(const Bfloat16* from) {
 }
 
 static inline void store(float* to, Floats value) { *reinterpret_cast<FloatsAt*>(to) = value; }
-// Rounds to the nearest, ties to even; a NaN stays one.
+// Rounds to nearest, ties to even. NaN stays NaN.
 static inline void store(Bfloat16* to, Floats value) {
 #ifdef __AVX512BF16__
   const __m256bh rounded = _mm512_cvtneps_pbh((__m512)value);

@@ -1,4 +1,4 @@
-// What the handlers check of their arguments before they touch any memory.
+// The checks that handlers make before they touch memory.
 #pragma once
 
 #include <cstdint>
@@ -13,9 +13,11 @@ namespace ffi = xla::ffi;
 
 inline bool is_float(ffi::DataType dtype) { return dtype == ffi::BF16 || dtype == ffi::F32; }
 
-inline ffi::Error invalid(const std::string& message) { return ffi::Error::InvalidArgument("funnel_native: " + message); }
+inline ffi::Error invalid(const std::string& message) {
+  return ffi::Error::InvalidArgument("funnel_native: " + message);
+}
 
-// Whether a buffer has exactly this shape and dtype; `error` says what is wrong otherwise.
+// Whether a buffer has exactly this shape and dtype; if not, `error` says what is wrong.
 template <typename Buffer>
 bool fits(const char* name, const Buffer& buffer, ffi::DataType dtype, std::initializer_list<int64_t> shape,
           ffi::Error& error) {

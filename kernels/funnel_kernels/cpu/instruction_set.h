@@ -1,17 +1,19 @@
-// Which of a kernel's compiled forms runs on this machine.
+// Chooses which of a kernel's compiled forms runs on this machine.
 //
-// A kernel's source is compiled once for each instruction set, into a namespace of that name (`simd.h`). Its header
-// declares all of them with FUNNEL_KERNEL; FUNNEL_BEST(name) is the one for this machine. Sources that are compiled so
-// include no header with inline functions of the standard library: the linker keeps one copy of those, which may then
-// be one that older machines cannot run.
+// A kernel's source (*_kernels.cc) is compiled once for each instruction set, into a namespace of that name (simd.h).
+// Its header declares all of them with FUNNEL_KERNEL; FUNNEL_BEST(name) is the one for this machine. Such sources must
+// not use inline functions of the standard library: the linker keeps one copy of each, which may be one that older
+// machines cannot run.
 #pragma once
 
 #include <string>
 
 namespace funnel {
 
-// Each has all of those before it. With `amx` our own kernels are those of avx512_bf16: its products are oneDNN's.
+// Each contains those before it. With `amx` our own kernels are those of avx512_bf16, and oneDNN computes the products.
 enum class InstructionSet { none, avx2, avx512, avx512_bf16, amx };
+constexpr const char* kInstructionSets[] = {"none", "avx2", "avx512", "avx512_bf16", "amx"};
+constexpr const char* kLimit = "FUNNEL_CPU_ISA";  // the variable that limits the kernels, and oneDNN, to one of them
 
 InstructionSet instruction_set();  // the one that kernels run with
 std::string instruction_set_name();
@@ -21,7 +23,7 @@ std::string processor_name();  // the best of this processor, whatever limits it
 // FUNNEL_CPU_ISA allows: the tests run every form. False for any other name.
 bool limit_instruction_set(const std::string& name);
 
-// Makes oneDNN, which must not have been used yet, keep to FUNNEL_CPU_ISA. Throws if it cannot.
+// Limits oneDNN to FUNNEL_CPU_ISA. Throws if oneDNN was used before.
 void limit_onednn();
 
 }  // namespace funnel
@@ -37,7 +39,7 @@ void limit_onednn();
   result name(__VA_ARGS__);              \
   }
 
-#define FUNNEL_BEST(name)                                                                            \
+#define FUNNEL_BEST(name)                                                                             \
   (::funnel::instruction_set() >= ::funnel::InstructionSet::avx512_bf16 ? ::funnel::avx512_bf16::name \
    : ::funnel::instruction_set() == ::funnel::InstructionSet::avx512    ? ::funnel::avx512::name      \
                                                                         : ::funnel::avx2::name)

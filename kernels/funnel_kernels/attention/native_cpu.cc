@@ -1,5 +1,5 @@
-// The XLA FFI handler of attention: checks, finds places for the keys, packs them and the values in parallel, then works
-// on tiles in parallel.
+// The XLA FFI handler of attention. It checks the arguments and gives every key a place, then packs keys and values in
+// parallel, then computes tiles in parallel.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -9,26 +9,29 @@
 #include <utility>
 #include <vector>
 
-#include "attention_kernels.h"
-#include "checks.h"
-#include "handlers.h"
-#include "memory.h"
-#include "parallel.h"
+#include "attention/native_cpu_kernels.h"
+#include "cpu/caches.h"
+#include "cpu/checks.h"
+#include "cpu/handlers.h"
+#include "cpu/memory.h"
+#include "cpu/parallel.h"
 
 namespace funnel {
 namespace {
 
-constexpr int64_t kTileRows = 96;        // score rows; with head_dim 256, a tile's sums take 96 KB of a core's cache
-constexpr int64_t kLeastTileRows = 24;   // smaller tiles would not keep the vector units busy
-constexpr int64_t kTilesPerThread = 4;   // at least, if tiles do not become too small, so that threads finish together
+constexpr int64_t kLeastTileRows = 24;  // smaller tiles would not keep the vector units busy
+constexpr int64_t kTilesPerThread = 4;  // at least, unless tiles become too small, so that threads finish together
 constexpr int64_t kMostLanes = 16;
-constexpr int64_t kMostKeys = int64_t{1} << 29;  // they take at most twice as many places, and one step more
+constexpr int64_t kMostKeys = int64_t{1} << 29;  // which have at most twice as many places, and one step more
 constexpr int64_t kPlacesPacked = 4 * kKeyStep;  // at once
+
+// Score rows of a tile, 96 with 1 MB: with head_dim 256 its sums take 3/32 of a core's cache.
+int64_t most_tile_rows() { return caches().core / 32 * 3 / (256 * static_cast<int64_t>(sizeof(float))); }
 
 // Query rows of a tile: as many as the cache holds, or fewer if that would leave threads without work.
 int64_t tile_rows(const Attention& call, int64_t threads) {
   const int64_t group = call.heads / call.kv_heads;
-  int64_t rows = std::max<int64_t>(1, kTileRows / group);
+  int64_t rows = std::max<int64_t>(1, most_tile_rows() / group);
   while (rows * group >= 2 * kLeastTileRows &&
          (call.rows + rows - 1) / rows * call.kv_heads < kTilesPerThread * threads) {
     rows /= 2;
@@ -36,12 +39,13 @@ int64_t tile_rows(const Attention& call, int64_t threads) {
   return rows;
 }
 
-// Where keys are packed, so that a row's result does not depend on where its sequence lies in the batch.
+// Decides where keys are packed, so that a row's result does not depend on where its sequence lies in the batch.
 //
 // Keys that intervals join, such as those of a sequence, form a run. A run that fits into what is left of a block lies
-// in that block; a longer one begins a block. So blocks cut a run at the same keys wherever it is. Its first key lies at
-// a multiple of its length, rounded up to a power of two, or of kKeyStep if that is less: the lanes of vectors are then
-// added in the same order. Keys that nobody sees, such as the padding at the end of a batch, have no place.
+// in that block; a longer one begins a block. So blocks cut a run at the same keys wherever it is in the batch. Its
+// first key lies at a multiple of its length, rounded up to a power of two, or of kKeyStep if that is less: the lanes
+// of vectors are then added in the same order. Keys that nobody sees, such as the padding at the end of a batch, have
+// no place.
 struct Places {
   std::vector<int32_t> lo, hi, keys, starts;  // as in Attention
 
@@ -89,7 +93,7 @@ struct Places {
 
 void run(ffi::ThreadPool& pool, int64_t threads, Attention& call, const Places& places, bool is_bfloat16) {
   const AttentionKernels kernels = FUNNEL_BEST(attention_kernels)(is_bfloat16);
-  threads = sane_threads(threads);
+  threads = clamp_threads(threads);
   call.lo = places.lo.data();
   call.hi = places.hi.data();
   call.keys = places.keys.data();

@@ -1,9 +1,9 @@
-// What follows a matrix product while its tile is still in the cache.
+// The operations that follow a matrix product while its tile is still in the cache.
 #pragma once
 
 #include <stdint.h>
 
-#include "instruction_set.h"
+#include "cpu/instruction_set.h"
 
 namespace funnel {
 
@@ -16,8 +16,8 @@ FUNNEL_KERNEL(void, store_product, const float* tile, int64_t tile_stride, int64
 
 // out = gelu(gate) * up with the tanh approximation of gelu (arXiv:1606.08415), in float32 and rounded once; shapes and
 // strides as in store_product.
-FUNNEL_KERNEL(void, store_gated, const float* gate, const float* up, int64_t tile_stride, int64_t rows,
-              int64_t columns, void* out, bool out_is_bfloat16, int64_t stride)
+FUNNEL_KERNEL(void, store_gated, const float* gate, const float* up, int64_t tile_stride, int64_t rows, int64_t columns,
+              void* out, bool out_is_bfloat16, int64_t stride)
 
 // One attention head of each row: its RMSNorm with `factor` [head_dim], unless that is null, then RoPE, which turns the
 // pairs (j, j + head_dim / 2) by the angles whose cosines and sines are cos, sin [rows, head_dim / 2], unless those are

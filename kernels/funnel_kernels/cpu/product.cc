@@ -1,4 +1,4 @@
-#include "product.h"
+#include "cpu/product.h"
 
 #include <omp.h>
 
@@ -14,23 +14,27 @@
 #include <utility>
 #include <vector>
 
-#include "instruction_set.h"
-#include "memory.h"
+#include "cpu/caches.h"
+#include "cpu/instruction_set.h"
+#include "cpu/memory.h"
+#include "cpu/parallel.h"
 #include "oneapi/dnnl/dnnl.hpp"
-#include "parallel.h"
 
 namespace funnel {
 namespace {
 
 constexpr int64_t kTileRows = 128;  // with kTileUnits, a tile's float32 result takes 128 KB of a core's cache
 constexpr int64_t kTileUnits = 4;
-constexpr int64_t kTileBytes = 384 << 10;  // of the result of a tile with more units, unless it has kFewestRows
-constexpr int64_t kFewestRows = 48;        // for which it is worth to read a tile's weights again
-constexpr int64_t kMostWholeColumns = 8192;  // 1.5 MB of kFewestRows
-constexpr int64_t kTilesPerThread = 4;     // at least, so that threads finish together
-constexpr int64_t kCachedWeights = int64_t{16} << 20;  // bytes of weights that stay in the cache that cores share
-constexpr int64_t kGroupBytes = int64_t{3} << 19;      // of x in a group of tiles, see Tiling
+constexpr int64_t kFewestRows = 48;      // that make it worthwhile to read a tile's weights again
+constexpr int64_t kTilesPerThread = 4;   // at least, so that threads finish together
 constexpr int kScratchpad = kMostParts;  // which of a thread's buffers is oneDNN's; those before it hold tiles
+
+// Bytes that follow the machine's caches: 384 KB, 1.5 MB and 16 MB with caches of 1 MB and 32 MB.
+int64_t tile_bytes() { return caches().core / 8 * 3; }    // of the result of a tile, unless it has kFewestRows
+int64_t group_bytes() { return caches().core / 2 * 3; }   // of x in a group of tiles, see Tiling
+int64_t cached_weights() { return caches().shared / 2; }  // of weights that stay in the cache that cores share
+// The widest rows of which kFewestRows are a tile.
+int64_t most_whole_columns() { return group_bytes() / (kFewestRows * static_cast<int64_t>(sizeof(float))); }
 
 // oneDNN was built with OpenMP and would start a team of its own.
 class OneThread {
@@ -80,7 +84,7 @@ struct TileProduct {
   size_t scratchpad_bytes() const { return description.scratchpad_desc().get_size(); }
 
  private:
-  // What oneDNN reads and writes, made once: for a tile of few rows, making them takes as long as a tenth of the product.
+  // What oneDNN reads and writes, made once: for a tile of few rows this takes a tenth of the product's time.
   struct Operands {
     std::unordered_map<int, dnnl::memory> arguments;
 
@@ -117,17 +121,16 @@ int64_t elements(const dnnl::memory::desc& layout, bool is_bfloat16) {
   return static_cast<int64_t>(layout.get_size()) / (is_bfloat16 ? 2 : 4);
 }
 
-// The layout of `units` packed units one after another, if that is what oneDNN prefers for a tile of so many; else empty.
+// The layout of `units` packed units one after another, if oneDNN prefers it for a tile of that many; otherwise empty.
 dnnl::memory::desc joined_layout(int64_t in_features, int64_t units, bool is_bfloat16) {
   const dnnl::memory::desc unit = unit_layout(in_features, is_bfloat16);
   if (units == 1) return unit;
   const TileProduct tile(kTileRows, units, in_features, is_bfloat16, any_layout(in_features, units, is_bfloat16));
   const dnnl::memory::desc several = tile.description.weights_desc();
-  const bool joins = several.get_inner_blks() == unit.get_inner_blks() &&
-                     several.get_inner_idxs() == unit.get_inner_idxs() &&
-                     several.get_padded_dims()[0] == unit.get_padded_dims()[0] &&
-                     several.get_strides()[0] == unit.get_strides()[0] &&
-                     several.get_strides()[1] == elements(unit, is_bfloat16);
+  const bool joins =
+      several.get_inner_blks() == unit.get_inner_blks() && several.get_inner_idxs() == unit.get_inner_idxs() &&
+      several.get_padded_dims()[0] == unit.get_padded_dims()[0] && several.get_strides()[0] == unit.get_strides()[0] &&
+      several.get_strides()[1] == elements(unit, is_bfloat16);
   return joins ? several : dnnl::memory::desc();
 }
 
@@ -163,12 +166,12 @@ const Weights& weights_of(int64_t in_features, bool is_bfloat16) {
   return known.emplace(key, std::move(weights)).first->second;
 }
 
-// Whether tiles are our own kernel's. Not with AMX, whose instructions are oneDNN's alone.
-bool is_ours(const Weights& weights) {
+// Whether our own kernel computes the tiles. With AMX oneDNN does, because our kernel does not use it.
+bool uses_our_kernel(const Weights& weights) {
   return weights.in_pairs && instruction_set() == InstructionSet::avx512_bf16;
 }
 
-// Products are made once for each shape of a tile; there are at most a few hundred, as the engine has few buckets.
+// Products are made once for each shape of a tile. There are at most a few hundred, since the engine has few buckets.
 const TileProduct& tile_product(int64_t rows, int64_t units, int64_t in_features, bool is_bfloat16) {
   static std::shared_mutex mutex;
   static auto& products = *new std::map<std::tuple<int64_t, int64_t, int64_t, bool>, std::unique_ptr<TileProduct>>;
@@ -184,13 +187,13 @@ const TileProduct& tile_product(int64_t rows, int64_t units, int64_t in_features
   return *products.emplace(key, std::move(made)).first->second;
 }
 
-// What the calling thread keeps for its tiles.
+// One of the buffers that the calling thread has for its tiles.
 Scratch& scratch(int64_t which) {
-  thread_local Scratch kept[kScratchpad + 1];
-  return kept[which];
+  thread_local Scratch buffers[kScratchpad + 1];
+  return buffers[which];
 }
 
-// The most units of a tile that has a multiple of `step`; 0 if it cannot have so many.
+// The largest multiple of `step` units that a tile can have; 0 if a tile cannot have `step` units.
 int64_t most_units(const Weights& weights, int64_t step, bool ours) {
   if (ours) return std::max(step, kTileUnits / step * step);
   return static_cast<int64_t>(weights.layouts.size()) / step * step;
@@ -198,27 +201,27 @@ int64_t most_units(const Weights& weights, int64_t step, bool ours) {
 
 bool stays_cached(const Product& product, const Weights& weights) {
   const int64_t elements = product.parts * units_of(product.out_features) * weights.unit_elements;
-  return elements * product.element() <= kCachedWeights;
+  return elements * product.element() <= cached_weights();
 }
 
-// How a product is cut into tiles: near-equal numbers of rows, and so many columns that every thread gets some tiles.
+// How a product is cut into tiles: nearly equal numbers of rows, and few enough columns that every thread gets tiles.
 //
-// Tiles that follow one another share columns and differ in rows. Weights that no cache holds are so read from memory
-// once for all rows. Where one holds them, rows are taken in groups that stay in a core's own cache from one column to
-// the next: with 768 input features that is a tenth faster on 8192 rows.
+// Neighbouring tiles share columns and differ in rows. So weights that are too large for a cache are read from memory
+// once for all rows. Where a cache holds them, rows are taken in groups that stay in a core's own cache from one column
+// to the next: with 768 input features this is a tenth faster on 8192 rows.
 struct Tiling {
-  bool ours;  // whose kernel: asked once, since the instruction set may be limited meanwhile
+  bool ours;  // asked once, because the instruction set may be limited meanwhile
   int64_t all_units, tile_units, column_tiles = 0, row_tiles = 0, tile_rows = 0, group_tiles = 0;
 
-  // No units and no tiles if a tile cannot have as many units as the product's step.
+  // tile_units is 0, and there are no tiles, if a tile cannot have the product's step.
   Tiling(const Product& product, const Weights& weights, int64_t threads)
-      : ours(is_ours(weights)),
+      : ours(uses_our_kernel(weights)),
         all_units(units_of(product.out_features)),
         tile_units(most_units(weights, product.step, ours)) {
     if (tile_units == 0) return;
     const int64_t row_bytes = tile_units * kUnit * static_cast<int64_t>(sizeof(float));
-    const int64_t most_rows = std::clamp(kTileBytes / row_bytes, kFewestRows, kTileRows);
-    const int64_t tiles = kTilesPerThread * sane_threads(threads);
+    const int64_t most_rows = std::clamp(tile_bytes() / row_bytes, kFewestRows, kTileRows);
+    const int64_t tiles = kTilesPerThread * clamp_threads(threads);
     row_tiles = (product.rows + most_rows - 1) / most_rows;
     while (tile_units > product.step && row_tiles * (all_units / tile_units) < tiles) tile_units -= product.step;
     column_tiles = (all_units + tile_units - 1) / tile_units;
@@ -227,14 +230,14 @@ struct Tiling {
     row_tiles = (product.rows + tile_rows - 1) / tile_rows;  // rounding up may leave fewer
     const int64_t x_bytes = tile_rows * product.in_features * product.element();
     const bool cached = stays_cached(product, weights);
-    group_tiles = cached ? std::clamp<int64_t>(kGroupBytes / x_bytes, 1, row_tiles) : row_tiles;
+    group_tiles = cached ? std::clamp<int64_t>(group_bytes() / x_bytes, 1, row_tiles) : row_tiles;
   }
 
-  // The place of tile `index` among the tiles of rows and of columns.
-  std::pair<int64_t, int64_t> place(int64_t index) const {
-    const int64_t group = index / (group_tiles * column_tiles) * group_tiles, rest = index - group * column_tiles;
+  // The numbers of tile `index` among the tiles of rows and of columns.
+  std::pair<int64_t, int64_t> tile_at(int64_t index) const {
+    const int64_t group = index / (group_tiles * column_tiles) * group_tiles, in_group = index - group * column_tiles;
     const int64_t tiles = std::min(group_tiles, row_tiles - group);
-    return {group + rest % tiles, rest / tiles};
+    return {group + in_group % tiles, in_group / tiles};
   }
 };
 
@@ -264,26 +267,26 @@ void multiply_tile(const Product& product, const Weights& weights, bool ours, in
 }  // namespace
 
 ffi::Error by_tiles(ffi::ThreadPool& pool, int64_t threads, const Product& product,
-                    const std::function<void(const Tile&)>& follow) {
+                    const std::function<void(const Tile&)>& finish) {
   try {
     const Weights& weights = weights_of(product.in_features, product.is_bfloat16);
-    const Tiling cut(product, weights, threads);
-    if (cut.tile_units == 0) return invalid("a whole head, or row, does not fit into a tile");
-    const int64_t tiles = cut.row_tiles * cut.column_tiles;
+    const Tiling tiling(product, weights, threads);
+    if (tiling.tile_units == 0) return invalid("a whole head, or row, does not fit into a tile");
+    const int64_t tiles = tiling.row_tiles * tiling.column_tiles;
     std::atomic<bool> failed{false};
 
     parallel_for(pool, threads, tiles, [&](int64_t index) {
       try {
-        const auto [row_tile, column_tile] = cut.place(index);
-        const int64_t row = row_tile * cut.tile_rows, unit = column_tile * cut.tile_units;
-        const int64_t rows = std::min(cut.tile_rows, product.rows - row);
-        const int64_t units = std::min(cut.tile_units, cut.all_units - unit);
+        const auto [row_tile, column_tile] = tiling.tile_at(index);
+        const int64_t row = row_tile * tiling.tile_rows, unit = column_tile * tiling.tile_units;
+        const int64_t rows = std::min(tiling.tile_rows, product.rows - row);
+        const int64_t units = std::min(tiling.tile_units, tiling.all_units - unit);
         const int64_t column = unit * kUnit, columns = std::min(units * kUnit, product.out_features - column);
-        // Threads take tiles in turns, so this one's next is likely to be so many further on.
-        const int64_t next_tile = cut.place(std::min(index + sane_threads(threads), tiles - 1)).second;
+        // Threads take tiles in turns, so this thread's next tile is probably `threads` tiles further on.
+        const int64_t next_tile = tiling.tile_at(std::min(index + clamp_threads(threads), tiles - 1)).second;
         Tile tile = {{}, units * kUnit, row, rows, column, columns};
-        multiply_tile(product, weights, cut.ours, unit, next_tile * cut.tile_units, tile);
-        follow(tile);
+        multiply_tile(product, weights, tiling.ours, unit, next_tile * tiling.tile_units, tile);
+        finish(tile);
       } catch (const std::exception&) {
         failed = true;
       }
@@ -299,18 +302,18 @@ bool suits_whole_rows(int64_t rows, int64_t out_features, int64_t in_features, b
   if (!no_product(is_bfloat16).empty()) return false;
   const Weights& weights = weights_of(in_features, is_bfloat16);
   const Product product = {nullptr, nullptr, rows, in_features, out_features, 1, units_of(out_features), is_bfloat16};
-  return is_ours(weights) && out_features % kUnit == 0 && out_features <= kMostWholeColumns &&
-         stays_cached(product, weights) && rows >= kFewestRows * kTilesPerThread * sane_threads(threads);
+  return uses_our_kernel(weights) && out_features % kUnit == 0 && out_features <= most_whole_columns() &&
+         stays_cached(product, weights) && rows >= kFewestRows * kTilesPerThread * clamp_threads(threads);
 }
 
 bool prepare_product(int64_t rows, int64_t out_features, int64_t in_features, bool is_bfloat16, int64_t step,
                      int64_t threads) {
   const Weights& weights = weights_of(in_features, is_bfloat16);
-  const Tiling cut({nullptr, nullptr, rows, in_features, out_features, 1, step, is_bfloat16}, weights, threads);
-  if (cut.tile_units == 0) return false;
-  if (cut.ours) return true;
-  for (const int64_t tile_rows : {cut.tile_rows, rows - (cut.row_tiles - 1) * cut.tile_rows}) {
-    for (const int64_t units : {cut.tile_units, cut.all_units - (cut.column_tiles - 1) * cut.tile_units}) {
+  const Tiling tiling({nullptr, nullptr, rows, in_features, out_features, 1, step, is_bfloat16}, weights, threads);
+  if (tiling.tile_units == 0) return false;
+  if (tiling.ours) return true;
+  for (const int64_t tile_rows : {tiling.tile_rows, rows - (tiling.row_tiles - 1) * tiling.tile_rows}) {
+    for (const int64_t units : {tiling.tile_units, tiling.all_units - (tiling.column_tiles - 1) * tiling.tile_units}) {
       tile_product(tile_rows, units, in_features, is_bfloat16);
     }
   }

@@ -15,18 +15,18 @@ namespace funnel {
 constexpr int64_t kMostThreads = 1024;
 constexpr int kSpins = 2000;  // 40 to 100 us, see below
 
-// A number of threads that a call asks for, made sane.
-inline int64_t sane_threads(int64_t threads) { return std::clamp<int64_t>(threads, 1, kMostThreads); }
+// The number of threads that a call asks for, brought into range.
+inline int64_t clamp_threads(int64_t threads) { return std::clamp<int64_t>(threads, 1, kMostThreads); }
 
 // Runs body(i) for every i in [0, count), each once, on the calling thread and on up to `threads` - 1 of the pool's.
 // Returns when all are done. A body must not throw.
 //
-// Indices are handed out one after another, so bodies that take longer do not hold up the rest. A thread of the pool
-// that comes late finds nothing left to do and never touches `body`: the caller does not wait for it, so it does not
-// matter how busy the pool is.
+// Indices are handed out one after another, so a body that takes longer does not hold up the others. A thread of the
+// pool that comes late finds nothing left to do and never touches `body`: the caller does not wait for it, so it does
+// not matter how busy the pool is.
 //
-// The caller looks for a while whether the last bodies are done before it sleeps: to be woken takes as long as a body of
-// few rows. A sentence of 24 tokens takes 12 % less time so.
+// Before the caller sleeps it checks for a while whether the last bodies are done, because waking up takes as long as a
+// body of a few rows. A sentence of 24 tokens is 12 % faster with this.
 template <typename Body>
 void parallel_for(xla::ffi::ThreadPool& pool, int64_t threads, int64_t count, const Body& body) {
   struct Shared {
@@ -34,7 +34,7 @@ void parallel_for(xla::ffi::ThreadPool& pool, int64_t threads, int64_t count, co
     std::mutex mutex;
     std::condition_variable all_done;
   };
-  const int64_t helpers = std::min(sane_threads(threads), count) - 1;
+  const int64_t helpers = std::min(clamp_threads(threads), count) - 1;
   if (helpers <= 0) {
     for (int64_t i = 0; i < count; ++i) body(i);
     return;

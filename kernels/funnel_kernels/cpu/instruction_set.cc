@@ -1,4 +1,4 @@
-#include "instruction_set.h"
+#include "cpu/instruction_set.h"
 
 #include <cpuid.h>
 
@@ -7,6 +7,7 @@
 #include <atomic>
 #include <cctype>
 #include <cstdlib>
+#include <iterator>
 #include <stdexcept>
 #include <utility>
 
@@ -15,10 +16,7 @@
 namespace funnel {
 namespace {
 
-constexpr std::array<const char*, 5> kNames = {"none", "avx2", "avx512", "avx512_bf16", "amx"};
-constexpr const char* kVariable = "FUNNEL_CPU_ISA";
-
-// Asked of the processor itself, because clang's __builtin_cpu_supports does not know AMX.
+// Asks the processor itself, because clang's __builtin_cpu_supports does not know AMX.
 bool has_amx() {
   unsigned eax, ebx, ecx, edx;
   constexpr unsigned kTilesOfBfloat16 = 1u << 24 | 1u << 22;
@@ -39,17 +37,17 @@ InstructionSet of_this_processor() {
   return has_amx() ? InstructionSet::amx : InstructionSet::avx512_bf16;
 }
 
-// `none` for a name that is none of these.
+// `none` for an unknown name.
 InstructionSet named(const std::string& name) {
-  const auto found = std::find(kNames.begin(), kNames.end(), name);
-  return static_cast<InstructionSet>(found == kNames.end() ? 0 : found - kNames.begin());
+  const auto found = std::find(std::begin(kInstructionSets), std::end(kInstructionSets), name);
+  return static_cast<InstructionSet>(found == std::end(kInstructionSets) ? 0 : found - std::begin(kInstructionSets));
 }
 
-std::string name_of(InstructionSet set) { return kNames[static_cast<size_t>(set)]; }
+std::string name_of(InstructionSet set) { return kInstructionSets[static_cast<size_t>(set)]; }
 
-// What FUNNEL_CPU_ISA allows: everything if it is not set. The Python package refuses a name that it does not know.
+// The best set that FUNNEL_CPU_ISA allows, or of all if it is not set. The Python package refuses unknown names.
 InstructionSet allowed() {
-  const char* value = std::getenv(kVariable);
+  const char* value = std::getenv(kLimit);
   const InstructionSet set = value ? named(value) : InstructionSet::none;
   return set == InstructionSet::none ? InstructionSet::amx : set;
 }
@@ -57,7 +55,7 @@ InstructionSet allowed() {
 const InstructionSet kProcessor = of_this_processor(), kAllowed = allowed(), kBest = std::min(kProcessor, kAllowed);
 std::atomic<InstructionSet> current{kBest};
 
-// What the user allows oneDNN, by its own variable; a set of bits, as dnnl::cpu_isa is.
+// What oneDNN's own variable allows, as the bits of dnnl::cpu_isa.
 unsigned onednn_allowed() {
   constexpr std::array<std::pair<const char*, dnnl::cpu_isa>, 11> kIsas = {{
       {"SSE41", dnnl::cpu_isa::sse41},
@@ -98,13 +96,13 @@ bool limit_instruction_set(const std::string& name) {
 }
 
 void limit_onednn() {
-  constexpr std::array<dnnl::cpu_isa, 4> kIsas = {
-      dnnl::cpu_isa::isa_default, dnnl::cpu_isa::avx2, dnnl::cpu_isa::avx512_core_vnni, dnnl::cpu_isa::avx512_core_bf16};
-  if (kAllowed == InstructionSet::amx) return;  // which is all that there is
-  // The bits that both have are an instruction set, too.
+  constexpr std::array<dnnl::cpu_isa, 4> kIsas = {dnnl::cpu_isa::isa_default, dnnl::cpu_isa::avx2,
+                                                  dnnl::cpu_isa::avx512_core_vnni, dnnl::cpu_isa::avx512_core_bf16};
+  if (kAllowed == InstructionSet::amx) return;  // without a limit
+  // The bits that both have in common are an instruction set too.
   const unsigned isa = static_cast<unsigned>(kIsas[static_cast<size_t>(kAllowed)]) & onednn_allowed();
   if (dnnl::set_max_cpu_isa(static_cast<dnnl::cpu_isa>(isa)) != dnnl::status::success) {
-    throw std::runtime_error(std::string(kVariable) + " comes too late: oneDNN is in use in this process");
+    throw std::runtime_error(std::string(kLimit) + " comes too late: oneDNN is in use in this process");
   }
 }
 

@@ -1,16 +1,17 @@
-#include "product_avx512_bf16.h"
+#include "cpu/product_avx512_bf16.h"
 
 #include <immintrin.h>
 
 namespace funnel::avx512_bf16 {
 namespace {
 
-constexpr int kLanes = 16;  // floats, or pairs of bfloat16, in a vector
-constexpr int kBlockRows = 6, kVectors = kUnit / kLanes;  // 24 vectors of sums, 4 of weights
-constexpr int64_t kFetchingBlocks = 3;  // from so many on, there is time to fetch while multiplying
-constexpr int64_t kPairs = 512;         // at most, in a pass: so many of a tile's x and weights stay in a core's cache
+constexpr int kLanes = 16;                // floats, or pairs of bfloat16, in a vector
+constexpr int kVectors = kUnit / kLanes;  // of weights
+constexpr int kBlockRows = 6;             // with kVectors, 24 vectors of sums
+constexpr int64_t kFetchingBlocks = 3;    // with at least this many there is time to fetch while multiplying
+constexpr int64_t kPairs = 512;           // most in a pass, whose part of x and weights stays in a core's cache
 
-// Nothing of the standard library here: the linker could give other sources its functions, made for this processor.
+// Not std::min: the linker could give other sources this file's copy, which older processors cannot run.
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 typedef uint32_t Pair __attribute__((aligned(2), may_alias));  // two bfloat16

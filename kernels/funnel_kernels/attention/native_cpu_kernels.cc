@@ -1,13 +1,13 @@
 // Scores are queries times keys, the result is weights times values; both products are `multiply`: kRows rows of A, one
-// word at a time, times a panel of B that is kPanel columns wide. A word is a float or, where the processor multiplies
-// them so, two bfloat16 that follow each other in the sum.
+// word at a time, times a panel of B that is kPanel columns wide. A word is a float, or two neighbouring bfloat16 of
+// the sum where the processor multiplies them in pairs.
 //
 // A row's softmax is computed block by block, with a running maximum and sum (Milakov and Gimelshein, arXiv:1805.02867;
 // FlashAttention, arXiv:2205.14135). Scores are in units of ln 2: weights are powers of two. A key that a row does not
-// see adds an exact 0. So a row's result does not depend on the rows that it shares a tile with.
-#include "attention_kernels.h"
+// see adds exactly 0. So a row's result does not depend on the rows that it shares a tile with.
+#include "attention/native_cpu_kernels.h"
 
-#include "simd.h"
+#include "cpu/simd.h"
 
 namespace funnel::FUNNEL_INSTRUCTION_SET {
 namespace {
@@ -15,7 +15,7 @@ namespace {
 // kRows x 2 vectors of sums, 2 of B and one of A fill the registers: 32 with AVX-512, 16 without.
 constexpr int kRows = kLanes == 16 ? 12 : 6;
 constexpr int kPanel = 2 * kLanes;
-constexpr int64_t kScoreStride = kKeyBlock + kLanes;  // no multiple of 1 KB: rows would compete for cache lines
+constexpr int64_t kScoreStride = kKeyBlock + kLanes;  // not a multiple of 1 KB, or rows compete for cache lines
 constexpr float kLowest = -3e38f;                     // below any score, and finite
 static_assert(kKeyStep % kPanel == 0);
 
@@ -78,7 +78,7 @@ int64_t words_of(int64_t elements) {
 
 // Writes the words of a row of `elements`, `stride` words apart; a null row is zeros.
 template <typename Element>
-void spread(const Element* row, int64_t elements, uint32_t* to, int64_t stride) {
+void write_words(const Element* row, int64_t elements, uint32_t* to, int64_t stride) {
   const int64_t words = words_of<Element>(elements), whole = row == nullptr ? 0 : elements / kPerWord<Element>;
   for (int64_t i = 0; i < whole; ++i, to += stride) {
     if constexpr (sizeof(Element) * kPerWord<Element> == sizeof *to) {
@@ -130,7 +130,7 @@ void pack(const Attention& call, int64_t kv_head, int64_t first, int64_t last) {
   for (int64_t at = first; at < last; ++at) {
     const Element* row = row_of(call.k, at);
     if (row == nullptr) continue;  // no row sees the place: its score, whatever it is, becomes a weight of 0
-    spread(row, call.head_dim, packed.k + round_down(at, kPanel) * packed.depth + at % kPanel, kPanel);
+    write_words(row, call.head_dim, packed.k + round_down(at, kPanel) * packed.depth + at % kPanel, kPanel);
   }
   for (int64_t at = first; at < last; at += kPerWord<Element>) {
     uint32_t* to = packed.v + at / kPerWord<Element> * kPanel;
@@ -144,7 +144,7 @@ void pack(const Attention& call, int64_t kv_head, int64_t first, int64_t last) {
 
 // -------------------------------------------------------------------------------------------------------- softmax
 
-// 2^x for x <= 127; below -126 it is 2^-126, which is nothing beside the largest weight, 1.
+// 2^x for x <= 127; below -126 it is 2^-126, which is negligible beside the largest weight, 1.
 //
 // x = n + f with |f| <= 1/2, 2^f by the polynomial of degree 5 whose largest relative error is least (2^-23.4), and n
 // added to the exponent.
@@ -169,8 +169,8 @@ float over_lanes(Floats value, const Combine& combine) {
 #else
   const auto eight = value;
 #endif
-  const auto four = combine(__builtin_shufflevector(eight, eight, 0, 1, 2, 3),
-                            __builtin_shufflevector(eight, eight, 4, 5, 6, 7));
+  const auto four =
+      combine(__builtin_shufflevector(eight, eight, 0, 1, 2, 3), __builtin_shufflevector(eight, eight, 4, 5, 6, 7));
   const auto two = combine(__builtin_shufflevector(four, four, 0, 1), __builtin_shufflevector(four, four, 2, 3));
   return combine(two[0], two[1]);
 }
@@ -309,7 +309,7 @@ class Tile {
         strip.last = greatest(strip.last, strip.hi[r]);
       }
       strip.softmax[r] = {kLowest, 0.0f};
-      spread(real ? q_ + offset(i) : nullptr, call_.head_dim, queries_ + s * packed_.depth * kRows + r, kRows);
+      write_words(real ? q_ + offset(i) : nullptr, call_.head_dim, queries_ + s * packed_.depth * kRows + r, kRows);
     }
     for (int64_t j = 0; j < kRows * packed_.columns; j += kLanes) store(sums(s, 0) + j, Floats{});
   }
@@ -337,12 +337,12 @@ class Tile {
 
     for (int64_t column = 0; column < packed_.columns; column += kPanel) {
       float* to_sums = sums(s, column);
-      multiply<Element, kWeightStride, 1>(
-          weights_, packed_.v + column * packed_.key_words + from / kPerWord<Element> * kPanel, words_of<Element>(count),
-          [&](int r, int j, Floats product) {
-            float* sum = to_sums + r * kPanel + j;
-            store(sum, load(sum) * shrink[r] + product);
-          });
+      multiply<Element, kWeightStride, 1>(weights_,
+                                          packed_.v + column * packed_.key_words + from / kPerWord<Element> * kPanel,
+                                          words_of<Element>(count), [&](int r, int j, Floats product) {
+                                            float* sum = to_sums + r * kPanel + j;
+                                            store(sum, load(sum) * shrink[r] + product);
+                                          });
     }
   }
 
@@ -353,10 +353,9 @@ class Tile {
     const float factor = capped ? call_.scale / call_.softcap : call_.scale * kLog2E;
     const float cap = call_.softcap * kLog2E;
     for (int64_t key = 0; key < count; key += kPanel) {
-      multiply<Element, 1, kRows>(queries, packed_.k + (at + key) * packed_.depth, packed_.depth,
-                                  [&](int r, int j, Floats product) {
-                                    store(scores_ + r * kScoreStride + key + j, product * factor);
-                                  });
+      multiply<Element, 1, kRows>(
+          queries, packed_.k + (at + key) * packed_.depth, packed_.depth,
+          [&](int r, int j, Floats product) { store(scores_ + r * kScoreStride + key + j, product * factor); });
     }
     if (!capped) return;
     for (int64_t r = 0; r < kRows; ++r) {
@@ -388,11 +387,11 @@ class Tile {
   const Element* const q_;  // the first score row
   Element* const out_;
   // In scratch memory:
-  float* sums_;         // [strips, panels of columns, kRows, kPanel], values weighted so far
-  float* scores_;       // [kRows, kScoreStride]
-  uint32_t* weights_;   // [kRows, kWeightStride]
-  uint32_t* queries_;   // [strips, depth, kRows]
-  Strip* strip_;        // [strips]
+  float* sums_;        // [strips, panels of columns, kRows, kPanel], values weighted so far
+  float* scores_;      // [kRows, kScoreStride]
+  uint32_t* weights_;  // [kRows, kWeightStride]
+  uint32_t* queries_;  // [strips, depth, kRows]
+  Strip* strip_;       // [strips]
 };
 
 template <typename Element>

@@ -1,21 +1,20 @@
-// Matrix products with weights that are packed once, tile by tile: what follows a product finds its tile in the cache.
+// Matrix products with packed weights, tile by tile: the operations that follow a product find its tile in the cache.
 //
-// One tile is computed at a time, on one thread, into a buffer that stays in the cache; what follows (a sum, a gate, a
-// norm, rounding) reads it there and writes the result. Tiles are oneDNN's, or in bfloat16 with AVX-512 our own
-// (product_avx512_bf16.h), on weights in the same layout. The threads are XLA's (parallel.h): oneDNN starts none of its
-// own.
+// One tile is computed at a time, on one thread, into a buffer that stays in the cache. A sum, a gate, a norm or
+// rounding reads it there and writes the result. oneDNN computes tiles, or in bfloat16 with AVX-512 our own kernel does
+// (product_avx512_bf16.h), on weights in the same layout. The threads are XLA's (parallel.h): oneDNN starts none.
 #pragma once
 
 #include <cstdint>
 #include <functional>
 #include <string>
 
-#include "checks.h"
-#include "product_avx512_bf16.h"  // kUnit
+#include "cpu/checks.h"
+#include "cpu/product_avx512_bf16.h"  // kUnit
 
 namespace funnel {
 
-constexpr int64_t kMostParts = 2;  // products with the same x that one tile needs: a gate and what it gates
+constexpr int64_t kMostParts = 2;  // products with the same x in one tile: a gate and what it gates
 
 struct Product {
   const void* x;        // [rows, in_features]
@@ -34,16 +33,17 @@ struct Tile {
   int64_t row, rows, column, columns;
 };
 
-// Runs `follow` on every tile of a product, on up to so many threads.
+// Computes a product tile by tile, on up to `threads` threads, and calls `finish` with each tile.
 ffi::Error by_tiles(ffi::ThreadPool& pool, int64_t threads, const Product& product,
-                    const std::function<void(const Tile&)>& follow);
+                    const std::function<void(const Tile&)>& finish);
 
-// Whether tiles of whole rows suit a product, because what follows needs them: they are our own kernel's (oneDNN's have
-// few columns) and of whole units, every thread gets some, and the weights, which each tile reads, stay in a cache.
+// Whether a product can be cut into tiles of whole rows without loss of speed: our own kernel computes them (oneDNN's
+// tiles have few columns), rows are whole units, every thread gets tiles, and the weights, which each tile reads, stay
+// in a cache.
 bool suits_whole_rows(int64_t rows, int64_t out_features, int64_t in_features, bool is_bfloat16, int64_t threads);
 
-// Makes what oneDNN needs for a product, so that its first call does not have to: code for each shape of a tile.
-// `step`: as in `Product`. False if tiles cannot have so many units.
+// Lets oneDNN generate code for each shape of a tile of a product, so that the first call does not have to. `step` is
+// that of `Product`. False if a tile cannot have `step` units.
 bool prepare_product(int64_t rows, int64_t out_features, int64_t in_features, bool is_bfloat16, int64_t step,
                      int64_t threads);
 
@@ -52,8 +52,8 @@ int64_t units_of(int64_t features);
 // Elements that a packed weight takes.
 int64_t packed_size(int64_t out_features, int64_t in_features, bool is_bfloat16);
 
-// Packs rows of a weight, [out_features, in_features] elements one row after another: units of kUnit rows, each as oneDNN
-// lays it out for its products.
+// Packs rows of a weight, [out_features, in_features] elements one row after another: units of kUnit rows, each as
+// oneDNN lays it out for its products.
 void pack(const void* weight, int64_t out_features, int64_t in_features, bool is_bfloat16, void* packed);
 
 // Why there is no fast product of this dtype on this machine; empty if there is one.

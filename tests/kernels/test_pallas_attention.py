@@ -154,6 +154,14 @@ def test_shapes_that_do_not_fit_are_refused(device, rows, heads, head_dim, reaso
         jax.eval_shape(lambda *arrays: pallas_tpu.attention(*arrays, **options), *shapes(rows, *heads, head_dim))
 
 
+def test_more_query_blocks_than_a_visit_can_number_are_refused():
+    q, k, v, lo, hi = shapes(2**23 + 1, 1, 1, 128)
+    k = v = jax.ShapeDtypeStruct((128, 128), jnp.bfloat16)  # one key block
+    options = {"heads": 1, "kv_heads": 1, "scale": 1.0, "softcap": None, "target": Target("tpu", "tpu", "TPU v6 lite")}
+    with pytest.raises(Unsupported, match="need up to 8193 x 1 visits; .* of 8192 query blocks"):
+        jax.eval_shape(lambda *arrays: pallas_tpu.attention(*arrays, **options), q, k, v, lo, hi)
+
+
 @pytest.mark.parametrize("generation", pallas_calls.GENERATIONS.values(), ids=lambda generation: generation.name)
 @pytest.mark.parametrize("columns", [64, 256, 512, 2048, 4096])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])

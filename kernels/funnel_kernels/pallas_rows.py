@@ -19,9 +19,7 @@ WINDOWS = 16  # a block has a multiple of this: the rows of a register in bfloat
 MOST_WINDOWS = 512  # the loop over a block is unrolled; with more windows it compiles for many seconds
 GROUP = 8  # windows that are in registers at once; more would spill
 FEWEST_BLOCKS = 4  # so that transfers overlap with work, and each of two cores has some
-MEMORY = (
-    8 * 2**20
-)  # bytes for a block: half of the smallest vector memory (TPU v4); spilled registers need the other half
+MEMORY = 8 * 2**20  # bytes for a block: half of the smallest vector memory (TPU v4); the rest is for spilled registers
 
 
 def check_width(width: int) -> None:

@@ -11,4 +11,3 @@ Vector = jax.Array  # [D]: the weight of a norm, zero-centred (the factor is 1 +
 Bounds = jax.Array  # [N] int32: for each query row, the first key row that it sees, or one past the last
 Mask = jax.Array  # [N] bool
 Angles = jax.Array  # [N, d / 2] float32: cosines or sines of the angles of a head
-Matrix = jax.Array  # [out, in]: a weight in the layout of the checkpoint

@@ -64,7 +64,7 @@ class Record:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Where a program runs and whose kernels run it.
+    """Where a program runs, and with which kernels.
 
     Attributes:
         backend: "auto" takes the first backend of `AUTO` that serves a call. One of `BACKENDS` serves the call or it is

@@ -158,7 +158,7 @@ def test_more_query_blocks_than_a_visit_can_number_are_refused():
     q, k, v, lo, hi = shapes(2**23 + 1, 1, 1, 128)
     k = v = jax.ShapeDtypeStruct((128, 128), jnp.bfloat16)  # one key block
     options = {"heads": 1, "kv_heads": 1, "scale": 1.0, "softcap": None, "target": Target("tpu", "tpu", "TPU v6 lite")}
-    with pytest.raises(Unsupported, match="need up to 8193 x 1 visits; .* of 8192 query blocks"):
+    with pytest.raises(Unsupported, match=r"need up to 8193 x 1 visits; .* of 8192 query blocks"):
         jax.eval_shape(lambda *arrays: pallas_tpu.attention(*arrays, **options), q, k, v, lo, hi)
 
 

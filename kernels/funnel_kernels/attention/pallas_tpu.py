@@ -71,20 +71,14 @@ def attention(
     head_dim = q.shape[1] // heads
     if head_dim > WIDEST:
         raise Unsupported(f"heads are {head_dim} wide; the kernel supports at most {WIDEST}")
-    if head_dim % LANES:  # a head must fill whole registers; only the smallest T5Gemma models have narrower heads
-        widen = functools.partial(pad_heads, head_dim=head_dim, to=-(-head_dim // LANES) * LANES)
-        options: dict[str, Any] = {
-            "heads": heads,
-            "kv_heads": kv_heads,
-            "scale": scale,
-            "softcap": softcap,
-            "target": target,
-            "sizes": sizes,
-        }
-        wide = attention(widen(q), widen(k), widen(v), lo, hi, **options)
-        return wide.reshape(q.shape[0], heads, -1)[..., :head_dim].reshape(q.shape)
-    sizes = sizes or rule(pallas_calls.generation(target), q.dtype, heads // kv_heads * head_dim)
-    return launch(q, k, v, lo, hi, heads, kv_heads, scale, softcap, sizes, target)
+    padded_dim = round_up(
+        head_dim
+    )  # a head must fill whole registers; only the smallest T5Gemma models have narrower ones
+    if padded_dim > head_dim:
+        q, k, v = (pad_heads(x, head_dim, padded_dim) for x in (q, k, v))
+    sizes = sizes or rule(pallas_calls.generation(target), q.dtype, heads // kv_heads * padded_dim)
+    out = launch(q, k, v, lo, hi, heads, kv_heads, scale, softcap, sizes, target)
+    return out if padded_dim == head_dim else out.reshape(-1, heads, padded_dim)[..., :head_dim].reshape(len(lo), -1)
 
 
 def pad_heads(x: Heads, head_dim: int, to: int) -> Heads:
@@ -195,8 +189,8 @@ def launch(
     return out[:rows]
 
 
-def round_up(rows: int) -> int:
-    return -(-rows // LANES) * LANES
+def round_up(size: int) -> int:
+    return -(-size // LANES) * LANES
 
 
 def pad_rows(array: jax.Array, least: int) -> jax.Array:

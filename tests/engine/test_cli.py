@@ -99,7 +99,7 @@ def test_inspect_says_what_is_wrong(folder, tmp_path, damage):
         shutil.rmtree(source)
         reason = "does not exist"
     elif damage == "funnel":
-        options, reason = ["--after", 7], "8 strides but the model only 3 layers"
+        options, reason = ["--after", 7], "8 strides but the model has only 3 layers"
     else:
         options, reason = ["--format", "funnel"], "not a checkpoint of this engine"
     result = run("inspect", source, *options, "--json")
@@ -121,7 +121,7 @@ def test_inspect_verifies_hashes(folder, tmp_path):
     assert run("inspect", tmp_path / "model").exit_code == 0
     result = run("inspect", tmp_path / "model", "--verify")
     assert result.exit_code == 2
-    assert f"the SHA-256 of {file} is not the manifest's" in result.stdout
+    assert f"the SHA-256 of {file} differs from the manifest" in result.stdout
     assert "no hashes to verify" in run("inspect", folder / "source", "--verify").stdout
 
 
@@ -264,7 +264,7 @@ def test_mistakes_are_one_line_and_status_2(folder, tmp_path):
     assert_refused(run("embed", model, texts, "-o", tmp_path / "v.txt"), "must end in .npy or .jsonl")
     assert_refused(run("embed", model, texts, "-o", output, "--stride", 0, "--after", 1), "stride", "at least 1")
     assert_refused(run("embed", model, "-o", output, input="a\n\nb\n"), "line 2 of the texts is empty")
-    assert_refused(run("embed", model, "-o", output, input=""), "no text to embed")
+    assert_refused(run("embed", model, "-o", output, input=""), "the file has no texts; give one text per line")
     assert_refused(run("embed", model, texts, "-o", output, "--prompt-name", "query"), "'query' is unknown")
     assert_refused(run("embed", model, texts, "-o", output, "--backend", "cuda"), "does not exist in this build")
     assert_refused(run("embed", model, texts, "-o", tmp_path / "no" / "v.npy"), "is not a directory; make it first")

@@ -82,7 +82,7 @@ def check_names(where: str, value: Any, known: Iterable[str]) -> None:
         raise ConfigError(f"{where} must be a JSON object with some of {', '.join(known)}; it is {json.dumps(value)}")
     unknown = [name for name in value if name not in known]
     if unknown:
-        raise ConfigError(f"{where} has the unknown name {unknown[0]!r}; choose of {', '.join(known)}")
+        raise ConfigError(f"{where} has the unknown name {unknown[0]!r}; choose from {', '.join(known)}")
 
 
 def warmup(engine: Engine, buckets: memoryview | None, report: Callable[[int, int], bool]) -> None:

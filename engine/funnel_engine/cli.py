@@ -291,7 +291,7 @@ def read_lines(texts: str) -> list[str]:
             except UnicodeDecodeError as error:
                 raise InputError(
                     f"line {number} of the texts is not UTF-8: {error.reason} at byte {error.start + 1} of the line, "
-                    f"byte {bytes_before + error.start + 1} of the file; convert the texts to UTF-8 first"
+                    f"byte {bytes_before + error.start + 1} in total; convert the texts to UTF-8 first"
                 ) from error
             bytes_before += len(line)
     if lines:

@@ -438,7 +438,7 @@ def test_cross_encoder(cross_encoder):
         (TRANSFORMER_CONFIG, {"transformer_task": "text-generation"}, "transformer_task is 'text-generation'"),
         (TRANSFORMER_CONFIG, {"transformer_task": "feature-extraction"}, "transformer_task is 'feature-extraction'"),
         (TRANSFORMER_CONFIG, {"module_output_name": "causal_logits"}, "module_output_name is 'causal_logits'"),
-        ("config.json", {"architectures": ["Gemma2Model"]}, "is that of a CrossEncoder"),
+        ("config.json", {"architectures": ["Gemma2Model"]}, "describes a CrossEncoder"),
     ],
 )
 def test_cross_encoder_that_the_engine_does_not_run(cross_encoder, file, fields, reason):

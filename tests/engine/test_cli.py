@@ -218,7 +218,7 @@ def test_a_byte_that_is_not_utf8_is_named_by_its_line_and_place(folder, tmp_path
     source = {"input": content} if through_a_pipe else {}
     texts = [] if through_a_pipe else [tmp_path / "texts"]
     result = run("embed", folder / "model", *texts, "-o", tmp_path / "v.npy", **source)
-    place = "line 2001 of the texts is not UTF-8: invalid continuation byte at byte 4 of the line, byte 28004 of all"
+    place = "line 2001 of the texts is not UTF-8: invalid continuation byte at byte 4 of the line, byte 28004 in total"
     assert_refused(result, place, "convert the texts to UTF-8 first")
 
 
@@ -268,7 +268,7 @@ def test_mistakes_are_one_line_and_status_2(folder, tmp_path):
     assert_refused(run("embed", model, texts, "-o", output, "--prompt-name", "query"), "'query' is unknown")
     assert_refused(run("embed", model, texts, "-o", output, "--backend", "cuda"), "does not exist in this build")
     assert_refused(run("embed", model, texts, "-o", tmp_path / "no" / "v.npy"), "is not a directory; make it first")
-    assert_refused(run("embed", model, texts, "-o", output, "--pool", "mean"), "there is none", "--after")
+    assert_refused(run("embed", model, texts, "-o", output, "--pool", "mean"), "need a funnel", "--after")
     assert_refused(run("embed", model, "-o", output, input=b"caf\xe9\n"), "line 1 of the texts is not UTF-8", "byte 4")
     assert not list(tmp_path.iterdir())
 

@@ -267,7 +267,7 @@ def test_a_folder_needs_exactly_one_checkpoint(gemma2):
     assert "neither a .ckpt nor pytorch_model.bin.index.json" in refusal(gemma2, format="gemma_pytorch")
     assert "does not exist" in refusal(gemma2 / "model.ckpt", format="gemma_pytorch")
     os.mkfifo(gemma2 / "model.ckpt")  # whoever opens it waits for the one who writes
-    assert "not a regular one; fetch it again" in refusal(gemma2)
+    assert "is not a regular file; fetch it again" in refusal(gemma2)
 
 
 def test_a_folder_with_safetensors_is_not_taken_for_gemma_pytorch(tmp_path):

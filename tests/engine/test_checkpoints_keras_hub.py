@@ -476,7 +476,7 @@ def test_a_file_without_a_gemma(tmp_path):
     assert "neither model.weights.h5 nor model.weights.json" in refusal(tmp_path, format="keras")
     assert "does not exist" in refusal(tmp_path / "none.weights.h5", format="keras")
     os.mkfifo(tmp_path / "pipe.weights.h5")  # whoever opens it waits for the one who writes
-    assert "not a regular one; fetch it again" in refusal(tmp_path / "pipe.weights.h5")
+    assert "is not a regular file; fetch it again" in refusal(tmp_path / "pipe.weights.h5")
     write(tmp_path / "screen.weights.h5", {"\x1b[2J": np.ones(3)})
     assert r"tensors are '\x1b[2J'" in refusal(tmp_path / "screen.weights.h5")
     (tmp_path / "text.weights.h5").write_text("no HDF5")

@@ -1,4 +1,4 @@
-"""Forward-only engine for Gemma encoders whose token sequence is pooled partway through the stack."""
+"""A forward-only engine for Gemma encoders whose token sequence is pooled partway through the stack."""
 
 from funnel_engine.checkpoints.convert import convert
 from funnel_engine.config import FunnelConfig, ModelConfig

@@ -1,4 +1,4 @@
-"""What would serve the ops of a model here: its forward pass, traced without weights."""
+"""Finds out which backends serve the ops of a model: traces its forward pass without weights."""
 
 import dataclasses
 from functools import partial
@@ -15,10 +15,10 @@ from funnel_kernels import Record, Target
 
 
 def served_by(config: ModelConfig, funnel: FunnelConfig, dtype: str, target: Target) -> Record:
-    """The record of the smallest bucket's program; nothing is computed.
+    """The record of the program for the smallest bucket. Nothing is computed.
 
     Raises:
-        BackendUnavailable: the target's backend refuses an op.
+        BackendUnavailable: the target's backend does not support an op.
     """
     record = Record()
     plan = make_plan(config, funnel)

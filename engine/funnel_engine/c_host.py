@@ -1,7 +1,7 @@
-"""What the C library, libfunnel, calls in its interpreter: its other half. Python programs use `Engine`.
+"""The Python half of the C library, libfunnel, which calls these functions. Python programs use `Engine`.
 
-The library has checked pointers, offsets and the sizes of the caller's buffers, and hands them over as memoryviews of
-bytes; what ids and options mean is checked here, by the engine. Semantics: bindings/include/funnel.h.
+The library checks pointers, offsets and buffer sizes, and passes buffers as memoryviews of bytes. The values of ids and
+options are checked here, by the engine. The semantics are in bindings/include/funnel.h.
 """
 
 import functools
@@ -19,29 +19,29 @@ import numpy as np
 
 from funnel_engine.config import FunnelConfig
 from funnel_engine.engine import Engine
-from funnel_engine.jax_settings import own_settings
+from funnel_engine.jax_settings import default_settings
 from funnel_kernels.errors import BackendUnavailable, CheckpointError, ConfigError, InputError
 
-API_VERSION = 2  # FUNNEL_API_VERSION of the libraries that this module serves
+API_VERSION = 2  # FUNNEL_API_VERSION of the libraries that this module supports
 
 
 class Cancelled(Exception):
-    """A host has stopped the warm-up."""
+    """The host stopped the warm-up."""
 
 
 STATUSES = {InputError: 4, ConfigError: 5, CheckpointError: 6, BackendUnavailable: 7, Cancelled: 10}  # funnel_status
 INTERNAL = 9
 TASKS = {None: 0, "classify": 1, "tag": 2}  # of funnel_task
 
-# What "options" may name. A mesh is made of Python objects; the path has a field of its own.
+# The valid names in "options". A mesh consists of Python objects, so it cannot be given; the path has its own field.
 ENGINE_OPTIONS = tuple(name for name in inspect.signature(Engine.load).parameters if name not in ("path", "mesh"))
 FUNNEL_OPTIONS = tuple(field.name for field in fields(FunnelConfig))
 
 
 def open_engine(checkpoint: bytes, options: bytes | None) -> tuple[Engine, tuple[int, ...]]:
-    """The engine, and what funnel_info says about it, in its order."""
+    """Loads an engine; returns it with the values of funnel_info, in the order of its fields."""
     engine = Engine.load(os.fsdecode(checkpoint), **read_options(b"{}" if options is None else options))
-    compile_something()
+    compile_first_program()
     head, config = engine.head, engine.config
     return engine, (
         engine.embedding_size,
@@ -53,17 +53,17 @@ def open_engine(checkpoint: bytes, options: bytes | None) -> tuple[Engine, tuple
 
 
 @functools.cache
-def compile_something() -> None:
-    """Has XLA make for its first program what `exit` destroys, before the library registers for `exit`."""
-    with own_settings():
+def compile_first_program() -> None:
+    """Makes XLA create the objects that are destroyed at `exit`, before the library registers its own exit handler."""
+    with default_settings():
         jax.jit(lambda x: jnp.exp(x @ x))(np.ones((8, 8), np.float32)).block_until_ready()
 
 
 def read_options(text: bytes) -> dict[str, Any]:
-    """The keyword arguments for `Engine.load` in a JSON object.
+    """The keyword arguments for `Engine.load` from a JSON object.
 
     Raises:
-        ConfigError: it is not JSON, not an object, or names an unknown option.
+        ConfigError: the text is not a JSON object, or contains an unknown option.
     """
     try:
         options = json.loads(text.decode())
@@ -82,11 +82,11 @@ def check_names(where: str, value: Any, known: Iterable[str]) -> None:
         raise ConfigError(f"{where} must be a JSON object with some of {', '.join(known)}; it is {json.dumps(value)}")
     unknown = [name for name in value if name not in known]
     if unknown:
-        raise ConfigError(f"{where} has the unknown name {unknown[0]!r}; choose of {', '.join(known)}")
+        raise ConfigError(f"{where} has the unknown name {unknown[0]!r}; choose from {', '.join(known)}")
 
 
 def warmup(engine: Engine, buckets: memoryview | None, report: Callable[[int, int], bool]) -> None:
-    """Compiles the buckets for these numbers of rows, or all; `report(done, total)` says whether to stop."""
+    """Compiles the buckets for these numbers of rows, or all buckets; `report(done, total)` returns whether to stop."""
 
     def progress(done: int, total: int) -> None:
         if report(done, total):
@@ -144,7 +144,7 @@ def describe(engine: Engine) -> bytes:
 
 
 class HostLog(logging.Handler):
-    """Hands log records to the host."""
+    """Passes log records to the host."""
 
     def __init__(self, write: Callable[[int, bytes], None]):
         super().__init__()
@@ -155,7 +155,7 @@ class HostLog(logging.Handler):
 
 
 def log_to(write: Callable[[int, bytes], None] | None) -> None:
-    """Has `write(level, message)` get what is logged, in place of standard error; None ends it."""
+    """Sends log messages to `write(level, message)` instead of standard error; None restores standard error."""
     root = logging.getLogger()
     for handler in [handler for handler in root.handlers if isinstance(handler, HostLog)]:
         root.removeHandler(handler)
@@ -165,12 +165,12 @@ def log_to(write: Callable[[int, bytes], None] | None) -> None:
 
 
 def ragged(ids: memoryview, offsets: memoryview) -> tuple[np.ndarray, np.ndarray]:
-    """The caller's arrays, not copied: (ids [total], offsets [count + 1])."""
+    """The caller's arrays without a copy: (ids [total], offsets [count + 1])."""
     return np.frombuffer(ids, np.int32), np.frombuffer(offsets, np.int32)
 
 
 def write(result: np.ndarray, out: memoryview) -> None:
-    """Copies a result into the caller's memory, which has exactly its size."""
+    """Copies a result into the caller's buffer, which has exactly the right size."""
     np.copyto(np.frombuffer(out, np.float32).reshape(result.shape), result)
 
 

@@ -1,4 +1,4 @@
-"""The `funnel` command. `bench` and `demo` join it through the entry-point group `funnel_engine.commands`."""
+"""The `funnel` command. Other packages add commands to it with the entry-point group `funnel_engine.commands`."""
 
 import contextlib
 import importlib.metadata
@@ -34,21 +34,21 @@ from funnel_kernels import BACKENDS, native_calls
 from funnel_kernels.errors import ConfigError, FunnelError, InputError
 from funnel_kernels.pool_norm import POOLS
 
-COMMANDS = "funnel_engine.commands"  # the entry-point group whose commands join these
+COMMANDS = "funnel_engine.commands"  # the entry-point group of further commands
 TEXTS_PER_CALL = 1024
 INTERRUPTED = 130  # the shell's exit status for SIGINT
-DOCTORS_MODEL = "gemma-2b"  # whose ops it asks the backends for, with this funnel
-DOCTORS_FUNNEL = FunnelConfig.after(2, recovery="sum_last")
+DOCTOR_MODEL = "gemma-2b"  # `doctor` reports the backends of the ops of this model with this funnel
+DOCTOR_FUNNEL = FunnelConfig.after(2, recovery="sum_last")
 
 
-class Refusal(click.ClickException):
-    """A user's mistake: one line, exit status 2."""
+class UserError(click.ClickException):
+    """Shows a user's mistake as one line, with exit status 2."""
 
     exit_code = 2
 
 
 class FunnelGroup(click.Group):
-    """Finds commands of other packages, and turns a `FunnelError` into one line and exit status 2."""
+    """Finds the commands of other packages, and turns a `FunnelError` into one line and exit status 2."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted({*super().list_commands(ctx), *importlib.metadata.entry_points(group=COMMANDS).names})
@@ -63,16 +63,16 @@ class FunnelGroup(click.Group):
         try:
             return super().invoke(ctx)
         except FunnelError as error:
-            raise Refusal(" ".join(str(error).split())) from error
+            raise UserError(" ".join(str(error).split())) from error
         except KeyboardInterrupt:
-            # Everything half-written is removed by now, but the device may still be reading weights that are mapped
-            # into memory; the interpreter's own end would unmap them under it.
+            # Incomplete files are already removed. But the device may still read weights that are mapped into memory,
+            # and a normal exit of the interpreter would unmap them.
             click.echo("Interrupted", err=True)
             os._exit(INTERRUPTED)
-        except BrokenPipeError:  # the reader has left, e.g. `| head`; click ends the process without a word
+        except BrokenPipeError:  # the reader has closed the pipe, e.g. `| head`; click ends the process silently
             raise
         except OSError as error:
-            raise Refusal(f"{error.filename or 'output'}: {error.strerror or error}") from error
+            raise UserError(f"{error.filename or 'output'}: {error.strerror or error}") from error
 
 
 @click.group(cls=FunnelGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -85,11 +85,11 @@ def main() -> None:
 
 
 def funnel_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that describe one funnel; `make_funnel` reads them."""
+    """Adds the options that describe one funnel; `make_funnel` reads them."""
     for option in (
         click.option("--pool", type=click.Choice(POOLS), help="How rows are pooled. Default: max."),
-        click.option("--stride", type=int, help="Tokens pooled into one row. Default: 2."),
-        click.option("--after", type=int, help="Full-length layers before the funnel. Default: no funnel."),
+        click.option("--stride", type=int, help="Number of tokens pooled into one row. Default: 2."),
+        click.option("--after", type=int, help="Number of full-length layers before the funnel. Default: no funnel."),
     ):
         command = option(command)
     return command
@@ -99,27 +99,32 @@ def make_funnel(after: int | None, stride: int | None, pool: str | None) -> Funn
     if after is not None:
         return FunnelConfig.after(after, stride=2 if stride is None else stride, pool=pool or "max")
     if stride is not None or pool is not None:
-        raise ConfigError("--stride and --pool describe a funnel, but there is none; say where it is with --after")
+        raise ConfigError("--stride and --pool need a funnel; give its position with --after")
     return FunnelConfig()
 
 
 format_option = click.option(
-    "--format", "form", type=click.Choice(list(FORMATS)), help="Of the source. Default: known from its content."
+    "--format",
+    "form",
+    type=click.Choice(list(FORMATS)),
+    help="Format of the source. Default: detected from its content.",
 )
 
 sliding_window_option = click.option(
-    "--sliding-window", type=int, help="Tokens; stands for the config's, where an old save has spoiled it."
+    "--sliding-window", type=int, help="Replaces the window in the source's config, in tokens, if that is wrong."
 )
 
 
 @main.command()
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("destination", type=click.Path(path_type=Path))
-@click.option("--dtype", type=click.Choice(list(DTYPES)), default="bfloat16", show_default=True, help="Of the weights.")
+@click.option(
+    "--dtype", type=click.Choice(list(DTYPES)), default="bfloat16", show_default=True, help="Dtype of the weights."
+)
 @click.option("--overwrite", is_flag=True, help="Replace DESTINATION if it exists.")
 @format_option
 @sliding_window_option
-@click.option("--allow-nonfinite", is_flag=True, help="Convert weights that are NaN or infinite as they are.")
+@click.option("--allow-nonfinite", is_flag=True, help="Accept weights that are NaN or infinite.")
 def convert(
     source: Path,
     destination: Path,
@@ -132,8 +137,8 @@ def convert(
     """Convert a Gemma checkpoint for the engine.
 
     SOURCE is a file or folder in one of the formats: Hugging Face, sentence-transformers, Orbax (Flax),
-    gemma_pytorch, KerasHub, or a checkpoint that is already converted. DESTINATION is the folder to make; it appears
-    only once it is complete. `funnel inspect SOURCE` says beforehand what will happen.
+    gemma_pytorch, KerasHub, or a checkpoint that is already converted. DESTINATION is the new folder; it appears when
+    it is complete. `funnel inspect SOURCE` shows beforehand what will be converted.
     """
     convert_checkpoint(
         source,
@@ -149,7 +154,9 @@ def convert(
 
 @main.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("--seq-len", type=click.IntRange(1, 2**20), default=512, show_default=True, help="Tokens per sequence.")
+@click.option(
+    "--seq-len", type=click.IntRange(1, 2**20), default=512, show_default=True, help="Number of tokens per sequence."
+)
 @click.option("--verify", is_flag=True, help="Compare the files of a converted checkpoint with its hashes.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 @format_option
@@ -166,10 +173,10 @@ def inspect(
     stride: int | None,
     pool: str | None,
 ) -> None:
-    """Show what a CHECKPOINT is, converted or not, what is wrong with it, and what a funnel would save.
+    """Show the contents and the problems of a CHECKPOINT, converted or not, and what a funnel would save.
 
-    The weights are not loaded. Without problems, `funnel convert` takes it, or the engine if it is converted; with
-    problems the exit status is 2. Example: funnel inspect gemma-2b --after 2
+    The weights are not loaded. If there are problems, the exit status is 2. If there are none, `funnel convert` accepts
+    the checkpoint, or the engine if it is already converted. Example: funnel inspect gemma-2b --after 2
     """
     funnel = make_funnel(after, stride, pool)
     facts = inspect_checkpoint(checkpoint, form, sliding_window, funnel=funnel, seq_len=seq_len, verify=verify)
@@ -181,9 +188,9 @@ def inspect(
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 def doctor(as_json: bool) -> None:
-    """Show versions, devices, and which backend serves which op, and why not the others.
+    """Show versions, devices, the backend that serves each op, and why the other backends do not.
 
-    With problems the exit status is 2.
+    If there are problems, the exit status is 2.
     """
     packages = ("funnel-engine", "jax", "jaxlib", "numpy", "tokenizers")
     facts: dict[str, Any] = {
@@ -194,7 +201,7 @@ def doctor(as_json: bool) -> None:
     try:
         facts |= {"platform": default_device().platform, "devices": list(map(device_name, jax.devices()))}
         facts["instruction set"] = native_calls.instruction_set()
-        facts |= served_by(preset(DOCTORS_MODEL), DOCTORS_FUNNEL, "bfloat16", local_target()).facts()
+        facts |= served_by(preset(DOCTOR_MODEL), DOCTOR_FUNNEL, "bfloat16", local_target()).facts()
     except FunnelError as error:
         facts["problems"] = [str(error)]
     print_facts(facts | BACKENDS, as_json)
@@ -210,14 +217,14 @@ def doctor(as_json: bool) -> None:
     "-o",
     required=True,
     type=click.Path(path_type=Path, dir_okay=False),
-    help="File to write: .npy (an array [texts, size]) or .jsonl (one JSON list a line).",
+    help="File to write: .npy (an array [texts, size]) or .jsonl (one JSON list per line).",
 )
-@click.option("--truncate-dim", type=int, help="Keep only the first dimensions of each vector.")
-@click.option("--prompt-name", help="Prompt of the checkpoint to put before each text.")
-@click.option("--truncate", is_flag=True, help="Cut the end off texts that are too long, instead of refusing them.")
+@click.option("--truncate-dim", type=int, help="Keep only this many dimensions of each vector.")
+@click.option("--prompt-name", help="Name of the checkpoint's prompt to put before each text.")
+@click.option("--truncate", is_flag=True, help="Cut off the end of texts that are too long, instead of stopping.")
 @click.option("--normalize/--no-normalize", default=True, show_default=True, help="Scale vectors to length 1.")
-@click.option("--attention", type=click.Choice(ATTENTIONS), help="Default: what the checkpoint says.")
-@click.option("--backend", default="auto", show_default=True, help=f"auto, {', '.join(BACKENDS)}.")
+@click.option("--attention", type=click.Choice(ATTENTIONS), help="Kind of attention. Default: that of the checkpoint.")
+@click.option("--backend", default="auto", show_default=True, help=f"One of auto, {', '.join(BACKENDS)}.")
 @funnel_options
 def embed(
     checkpoint: Path,
@@ -233,9 +240,9 @@ def embed(
     stride: int | None,
     pool: str | None,
 ) -> None:
-    """Turn texts into vectors, one per line of TEXTS (a file of UTF-8, or - for standard input).
+    """Compute one vector for each line of TEXTS (a UTF-8 file, or - for standard input).
 
-    All lines are checked before the first is computed.
+    All lines are checked before the first vector is computed.
 
     Example: funnel embed my-gemma sentences.txt --after 2 -o vectors.npy
     """
@@ -243,22 +250,22 @@ def embed(
     lines = read_lines(texts)
     for number, line in enumerate(lines, start=1):
         if not line:
-            raise InputError(f"line {number} of the texts is empty; each line must hold one text")
+            raise InputError(f"line {number} of the texts is empty; each line must contain one text")
     if not lines:
-        raise InputError("there is no text to embed; give one text a line")
+        raise InputError("the file has no texts; give one text per line")
     engine = Engine.load(checkpoint, funnel=make_funnel(after, stride, pool), backend=backend, attention=attention)
     calls = []
     for start in show_progress(range(0, len(lines), TEXTS_PER_CALL), "Reading"):
         part = lines[start : start + TEXTS_PER_CALL]
         try:
             calls.append(engine.token_ids(part, prompt_name=prompt_name, truncate=truncate))
-        except TooLong as error:  # the engine counts from 0 within a call
+        except TooLong as error:  # the engine counts inputs from 0 in each call
             raise InputError(
                 f"line {start + error.index + 1} has {error.tokens} tokens, more than the limit of {error.limit}; "
-                "shorten it, or cut the ends of such lines off with --truncate"
+                "shorten it, or cut off the ends of such lines with --truncate"
             ) from error
         except InputError as error:
-            raise InputError(name_line(str(error), start)) from error
+            raise InputError(with_line_number(str(error), start)) from error
     embedding = show_progress(calls, "Embedding")
     parts = [engine.embed(ids, normalize=normalize, truncate_dim=truncate_dim) for ids in embedding]
     write_vectors(output, np.concatenate(parts))
@@ -268,15 +275,15 @@ def embed(
 def read_lines(texts: str) -> list[str]:
     """The lines of a file, or of standard input for "-", without their ends.
 
-    They are those of `wc -l` and of editors: only a line feed ends a line, with a carriage return before it or not, and
-    the last line may be without one.
+    Lines are counted as by `wc -l` and by editors: only a line feed ends a line, with or without a carriage return
+    before it. The last line may have no line feed.
 
     Raises:
         InputError: a line is not UTF-8, or standard input is closed.
     """
     if texts == "-" and sys.stdin is None:
         raise InputError("standard input is closed; name a file of texts, or pipe them in")
-    lines, before = [], 0
+    lines, bytes_before = [], 0
     with contextlib.nullcontext(sys.stdin.buffer) if texts == "-" else open(texts, "rb") as file:
         for number, line in enumerate(file, start=1):
             try:
@@ -284,9 +291,9 @@ def read_lines(texts: str) -> list[str]:
             except UnicodeDecodeError as error:
                 raise InputError(
                     f"line {number} of the texts is not UTF-8: {error.reason} at byte {error.start + 1} of the line, "
-                    f"byte {before + error.start + 1} of all; convert the texts to UTF-8 first"
+                    f"byte {bytes_before + error.start + 1} in total; convert the texts to UTF-8 first"
                 ) from error
-            before += len(line)
+            bytes_before += len(line)
     if lines:
         lines[0] = lines[0].removeprefix("\ufeff")  # a byte order mark
     return lines
@@ -296,18 +303,18 @@ Item = TypeVar("Item")
 
 
 def show_progress(items: Sequence[Item], what: str) -> Iterable[Item]:
-    """The items, with a bar on standard error if that is a terminal."""
+    """The items, with a progress bar on standard error if that is a terminal."""
     console = Console(stderr=True)
     return track(items, what, console=console, transient=True, disable=not console.is_terminal)
 
 
-def name_line(message: str, start: int) -> str:
-    """Turns the index of an input within one call into the number of its line; `start` lines were before the call."""
+def with_line_number(message: str, start: int) -> str:
+    """Replaces the index of an input in a message by its line number; `start` lines were in earlier calls."""
     return re.sub(r"^input (\d+)", lambda found: f"line {start + int(found[1]) + 1}", message)
 
 
 def write_vectors(output: Path, vectors: np.ndarray) -> None:
-    """Writes [B, D] as the file's ending says: .npy, or .jsonl with one list a line."""
+    """Writes vectors [B, D] as .npy, or as .jsonl with one list per line, depending on the name of the file."""
     if output.suffix == ".npy":
         content = io.BytesIO()
         np.save(content, vectors)
@@ -324,19 +331,19 @@ def print_facts(facts: dict[str, Any], as_json: bool) -> None:
     width = max(map(len, facts))
     for name, value in facts.items():
         lines = value if name == "problems" else [value]
-        for line in map(show, lines or ["none"]):
+        for line in map(format_value, lines or ["none"]):
             click.echo(f"{name:<{width}}  {line}")
 
 
-def show(value: Any) -> str:
+def format_value(value: Any) -> str:
     if isinstance(value, list):
-        return ", ".join(map(show, value)) or "none"
+        return ", ".join(map(format_value, value)) or "none"
     if isinstance(value, dict):
-        return ", ".join(f"{show(name)} {show(item)}" for name, item in value.items()) or "none"
+        return ", ".join(f"{format_value(name)} {format_value(item)}" for name, item in value.items()) or "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.3f}"
-    if isinstance(value, str):  # which may come from a stranger's file
+    if isinstance(value, str):  # may come from an untrusted file
         return value if value.isprintable() else repr(value)
     return "none" if value is None else f"{value:,}"

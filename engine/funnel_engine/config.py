@@ -1,6 +1,6 @@
-"""What a model is (`ModelConfig`), how it is funneled (`FunnelConfig`), and the layer-by-layer plan of both.
+"""The architecture of a model (`ModelConfig`), its funnel (`FunnelConfig`), and what both mean for each layer.
 
-What differs between model families is data here, so that `model.forward` has one code path for all of them.
+Differences between model families are data here, so `model.forward` has one code path for all of them.
 """
 
 import dataclasses
@@ -19,10 +19,10 @@ POSITIONS = ("first", "last", "mid", "compact")
 
 
 class Recovery(NamedTuple):
-    """How the rows after the last layer get back to full length."""
+    """How the rows after the last layer are expanded to full length."""
 
-    mode: str  # of `recover_norm`: how the tiled rows are combined with full-length activations
-    source: str | None  # which activations: "first", "last", "max" or "mean" of the full-length layers' outputs
+    mode: str  # how the tiled rows are combined with full-length activations, see `recover_norm`
+    source: str | None  # which activations: "first", "last", "max" or "mean" of the outputs of the full-length layers
 
 
 # The last six are the paper's operations 1 to 6 (arXiv:2504.02877), in order.
@@ -51,22 +51,22 @@ class ModelConfig:
     """The architecture of one Gemma-family encoder.
 
     Attributes:
-        family: the `model_type` of its Hugging Face config, e.g. "gemma2".
-        num_kv_heads: key/value heads; divides `num_heads`.
-        query_scale: factor on the attention scores (`query_pre_attn_scalar ** -0.5`).
-        softcap: bound of the attention scores, or None.
+        family: the `model_type` in its Hugging Face config, e.g. "gemma2".
+        num_kv_heads: number of key/value heads; must divide `num_heads`.
+        query_scale: factor of the attention scores (`query_pre_attn_scalar ** -0.5`).
+        softcap: bound on the attention scores, or None.
         post_norms: whether attention and MLP outputs are normalised before they join the residual stream.
         qk_norm: whether queries and keys are normalised per head before RoPE.
         layer_types: "full" or "sliding" for each layer.
-        causal_window, bidirectional_window: inclusive (left, right) radii in tokens that a sliding layer sees under
-            either attention; None if the model has no sliding layers.
+        causal_window, bidirectional_window: inclusive (left, right) radii in tokens of a sliding layer, for each kind
+            of attention; None if the model has no sliding layers.
         attention: "bidirectional" or "causal".
-        full_rope, sliding_rope: RoPE of the full and of the sliding layers.
-        max_positions: longest sequence the model was made for, in tokens.
-        pad_token_id: the id that classification heads skip at the end of a sequence; None skips none.
+        full_rope, sliding_rope: RoPE of the full layers and of the sliding layers.
+        max_positions: the longest sequence that the model supports, in tokens.
+        pad_token_id: the id that classification heads skip at the end of a sequence; None skips nothing.
 
     Raises:
-        ConfigError: sizes that do not fit together.
+        ConfigError: the sizes do not fit together.
     """
 
     family: str
@@ -99,9 +99,9 @@ class ModelConfig:
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
         if self.head_dim % 2:
-            raise ConfigError(f"head_dim={self.head_dim} must be even: RoPE rotates halves of a head")
+            raise ConfigError(f"head_dim={self.head_dim} must be even, because RoPE rotates the two halves of a head")
         if not self.layer_types:
-            raise ConfigError("a model needs at least one layer; layer_types is empty")
+            raise ConfigError("layer_types is empty; a model needs at least one layer")
         for layer_type in self.layer_types:
             check_option("layer type", layer_type, LAYER_TYPES)
         check_option("attention", self.attention, ATTENTIONS)
@@ -121,7 +121,7 @@ class ModelConfig:
         return len(self.layer_types)
 
     def window(self, layer_type: str) -> tuple[int | None, int | None]:
-        """Inclusive (left, right) radii in tokens of a layer; None is without limit."""
+        """The inclusive (left, right) radii in tokens of a layer; None is no limit."""
         if layer_type == "full":
             return (None, 0 if self.attention == "causal" else None)
         window = self.causal_window if self.attention == "causal" else self.bidirectional_window
@@ -137,19 +137,19 @@ class FunnelConfig:
     """Where and how the token axis is pooled. Semantics: docs/semantics.md.
 
     Attributes:
-        strides: entry `i` is the stride applied to the residual stream that enters layer `i`; a missing tail is 1.
-            `(1, 1, 2)` pools pairs after two full-length layers, as the paper's "Funnel Pooling Config" does.
-        pool: "max" (default, elementwise, signed), "mean" or "first", over the real rows of a window.
-        pool_query_only: in a pooling layer, take keys and values from the unpooled rows (Funnel-Transformer's rule).
-        positions: RoPE position of a pooled row in tokens: "first" token of its window, "last", "mid" (halfway
-            between the two) or "compact" (rows renumbered; not with `pool_query_only`).
+        strides: entry `i` is the stride applied to the residual stream before layer `i`; missing entries are 1.
+            `(1, 1, 2)` pools pairs of rows after two full-length layers, like the paper's "Funnel Pooling Config".
+        pool: "max" (default; elementwise, signed), "mean" or "first" of the real rows of a window.
+        pool_query_only: in a pooling layer, take keys and values from the unpooled rows (as Funnel-Transformer does).
+        positions: RoPE position of a pooled row: the "first" token of its window, the "last", "mid" (halfway between
+            them), or "compact" (rows are renumbered; not with `pool_query_only`).
         keep_first: leave the first token alone in its window at every level.
-        recovery: what gives every token a row again after the last layer: None, "tile", "sum_first", "sum_last",
+        recovery: how every token gets a row again after the last layer: None, "tile", "sum_first", "sum_last",
             "sum_max", "sum_mean", "mean_last" or "max_last".
         recovery_site: "before_norm" or "after_norm", relative to the final norm.
 
     Raises:
-        ConfigError: an unknown option value, a stride below 1, or options that contradict each other.
+        ConfigError: a value is unknown, a stride is below 1, or options contradict each other.
     """
 
     strides: tuple[int, ...] = ()
@@ -175,13 +175,13 @@ class FunnelConfig:
             check_option("recovery", self.recovery, tuple(RECOVERIES))
             if self.total_stride == 1:
                 raise ConfigError(
-                    f"recovery={self.recovery!r} without a funnel has nothing to recover; "
+                    f"recovery={self.recovery!r} needs a funnel, but all strides are 1; "
                     "give a stride above 1 or leave recovery out"
                 )
         if self.positions == "compact" and self.pool_query_only:
             raise ConfigError(
-                "positions='compact' renumbers the queries but not the unpooled keys that pool_query_only keeps; "
-                "use positions 'first', 'last' or 'mid' with it"
+                "positions='compact' cannot be used with pool_query_only, whose unpooled keys are not renumbered; "
+                "use positions 'first', 'last' or 'mid'"
             )
 
     @classmethod
@@ -191,7 +191,7 @@ class FunnelConfig:
 
     @property
     def total_stride(self) -> int:
-        """Tokens per row after the last layer: the product of the strides."""
+        """Tokens per row after the last layer, which is the product of the strides."""
         total = 1
         for stride in self.strides:
             total *= stride
@@ -204,34 +204,34 @@ class FunnelConfig:
 
     @property
     def lead(self) -> int:
-        """Rows of padding before each sequence, which leave the first token alone in its window (`keep_first`)."""
+        """Rows of padding before each sequence, so that the first token is alone in its window (`keep_first`)."""
         return self.total_stride - 1 if self.keep_first else 0
 
 
 class LayerStep(NamedTuple):
-    """What one layer does to the token axis. Strides are in tokens per row."""
+    """The token axis at one layer. Strides are in tokens per row."""
 
     layer_type: str  # "full" or "sliding"
-    pool: int  # stride applied to the residual stream before this layer; 1 is none
+    pool: int  # stride applied to the residual stream before this layer; 1 is no pooling
     query_stride: int  # of the queries, and of the residual stream from here on
     key_stride: int  # of the keys and values
 
 
 def layer_steps(config: ModelConfig, funnel: FunnelConfig) -> list[LayerStep]:
-    """The token axis, layer by layer.
+    """The token axis at each layer.
 
     Raises:
         ConfigError: the funnel has more strides than the model has layers, or pools more than a whole sequence.
     """
     if len(funnel.strides) > config.num_layers:
         raise ConfigError(
-            f"the funnel has {len(funnel.strides)} strides but the model only {config.num_layers} layers; "
-            f"at most one stride a layer, so a funnel can be placed after layer {config.num_layers - 1} at the latest"
+            f"the funnel has {len(funnel.strides)} strides but the model has only {config.num_layers} layers; "
+            f"give at most one per layer, so a funnel can be after layer {config.num_layers - 1} at the latest"
         )
     if funnel.total_stride > config.max_positions:
         raise ConfigError(
-            f"strides {funnel.strides} pool {funnel.total_stride} tokens into one row, more than the model's longest "
-            f"sequence of {config.max_positions} has; take smaller strides"
+            f"strides {funnel.strides} pool {funnel.total_stride} tokens into one row, but the longest sequence of the "
+            f"model has {config.max_positions}; use smaller strides"
         )
     strides = funnel.strides + (1,) * (config.num_layers - len(funnel.strides))
     steps, stride = [], 1
@@ -242,7 +242,7 @@ def layer_steps(config: ModelConfig, funnel: FunnelConfig) -> list[LayerStep]:
     return steps
 
 
-# The checks of what a caller gives. Each returns the value as a plain one of Python, so that NumPy's may be given too.
+# Checks of arguments. Each one returns a plain Python value, so that NumPy values are accepted too.
 
 
 def check_integer(
@@ -283,5 +283,5 @@ def check_option(name: str, value: Any, choices: tuple[str, ...]) -> None:
 
 
 def set_field(instance: Any, name: str, value: Any) -> None:
-    """Sets a field of a frozen dataclass, which only its own `__post_init__` may do."""
+    """Sets a field of a frozen dataclass; only its own `__post_init__` may do this."""
     object.__setattr__(instance, name, value)

@@ -1,4 +1,4 @@
-"""Where an engine's batches run: what it needs of one device, or of several (`sharding.py`)."""
+"""Where the batches of an engine run: the interface to its devices, and one device (several: `sharding.py`)."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -22,11 +22,11 @@ class Devices(Protocol):
     """The devices of an engine.
 
     Attributes:
-        target: where its programs run, and by whose kernels.
-        device: the one that programs are made for, or the first of several.
-        data: how many batches run at once.
+        target: where the programs run, and with which kernels.
+        device: the device that programs are compiled for, or the first of several.
+        data: the number of batches that run at once.
         axis: the mesh axis over which `model.forward` sums; None if every device has the whole model.
-        config: what one device computes of the model.
+        config: the part of the model that one device computes.
     """
 
     target: Target
@@ -35,44 +35,48 @@ class Devices(Protocol):
     axis: str | None
     config: ModelConfig
 
-    def groups(self, plan: Plan, lengths: Ints, buckets: Sequence[int]) -> list[list[Ints]]:
-        """Splits sequences of these lengths into batches, and these into groups of up to `data` that run at once."""
+    def group_batches(self, plan: Plan, lengths: Ints, buckets: Sequence[int]) -> list[list[Ints]]:
+        """Splits sequences of these lengths into batches, and the batches into groups of up to `data` that run at once.
 
-    def put(self, weights: Params, funnel: FunnelConfig, dtype: str) -> dict[str, Any]:
-        """Casts, prepares and transfers a flat table of weights; gives the tree that `model.forward` reads."""
-
-    def stack(self, batches: Sequence[Tree]) -> Tree:
-        """The arrays of a group of batches, all of one bucket, as programs take them."""
-
-    def unstack(self, results: jax.Array) -> Iterator[np.ndarray]:
-        """A program's result for each batch of a group."""
-
-    def shapes(self, batch: Tree) -> Tree:
-        """The shapes of what `stack` makes of batches of these shapes."""
-
-    def shard(self, function: Callable[..., jax.Array], params: Tree) -> Callable[..., jax.Array]:
-        """Makes of `function(params, *arrays of one batch)` the same of a group.
-
-        Args:
-            params: arrays or shapes that know their sharding.
+        Returns:
+            For each group and each of its batches, the indices of the sequences.
         """
 
-    def queued(self, program: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-        """The program, safe to call from any thread."""
+    def put(self, weights: Params, funnel: FunnelConfig, dtype: str) -> dict[str, Any]:
+        """Casts, prepares and transfers a flat table of weights. Returns the tree that `model.forward` reads."""
+
+    def stack(self, batches: Sequence[Tree]) -> Tree:
+        """The input arrays of a program for a group of batches, all of one bucket."""
+
+    def unstack(self, results: jax.Array) -> Iterator[np.ndarray]:
+        """The result of a program for each batch of a group."""
+
+    def stacked_shapes(self, batch: Tree) -> Tree:
+        """The shapes of the arrays that `stack` returns for batches of these shapes."""
+
+    def shard(self, function: Callable[..., jax.Array], params: Tree) -> Callable[..., jax.Array]:
+        """Turns `function(params, *arrays of one batch)` into a function of the arrays of a group.
+
+        Args:
+            params: arrays, or shapes, with their shardings.
+        """
+
+    def thread_safe(self, program: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+        """The program in a form that any thread may call."""
 
 
 def local_target(backend: str = "auto", threads: int = 0) -> Target:
-    """The target of programs that run on JAX's default device.
+    """The target for JAX's default device.
 
     Raises:
-        BackendUnavailable: no such backend, or JAX does not start.
-        ConfigError: the default device is not of the platform that JAX runs on.
+        BackendUnavailable: the backend does not exist, or JAX does not start.
+        ConfigError: the default device is on another platform than the one that JAX runs on.
     """
     return Target.of(default_device(), backend=backend, threads=threads)
 
 
 class OneDevice:
-    """An engine without a mesh: one device, JAX's default where the engine is made, runs one batch after another."""
+    """One device, which runs one batch after another: JAX's default device at the time when the engine is made."""
 
     data = 1
     axis: str | None = None
@@ -81,11 +85,11 @@ class OneDevice:
         self.config, self.device = config, default_device()
         self.target = Target.of(self.device, backend=backend, threads=threads)
 
-    def groups(self, plan: Plan, lengths: Ints, buckets: Sequence[int]) -> list[list[Ints]]:
+    def group_batches(self, plan: Plan, lengths: Ints, buckets: Sequence[int]) -> list[list[Ints]]:
         return [[batch] for batch in split(plan, lengths, buckets[-1])]
 
     def put(self, weights: Params, funnel: FunnelConfig, dtype: str) -> dict[str, Any]:
-        """Each weight is replaced as soon as it is on the device, so that host memory holds one of them twice."""
+        """Each weight is replaced as soon as it is on the device, so host memory contains at most one weight twice."""
         put = partial(to_device, dtype=dtype, target=self.target, device=self.device)
         return map_weights(put, nest(weights, self.config, funnel))
 
@@ -95,13 +99,13 @@ class OneDevice:
     def unstack(self, results: jax.Array) -> Iterator[np.ndarray]:
         yield np.asarray(results)
 
-    def shapes(self, batch: Tree) -> Tree:
+    def stacked_shapes(self, batch: Tree) -> Tree:
         return batch
 
     def shard(self, function: Callable[..., jax.Array], params: Tree) -> Callable[..., jax.Array]:
         return function
 
-    def queued(self, program: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    def thread_safe(self, program: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
         return program
 
     def __str__(self) -> str:
@@ -109,7 +113,7 @@ class OneDevice:
 
 
 def map_weights(function: Callable[[str, Any], Any], tree: dict[str, Any]) -> dict[str, Any]:
-    """Replaces every weight of a tree by a function of its name and itself."""
+    """Applies a function to the name and the value of every weight of a tree."""
     mapped: dict[str, Any] = jax.tree.map_with_path(
         lambda path, weight: function(path[-1].key, weight), tree, is_leaf=lambda node: isinstance(node, PackedWeight)
     )
@@ -117,17 +121,17 @@ def map_weights(function: Callable[[str, Any], Any], tree: dict[str, Any]) -> di
 
 
 def to_device(name: str, weight: Any, dtype: str, target: Target, device: jax.Device | None = None) -> Weight:
-    """Casts, prepares and transfers one weight. On a CPU, one that needs none of it stays where its file is mapped.
+    """Casts, prepares and transfers one weight. On a CPU, a weight that needs none of these stays in its mapped file.
 
     Args:
-        device: None takes JAX's default.
+        device: the destination; None is JAX's default device.
     """
     prepared = prepare_weight(name, weight, dtype, target)
     if prepared is not weight and isinstance(weight, np.ndarray):
         release(weight)
     arrays = jax.tree.leaves(prepared)
-    is_there = all(isinstance(array, jax.Array) and array.devices() == {device} for array in arrays)
-    return prepared if is_there else jax.device_put(prepared, device)
+    is_on_device = all(isinstance(array, jax.Array) and array.devices() == {device} for array in arrays)
+    return prepared if is_on_device else jax.device_put(prepared, device)
 
 
 def batch_shapes(plan: Plan, rows: int) -> Tree:

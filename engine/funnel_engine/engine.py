@@ -17,7 +17,7 @@ from funnel_engine.flops import ideal_ratio
 from funnel_engine.heads import Head, HeadConfig, SentenceVectors, SequenceLogits, TokenLogits, head_shapes
 from funnel_engine.inputs import Ragged, read_inputs
 from funnel_engine.jax_settings import guarded
-from funnel_engine.messages import first_of
+from funnel_engine.messages import abbreviate
 from funnel_engine.model import forward
 from funnel_engine.packing import Ints, Spans, make_plan, pack, row_buckets, spans
 from funnel_engine.programs import Programs, use_compilation_cache
@@ -29,18 +29,18 @@ from funnel_kernels import native_calls
 from funnel_kernels.errors import CheckpointError, ConfigError, InputError
 from funnel_kernels.target import check_backend
 
-MAX_BATCH_TOKENS = 2**24  # row numbers and their sums stay far inside int32
+MAX_BATCH_TOKENS = 2**24  # row numbers and their sums stay far below the limit of int32
 
 
 class Engine:
     """Runs one funneled encoder. Make one per process with `Engine.load`; every method may be called from any thread.
 
     A call packs its sequences into batches of at most `max_batch_tokens` rows, longest sequences first, and returns
-    its results in input order. Every batch runs in a *bucket*, a size of the packed axis that is compiled once, by
-    `warmup` or else by the first call that needs it.
+    its results in input order. Every batch runs in a *bucket*, a size of the packed axis. The program of a bucket is
+    compiled once, by `warmup` or else by the first call that needs it.
 
-    JAX's settings of the process, e.g. `jax_enable_x64`, do not reach it. A process that is forked after an engine was
-    made gets `BackendUnavailable` from every method that needs JAX.
+    JAX settings of the process, e.g. `jax_enable_x64`, do not affect an engine. If the process is forked after an
+    engine was made, every method that needs JAX raises `BackendUnavailable` in the fork.
     """
 
     @guarded
@@ -60,35 +60,35 @@ class Engine:
         mesh: Mesh | None = None,
         threads: int | None = None,
     ):
-        """Puts weights on the device, or on those of a mesh; most callers want `Engine.load`.
+        """Puts the weights on the device, or on the devices of a mesh. Most callers want `Engine.load`.
 
         Args:
             config: the architecture.
-            head: what runs on the encoder's rows.
-            weights: arrays by the names and of the shapes that `weights.expected_shapes` gives, all float32 or all
-                bfloat16. Without a mesh, JAX arrays on the device are used as they are, so engines can share them.
+            head: what runs on the rows of the encoder.
+            weights: arrays with the names and shapes of `weights.expected_shapes`, all float32 or all bfloat16. Without
+                a mesh, JAX arrays on the device are not copied, so engines can share them.
             funnel: where and how the token axis is pooled.
             backend: "auto" or one of `funnel_kernels.BACKENDS`, see `funnel_kernels.Target`.
-            tokenizer: makes ids of texts; None takes token ids only.
-            text: what else is done to a text: begin and end of sequence, prompts, length limit.
+            tokenizer: converts texts to ids; with None the engine takes token ids only.
+            text: how else texts are prepared: begin and end of sequence, prompts, length limit.
             max_batch_tokens: tokens of the largest batch, and of the longest sequence.
-            compilation_cache: directory in which compiled programs outlive the process (a setting of the process).
-            dtype: "bfloat16" or "float32", which the weights are cast to; None keeps theirs.
-            mesh: devices to run on, see `sharding`: those along its axis "model" share the layers, those along "data"
-                run a batch each. None runs on JAX's default device.
-            threads: how many threads the kernels for CPUs use, see `threads.py`; None takes OMP_NUM_THREADS, or else
+            compilation_cache: directory where JAX stores compiled programs, for the whole process.
+            dtype: "bfloat16" or "float32", to which the weights are cast; None keeps their dtype.
+            mesh: devices to run on, see `sharding`. Devices along the axis "model" share the layers; devices along
+                "data" run a batch each. None runs on JAX's default device.
+            threads: number of threads of the kernels for CPUs, see `threads.py`; None takes OMP_NUM_THREADS, or else
                 all cores of the process.
 
         Raises:
-            ConfigError: options that contradict the model or each other, or a mesh that does not divide the model.
-            CheckpointError: weights that are missing, unknown, misshapen or of another dtype.
-            BackendUnavailable: no such backend here, or one that does not serve this model.
+            ConfigError: options contradict the model or each other, or the mesh does not divide the model.
+            CheckpointError: weights are missing or unknown, or have a wrong shape or dtype.
+            BackendUnavailable: the backend is not available here, or does not support this model.
         """
         max_batch_tokens = check_positive("max_batch_tokens", max_batch_tokens)
         if max_batch_tokens > MAX_BATCH_TOKENS:
-            raise ConfigError(f"max_batch_tokens={max_batch_tokens} is beyond the limit of {MAX_BATCH_TOKENS} (2**24)")
+            raise ConfigError(f"max_batch_tokens={max_batch_tokens} must be at most {MAX_BATCH_TOKENS} (2**24)")
         if not isinstance(funnel, FunnelConfig):
-            raise ConfigError(f"funnel={funnel!r} must be a FunnelConfig; no funnel is FunnelConfig()")
+            raise ConfigError(f"funnel={funnel!r} must be a FunnelConfig; FunnelConfig() means no funnel")
         if dtype is not None:
             dtype = check_dtype(dtype)
         check_backend(backend)
@@ -122,7 +122,7 @@ class Engine:
             plan=self.plan,
             devices=self.devices,
         )
-        if backend != "auto":  # which has always one that serves; another may refuse, now and not in the first call
+        if backend != "auto":  # a named backend may refuse an op; then it must do so now, not in the first call
             self.programs.trace(self.buckets[0])
 
     @classmethod
@@ -141,19 +141,19 @@ class Engine:
         mesh: Mesh | None = None,
         threads: int | None = None,
     ) -> "Engine":
-        """Loads a checkpoint that `convert` has written.
+        """Loads a checkpoint that `convert` wrote.
 
         Args:
             path: its directory.
             dtype: "bfloat16" or "float32"; None keeps the checkpoint's.
             attention: "bidirectional" or "causal"; None keeps the checkpoint's.
             pooling: how `embed` pools, see `HeadConfig`; None keeps the checkpoint's.
-            verify: read every file first and compare its SHA-256 with the one that `convert` has written down.
+            verify: first read every file and compare its SHA-256 with the one that `convert` recorded.
 
         The other arguments are those of `Engine`.
 
         Raises:
-            CheckpointError: the directory is not a whole checkpoint.
+            CheckpointError: the directory is not a complete checkpoint.
             ConfigError, BackendUnavailable: as `Engine`.
         """
         checkpoint = read_checkpoint(path, verify=check_flag("verify", verify))
@@ -178,12 +178,12 @@ class Engine:
         )
 
     def token_ids(self, inputs: Any, *, prompt_name: str | None = None, truncate: bool = False) -> Ragged:
-        """The token ids `(ids, offsets)` that the other methods run for these inputs, and take in their place.
+        """The token ids `(ids, offsets)` that the other methods run for these inputs; they also accept this pair.
 
-        So everything can be checked before anything is run. The arguments are those of `embed`.
+        With it, all inputs can be checked before any is run. The arguments are those of `embed`.
 
         Raises:
-            InputError: inputs that cannot be run.
+            InputError: the inputs cannot be run.
         """
         truncate = check_flag("truncate", truncate, error=InputError)
         return read_inputs(
@@ -206,20 +206,20 @@ class Engine:
         prompt_name: str | None = None,
         truncate: bool = False,
     ) -> np.ndarray:
-        """One vector per input: its rows pooled, then the head's dense layers if it has any.
+        """One vector per input: its rows are pooled, then the dense layers of the head are applied.
 
         Args:
             inputs: a text, texts, sequences of token ids, or ragged `(ids, offsets)`, see `inputs.read_inputs`.
             normalize: scale each vector to length 1.
             truncate_dim: keep only the first dimensions, before normalising (Matryoshka, arXiv:2205.13147).
-            prompt_name: which of the checkpoint's prompts to put before each text.
+            prompt_name: the prompt of the checkpoint to put before each text.
             truncate: cut the end off inputs that are longer than `max_length`, instead of refusing them.
 
         Returns:
             [B, D] float32.
 
         Raises:
-            InputError: inputs that cannot be run; the engine stays usable.
+            InputError: the inputs cannot be run; the engine stays usable.
         """
         normalize = check_flag("normalize", normalize, error=InputError)
         width = self.embedding_size
@@ -235,14 +235,14 @@ class Engine:
 
     @guarded
     def classify(self, inputs: Any, *, truncate: bool = False) -> np.ndarray:
-        """Raw logits of each input, [B, labels] float32: the classifier at the last token that is not padding.
+        """Raw logits of each input, [B, labels] float32: the classifier reads the last token that is not padding.
 
-        As in transformers, that is the rightmost id other than `config.pad_token_id`, or the first token if all are;
-        without a pad id, the last token.
+        As in transformers, this is the rightmost id other than `config.pad_token_id`, or the first token if all ids
+        are padding. Without a pad id it is the last token.
 
         Raises:
             ConfigError: the checkpoint has no sequence classifier.
-            InputError: inputs that cannot be run.
+            InputError: the inputs cannot be run.
         """
         self._require_task("classify")
         ragged = self.token_ids(inputs, truncate=truncate)
@@ -256,13 +256,13 @@ class Engine:
         """Raw logits of each token, one [T, labels] float32 array per input.
 
         Raises:
-            ConfigError: the checkpoint has no token classifier, or the funnel leaves no row per token.
-            InputError: inputs that cannot be run.
+            ConfigError: the checkpoint has no token classifier, or the output has fewer rows than tokens.
+            InputError: the inputs cannot be run.
         """
         self._require_task("tag")
         if self.plan.output_stride != 1:
             raise ConfigError(
-                f"tag needs one row per token, but the funnel {self.funnel.strides} leaves one row per "
+                f"tag needs one row per token, but with strides {self.funnel.strides} there is one row per "
                 f"{self.plan.output_stride} tokens; load with a recovery, e.g. FunnelConfig(..., recovery='mean_last')"
             )
         return self._split_rows(inputs, truncate, "tag")
@@ -271,10 +271,10 @@ class Engine:
     def hidden_states(self, inputs: Any, *, truncate: bool = False) -> list[np.ndarray]:
         """The encoder's rows after the final norm, one [R, D] float32 array per input.
 
-        R is the number of tokens, or, with a funnel and no recovery, of pooled rows.
+        R is the number of tokens or, with a funnel and no recovery, the number of pooled rows.
 
         Raises:
-            InputError: inputs that cannot be run.
+            InputError: the inputs cannot be run.
         """
         return self._split_rows(inputs, truncate, None)
 
@@ -285,13 +285,14 @@ class Engine:
         """Compiles the programs of every bucket, so that no later call compiles.
 
         Args:
-            progress: show a progress bar, if standard error is a terminal; or a function of how many programs of how
-                many are compiled, called after each. What it raises ends the warm-up.
-            buckets: numbers of rows, of each of which only the smallest bucket that holds them is compiled. A sequence
-                takes as many rows as it has tokens, rounded up to a multiple of the funnel's total stride.
+            progress: True shows a progress bar if standard error is a terminal. A function is called as
+                `progress(compiled, total)` after each program; an exception from it ends the warm-up.
+            buckets: numbers of rows. For each number, the smallest bucket with at least this many rows is compiled;
+                None compiles all buckets. A sequence takes as many rows as it has tokens, rounded up to a multiple of
+                the funnel's total stride.
 
         Raises:
-            InputError: `buckets` holds something that no bucket holds.
+            InputError: `buckets` contains a number for which no bucket is large enough.
         """
         if not callable(progress):
             progress = check_flag("progress", progress, error=InputError)
@@ -304,7 +305,7 @@ class Engine:
 
     @guarded
     def describe(self) -> str:
-        """What runs here and how, for people: the ops of the programs that were made, and what serves them."""
+        """A description for people: the model, the ops of the programs, the backend of each op, devices and limits."""
         config, lengths = self.config, np.full(1, min(512, self.max_length), np.int32)
         ratio = ideal_ratio(config, self.funnel, lengths)
         dtype = str(self.params["embedding"].dtype)
@@ -330,7 +331,7 @@ class Engine:
         return self.head.dense[-1].out_features if self.head.dense else self.config.hidden_size
 
     def _buckets_for(self, asked: Sequence[int]) -> list[int]:
-        """The buckets that hold these numbers of rows, each once, in order."""
+        """The smallest buckets for these numbers of rows, without duplicates, ascending."""
         if not isinstance(asked, (Sequence, np.ndarray)) or len(asked) == 0:
             raise InputError(f"buckets={asked!r} must be a list of numbers of rows, or None for all buckets")
         for index, rows in enumerate(asked):
@@ -338,49 +339,51 @@ class Engine:
         return sorted({next(bucket for bucket in self.buckets if bucket >= rows) for rows in asked})
 
     def _run(self, ragged: Ragged, head: str | None) -> Iterator[tuple[Ints, Spans, np.ndarray]]:
-        """Runs all batches; yields each one's sequence indices, its output rows, and the head's result.
+        """Runs all batches. Yields for each batch its sequence indices, its output rows, and the result of the head.
 
-        Without a head the result is the encoder's rows. The next batch is packed and dispatched before the last one's
-        result is handed out, so that the device does not wait for the host. Over a mesh, what runs at once is a group
-        of batches, one bucket for all of them.
+        Without a head the result is the rows of the encoder. The next batch is packed and dispatched before the result
+        of the previous one is yielded, so the device does not wait for the host. On a mesh, a group of batches runs at
+        once, all in the same bucket.
         """
         pending: Iterable[tuple[Ints, Spans, np.ndarray]] = ()
         running: list[jax.Array] = []
         programs = self.programs
         try:
-            for group in self.devices.groups(self.plan, ragged.lengths, self.buckets):
+            for group in self.devices.group_batches(self.plan, ragged.lengths, self.buckets):
                 batches = [ragged.take(order) for order in group]
-                spent = max(int(self.plan.rows_needed(batch.lengths).sum()) for batch in batches)
-                rows = next(bucket for bucket in self.buckets if bucket >= spent)
+                needed = max(int(self.plan.rows_needed(batch.lengths).sum()) for batch in batches)
+                rows = next(bucket for bucket in self.buckets if bucket >= needed)
                 packed = self.devices.stack([pack(self.plan, batch.ids, batch.offsets, rows) for batch in batches])
-                running.append(programs.encode(packed, rows))
+                running.append(programs.run_encoder(packed, rows))
                 tokens = sum(len(batch.ids) for batch in batches)
                 programs.count(batches=len(batches), padding_rows=self.devices.data * rows - tokens)
-                where = [spans(self.plan, batch.lengths, self.plan.output_stride) for batch in batches]
+                row_spans = [spans(self.plan, batch.lengths, self.plan.output_stride) for batch in batches]
                 if head is not None:
-                    reads = [programs.heads[head].reads(*each) for each in zip(batches, where, strict=True)]
-                    running.append(programs.run_head(head, running[-1], reads))
+                    reader = programs.heads[head]
+                    inputs = [reader.sequence_inputs(*pair) for pair in zip(batches, row_spans, strict=True)]
+                    running.append(programs.run_head(head, running[-1], inputs))
                 yield from pending
-                pending = zip(group, where, self.devices.unstack(running[-1]), strict=False)  # devices left over: last
+                results = self.devices.unstack(running[-1])  # those of idle devices come last
+                pending = zip(group, row_spans, results, strict=False)
                 running = running[-2:]
             programs.count(calls=1, sequences=len(ragged.lengths), tokens=len(ragged.ids))
             yield from pending
         finally:
-            jax.block_until_ready(running)  # an interrupted caller must not free weights that are being read
+            jax.block_until_ready(running)  # an interrupted caller must not free weights that a program still reads
 
     def _split_rows(self, inputs: Any, truncate: bool, head: str | None) -> list[np.ndarray]:
-        """One array per input, of its rows."""
+        """One array per input: its rows."""
         ragged = self.token_ids(inputs, truncate=truncate)
         results: list[np.ndarray] = [np.empty(0)] * len(ragged.lengths)
-        for order, where, result in self._run(ragged, head):
-            for index, first, count in zip(order, where.first, where.rows, strict=True):
-                results[index] = result[first : first + count].astype(np.float32)  # a copy: it must not hold the batch
+        for order, row_spans, result in self._run(ragged, head):
+            for index, first, count in zip(order, row_spans.first, row_spans.rows, strict=True):
+                results[index] = result[first : first + count].astype(np.float32)  # a copy, so the batch can be freed
         return results
 
     def _require_task(self, task: str) -> None:
         if self.head.task != task:
             raise ConfigError(
-                f"{task} needs a classifier for it, but this checkpoint's task is {self.head.task or 'none'}; "
+                f"{task} needs a classifier for this task, but this checkpoint's task is {self.head.task or 'none'}; "
                 f"convert a For{'Sequence' if task == 'classify' else 'Token'}Classification checkpoint"
             )
 
@@ -389,12 +392,12 @@ def describe_funnel(funnel: FunnelConfig) -> str:
     if funnel.total_stride == 1:
         return "none"
     places = [f"{stride}:1 before layer {index}" for index, stride in enumerate(funnel.strides) if stride > 1]
-    rest = f"{funnel.pool} pooling, positions {funnel.positions}, recovery {funnel.recovery or 'none'}"
-    return f"{', '.join(places)}; {rest}"
+    options = f"{funnel.pool} pooling, positions {funnel.positions}, recovery {funnel.recovery or 'none'}"
+    return f"{', '.join(places)}; {options}"
 
 
 def check_weights(weights: Mapping[str, Any], config: ModelConfig, head: HeadConfig) -> None:
-    """Raises `CheckpointError` unless the table holds exactly the expected weights, all of one dtype."""
+    """Raises `CheckpointError` unless the table contains exactly the expected weights, all of one dtype."""
     expected = expected_shapes(config, head)
     wrong = [f"{name} is missing" for name in expected if name not in weights]
     wrong += [f"{name} is unknown" for name in weights if name not in expected]
@@ -404,7 +407,7 @@ def check_weights(weights: Mapping[str, Any], config: ModelConfig, head: HeadCon
         if name in weights and tuple(weights[name].shape) != shape
     ]
     if wrong:
-        raise CheckpointError(f"weights do not fit the config: {'; '.join(first_of(wrong))}")
+        raise CheckpointError(f"weights do not fit the config: {'; '.join(abbreviate(wrong))}")
     dtypes = {str(weight.dtype) for weight in weights.values()}
     if len(dtypes) > 1 or not dtypes <= set(DTYPES):
         raise CheckpointError(f"weights are {', '.join(sorted(dtypes))}; they must all be bfloat16 or all float32")

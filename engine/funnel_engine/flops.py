@@ -1,8 +1,8 @@
 """Floating-point operations of a forward pass, and from them the ideal latency ratio of a funnel.
 
-Two operations per multiply-add of the matrix products and of attention; norms, RoPE, the embedding look-up and the
-heads are left out. Attention counts the (query, key) pairs that the intervals allow, so causality, windows, ragged
-lengths, odd tails and queries on another stride than the keys are all exact.
+A multiply-add counts as two operations. The matrix products and attention are counted; norms, RoPE, the embedding
+lookup and the heads are not. For attention, the (query, key) pairs in the intervals are counted, so the result is exact
+for causality, windows, ragged lengths, odd tails, and queries on a different stride than the keys.
 """
 
 import numpy as np
@@ -35,12 +35,12 @@ def forward_flops(config: ModelConfig, funnel: FunnelConfig, lengths: np.ndarray
 
 
 def ideal_ratio(config: ModelConfig, funnel: FunnelConfig, lengths: np.ndarray) -> float:
-    """FLOPs with the funnel over FLOPs without: the latency ratio if everything but the products were free."""
+    """FLOPs with the funnel divided by FLOPs without: the latency ratio if everything but the products were free."""
     return forward_flops(config, funnel, lengths) / forward_flops(config, FunnelConfig(), lengths)
 
 
 def layer_flops(config: ModelConfig, *, queries: int, keys: int, pairs: int) -> int:
-    """One layer: query and output projections, key/value projection, MLP, then scores and weighted sum."""
+    """FLOPs of one layer: query, output and key/value projections, MLP, scores and weighted sum."""
     width, head_width = config.hidden_size, config.num_heads * config.head_dim
     per_query = 2 * 2 * width * head_width + 6 * width * config.intermediate_size
     per_key = 2 * 2 * width * config.num_kv_heads * config.head_dim

@@ -1,6 +1,6 @@
-"""What stands on top of the encoder: sentence vectors, sequence classification, token classification.
+"""The heads on top of the encoder: sentence vectors, sequence classification, token classification.
 
-All of them read the rows of `model.forward`. A sequence's rows are `first[b] .. first[b] + count[b] - 1`.
+All of them read the rows of `model.forward`. Sequence `b` has the rows `first[b] .. first[b] + count[b] - 1`.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 @dataclasses.dataclass(frozen=True)
 class DenseConfig:
-    """A linear layer on a sentence vector, [in] -> [out], and the activation after it."""
+    """A linear layer [in] -> [out] on a sentence vector, and the activation after it."""
 
     out_features: int
     in_features: int
@@ -49,14 +49,14 @@ class DenseConfig:
 
 @dataclasses.dataclass(frozen=True)
 class HeadConfig:
-    """What a checkpoint has on top of its encoder.
+    """The head of a checkpoint: everything on top of its encoder.
 
     Attributes:
-        pooling: how `embed` makes one vector of a sequence's rows: "mean", "first", "last", "max" or "attention".
-        pooler: whether the weights of the attention pooler are there.
-        dense: the linear layers after the pooling (EmbeddingGemma has two).
-        similarity: how its vectors are meant to be compared, e.g. "cosine"; None if the checkpoint does not say.
-        task: what the classifier is for: "classify" (one label a sequence), "tag" (one a token), or None without one.
+        pooling: how `embed` pools the rows of a sequence: "mean", "first", "last", "max" or "attention".
+        pooler: whether the checkpoint has the weights of the attention pooler.
+        dense: the linear layers after pooling (EmbeddingGemma has two).
+        similarity: the similarity function for its vectors, e.g. "cosine"; None if the checkpoint does not say.
+        task: the task of the classifier: "classify" (one label per sequence), "tag" (one per token), or None.
         labels: names of the classes, in the order of the logits.
         classifier_bias: whether the classifier adds a bias.
     """
@@ -92,7 +92,9 @@ def head_shapes(hidden_size: int, head: HeadConfig) -> dict[str, tuple[int, ...]
     size = hidden_size
     for index, dense in enumerate(head.dense):
         if dense.in_features != size:
-            raise ConfigError(f"dense layer {index} takes {dense.in_features} features, but there are {size} before it")
+            raise ConfigError(
+                f"dense layer {index} has in_features={dense.in_features}, but its input has {size} features"
+            )
         size = dense.out_features
     shapes: dict[str, tuple[int, ...]] = {}
     if head.pooler:
@@ -109,24 +111,24 @@ def head_shapes(hidden_size: int, head: HeadConfig) -> dict[str, tuple[int, ...]
 
 
 class Head(Protocol):
-    """What a call of the engine runs on the encoder's rows.
+    """A function of the encoder's rows, which a method of the engine runs.
 
     Attributes:
-        name: of the engine's method.
-        integers: how many the program reads of each sequence; 0 if it runs on every row.
+        name: the name of that method.
+        inputs_per_sequence: how many integers the program reads for each sequence; 0 if it runs on every row.
     """
 
     name: ClassVar[str]
-    integers: ClassVar[int]
+    inputs_per_sequence: ClassVar[int]
 
-    def reads(self, batch: Ragged, where: Spans) -> tuple[Ints, ...]:  # [B] each
-        """The integers of each sequence of a batch, whose rows are `where`."""
+    def sequence_inputs(self, batch: Ragged, spans: Spans) -> tuple[Ints, ...]:  # [B] each
+        """The integers that the program reads for each sequence of a batch, whose rows are `spans`."""
 
     def __call__(
         self,
         params: Mapping[str, Any],
         rows: jax.Array,  # [R, D]
-        *reads: jax.Array,  # [B] int32 each; 0 for sequences that are padding
+        *inputs: jax.Array,  # [B] int32 each; 0 for sequences that are padding
         target: Target,
     ) -> jax.Array:
         """The results of a batch, float32."""
@@ -134,17 +136,17 @@ class Head(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class SentenceVectors:
-    """One vector per sequence, not normalised: its rows pooled, then the dense layers (all float32)."""
+    """One vector per sequence, not normalised: pools its rows, then applies the dense layers, all in float32."""
 
     config: HeadConfig
     name: ClassVar[str] = "embed"
-    integers: ClassVar[int] = 2
+    inputs_per_sequence: ClassVar[int] = 2
 
-    def reads(self, batch: Ragged, where: Spans) -> tuple[Ints, ...]:
-        return where  # the first row and the number of rows
+    def sequence_inputs(self, batch: Ragged, spans: Spans) -> tuple[Ints, ...]:
+        return spans  # the first row and the number of rows
 
-    def __call__(self, params: Mapping[str, Any], rows: jax.Array, *reads: jax.Array, target: Target) -> jax.Array:
-        first, count = reads
+    def __call__(self, params: Mapping[str, Any], rows: jax.Array, *inputs: jax.Array, target: Target) -> jax.Array:
+        first, count = inputs
         if self.config.pooling == "attention":
             pooled = attention_pool(rows, params["pooler.query"], first, count, target)
         else:
@@ -163,42 +165,42 @@ class TokenLogits:
 
     config: HeadConfig
     name: ClassVar[str] = "tag"
-    integers: ClassVar[int] = 0
+    inputs_per_sequence: ClassVar[int] = 0
 
-    def reads(self, batch: Ragged, where: Spans) -> tuple[Ints, ...]:
+    def sequence_inputs(self, batch: Ragged, spans: Spans) -> tuple[Ints, ...]:
         return ()
 
-    def __call__(self, params: Mapping[str, Any], rows: jax.Array, *reads: jax.Array, target: Target) -> jax.Array:
+    def __call__(self, params: Mapping[str, Any], rows: jax.Array, *inputs: jax.Array, target: Target) -> jax.Array:
         logits = linear(rows.astype(jnp.float32), params["classifier.weight"])
         return logits + params["classifier.bias"] if self.config.classifier_bias else logits  # [R, labels]
 
 
 @dataclasses.dataclass(frozen=True)
 class SequenceLogits:
-    """Raw class logits of one row per sequence: that of its last token which is not padding, as in transformers."""
+    """Raw class logits of one row per sequence: the row of its last token that is not padding, as in transformers."""
 
     config: HeadConfig
     plan: Plan
     pad_token_id: int | None
     name: ClassVar[str] = "classify"
-    integers: ClassVar[int] = 1
+    inputs_per_sequence: ClassVar[int] = 1
 
-    def reads(self, batch: Ragged, where: Spans) -> tuple[Ints, ...]:
+    def sequence_inputs(self, batch: Ragged, spans: Spans) -> tuple[Ints, ...]:
         stride = self.plan.output_stride
         token = last_tokens(batch, self.pad_token_id)
-        return (where.first + (token + self.plan.offset(stride)) // stride,)
+        return (spans.first + (token + self.plan.offset(stride)) // stride,)
 
-    def __call__(self, params: Mapping[str, Any], rows: jax.Array, *reads: jax.Array, target: Target) -> jax.Array:
-        (row,) = reads
+    def __call__(self, params: Mapping[str, Any], rows: jax.Array, *inputs: jax.Array, target: Target) -> jax.Array:
+        (row,) = inputs
         return TokenLogits(self.config)(params, rows[row], target=target)  # [B, labels]
 
 
 def last_tokens(batch: Ragged, pad_token_id: int | None) -> Ints:
-    """Index, within its sequence, of the rightmost token that is not padding; 0 if all are; [B]."""
+    """For each sequence, the index of its rightmost token that is not padding; 0 if all are padding; [B]."""
     if pad_token_id is None:
         return batch.lengths - 1
-    within = np.arange(len(batch.ids), dtype=np.int32) - np.repeat(batch.offsets[:-1], batch.lengths)
-    return np.maximum.reduceat(np.where(batch.ids != pad_token_id, within, 0), batch.offsets[:-1])
+    index = np.arange(len(batch.ids), dtype=np.int32) - np.repeat(batch.offsets[:-1], batch.lengths)
+    return np.maximum.reduceat(np.where(batch.ids != pad_token_id, index, 0), batch.offsets[:-1])
 
 
 def pool_rows(rows: jax.Array, first: jax.Array, count: jax.Array, pooling: str) -> jax.Array:
@@ -207,19 +209,19 @@ def pool_rows(rows: jax.Array, first: jax.Array, count: jax.Array, pooling: str)
         return rows[first]
     if pooling == "last":
         return rows[jnp.maximum(first + count - 1, 0)]
-    sequence = row_owner(rows.shape[0], first, count)
+    sequence = sequence_of_row(rows.shape[0], first, count)
     if pooling == "max":
         return jax.ops.segment_max(rows, sequence, num_segments=first.shape[0])
     return jax.ops.segment_sum(rows, sequence, num_segments=first.shape[0]) / jnp.maximum(count, 1)[:, None]
 
 
-def row_owner(rows: int, first: jax.Array, count: jax.Array) -> jax.Array:
-    """Which sequence each row belongs to, or `B` (dropped by segment sums) if to none; [R] int32."""
+def sequence_of_row(rows: int, first: jax.Array, count: jax.Array) -> jax.Array:
+    """The sequence that each row belongs to, [R] int32; `B` if it belongs to none, which segment sums drop."""
     index = jnp.arange(rows)
     begin = jnp.where(count > 0, first, rows)  # padding sequences begin after the last row
-    owner = jnp.searchsorted(begin, index, side="right").astype(jnp.int32) - 1
-    owned = (owner >= 0) & (index < first[owner] + count[owner])
-    return jnp.where(owned, owner, first.shape[0])
+    sequence = jnp.searchsorted(begin, index, side="right").astype(jnp.int32) - 1
+    belongs = (sequence >= 0) & (index < first[sequence] + count[sequence])
+    return jnp.where(belongs, sequence, first.shape[0])
 
 
 def attention_pool(rows: jax.Array, query: jax.Array, first: jax.Array, count: jax.Array, target: Target) -> jax.Array:

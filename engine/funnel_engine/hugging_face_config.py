@@ -1,7 +1,7 @@
-"""Reads a Hugging Face `config.json` into a `ModelConfig`: old and new spellings, nested configs, class defaults.
+"""Reads a Hugging Face `config.json` into a `ModelConfig`: old and new field names, nested configs, class defaults.
 
 Field names and defaults are those of the configuration classes of transformers 5.23 (`GemmaConfig`, `Gemma2Config`,
-`Gemma3TextConfig`, `T5GemmaModuleConfig`). A config file leaves out what equals the class default.
+`Gemma3TextConfig`, `T5GemmaModuleConfig`). A config file does not contain fields that have the class default.
 """
 
 import sys
@@ -39,9 +39,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "t5gemma": GEMMA_2 | {"attn_logit_softcapping": 50.0},
     "gemma3_text": GEMMA_2 | {"vocab_size": 262208, "max_position_embeddings": 131072},
 }
-# model_type -> where its text config is nested, and the family that reads it
+# model_type -> the key of its nested text config, and the family of that config
 NESTED = {"gemma3": ("text_config", "gemma3_text"), "t5gemma": ("encoder", "t5gemma")}
-MAX_LAYERS = 1000  # the largest Gemma has 62; a damaged file shall not fill the memory with layers
+MAX_LAYERS = 1000  # the largest Gemma has 62; a damaged file must not fill the memory with layers
 ACTIVATIONS = ("gelu_pytorch_tanh", "gelu")  # the legacy value "gelu" means tanh too (transformers PR 29402)
 
 
@@ -49,13 +49,13 @@ def read_model_config(config: dict[str, Any], sliding_window: int | None = None)
     """Reads the content of a `config.json` of Gemma 1, 2, 3, EmbeddingGemma or T5Gemma (its encoder).
 
     Args:
-        sliding_window: stands for the config's own, where that is known to be wrong.
+        sliding_window: replaces the value in the config, if that is known to be wrong.
 
     Raises:
-        ConfigError: another family, a feature that this engine does not have, or a value that cannot be.
+        ConfigError: the family or a feature is not supported, or a value is not valid.
     """
     if not isinstance(config, dict):
-        raise ConfigError(f"a config is a JSON object; this one is a {type(config).__name__}")
+        raise ConfigError(f"the config is a {type(config).__name__}; it must be a JSON object")
     refuse_own_code(config)
     refuse_other_files(config)
     refuse_quantized(config)
@@ -69,9 +69,7 @@ def read_model_config(config: dict[str, Any], sliding_window: int | None = None)
         refuse_quantized(text)
     if not isinstance(family, str) or family not in DEFAULTS:
         known = ", ".join(sorted({*DEFAULTS, *NESTED}))
-        raise ConfigError(
-            f"model_type {shorten(family)} is not a Gemma encoder that this engine knows; it runs {known}"
-        )
+        raise ConfigError(f"model_type {shorten(family)} is not supported; this engine runs {known}")
 
     fields = DEFAULTS[family] | {key: value for key, value in text.items() if value is not None}
     if sliding_window is not None:
@@ -84,7 +82,7 @@ def read_model_config(config: dict[str, Any], sliding_window: int | None = None)
     causal_window, bidirectional_window = read_windows(family, fields, layer_types)
     head_dim = integer(fields, "head_dim")
     softcap = fields.get("attn_logit_softcapping") if family in ("gemma2", "t5gemma") else None
-    if text.get("attn_logit_softcapping", softcap) is None:  # an explicit null switches it off
+    if text.get("attn_logit_softcapping", softcap) is None:  # an explicit null means no softcap
         softcap = None
     scalar = float(head_dim) if family == "gemma" else number(fields, "query_pre_attn_scalar")
     full_rope, sliding_rope = read_ropes(family, fields)
@@ -113,34 +111,34 @@ def read_model_config(config: dict[str, Any], sliding_window: int | None = None)
 
 
 def read_pad_token_id(family: str, config: dict[str, Any], text: dict[str, Any]) -> int | None:
-    """The id that a classifier skips; null skips none.
+    """The id that a classifier skips; null skips nothing.
 
-    T5Gemma's goes by the outermost config, or the decoder's where that one does not have it.
+    For T5Gemma it is in the outermost config, or else in the decoder's.
     """
-    places = [text]
+    configs = [text]
     if family == "t5gemma":
         decoder = config.get("decoder")
-        places = [config, decoder if isinstance(decoder, dict) else {}]
-    fields = next((place for place in places if "pad_token_id" in place), COMMON)
+        configs = [config, decoder if isinstance(decoder, dict) else {}]
+    fields = next((fields for fields in configs if "pad_token_id" in fields), COMMON)
     return None if fields["pad_token_id"] is None else integer(fields, "pad_token_id", least=0)
 
 
 def refuse_own_code(config: dict[str, Any]) -> None:
-    """`auto_map` names classes in files beside the config; such a model may mask or pool in a way of its own."""
+    """Raises `ConfigError` if `auto_map` names a class in the checkpoint's own code, which may mask differently."""
     auto_map = config.get("auto_map") or {}
     if not isinstance(auto_map, dict) or any(name.startswith("AutoModel") for name in auto_map):
         raise ConfigError(
-            f"auto_map={shorten(auto_map)} names a class with code of its own, which this engine does not run; if its "
-            "forward is the standard one, delete auto_map from config.json"
+            f"auto_map={shorten(auto_map)} names a class in the checkpoint's own code, which this engine does not run; "
+            "if its forward is the standard one, delete auto_map from config.json"
         )
 
 
 def refuse_other_files(config: dict[str, Any]) -> None:
-    """Fields that name other files, which transformers would read instead of those that this engine reads."""
+    """Raises `ConfigError` if a field names other files, which transformers would read instead of the usual ones."""
     for name in ("transformers_weights", "configuration_files"):
         if config.get(name):
             raise ConfigError(
-                f"{name}={shorten(config[name])} names other files for transformers to read; load the model with "
+                f"{name}={shorten(config[name])} names files that this engine does not read; load the model with "
                 "transformers and save it, which writes one config.json and model.safetensors"
             )
 
@@ -153,25 +151,23 @@ def refuse_quantized(config: dict[str, Any]) -> None:
             by = shorten(method or ("mlx" if "quantization" in config else value))
             raise ConfigError(
                 f"{name} says that the weights are quantized, by {by}; this engine reads plain weights. Convert the "
-                "model that it was made from, or load it with transformers, call model.dequantize() and save it"
+                "original model, or load this one with transformers, call model.dequantize() and save it"
             )
 
 
 def refuse_unsupported(family: str, fields: dict[str, Any]) -> None:
     activation = fields.get("hidden_activation") or fields.get("hidden_act") or ACTIVATIONS[0]
     if activation not in (ACTIVATIONS if family == "gemma" else ACTIVATIONS[:1]):
-        raise ConfigError(
-            f"activation {shorten(activation)} is not Gemma's {ACTIVATIONS[0]!r}; this engine has no other"
-        )
+        raise ConfigError(f"activation {shorten(activation)} is not supported; it must be Gemma's {ACTIVATIONS[0]!r}")
     for name in ("use_bidirectional_attention", "is_causal"):
         if not isinstance(fields.get(name, False), bool):
             raise ConfigError(f"{name}={shorten(fields[name])} in the config must be true or false")
     if fields.get("attention_bias"):
-        raise ConfigError("attention_bias=true is not supported: no published Gemma has biases in its attention")
+        raise ConfigError("attention_bias=true is not supported; no published Gemma has biases in its attention")
 
 
 def is_bidirectional(family: str, fields: dict[str, Any]) -> bool:
-    """T5Gemma's encoder always is; elsewhere `use_bidirectional_attention`, or `is_causal` set to false, says so."""
+    """True for T5Gemma's encoder, if `use_bidirectional_attention` is true, or if `is_causal` is false."""
     if family == "t5gemma":
         return True
     return fields.get("use_bidirectional_attention", False) is True or fields.get("is_causal", True) is False
@@ -191,7 +187,7 @@ def read_layer_types(family: str, fields: dict[str, Any], num_layers: int) -> tu
     known = {"full_attention": "full", "sliding_attention": "sliding"}
     unknown = [name for name in names if not isinstance(name, str) or name not in known]
     if unknown:
-        raise ConfigError(f"layer type {shorten(unknown[0])} is unknown; layers are {' or '.join(known)}")
+        raise ConfigError(f"layer type {shorten(unknown[0])} is unknown; it must be {' or '.join(known)}")
     return tuple(known[name] for name in names)
 
 
@@ -200,8 +196,8 @@ def read_windows(
 ) -> tuple[Window | None, Window | None]:
     """Inclusive (left, right) radii of a sliding layer, causal and bidirectional, from the config's `sliding_window`.
 
-    A causal window holds W keys, the query's own included. Bidirectional, Gemma 3 halves W (transformers PR 40700)
-    and the others keep it (google-deepmind/gemma).
+    A causal window contains W keys, with the query's own. With bidirectional attention Gemma 3 halves W (transformers
+    PR 40700), and the other families do not (google-deepmind/gemma).
     """
     if "sliding" not in layer_types:
         return None, None
@@ -209,20 +205,20 @@ def read_windows(
     if family == "gemma3_text":
         if fields.get("is_causal", True) is False and not fields.get("use_bidirectional_attention"):
             raise ConfigError(
-                f"is_causal=false in a Gemma 3 would see {width} tokens on each side in transformers, not half of them "
-                "as a bidirectional Gemma 3 does; if it was trained as the latter, set use_bidirectional_attention=true"
+                f"is_causal=false makes a Gemma 3 see {width} tokens on each side in transformers, but a bidirectional "
+                "Gemma 3 sees half of them; if it is a bidirectional one, set use_bidirectional_attention=true"
             )
         if width % 2 and is_bidirectional(family, fields):
             raise ConfigError(
-                f"sliding_window={width} is odd in a bidirectional Gemma 3: an old save wrote the halved window back. "
-                "Give the original value: --sliding-window 512 for EmbeddingGemma"
+                f"sliding_window={width} is odd in a bidirectional Gemma 3: an old version of transformers saved the "
+                "halved window. Give the original value: --sliding-window 512 for EmbeddingGemma"
             )
         return (width - 1, 0), (width // 2, width // 2)
     return (width - 1, 0), (width - 1, width - 1)
 
 
 def read_ropes(family: str, fields: dict[str, Any]) -> tuple[Rope, Rope]:
-    """RoPE of the full and of the sliding layers, from `rope_parameters` or the older fields."""
+    """RoPE of the full layers and of the sliding layers, from `rope_parameters` or the older fields."""
     parameters = fields.get("rope_parameters") or {}
     scaling = fields.get("rope_scaling") or {}
     for name, value in (("rope_parameters", parameters), ("rope_scaling", scaling)):
@@ -235,7 +231,7 @@ def read_ropes(family: str, fields: dict[str, Any]) -> tuple[Rope, Rope]:
     sliding = {"rope_theta": fields.get("rope_local_base_freq", 10_000.0)}
     nested = [parameters.get(key) or {} for key in ("full_attention", "sliding_attention")]
     if not all(isinstance(value, dict) for value in nested):
-        raise ConfigError(f"rope_parameters of Gemma 3 must hold two JSON objects; it is {shorten(parameters)}")
+        raise ConfigError(f"rope_parameters of Gemma 3 must contain two JSON objects; it is {shorten(parameters)}")
     return read_rope(full | nested[0]), read_rope(sliding | nested[1])
 
 
@@ -244,12 +240,12 @@ def read_rope(parameters: dict[str, Any]) -> Rope:
     theta = positive("rope_theta", number(parameters, "rope_theta"))
     if parameters.get("partial_rotary_factor") not in (None, 1):
         factor = shorten(parameters["partial_rotary_factor"])
-        raise ConfigError(f"partial_rotary_factor={factor} is not supported: Gemma rotates whole heads")
+        raise ConfigError(f"partial_rotary_factor={factor} is not supported; Gemma rotates whole heads")
     if kind == "default":
         return Rope(theta)
     if kind == "linear":
         return Rope(theta, positive("RoPE factor", number(parameters, "factor")))
-    raise ConfigError(f"RoPE type {shorten(kind)} is not supported; Gemma uses 'default' and 'linear'")
+    raise ConfigError(f"RoPE type {shorten(kind)} is not supported; it must be 'default' or 'linear'")
 
 
 def integer(fields: dict[str, Any], name: str, *, least: int = 1, most: int = 2**31 - 1) -> int:
@@ -273,6 +269,6 @@ def positive(name: str, value: Any) -> float:
 
 
 def shorten(value: Any) -> str:
-    """The value for a message, in about 80 characters; a file can hold anything, of any length."""
+    """A value for a message, in at most about 80 characters; a file can contain values of any length."""
     large = isinstance(value, int) and abs(value) > 2**64
     return f"an integer of {value.bit_length()} bits" if large else f"{value!r:.80}"

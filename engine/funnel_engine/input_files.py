@@ -1,7 +1,7 @@
-"""Reading files that others wrote: every surprise is a `CheckpointError` that names the file.
+"""Reads untrusted files: every problem is a `CheckpointError` that names the file.
 
-A name that a checkpoint gives stays within its folder, only regular files are opened, and JSON is decoded into typed
-values.
+A file name in a checkpoint must stay in the checkpoint's folder, only regular files are opened, and JSON is decoded
+into typed values.
 """
 
 import collections
@@ -28,12 +28,12 @@ HASHED_AT_ONCE = 2**20  # bytes
 REMEDIES = {
     errno.EACCES: "give this user the right to read it (chmod), or run as its owner",
     errno.EPERM: "give this user the right to read it (chmod), or run as its owner",
-    errno.ELOOP: "its links lead in a circle; put the file or folder itself there",
+    errno.ELOOP: "its links form a circle; replace the link by the file or folder itself",
     errno.ENAMETOOLONG: "give a shorter path",
-    errno.EIO: "the disk or the network drive fails; copy it to another one",
+    errno.EIO: "the disk or the network drive failed; copy it to another one",
 }
-# How a file begins that was put in the place of a checkpoint's file: what it is, and the remedy.
-STAND_INS = {
+# Files that are often found instead of a checkpoint's file: pattern of the first bytes -> what it is, the remedy.
+REPLACEMENTS = {
     rb"version https://git-lfs": ("a pointer of Git LFS, not the file itself", "run: git lfs pull"),
     rb"(\.\./)*\.git/annex/|/annex/objects/": ("a pointer of git-annex, not the file itself", "run: git annex get"),
     rb"(\xef\xbb\xbf)?\s*<(!doctype|html|head|\?xml|error)": (
@@ -41,17 +41,17 @@ STAND_INS = {
         "download it again, signed in if the model asks for it",
     ),
     rb"(access to model |entry not found|repository not found|invalid (username|credentials))": (
-        "a message of a server, not the file itself",
+        "an error message of a server, not the file itself",
         "download it again, signed in if the model asks for it",
     ),
     rb"GGUF": (
         "a GGUF file of llama.cpp, which this engine does not read",
-        "convert the model that it was made from, or write one with transformers: AutoModel.from_pretrained(FOLDER, "
+        "convert the original model, or make one with transformers: AutoModel.from_pretrained(FOLDER, "
         "gguf_file=NAME, quantization_config=GgufConfig(dequantize=True)).save_pretrained(NEW)",
     ),
 }
-HEAD_BYTES = 64  # which tell what a file is
-UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".download", ".aria2")  # of several downloaders
+HEAD_BYTES = 64  # first bytes of a file, which show what it is
+UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".download", ".aria2")  # endings that downloaders use
 
 
 def read_json(path: Path, kind: type = dict) -> Any:
@@ -59,12 +59,14 @@ def read_json(path: Path, kind: type = dict) -> Any:
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path} has {size:,} bytes; no JSON of a model has {MAX_JSON_BYTES:,}")
+            raise CheckpointError(
+                f"{path} has {size:,} bytes; the limit for a JSON file is {MAX_JSON_BYTES:,}; fetch it again"
+            )
         return parse_json(file.read(), path, kind)
 
 
 def parse_json(data: bytes, path: Path, kind: type = dict) -> Any:
-    """JSON from `path`, already read. A name that occurs twice in an object is refused, not overwritten."""
+    """Parses JSON that was read from `path`. A name that occurs twice in an object is an error."""
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=unique_names)
     except (ValueError, RecursionError) as error:
@@ -72,7 +74,9 @@ def parse_json(data: bytes, path: Path, kind: type = dict) -> Any:
             f"{path} is not valid JSON ({error}); it is damaged, so fetch or write it again"
         ) from error
     if not isinstance(value, kind):
-        raise CheckpointError(f"{path} holds a JSON {type(value).__name__} where a {kind.__name__} is needed")
+        raise CheckpointError(
+            f"{path} contains a JSON {type(value).__name__}; it must be a {kind.__name__}, so fetch it again"
+        )
     return value
 
 
@@ -85,15 +89,15 @@ def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def decode(kind: Any, value: Any, where: str) -> Any:
-    """Makes a `kind` of a JSON value, the inverse of `json.dumps(dataclasses.asdict(...))`.
+    """Converts a JSON value to a `kind`; the inverse of `json.dumps(dataclasses.asdict(...))`.
 
     Args:
-        kind: a type annotation made of dataclasses, NamedTuples, tuples, dicts, `X | None`, and plain values.
-        where: what the message calls the value, e.g. "funnel.json: config.head_dim".
+        kind: a type annotation of dataclasses, NamedTuples, tuples, dicts, `X | None`, and plain types.
+        where: the name of the value in messages, e.g. "funnel.json: config.head_dim".
 
     Raises:
-        CheckpointError: a missing or unknown field, or a value of another type. Numbers must be finite.
-        ConfigError: a dataclass refuses its values.
+        CheckpointError: a field is missing or unknown, a value has a wrong type, or a number is not finite.
+        ConfigError: a dataclass does not accept the values.
     """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
@@ -120,7 +124,7 @@ def decode(kind: Any, value: Any, where: str) -> Any:
         hints = typing.get_type_hints(kind) if origin is None else {str(i): hint for i, hint in enumerate(arguments)}
         check_type(list, value, where)
         if len(value) != len(hints):
-            raise CheckpointError(f"{where} has {len(value)} entries where {len(hints)} are needed")
+            raise CheckpointError(f"{where} has {len(value)} entries; it must have {len(hints)}")
         items = [decode(hint, item, f"{where}[{key}]") for (key, hint), item in zip(hints.items(), value, strict=True)]
         return tuple(items) if origin is tuple else kind(*items)
     if kind is float:
@@ -132,15 +136,15 @@ def decode(kind: Any, value: Any, where: str) -> Any:
 
 
 def check_type(kind: type, value: Any, where: str) -> None:
-    if type(value) is not kind:  # not isinstance: true is no integer here
+    if type(value) is not kind:  # not isinstance, because true is not an integer here
         raise CheckpointError(f"{where} is {value!r:.80}; it must be a JSON {kind.__name__}")
 
 
 def to_path(path: Any) -> Path:
-    """What a caller gives as a path, whether anything is there or not.
+    """Converts an argument to a path, which need not exist.
 
     Raises:
-        CheckpointError: no system path: not a text, too long, or unreachable; or a folder that may not be read.
+        CheckpointError: it is not a path, is too long or cannot be reached, or is a folder that may not be read.
     """
     try:
         result = Path(path)
@@ -149,7 +153,7 @@ def to_path(path: Any) -> Path:
         return result
     except (OSError, ValueError, TypeError) as error:
         reason = getattr(error, "strerror", None) or error
-        remedy = REMEDIES.get(getattr(error, "errno", 0), "give another")
+        remedy = REMEDIES.get(getattr(error, "errno", 0), "give another path")
         raise CheckpointError(f"{path!r:.80} cannot be used as a path ({reason}); {remedy}") from error
     if is_folder and not os.access(result, os.R_OK | os.X_OK):
         raise unreadable(result, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
@@ -157,47 +161,47 @@ def to_path(path: Any) -> Path:
 
 
 def file_in(directory: Path, name: Any, where: str) -> Path:
-    """The file or folder `name` of a directory, whether it exists or not; `where` says who names it.
+    """The file or folder `name` in a directory, which need not exist. `where` is the file that contains the name.
 
     Raises:
-        CheckpointError: `name` is anything but a plain file name, or a link that leaves the directory.
+        CheckpointError: `name` is not a plain file name, or it is a link that leaves the directory.
     """
     plain = isinstance(name, str) and name.isprintable() and os.path.basename(name) == name
     if not plain or name in ("", ".", ".."):
-        raise CheckpointError(f"{where} names {name!r}, which is not a file in {directory}")
+        raise CheckpointError(f"{where} names {name!r}, which is not the name of a file in {directory}; fetch it again")
     path = directory / name
     with reading(path):
         refuse_annexed(path)
         target = Path(os.path.realpath(path))
-    if not any(home in target.parents for home in homes(directory)):
-        raise CheckpointError(f"{path} is a link to {target}, outside {directory}; put the file itself there")
+    if not any(folder in target.parents for folder in allowed_folders(directory)):
+        raise CheckpointError(f"{path} is a link to {target}, outside {directory}; replace the link by the file itself")
     return path
 
 
-def homes(directory: Path) -> Iterator[Path]:
-    """Where the files of a directory may lie: in it, or in the blobs of its Hugging Face cache.
+def allowed_folders(directory: Path) -> Iterator[Path]:
+    """The folders that may contain the files of a directory: itself, and the blobs of its Hugging Face cache.
 
     The cache keeps a model in `models--NAME/snapshots/REVISION/`, as links to files in `models--NAME/blobs/`.
     """
-    home = directory.resolve()
-    yield home
-    for folder in (home, *home.parents):
+    resolved = directory.resolve()
+    yield resolved
+    for folder in (resolved, *resolved.parents):
         if folder.parent.name == "snapshots":
             yield folder.parent.parent / "blobs"
 
 
 def optional_file(directory: Path, name: str) -> Path | None:
-    """The file `name` of a directory if it is there."""
+    """The file `name` in a directory; None if it does not exist."""
     path = file_in(directory, name, str(directory))
     with reading(path):
         return path if is_file(path) else None
 
 
 def is_file(path: Path) -> bool:
-    """Whether a regular file is there.
+    """Whether `path` is a regular file.
 
     Raises:
-        OSError: that cannot be known, e.g. in a folder that may not be read.
+        OSError: this cannot be found out, e.g. in a folder that may not be read.
     """
     try:
         return stat.S_ISREG(os.stat(path).st_mode)
@@ -210,7 +214,7 @@ def is_file(path: Path) -> bool:
 
 
 def hash_file(path: Path, stop: Callable[[], bool] = lambda: False) -> str:
-    """The SHA-256 of a file, or of as much as was read before `stop()` came true.
+    """The SHA-256 of a file, or of the part that was read before `stop()` returned True.
 
     Raises:
         CheckpointError: the file cannot be read.
@@ -224,32 +228,33 @@ def hash_file(path: Path, stop: Callable[[], bool] = lambda: False) -> str:
 
 @contextlib.contextmanager
 def open_file(path: Path) -> Iterator[BinaryIO]:
-    """A regular file, open for reading; a pipe or a device would be read without end.
+    """Opens a regular file for reading; reading a pipe or a device might never end.
 
     Raises:
-        CheckpointError: there is no such file, it cannot be read, or it only takes the place of the right one.
+        CheckpointError: the file does not exist, cannot be read, or is one of `REPLACEMENTS`.
     """
     with reading(path):
         if not is_file(path):
             raise CheckpointError(
-                f"cannot read {path}: no such file, or not a regular one{unfinished(path.parent)}; fetch it again"
+                f"cannot read {path}: it does not exist or is not a regular file{unfinished_downloads(path.parent)}; "
+                "fetch it again"
             )
         with path.open("rb") as file:
             if os.fstat(file.fileno()).st_size == 0:
-                raise CheckpointError(f"{path} is empty; its download or its copy failed, so fetch it again")
-            refuse_stand_in(path, os.pread(file.fileno(), HEAD_BYTES, 0))
+                raise CheckpointError(f"{path} is empty; a download or a copy failed, so fetch it again")
+            refuse_replacement(path, os.pread(file.fileno(), HEAD_BYTES, 0))
             yield file
 
 
 def check_file(path: Path) -> None:
-    """Raises `CheckpointError` as `open_file` does."""
+    """Raises the `CheckpointError` of `open_file` if the file cannot be opened."""
     with open_file(path):
         pass
 
 
-def refuse_stand_in(path: Path, head: bytes) -> None:
-    """Raises `CheckpointError` if a file begins as none of a checkpoint does, but as what often takes its place."""
-    for pattern, (what, remedy) in STAND_INS.items():
+def refuse_replacement(path: Path, head: bytes) -> None:
+    """Raises `CheckpointError` if the first bytes of a file show that it is one of `REPLACEMENTS`."""
+    for pattern, (what, remedy) in REPLACEMENTS.items():
         if re.match(pattern, head, re.IGNORECASE):
             raise CheckpointError(f"{path} is {what}; {remedy}")
 
@@ -257,21 +262,21 @@ def refuse_stand_in(path: Path, head: bytes) -> None:
 def refuse_annexed(path: Path) -> None:
     """Raises `CheckpointError` if a path is a link to content that git-annex has not fetched."""
     if os.path.islink(path) and "/annex/objects/" in os.readlink(path) and not os.path.exists(path):
-        raise CheckpointError(f"{path} is a link of git-annex, and its content is not here; run: git annex get")
+        raise CheckpointError(f"{path} is a git-annex link whose content is not here; run: git annex get")
 
 
-def unfinished(directory: Path) -> str:
-    """For a message about a file that is missing: the downloads in a folder that did not end."""
+def unfinished_downloads(directory: Path) -> str:
+    """For a message about a missing file: the unfinished downloads in a folder."""
     try:
         names = [name for name in sorted(os.listdir(directory)) if name.endswith(UNFINISHED)]
     except OSError:
         names = []
-    return f" (a download into {directory} has not ended: {quote(names)})" if names else ""
+    return f" (a download into {directory} has not finished: {quote(names)})" if names else ""
 
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turns what goes wrong while a file is read, or what its content makes of a config, into `CheckpointError`."""
+    """Turns errors while a file is read, and a `ConfigError` from its content, into `CheckpointError`."""
     try:
         yield
     except OSError as error:
@@ -281,5 +286,5 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def unreadable(path: Path | str, error: OSError) -> CheckpointError:
-    remedy = REMEDIES.get(error.errno or 0, "check the path, and whether what is there is whole")
+    remedy = REMEDIES.get(error.errno or 0, "check the path, and whether the file or folder is complete")
     return CheckpointError(f"cannot read {path}: {error.strerror or error}; {remedy}")

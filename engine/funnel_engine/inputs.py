@@ -1,4 +1,4 @@
-"""What a caller hands in -> checked ragged token ids."""
+"""Converts the inputs of a call to ragged token ids, and checks them."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from funnel_kernels.errors import InputError
 
 
 class Ragged(NamedTuple):
-    """Sequences one after another: sequence `b` is `ids[offsets[b]:offsets[b + 1]]`."""
+    """Sequences of token ids, one after another: sequence `b` is `ids[offsets[b]:offsets[b + 1]]`."""
 
     ids: Ints  # [total] int32
     offsets: Ints  # [B + 1] int32
@@ -21,7 +21,7 @@ class Ragged(NamedTuple):
         return np.diff(self.offsets)
 
     def take(self, order: Ints) -> "Ragged":
-        """The sequences of these indices, in this order."""
+        """The sequences with these indices, in this order."""
         lengths = self.lengths[order]
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         index = np.arange(offsets[-1]) + np.repeat(self.offsets[order] - offsets[:-1], lengths)
@@ -29,13 +29,13 @@ class Ragged(NamedTuple):
 
 
 class TooLong(InputError):
-    """An input that has more tokens than the engine takes."""
+    """An input has more tokens than the limit of the engine."""
 
     def __init__(self, index: int, tokens: int, limit: int):
         super().__init__(
             f"input {index} has {tokens} tokens, more than the limit of {limit} (the smallest of the model's "
-            "max_positions, its checkpoint's max_tokens and the engine's max_batch_tokens); shorten it, cut its end "
-            "off with truncate=True, or raise max_batch_tokens"
+            "max_positions, its checkpoint's max_tokens and the engine's max_batch_tokens); shorten it, cut off "
+            "its end with truncate=True, or raise max_batch_tokens"
         )
         self.index, self.tokens, self.limit = index, tokens, limit
 
@@ -50,34 +50,36 @@ def read_inputs(
     max_length: int,
     truncate: bool = False,
 ) -> Ragged:
-    """Accepts one text, texts, sequences of token ids, or a tuple `(ids, offsets)` of integer arrays.
+    """Accepts one text, several texts, sequences of token ids, or a tuple `(ids, offsets)` of integer arrays.
 
-    Several texts or sequences are a list, a tuple, or whatever NumPy makes an array of: arrays of NumPy, PyTorch and
-    JAX, columns of pandas.
+    Several texts or sequences are a list, a tuple, or anything that NumPy can convert to an array, e.g. arrays of
+    PyTorch and JAX and columns of pandas.
 
     Args:
         inputs: see above.
-        tokenize: for texts; None if the checkpoint has no tokenizer.
-        text: the prompts, and the ids that go before and after those of a text; token ids are taken as they are.
-        prompt_name: of the prompt that is put before every text.
-        vocab_size: ids must lie in `[0, vocab_size)`.
-        max_length: the most tokens a sequence may have.
-        truncate: cut the end off what is longer (of a text, before its last id is added), instead of refusing it.
+        tokenize: the tokenizer for texts; None if the checkpoint has none.
+        text: the prompts, and the ids to put before and after the ids of a text. Token ids are not changed.
+        prompt_name: the name of the prompt to put before every text.
+        vocab_size: ids must be in `[0, vocab_size)`.
+        max_length: the largest number of tokens of a sequence.
+        truncate: cut off the end of longer inputs (of a text, before its last id is added), instead of raising.
 
     Raises:
-        InputError: anything that cannot be run, with the index of the first offender.
+        InputError: an input cannot be run; the message contains the index of the first such input.
     """
     prompt = text.prompt(prompt_name)
     items = list_items(inputs)
     is_texts = any(isinstance(item, str) for item in items)
     if prompt_name is not None and not is_texts:
-        raise InputError(f"prompt_name={prompt_name!r} needs texts; token ids must already begin with the prompt's")
+        raise InputError(
+            f"prompt_name={prompt_name!r} needs texts; token ids must already begin with the ids of the prompt"
+        )
     if is_texts:
         ragged = join(read_texts(items, tokenize, text, prompt, max_length if truncate else None))
     elif isinstance(inputs, tuple) and len(inputs) == 2:
         if not all(hasattr(part, "dtype") for part in inputs):
             raise InputError(
-                "a tuple of two is (ids, offsets), and both must be integer arrays; give two sequences as a list"
+                "a tuple of two means (ids, offsets), and both must be integer arrays; give two sequences as a list"
             )
         ragged = read_ragged(*inputs)
     else:
@@ -90,7 +92,7 @@ def read_inputs(
 
 
 def list_items(inputs: Any) -> Sequence[Any]:
-    """The texts or sequences that these inputs are."""
+    """The inputs as a sequence of texts or of token-id sequences."""
     if isinstance(inputs, str):
         return [inputs]
     if hasattr(inputs, "__array__"):
@@ -108,21 +110,25 @@ def list_items(inputs: Any) -> Sequence[Any]:
 def read_texts(
     texts: Any, tokenize: Tokenize | None, text: TextConfig, prompt: str, max_length: int | None
 ) -> list[Ints]:
-    """The ids of texts, with those that the checkpoint puts before and after; cut to `max_length` if there is one."""
+    """The ids of texts, with the ids that the checkpoint adds before and after; cut to `max_length` if given."""
     if tokenize is None:
         raise InputError(
             "this checkpoint has no tokenizer, so it takes token ids only; put tokenizer.json or tokenizer.model "
-            "beside the source checkpoint and convert again"
+            "into the folder of the source checkpoint and convert it again"
         )
     for index, item in enumerate(texts):
         if not isinstance(item, str):
-            raise InputError(f"input {index} is a {type(item).__name__} among texts; give texts only, or ids only")
+            raise InputError(
+                f"input {index} is a {type(item).__name__}, but other inputs are texts; give only texts, or only ids"
+            )
         if not item:
             raise InputError(f"input {index} is an empty text; leave it out")
         try:
             item.encode()
         except UnicodeEncodeError:
-            message = f"input {index} holds half of a surrogate pair, which is no character; decode it anew"
+            message = (
+                f"input {index} contains half of a surrogate pair, which is not a character; decode the text again"
+            )
             raise InputError(message) from None
     begin = [text.begin] if text.begin is not None else []
     end = [text.end] if text.end is not None else []
@@ -137,12 +143,14 @@ def read_ids(index: int, item: Any) -> Ints:
     """One sequence of token ids."""
     ids = to_array(f"input {index}", item)
     if ids.ndim == 0:
-        raise InputError(f"input {index} is {item!r:.40}, not a sequence of token ids; one sequence is [[2, 5, 7]]")
+        raise InputError(
+            f"input {index} is {item!r:.40}, not a sequence of token ids; write a single sequence as [[2, 5, 7]]"
+        )
     if ids.size == 0:
         raise InputError(f"input {index} is an empty sequence; give at least one token id")
     ids = to_int32(f"input {index}", ids)
     if ids.ndim != 1:
-        raise InputError(f"input {index} has {ids.ndim} axes; a sequence of token ids has one")
+        raise InputError(f"input {index} has {ids.ndim} axes; a sequence of token ids must have one")
     return ids
 
 
@@ -150,17 +158,21 @@ def read_ragged(ids: Any, offsets: Any) -> Ragged:
     """The pair (ids [total], offsets [B + 1]), also known as cumulative sequence lengths."""
     ids, offsets = to_int32("ids", to_array("ids", ids)), to_int32("offsets", to_array("offsets", offsets))
     if ids.ndim != 1 or offsets.ndim != 1:
-        raise InputError(f"ids and offsets have {ids.ndim} and {offsets.ndim} axes; both have one")
+        raise InputError(f"ids and offsets have {ids.ndim} and {offsets.ndim} axes; both must have one")
     if offsets.size < 2:
-        raise InputError(f"offsets has {offsets.size} entries; it needs one more than there are sequences, at least 2")
+        raise InputError(
+            f"offsets has {offsets.size} entries; it must have one more than there are sequences, at least 2"
+        )
     if offsets[0] != 0:
         raise InputError(f"offsets starts at {offsets[0]}; it must start at 0")
     falling = np.flatnonzero(np.diff(offsets) < 0)
     if falling.size:
         at = falling[0]
-        raise InputError(f"offsets decreases from {offsets[at]} to {offsets[at + 1]} at entry {at + 1}; it must grow")
+        raise InputError(
+            f"offsets decreases from {offsets[at]} to {offsets[at + 1]} at entry {at + 1}; it must not decrease"
+        )
     if offsets[-1] != ids.size:
-        raise InputError(f"offsets ends at {offsets[-1]} but there are {ids.size} ids; it must end there")
+        raise InputError(f"offsets ends at {offsets[-1]}; it must end at the number of ids, {ids.size}")
     return Ragged(ids, offsets)
 
 
@@ -170,30 +182,30 @@ def join(sequences: list[Ints]) -> Ragged:
 
 
 def to_array(name: str, value: Any) -> np.ndarray:
-    """A list, or an array of any library, as an array of NumPy."""
+    """Converts a list, or an array of any library, to a NumPy array."""
     try:
         return np.asarray(value)
     except ValueError:  # nested lists of unequal lengths
         raise InputError(f"{name} is not a flat sequence of token ids") from None
-    except Exception as error:  # of the library whose array it is, e.g. because it is on an accelerator
+    except Exception as error:  # raised by the array's library, e.g. because the array is on an accelerator
         raise InputError(
-            f"{name}, of type {type(value).__name__}, cannot be read as an array of NumPy ({error!s:.200}); copy it to "
-            "the host first"
+            f"{name}, of type {type(value).__name__}, cannot be read as a NumPy array ({error!s:.200}); copy it to the "
+            "host first"
         ) from error
 
 
 def to_int32(name: str, array: np.ndarray) -> Ints:
     if array.dtype.kind in "USTO" and any(isinstance(value, (str, bytes)) for value in array.flat):
         raise InputError(
-            f"{name} holds several texts where token ids are needed; give texts in one flat list, and a pair of texts "
-            "as one text"
+            f"{name} contains several texts where token ids are needed; give texts in one flat list, and a pair of "
+            "texts as one text"
         )
     if array.dtype.kind not in "iu":
-        nan = " (it holds NaN)" if array.dtype.kind == "f" and np.isnan(array).any() else ""
+        nan = " (it contains NaN)" if array.dtype.kind == "f" and np.isnan(array).any() else ""
         raise InputError(f"{name} has dtype {array.dtype}{nan}; it must be an integer array")
     limits = np.iinfo(np.int32)
     if array.size and (array.max() > limits.max or array.min() < limits.min):
-        raise InputError(f"{name} holds {array.min()} ... {array.max()}, beyond int32; no vocabulary is that large")
+        raise InputError(f"{name} has values from {array.min()} to {array.max()}; they must be in the range of int32")
     return array.astype(np.int32, copy=False)
 
 
@@ -211,6 +223,6 @@ def check_vocabulary(ragged: Ragged, vocab_size: int) -> None:
     if bad.size:
         index = int(np.searchsorted(ragged.offsets, bad[0], side="right")) - 1
         raise InputError(
-            f"input {index} holds token id {ragged.ids[bad[0]]}; ids lie in 0 ... {vocab_size - 1}. "
-            "Was it made by another model's tokenizer?"
+            f"input {index} holds token id {ragged.ids[bad[0]]}; ids must be from 0 to {vocab_size - 1}. "
+            "Use the tokenizer of this model"
         )

@@ -1,4 +1,4 @@
-"""What a checkpoint is, whether converted or not, as facts for people and programs; the weights are not read."""
+"""Facts about a checkpoint, converted or not, for people and programs. The weights are not read."""
 
 from pathlib import Path
 from typing import Any
@@ -25,16 +25,16 @@ def inspect_checkpoint(
     seq_len: int = 512,
     verify: bool = False,
 ) -> Facts:
-    """Everything that can be known without reading a weight.
+    """All facts that can be found without reading a weight.
 
     Args:
-        form, sliding_window: as `convert`.
-        funnel, seq_len: what is computed for the costs, and for how many tokens a sequence.
-        verify: compare the files of a converted checkpoint with its hashes; this reads them whole.
+        form, sliding_window: as `format` and `sliding_window` of `convert`.
+        funnel, seq_len: the funnel and the number of tokens per sequence for the costs.
+        verify: compare the files of a converted checkpoint with its hashes; this reads all files.
 
     Returns:
-        "format"; "problems", a list of lines, empty if `Engine.load` or `convert` would take it; and where it is,
-        the model, its head, its texts and its costs.
+        "format"; "problems", a list of lines, which is empty if `Engine.load` or `convert` accepts the checkpoint; and
+        if it is empty, the model, its head, its texts and its costs.
     """
     try:
         form = form or detect_format(path)
@@ -51,7 +51,9 @@ def inspect_checkpoint(
 
 def check_hashes(path: Path, form: str) -> None:
     if form != "funnel":
-        raise CheckpointError(f"{path} has no hashes to verify; only a converted checkpoint does")
+        raise CheckpointError(
+            f"{path} has no hashes to verify; only a converted checkpoint has them, so leave --verify out"
+        )
     manifest, files = open_checkpoint(path)
     verify_files(files, manifest)
 
@@ -61,7 +63,7 @@ def describe(model: SourceModel) -> Facts:
     config, head, text = model.config, model.head, model.text
     parameters = count_parameters(expected_shapes(config, head))
     sliding = config.layer_types.count("sliding")
-    stored = sorted({rows.tensor.dtype for several in model.weights.values() for rows in several})
+    stored = sorted({rows.tensor.dtype for weight in model.weights.values() for rows in weight})
     return {
         "family": config.family,
         "attention": config.attention,
@@ -99,7 +101,7 @@ def describe(model: SourceModel) -> Facts:
 
 
 def costs(model: SourceModel, funnel: FunnelConfig, seq_len: int) -> Facts:
-    """What a forward pass costs, and what a funnel would save."""
+    """The FLOPs per token without a funnel, and the ratio of FLOPs with and without it."""
     lengths = np.array([seq_len], np.int32)
     return {
         "seq_len": seq_len,

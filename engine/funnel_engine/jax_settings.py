@@ -1,8 +1,7 @@
-"""JAX as an engine needs it, whatever the process does with it: its settings, its device, and forks.
+"""Protects an engine from the process around it: JAX's settings, its default device, and forks.
 
-JAX's settings belong to the process, or to a thread inside a `with`, and a user may run with any of them. An engine
-makes, places and runs its programs under JAX's own defaults, so that they neither change its results nor refuse its
-work.
+JAX's settings belong to the process, or to a thread inside a `with`, and a user may change any of them. An engine
+compiles and runs its programs under JAX's defaults, so that user settings do not change its results or make it fail.
 """
 
 import contextlib
@@ -16,8 +15,7 @@ import jax
 
 from funnel_kernels.errors import BackendUnavailable, ConfigError
 
-# The settings that change results or refuse work: what sets each of them for a block of code, and the value that JAX
-# has by itself.
+# The settings that change results or make work fail: the context manager that sets each of them, and JAX's default.
 SETTINGS: dict[str, tuple[Callable[[Any], AbstractContextManager[Any]], Any]] = {
     "jax_enable_x64": (jax.enable_x64, False),
     "jax_disable_jit": (jax.disable_jit, False),
@@ -33,7 +31,8 @@ SETTINGS: dict[str, tuple[Callable[[Any], AbstractContextManager[Any]], Any]] = 
     "jax_transfer_guard_device_to_device": (jax.transfer_guard_device_to_device, "allow"),
     "jax_transfer_guard_device_to_host": (jax.transfer_guard_device_to_host, "allow"),
 }
-# Experimental settings that JAX sets for the process only, and with which it does not trace the kernels.
+# Experimental settings under which JAX does not trace the kernels, with the value that they must have. They can only
+# be set for the whole process.
 REFUSED = {"jax_scan3": False, "jax_error_checking_behavior_divide": "ignore"}
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -41,11 +40,11 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 _process: int | None = None  # the id of the process in which the first engine was made
 
 
-def own_settings() -> AbstractContextManager[Any]:
-    """JAX runs what is inside under its own defaults.
+def default_settings() -> AbstractContextManager[Any]:
+    """A context in which JAX has its default settings.
 
     Raises:
-        ConfigError: the process has one of the settings `REFUSED`.
+        ConfigError: one of the settings `REFUSED` is changed.
     """
     for name, default in REFUSED.items():
         if (value := getattr(jax.config, name, default)) != default:
@@ -54,12 +53,12 @@ def own_settings() -> AbstractContextManager[Any]:
             )
     changed = [name for name, (_, default) in SETTINGS.items() if getattr(jax.config, name) not in (None, default)]
     has_mesh = not jax.sharding.get_abstract_mesh().empty
-    return changed_back(changed, has_mesh) if changed or has_mesh else contextlib.nullcontext()
+    return restore_defaults(changed, has_mesh) if changed or has_mesh else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
-def changed_back(changed: list[str], has_mesh: bool) -> Iterator[None]:
-    """Inside, these settings have JAX's defaults, and there is no mesh (`jax.set_mesh`)."""
+def restore_defaults(changed: list[str], has_mesh: bool) -> Iterator[None]:
+    """A context in which these settings have JAX's defaults, and no mesh is set (`jax.set_mesh`)."""
     with contextlib.ExitStack() as stack:
         for name in changed:
             manager, default = SETTINGS[name]
@@ -76,29 +75,29 @@ def check_process() -> None:
         _process = os.getpid()
     elif _process != os.getpid():
         raise BackendUnavailable(
-            f"JAX runs in process {_process} and this is a fork of it, {os.getpid()}, which has none of its threads; "
-            "load the engine in each process after the fork only, or start processes with the method 'spawn'"
+            f"JAX runs in process {_process} and this is a fork of it, {os.getpid()}, which does not have its threads; "
+            "load the engine in each process after the fork, or start processes with the method 'spawn'"
         )
 
 
 def guarded(method: Method) -> Method:
-    """A method of an engine, which is refused in a fork and runs under `own_settings`."""
+    """Makes a method of an engine raise in a fork, and run under `default_settings`."""
 
     @functools.wraps(method)
     def run(*arguments: Any, **options: Any) -> Any:
         check_process()
-        with own_settings():
+        with default_settings():
             return method(*arguments, **options)
 
     return run  # type: ignore[return-value]
 
 
 def default_device() -> jax.Device:
-    """The device on which JAX puts an array that is not told where to go.
+    """The device on which JAX puts arrays by default.
 
     Raises:
         BackendUnavailable: JAX does not start.
-        ConfigError: the device is not of the platform that JAX runs on.
+        ConfigError: the device is on another platform than the one that JAX runs on.
     """
     try:
         jax.devices()
@@ -109,7 +108,7 @@ def default_device() -> jax.Device:
             f"JAX does not start with JAX_PLATFORMS={platforms} ({reason:.300}); install JAX for that platform, or set "
             "JAX_PLATFORMS=cpu"
         ) from error
-    with own_settings():
+    with default_settings():
         (device,) = jax.device_put(0).devices()
     if device.platform != jax.default_backend():
         raise ConfigError(
@@ -120,5 +119,5 @@ def default_device() -> jax.Device:
 
 
 def device_name(device: jax.Device) -> str:
-    """E.g. "cpu:0"."""
+    """The name of a device in messages, e.g. "cpu:0"."""
     return f"{device.platform}:{device.id}"

@@ -1,18 +1,20 @@
-"""Lists in error messages: the first ten entries, and how many more there are."""
+"""Lists in error messages: the first ten entries, and the number of further ones."""
 
 from collections.abc import Iterable
 
-MOST = 10  # entries of a list; a broken checkpoint can give thousands
+MAX_ENTRIES = 10  # a broken checkpoint can have thousands
 
 
-def first_of(entries: Iterable[str]) -> list[str]:
-    """The first ten of some lines, then "and N more" if there are more."""
+def abbreviate(entries: Iterable[str]) -> list[str]:
+    """The first ten entries, then "and N more" if there are more."""
     entries = list(entries)
-    return [*entries[:MOST], f"and {len(entries) - MOST:,} more"] if len(entries) > MOST else entries
+    return (
+        [*entries[:MAX_ENTRIES], f"and {len(entries) - MAX_ENTRIES:,} more"] if len(entries) > MAX_ENTRIES else entries
+    )
 
 
 def quote(names: Iterable[str]) -> str:
-    """Names that a file gave, for one line of a message: the first ten, escaped and cut."""
+    """Names from a file as one line of a message: the first ten, escaped and shortened."""
     names = list(names)
-    more = f" and {len(names) - MOST:,} more" if len(names) > MOST else ""
-    return ", ".join(f"{name!r:.80}" for name in names[:MOST]) + more
+    more = f" and {len(names) - MAX_ENTRIES:,} more" if len(names) > MAX_ENTRIES else ""
+    return ", ".join(f"{name!r:.80}" for name in names[:MAX_ENTRIES]) + more

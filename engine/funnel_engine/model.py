@@ -1,8 +1,8 @@
-"""The forward pass of a funneled Gemma encoder: one pure function, read from top to bottom.
+"""The forward pass of a funneled Gemma encoder: one pure function, to be read from top to bottom.
 
-Weights are matrices `[out, in]` as Hugging Face and safetensors have them: `q`, `k` and `v` are one matrix, gate and up
-another. A backend may have them in a layout of its own (`funnel_kernels.linear.prepare`). The layers are a Python loop
-over a list, not a scan over stacked weights, because a scan copies every layer's weights out of the stack at run time.
+Weights are matrices `[out, in]`, as in Hugging Face checkpoints. `q`, `k` and `v` are one matrix, and so are gate and
+up. A backend may store them in its own layout (`funnel_kernels.linear.prepare`). The layers are a Python loop over a
+list and not a scan over stacked weights, because a scan copies the weights of every layer out of the stack at run time.
 """
 
 from collections.abc import Mapping
@@ -43,17 +43,17 @@ def forward(
         params: weights, see `weights.expected_shapes`; float32 or bfloat16, which is the dtype of the activations.
         batch: N packed rows, made by `packing.pack` with the plan of the same `config` and `funnel`.
         config, funnel: the architecture and its funnel.
-        target: where it runs, and by whose kernels.
-        axis: inside a `jax.shard_map`, the mesh axis along which devices share the heads and the MLP's width; `config`
-            and `params` are then one device's, see `sharding`.
+        target: where it runs, and with which kernels.
+        axis: inside a `jax.shard_map`, the mesh axis along which the heads and the MLP's width are divided; `config`
+            and `params` are then the part of one device, see `sharding`.
 
     Returns:
-        [N / funnel.output_stride, hidden_size] rows after the final norm, in the dtype of the weights. Rows that hold
-        no token are finite and mean nothing.
+        [N / funnel.output_stride, hidden_size] rows after the final norm, in the dtype of the weights. Rows without
+        a token are finite, but have no meaning.
 
     Raises:
         ConfigError: the funnel does not fit the model.
-        BackendUnavailable: an op is not served by the backend.
+        BackendUnavailable: the backend does not support an op.
     """
     dtype = params["embedding"].dtype
     eps = config.norm_eps
@@ -63,8 +63,8 @@ def forward(
 
     x = gather_columns(params["embedding"][batch.ids], axis)  # [N, D], the residual stream
     x = x * jnp.asarray(config.hidden_size**0.5, dtype)
-    full: Any = x if source else None  # full-length activations kept for the recovery: one buffer
-    full_layers = 0  # how many layers' outputs it holds
+    full: Any = x if source else None  # one buffer of full-length activations, for the recovery
+    full_layers = 0  # the number of layers whose outputs are in it
     rotations = {
         (stride, step.layer_type): rotation(config.rope(step.layer_type), config.head_dim, level.positions)
         for stride, level in batch.levels.items()
@@ -72,7 +72,7 @@ def forward(
         if stride in (step.query_stride, step.key_stride)
     }
 
-    # What comes before each sub-layer is the norm of the residual stream, made together with the stream itself.
+    # The input of each sub-layer is the norm of the residual stream, which is computed together with the stream.
     layers = params["layers"]
     x, normed = add_norm(x, None, layers[0]["attention_input_norm"], eps=eps, target=target)
     next_norms = [*(weights["attention_input_norm"] for weights in layers[1:]), params["final_norm"]]
@@ -85,7 +85,7 @@ def forward(
                 x, real, weights["attention_input_norm"], stride=step.pool, pool=funnel.pool, eps=eps, target=target
             )
 
-        # Attention: queries from the (pooled) rows, keys and values from those or from the unpooled ones.
+        # Attention: queries from the (pooled) rows, keys and values from the same rows or from the unpooled ones.
         norms = (weights["query_norm"], weights["key_norm"]) if config.qk_norm else None
         heads, kv_heads = config.num_heads, config.num_kv_heads
         project = partial(project_heads, eps=eps, target=target)
@@ -132,10 +132,9 @@ def forward(
             target=target,
         )
 
-        # What the recovery needs of the full-length layers, in one buffer.
         if source and step.query_stride == 1:
             full_layers += 1
-            full = keep(source, full, x, full_layers)
+            full = update_recovery_buffer(full, x, source=source, layer=full_layers)
 
     if recovery is None:
         return normed
@@ -154,15 +153,15 @@ def forward(
 
 
 def gather_columns(x: jax.Array, axis: str | None) -> jax.Array:
-    """Every device's columns side by side, [N, D / T] -> [N, D]; without an axis they are all here."""
+    """The columns of all devices side by side, [N, D / T] -> [N, D]; without an axis x has all columns."""
     return x if axis is None else jax.lax.all_gather(x, axis, axis=1, tiled=True)
 
 
 def rotation(rope: Rope, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """RoPE's cosines and sines, `[N, head_dim / 2]` float32 each, of positions [N].
+    """RoPE's cosines and sines for positions [N], `[N, head_dim / 2]` float32 each.
 
-    The frequencies are made by jax.numpy on the host in the order of operations of transformers, and stay constants
-    of the program: another power function moves a cosine at position 8191 by 7e-4.
+    The frequencies are computed by jax.numpy on the host, in the order of operations of transformers, and are constants
+    of the program. Another power function changes a cosine at position 8191 by 7e-4.
     """
     with jax.ensure_compile_time_eval(), jax.default_device(jax.local_devices(backend="cpu")[0]):
         exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
@@ -171,12 +170,18 @@ def rotation(rope: Rope, head_dim: int, positions: jax.Array) -> tuple[jax.Array
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def keep(source: str, kept: jax.Array, x: jax.Array, layers: int) -> jax.Array:
-    """The recovery buffer after the `layers`-th full-length layer, whose output is `x`."""
-    if layers == 1:  # from here on the buffer no longer holds the embedding, which only stands in for no layer at all
+def update_recovery_buffer(buffer: jax.Array, x: jax.Array, *, source: str, layer: int) -> jax.Array:
+    """The full-length activations that the recovery reads, after full-length layer number `layer` (from 1).
+
+    Args:
+        buffer: the activations before this layer; before the first layer, the embedding.
+        x: the output of this layer.
+        source: which activations the recovery reads, see `config.Recovery`.
+    """
+    if layer == 1:  # replaces the embedding, which is only read if there is no full-length layer
         return x.astype(jnp.float32) if source == "mean" else x
     if source == "max":
-        return jnp.maximum(kept, x)
+        return jnp.maximum(buffer, x)
     if source == "mean":
-        return kept + x  # a float32 sum until it is divided
-    return x if source == "last" else kept
+        return buffer + x  # a float32 sum, which is divided at the end
+    return x if source == "last" else buffer

@@ -1,4 +1,4 @@
-"""Writing results so that a file under its name is always complete."""
+"""Writes result files so that a file with the given name is always complete."""
 
 import os
 from pathlib import Path
@@ -7,13 +7,13 @@ from funnel_kernels.errors import InputError
 
 
 def check_writable(path: Path, endings: tuple[str, ...]) -> None:
-    """Raises `InputError` unless a file of this name, ending as one of `endings`, can be made."""
+    """Raises `InputError` unless the file can be made and its name ends in one of `endings`."""
     if path.suffix not in endings:
         raise InputError(f"{path.name!r} must end in {' or '.join(endings)}")
     if path.is_dir():
         raise InputError(f"{path} is a directory; give the name of a file")
     if not path.resolve().parent.is_dir():
-        raise InputError(f"{path.parent}, where {path.name} shall be, is not a directory; make it first")
+        raise InputError(f"cannot write {path.name}: {path.parent} is not a directory; make it first")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -21,7 +21,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes under a temporary name and renames it.
+    """Writes a file under a temporary name and then renames it.
 
     Raises:
         InputError: the file cannot be written.

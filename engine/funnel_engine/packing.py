@@ -1,16 +1,17 @@
-"""Ragged sequences -> one packed axis: rows, buckets, RoPE positions and key intervals. NumPy on the host, no loops.
+"""Packs ragged sequences on one axis: rows, buckets, RoPE positions and key intervals. NumPy on the host, no loops.
 
-A batch is laid end to end on one axis of N rows, and every sequence starts at a multiple of the funnel's total stride
-(plus `lead` rows of padding when the first token stays alone, see `FunnelConfig.keep_first`), so that pooling is
-`[N, D] -> [N / s, D]` and no window holds rows of two sequences:
+The sequences of a batch follow each other on one axis of N rows. Every sequence starts at a multiple of the funnel's
+total stride (plus `lead` rows of padding for `FunnelConfig.keep_first`). So pooling is `[N, D] -> [N / s, D]`, and no
+window contains rows of two sequences:
 
     stride 2, lengths 3 and 4          rows   a0 a1 a2 -- b0 b1 b2 b3
                                        pooled   A0    A1    B0    B1
     the same with keep_first           rows   -- a0 a1 a2 -- b0 b1 b2 b3 --
                                        pooled   A0    A1    B0    B1    B2
 
-Row `r` of a sequence on stride `s` has its *place* at its first real token: `max(0, r * s - o)` with `o = s - 1` for
-keep_first and 0 otherwise. Windows and causality compare places, so the keys that a query may see are one interval.
+The *first token* of row `r` of a sequence (its *place* in docs/semantics.md) on stride `s` is `max(0, r * s - o)`, with
+`o = s - 1` for keep_first and `o = 0` otherwise. Sliding windows and causality compare first tokens, so a query sees
+one interval of keys.
 """
 
 import dataclasses
@@ -32,16 +33,16 @@ LEAST_BUCKET = 16  # rows; below this, weight traffic hides the cost of padding
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a batch must hold for one model and one funnel; made once, at load.
+    """How to pack batches for one model and one funnel; made once, at load.
 
     Attributes:
-        total_stride: tokens per row at the deepest level; sequences start at its multiples.
+        total_stride: tokens per row at the deepest level; sequences start at multiples of it.
         output_stride: tokens per row of the model's output.
         lead: rows of padding before each sequence (`keep_first`).
         positions: how a pooled row is numbered for RoPE.
-        strides: the stride levels that rows live on, ascending from 1.
-        windows: for every (query stride, key stride, layer type) that some layer attends with, the inclusive
-            (left, right) radii in tokens; None is without limit.
+        strides: the strides of all levels, ascending from 1.
+        windows: for every (query stride, key stride, layer type) of a layer, the inclusive (left, right) radii in
+            tokens; None is no limit.
     """
 
     total_stride: int
@@ -52,11 +53,11 @@ class Plan:
     windows: dict[IntervalKey, tuple[int | None, int | None]]
 
     def offset(self, stride: int) -> int:
-        """Padding rows of stride 1 in the first window of every sequence at this level."""
+        """The number of padding rows of stride 1 in the first window of every sequence at this level."""
         return self.lead % stride
 
     def rows_needed(self, lengths: Ints) -> Ints:
-        """Rows of stride 1 that sequences of these lengths take."""
+        """The number of rows of stride 1 that each of these sequences needs."""
         return -(-(self.lead + lengths) // self.total_stride) * self.total_stride
 
 
@@ -82,7 +83,7 @@ def make_plan(config: ModelConfig, funnel: FunnelConfig) -> Plan:
 class Level(NamedTuple):
     """The rows of one stride level."""
 
-    real: Array  # [N / stride] bool: the row holds at least one token
+    real: Array  # [N / stride] bool: the row contains at least one token
     positions: Array  # [N / stride] float32: RoPE position, in tokens
 
 
@@ -96,22 +97,22 @@ class Interval(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """What `model.forward` reads: a pytree of arrays whose shapes depend on the bucket only."""
+    """The input of `model.forward`: a pytree of arrays whose shapes only depend on the bucket."""
 
-    ids: Array  # [N] int32; 0 where a row holds no token
+    ids: Array  # [N] int32; 0 in rows without a token
     levels: dict[int, Level]  # by stride
     intervals: dict[IntervalKey, Interval]
 
 
 class Spans(NamedTuple):
-    """Which rows of one stride level belong to each sequence: `first[b] .. first[b] + rows[b] - 1`."""
+    """The rows of each sequence at one stride level: `first[b] .. first[b] + rows[b] - 1`."""
 
     first: Ints  # [B]
-    rows: Ints  # [B], how many
+    rows: Ints  # [B], the number of rows
 
 
 def spans(plan: Plan, lengths: Ints, stride: int) -> Spans:
-    """The rows of each sequence on one stride level, when sequences of these lengths are packed in order."""
+    """The rows of each sequence at one stride level if sequences of these lengths are packed in order."""
     needed = plan.rows_needed(lengths)
     starts = np.cumsum(needed, dtype=np.int32) - needed + plan.lead  # row of the first token
     first = starts // stride
@@ -124,7 +125,7 @@ def pack(plan: Plan, ids: Ints, offsets: Ints, rows: int) -> Batch:
     Args:
         ids: [total] int32, the sequences one after another; each has at least one token.
         offsets: [B + 1] int32, where each sequence begins and ends in `ids`.
-        rows: a bucket that holds them all.
+        rows: a bucket that is large enough for all of them.
 
     Raises:
         InputError: the sequences need more than `rows` rows.
@@ -132,7 +133,7 @@ def pack(plan: Plan, ids: Ints, offsets: Ints, rows: int) -> Batch:
     lengths = np.diff(offsets)
     needed = int(plan.rows_needed(lengths).sum())
     if needed > rows:
-        raise InputError(f"{len(lengths)} sequences need {needed} rows, more than the bucket's {rows}; split them")
+        raise InputError(f"{len(lengths)} sequences need {needed} rows, more than the {rows} of the bucket; split them")
     by_stride = {stride: LevelRows(plan, lengths, stride) for stride in plan.strides}
     packed = np.zeros(rows, np.int32)
     packed[by_stride[1].row] = ids
@@ -147,18 +148,25 @@ def pack(plan: Plan, ids: Ints, offsets: Ints, rows: int) -> Batch:
 
 
 class LevelRows:
-    """The real rows of one stride level, end to end: sequence by sequence, in order."""
+    """The real rows of one stride level, sequence by sequence.
+
+    Attributes:
+        first, count: first row and number of rows of each sequence, [B].
+        row: index of each real row on the packed axis, [R].
+        row_in_sequence: index of each real row in its sequence, [R].
+        first_token: index in its sequence of the first token of each real row, [R]."""
 
     def __init__(self, plan: Plan, lengths: Ints, stride: int):
         self.plan, self.lengths, self.stride = plan, lengths, stride
         self.offset = plan.offset(stride)
         self.first, self.count = spans(plan, lengths, stride)
-        self.within = np.arange(self.count.sum(), dtype=np.int32) - self.each(np.cumsum(self.count) - self.count)
-        self.row = self.within + self.each(self.first)
-        self.place = np.maximum(self.within * np.int32(stride) - np.int32(self.offset), 0)
+        rows_before = np.cumsum(self.count) - self.count
+        self.row_in_sequence = np.arange(self.count.sum(), dtype=np.int32) - self.per_row(rows_before)
+        self.row = self.row_in_sequence + self.per_row(self.first)
+        self.first_token = np.maximum(self.row_in_sequence * np.int32(stride) - np.int32(self.offset), 0)
 
-    def each(self, per_sequence: np.ndarray) -> Ints:
-        """Spreads one number per sequence over the sequence's rows."""
+    def per_row(self, per_sequence: np.ndarray) -> Ints:
+        """Repeats the number of each sequence for all of its rows."""
         return np.repeat(per_sequence.astype(np.int32), self.count)
 
     def build(self, rows: int) -> Level:
@@ -170,23 +178,23 @@ class LevelRows:
 
     def positions(self) -> np.ndarray:
         if self.plan.positions == "compact":
-            return self.within
+            return self.row_in_sequence
         if self.plan.positions == "first" or self.stride == 1:
-            return self.place
-        window_end = (self.within + 1) * np.int32(self.stride) - np.int32(self.offset + 1)
-        last = np.minimum(window_end, self.each(self.lengths - 1))
-        return last if self.plan.positions == "last" else (self.place + last) * np.float32(0.5)
+            return self.first_token
+        window_end = (self.row_in_sequence + 1) * np.int32(self.stride) - np.int32(self.offset + 1)
+        last = np.minimum(window_end, self.per_row(self.lengths - 1))
+        return last if self.plan.positions == "last" else (self.first_token + last) * np.float32(0.5)
 
     def intervals(self, keys: "LevelRows", left: int | None, right: int | None, rows: int) -> Interval:
-        """For each query row here, the rows of level `keys` whose place is within (left, right) tokens of its own."""
-        lo = first = self.each(keys.first)
-        if left is not None:  # the first key row whose place is at least `place - left`; the first row has place 0
-            beyond = -((left - keys.offset - self.place) // np.int32(keys.stride))
-            lo = first + np.where(self.place <= left, 0, beyond)
-        hi = first + self.each(keys.count)
-        if right is not None:  # one past the last key row whose place is at most `place + right`
+        """For each row, the rows of `keys` whose first token is at most `left` before or `right` after its own."""
+        lo = first = self.per_row(keys.first)
+        if left is not None:  # the first key row whose first token is at least `first_token - left`
+            beyond = -((left - keys.offset - self.first_token) // np.int32(keys.stride))
+            lo = first + np.where(self.first_token <= left, 0, beyond)
+        hi = first + self.per_row(keys.count)
+        if right is not None:  # one past the last key row whose first token is at most `first_token + right`
             reach = min(right, 2**30) + keys.offset  # a larger radius would overflow
-            hi = np.minimum(hi, first + (self.place + reach) // np.int32(keys.stride) + 1)
+            hi = np.minimum(hi, first + (self.first_token + reach) // np.int32(keys.stride) + 1)
         out = Interval(np.zeros(rows, np.int32), np.zeros(rows, np.int32))
         out.lo[self.row] = lo
         out.hi[self.row] = hi
@@ -196,8 +204,8 @@ class LevelRows:
 def row_buckets(plan: Plan, max_tokens: int) -> tuple[int, ...]:
     """The sizes of the packed axis that are compiled, ascending: 4, 5, 6 and 7 times each power of two.
 
-    Each is rounded up to a multiple of 8 rows on the deepest level. A batch that needs `n` rows gets at most
-    `1.25 * n + 8 * total_stride` of them, but not less than 16. The largest bucket holds one sequence of `max_tokens`
+    Each is rounded up to a multiple of 8 rows at the deepest level. A batch of `n` rows gets a bucket of at most
+    `1.25 * n + 8 * total_stride` rows and at least 16. The largest bucket has room for one sequence of `max_tokens`
     tokens.
     """
     unit = ROW_ALIGNMENT * plan.total_stride
@@ -211,7 +219,7 @@ def row_buckets(plan: Plan, max_tokens: int) -> tuple[int, ...]:
 
 
 def sequence_bucket(sequences: int) -> int:
-    """The number of result rows that are compiled for a batch of this many sequences: the next power of four."""
+    """The number of sequences for which a head is compiled, if a batch has this many: the next power of four."""
     return sequence_buckets(sequences)[-1]
 
 
@@ -227,16 +235,18 @@ def split(plan: Plan, lengths: Ints, max_rows: int) -> list[Ints]:
     """Splits sequences into batches of at most `max_rows` packed rows, longest first.
 
     Raises:
-        InputError: a sequence needs more than `max_rows` rows by itself.
+        InputError: one sequence needs more than `max_rows` rows.
 
     Returns:
-        For each batch the indices of its sequences. Within a batch they are in order of falling length, so that
-        neighbours on the packed axis have like lengths and few key blocks hold two of them.
+        For each batch the indices of its sequences, longest first. So neighbours on the packed axis have similar
+        lengths, and few key blocks contain two sequences.
     """
     order = np.argsort(-lengths, kind="stable").astype(np.int32)
     needed = plan.rows_needed(lengths[order])
     if len(order) and needed[0] > max_rows:
-        raise InputError(f"a sequence of {lengths[order[0]]} tokens needs {needed[0]} rows; a batch holds {max_rows}")
+        raise InputError(
+            f"a sequence of {lengths[order[0]]} tokens needs {needed[0]} rows, more than the {max_rows} of a batch"
+        )
     ends = np.cumsum(needed, dtype=np.int64)
     batches, start, used = [], 0, 0
     while start < len(order):

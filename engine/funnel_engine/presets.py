@@ -1,4 +1,4 @@
-"""Published architectures by name, written as what their Hugging Face `config.json` says beyond the class defaults."""
+"""Published architectures by name: the fields of their Hugging Face `config.json` that differ from the defaults."""
 
 from typing import Any
 
@@ -66,10 +66,10 @@ PRESETS: dict[str, Fields] = {
 
 
 def preset(name: str) -> ModelConfig:
-    """The architecture of a published model, e.g. "gemma-2b", with the attention that its own config has.
+    """The architecture of a published model, e.g. "gemma-2b", with the attention that its config says.
 
     Raises:
-        ConfigError: no such preset; the message lists them.
+        ConfigError: the preset does not exist; the message lists all presets.
     """
     if name not in PRESETS:
         raise ConfigError(f"preset {name!r} is unknown; choose one of {', '.join(PRESETS)}")

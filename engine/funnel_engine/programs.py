@@ -1,4 +1,4 @@
-"""The compiled programs of an engine: one of the encoder for every bucket, and one of each head; and its counters."""
+"""The compiled programs of an engine, for each bucket one of the encoder and some of each head, and its counters."""
 
 import dataclasses
 import os
@@ -17,7 +17,7 @@ from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
 from funnel_engine.devices import Devices, batch_shapes
 from funnel_engine.heads import Head
-from funnel_engine.jax_settings import own_settings
+from funnel_engine.jax_settings import default_settings
 from funnel_engine.packing import Batch, Ints, Plan, sequence_bucket, sequence_buckets
 from funnel_engine.xla_options import compiler_options
 from funnel_kernels import Record
@@ -29,19 +29,19 @@ COUNTERS = (
     "sequences",
     "tokens",
     "batches",
-    "padding_rows",  # rows that were computed for no token
+    "padding_rows",  # rows that were computed but contain no token
     "compilations",
     "compilations_after_warmup",
 )
 
 
-class Key(NamedTuple):
-    """A program.
+class ProgramKey(NamedTuple):
+    """Identifies a program.
 
     Attributes:
-        name: "forward" for the encoder, or that of a head.
-        rows: of the encoder's bucket.
-        sequences: that a head reads; 0 for the encoder, and for a head that runs on every row.
+        name: "forward" for the encoder, or the name of a head.
+        rows: the bucket of the encoder.
+        sequences: the number of sequences that a head reads; 0 for the encoder and for a head that runs on every row.
     """
 
     name: str
@@ -50,11 +50,11 @@ class Key(NamedTuple):
 
 
 class Programs:
-    """Compiles each program once, when it is first needed. Every method may be called from any thread.
+    """Compiles each program when it is first needed. Every method may be called from any thread.
 
     Attributes:
-        record: what serves the ops of the programs that were made.
-        compiled: the programs by what they are, those in the making too.
+        record: which backends serve the ops of the programs that were traced.
+        compiled: the programs, also those that are being compiled.
     """
 
     def __init__(
@@ -69,39 +69,40 @@ class Programs:
     ):
         """
         Args:
-            encoder: `model.forward`, but for params, batch and target.
-            heads: that the engine may run.
-            params: the encoder's weights, as `devices.put` gives them; all heads take `head_params`.
+            encoder: `model.forward` with all arguments but params, batch and target.
+            heads: the heads that the engine may run.
+            params: the encoder's weights, as `devices.put` returns them.
+            head_params: the weights of all heads.
         """
         self.encoder, self.heads = encoder, {head.name: head for head in heads}
         self.params, self.head_params, self.plan, self.devices = params, head_params, plan, devices
         self.record = Record()
-        self.compiled: dict[Key, Future[Program]] = {}
+        self.compiled: dict[ProgramKey, Future[Program]] = {}
         self._target = dataclasses.replace(devices.target, record=self.record)
-        self._traced: dict[Key, jax.stages.Traced] = {}
+        self._traced: dict[ProgramKey, jax.stages.Traced] = {}
         self._counters = dict.fromkeys(COUNTERS, 0) | {"compile_seconds": 0.0}
         self._lock = threading.Lock()  # guards what is compiled and the counters
         self._is_warm = False
 
-    def encode(self, packed: Batch, rows: int) -> jax.Array:
-        """Runs the encoder on what `devices.stack` made of a group of batches of `rows` rows each."""
-        return self.program(Key("forward", rows))(self.params, packed)
+    def run_encoder(self, packed: Batch, rows: int) -> jax.Array:
+        """Runs the encoder on the output of `devices.stack` for a group of batches of `rows` rows each."""
+        return self.program(ProgramKey("forward", rows))(self.params, packed)
 
-    def run_head(self, name: str, rows: jax.Array, reads: Sequence[tuple[Ints, ...]]) -> jax.Array:
-        """Runs a head on the encoder's rows; `reads` has for every batch the integers of each of its sequences."""
+    def run_head(self, name: str, rows: jax.Array, inputs: Sequence[tuple[Ints, ...]]) -> jax.Array:
+        """Runs a head on the encoder's rows. `inputs` contains `Head.sequence_inputs` for every batch."""
         bucket = rows.shape[-2] * self.plan.output_stride
-        if not self.heads[name].integers:
-            return self.program(Key(name, bucket))(self.head_params, rows)
-        sequences = sequence_bucket(max(len(integers[0]) for integers in reads))
-        padded = np.zeros((len(reads), len(reads[0]), sequences), np.int32)
-        for batch, integers in zip(padded, reads, strict=True):
-            batch[:, : len(integers[0])] = integers
-        program = self.program(Key(name, bucket, sequences))
+        if not self.heads[name].inputs_per_sequence:
+            return self.program(ProgramKey(name, bucket))(self.head_params, rows)
+        sequences = sequence_bucket(max(len(batch[0]) for batch in inputs))
+        padded = np.zeros((len(inputs), len(inputs[0]), sequences), np.int32)
+        for row, batch in zip(padded, inputs, strict=True):
+            row[:, : len(batch[0])] = batch
+        program = self.program(ProgramKey(name, bucket, sequences))
         return program(self.head_params, rows, *self.devices.stack([tuple(batch) for batch in padded]))
 
     def warm_up(self, buckets: Sequence[int], progress: bool | Callable[[int, int], None]) -> None:
         """Compiles all programs of these buckets; see `Engine.warmup`."""
-        from rich.console import Console  # imported here: a serving process needs neither
+        from rich.console import Console  # imported here: a process that only serves needs neither
         from rich.progress import track
 
         keys = [key for rows in buckets for key in self.keys(rows)]
@@ -116,17 +117,21 @@ class Programs:
                     if callable(progress):
                         progress(done, len(keys))
             finally:
-                pool.shutdown(cancel_futures=True)  # of those that wait, if one has failed
+                pool.shutdown(cancel_futures=True)  # if one failed, those that wait are not compiled
         self._is_warm = True
 
-    def keys(self, rows: int) -> list[Key]:
+    def keys(self, rows: int) -> list[ProgramKey]:
         """The programs of a bucket."""
         counts = sequence_buckets(rows // self.plan.total_stride)
-        heads = [Key(head.name, rows, n) for head in self.heads.values() for n in (counts if head.integers else (0,))]
-        return [Key("forward", rows), *heads]
+        heads = [
+            ProgramKey(head.name, rows, n)
+            for head in self.heads.values()
+            for n in (counts if head.inputs_per_sequence else (0,))
+        ]
+        return [ProgramKey("forward", rows), *heads]
 
-    def program(self, key: Key) -> Program:
-        """A compiled program; the first caller that needs it compiles it, the others wait."""
+    def program(self, key: ProgramKey) -> Program:
+        """A compiled program. The first caller that needs it compiles it; other callers wait."""
         with self._lock:
             program = self.compiled.get(key)
             is_first = program is None
@@ -135,7 +140,7 @@ class Programs:
         if is_first:
             begin = time.perf_counter()
             try:
-                with own_settings(), jax.default_device(self.devices.device):  # in whatever thread
+                with default_settings(), jax.default_device(self.devices.device):  # settings of this thread
                     program.set_result(self._compile(key))
             except BaseException as error:
                 with self._lock:
@@ -149,16 +154,17 @@ class Programs:
         return program.result()
 
     def trace(self, rows: int) -> None:
-        """Traces the programs of a bucket, one of each name, so that the record says what serves their ops.
+        """Traces the encoder and each head for one bucket, so that the record contains the backends of their ops.
 
         Raises:
-            BackendUnavailable: the backend refuses one of them.
+            BackendUnavailable: the backend does not support one of the ops.
         """
         for key in {key.name: key for key in self.keys(rows)}.values():
-            self._traced[key] = self._trace(key)
+            with jax.default_device(self.devices.device):
+                self._traced[key] = self._trace(key)
 
     def count(self, **counts: float) -> None:
-        """Adds to counters."""
+        """Adds to the counters of these names."""
         with self._lock:
             for name, count in counts.items():
                 self._counters[name] += count
@@ -168,13 +174,13 @@ class Programs:
         with self._lock:
             return dict(self._counters)
 
-    def _compile(self, key: Key) -> Program:
+    def _compile(self, key: ProgramKey) -> Program:
         traced = self._traced.pop(key, None) or self._trace(key)
         options = compiler_options(self._target.platform, self._target.threads)
-        return self.devices.queued(traced.lower().compile(options))
+        return self.devices.thread_safe(traced.lower().compile(options))
 
-    def _trace(self, key: Key) -> jax.stages.Traced:
-        """A program, for what the devices run at once."""
+    def _trace(self, key: ProgramKey) -> jax.stages.Traced:
+        """The traced program for a group of batches."""
         shapes: tuple[Any, ...]
         if key.name == "forward":
             function, params, shapes = self.encoder, self.params, (batch_shapes(self.plan, key.rows),)
@@ -182,26 +188,28 @@ class Programs:
             function, params, norm = self.heads[key.name], self.head_params, self.params["final_norm"]
             hidden = jax.ShapeDtypeStruct((key.rows // self.plan.output_stride, *norm.shape), norm.dtype)
             per_sequence = jax.ShapeDtypeStruct((key.sequences,), np.int32)
-            shapes = (hidden, *[per_sequence] * self.heads[key.name].integers)
+            shapes = (hidden, *[per_sequence] * self.heads[key.name].inputs_per_sequence)
         sharded = self.devices.shard(partial(function, target=self._target), params)
-        return jax.jit(sharded).trace(params, *self.devices.shapes(shapes))
+        return jax.jit(sharded).trace(params, *self.devices.stacked_shapes(shapes))
 
 
-def use_compilation_cache(place: str | PathLike[str]) -> None:
-    """Makes JAX store compiled programs in the directory `place`, from now on and for the whole process.
+def use_compilation_cache(path: str | PathLike[str]) -> None:
+    """Makes JAX store compiled programs in the directory `path`, from now on and for the whole process.
 
     Raises:
-        ConfigError: it cannot be made a directory.
+        ConfigError: the directory cannot be made.
     """
-    if not isinstance(place, (str, PathLike)) or not os.fspath(place):
-        raise ConfigError(f"compilation_cache={place!r} is not the name of a directory; name one, or give None")
-    directory = Path(place)
+    if not isinstance(path, (str, PathLike)) or not os.fspath(path):
+        raise ConfigError(
+            f"compilation_cache={path!r} is not the path of a directory; give a path, or None for no cache"
+        )
+    directory = Path(path)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"compilation_cache {directory} cannot be made a directory: {error.strerror}; choose another place"
+            f"the directory compilation_cache={directory} cannot be made: {error.strerror}; choose another path"
         ) from error
     jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax_cache.reset_cache()  # a directory that was in use before stays so otherwise
+    jax_cache.reset_cache()  # otherwise JAX keeps using a directory that was set before

@@ -1,21 +1,20 @@
-"""One engine over several devices: what each of them holds, and which batch it runs.
+"""One engine on several devices: which weights and which batches each device gets.
 
-A mesh has up to two axes. The devices along "model" share the layers as in Megatron-LM (arXiv:1909.08053): each holds
-some heads and a part of the MLP's width, and adds its share to the residual stream in two sums a layer. Those along
-"data" hold the same weights and run batches of their own.
+A mesh has up to two axes. Devices along "model" divide the layers as in Megatron-LM (arXiv:1909.08053): each has some
+heads and a part of the MLP's width, and its results are added to the residual stream in two sums per layer. Devices
+along "data" have the same weights and run different batches.
 
-    weight                     device t of T along "model" holds
+    weight                     part on device t of T along "model"
     qkv, q, kv                 the rows of its heads; a key/value head is on every device whose query heads read it
     gate_up                    the same rows of gate and of up
-    attention_output, down     the columns that multiply those rows' outputs
+    attention_output, down     the columns that are multiplied with the outputs of those rows
     embedding                  the columns [t * D / T, (t + 1) * D / T), gathered after the lookup
     norms, heads               everything
 
-The embedding is split by columns, not by vocabulary: the gathered rows cost half the traffic of a sum over parts of
-the vocabulary, their bits are those of one device, and T need not divide the vocabulary.
+The embedding is split by columns and not by vocabulary. The gathered rows cost half the traffic of a sum over parts of
+the vocabulary, they are bit for bit those of one device, and T need not divide the vocabulary.
 
-A program runs inside one `jax.shard_map`, so that kernels see one device's shapes: they are opaque to XLA's
-partitioner, which is left nothing to decide.
+A program runs inside one `jax.shard_map`, so the kernels, which XLA cannot partition, get the shapes of one device.
 """
 
 import dataclasses
@@ -40,21 +39,21 @@ from funnel_kernels.errors import ConfigError
 
 AXES = ("data", "model")
 
-# Programs that exchange data must be queued in the same order on all of their devices, or each waits for another. So
-# no two threads may queue at once, be it for two engines.
-QUEUE = threading.Lock()
+# Programs that exchange data must be queued in the same order on all of their devices, or they wait for each other for
+# ever. So only one thread at a time may queue a program, even for different engines.
+QUEUE_LOCK = threading.Lock()
 
 
 class DeviceMesh:
     """The devices of a mesh, for one model.
 
-    It has what `devices.Devices` asks for, and besides:
+    It implements `devices.Devices` and has further attributes.
 
     Attributes:
-        mesh: the mesh with both axes, ("data", "model"); one that was not given has size 1.
-        model: how many devices share the layers.
-        whole: the model, of which `config` is one device's share.
-        cuts: how its weights are divided, by name; those that are not here are on every device.
+        mesh: the mesh with both axes, ("data", "model"); an axis that the user's mesh does not have has size 1.
+        model: the number of devices that divide the layers.
+        whole: the whole model; `config` is the part of one device.
+        splits: how weights are divided, by name; a weight that is not in the table is on every device.
     """
 
     def __init__(self, mesh: Mesh, config: ModelConfig, *, backend: str = "auto", threads: int = 0):
@@ -71,15 +70,15 @@ class DeviceMesh:
         self.device = self.mesh.devices.flat[0]
         self.target = Target.of(self.device, backend=backend, threads=threads)
         self.axis = "model" if self.model > 1 else None
-        self.config = share(config, self.model)
+        self.config = device_config(config, self.model)
         self.whole = config
-        self.cuts = cuts(config, self.model) if self.axis else {}
+        self.splits = weight_splits(config, self.model) if self.axis else {}
 
-    def groups(self, plan: Plan, lengths: Ints, buckets: Sequence[int]) -> list[list[Ints]]:
-        """Splits sequences into batches, and these into groups of up to `data` that run side by side.
+    def group_batches(self, plan: Plan, lengths: Ints, buckets: Sequence[int]) -> list[list[Ints]]:
+        """Splits sequences into batches, and the batches into groups of up to `data` that run at once.
 
-        There are as few groups as the largest bucket allows. Batches are then as small as that number of groups
-        allows, so that a call that one device could hold is spread over all of them.
+        The number of groups is the smallest that the largest bucket allows. The batches are then as small as this
+        number of groups allows, so that even a call that fits on one device is distributed over all devices.
         """
         most = -(-len(split(plan, lengths, buckets[-1])) // self.data) * self.data
         needed = plan.rows_needed(lengths)
@@ -89,7 +88,7 @@ class DeviceMesh:
         return [batches[start : start + self.data] for start in range(0, len(batches), self.data)]
 
     def put(self, weights: Params, funnel: FunnelConfig, dtype: str) -> dict[str, Any]:
-        """Gives every device its part of the weights, straight from where they are: host memory holds one part."""
+        """Copies every device's part of the weights directly to it; host memory contains one part at a time."""
         if foreign := [device for device in self.mesh.devices.flat if device.process_index != jax.process_index()]:
             raise ConfigError(
                 f"the mesh has devices of other processes, e.g. {foreign[0]}; an engine runs in one process, so make "
@@ -100,9 +99,9 @@ class DeviceMesh:
             raise ConfigError(f"{packed[0]} is packed for one device and cannot be divided; give the weight itself")
 
         def put(name: str, weight: Any) -> jax.Array:
-            cut, shards = self.cuts.get(name), []
+            split, shards = self.splits.get(name), []
             for index, devices in enumerate(self.mesh.devices.T):
-                part = (cut.part(weight, index) if cut else weight).astype(DTYPES[dtype], copy=False)
+                part = (split.part(weight, index) if split else weight).astype(DTYPES[dtype], copy=False)
                 shards += [jax.device_put(part, device) for device in devices]
             sharded = self._weight_shape(name, weight)
             return jax.make_array_from_single_device_arrays(sharded.shape, sharded.sharding, shards)
@@ -110,36 +109,36 @@ class DeviceMesh:
         return map_weights(put, nest(weights, self.whole, funnel))
 
     def weight_shapes(self, funnel: FunnelConfig, dtype: str) -> dict[str, Any]:
-        """What `put` makes of an encoder's weights, as shapes only."""
-        element = np.zeros((), DTYPES[dtype])  # one, whatever the shape
+        """The shapes of the tree that `put` returns for an encoder."""
+        element = np.zeros((), DTYPES[dtype])  # one element for all shapes
         shapes = expected_shapes(self.whole, HeadConfig())
         tree = nest({name: np.broadcast_to(element, shape) for name, shape in shapes.items()}, self.whole, funnel)
         return map_weights(self._weight_shape, tree)
 
     def stack(self, batches: Sequence[Tree]) -> Tree:
-        """Up to `data` batches of one bucket -> their arrays on a leading axis [data].
+        """Stacks the arrays of up to `data` batches of one bucket along a new first axis [data].
 
-        A device that is left over gets zeros, which is a batch without tokens: no row is real, no interval holds a key.
+        Devices without a batch get zeros: a batch without tokens, where no row is real and all intervals are empty.
         """
         missing = self.data - len(batches)
         return jax.tree.map(lambda *arrays: np.stack([*arrays, *[np.zeros_like(arrays[0])] * missing]), *batches)
 
     def unstack(self, results: jax.Array) -> Iterator[np.ndarray]:
-        """The result of each device along "data", as it was of one batch."""
+        """The result of each device along "data", in the form of one batch."""
         yield from np.asarray(results)
 
-    def shapes(self, batch: Tree) -> Tree:
-        """The shapes of what `stack` makes of batches of these shapes."""
+    def stacked_shapes(self, batch: Tree) -> Tree:
+        """The shapes of the arrays that `stack` returns for batches of these shapes."""
         sharding = NamedSharding(self.mesh, PartitionSpec("data"))
         return jax.tree.map(
             lambda array: jax.ShapeDtypeStruct((self.data, *array.shape), array.dtype, sharding=sharding), batch
         )
 
     def shard(self, function: Callable[..., jax.Array], params: Tree) -> Callable[..., jax.Array]:
-        """Makes of `function(params, *arrays of one batch)` the same of stacked batches, each on its own devices.
+        """Turns `function(params, *arrays of one batch)` into a function of stacked batches, each on its own devices.
 
         Args:
-            params: arrays or shapes that know their sharding.
+            params: arrays, or shapes, with their shardings.
         """
 
         def one_batch(params: Tree, arrays: Tree) -> jax.Array:
@@ -147,28 +146,28 @@ class DeviceMesh:
 
         weights = jax.tree.map(lambda weight: weight.sharding.spec, params)
         batches = PartitionSpec("data")
-        # Kernels do not say over which axes their results are equal, so this cannot be checked.
+        # Kernels do not declare over which axes their results are equal, so JAX cannot check it.
         mapped = jax.shard_map(
             one_batch, mesh=self.mesh, in_specs=(weights, batches), out_specs=batches, check_vma=False
         )
 
-        def side_by_side(params: Tree, *arrays: Tree) -> jax.Array:
+        def all_batches(params: Tree, *arrays: Tree) -> jax.Array:
             return mapped(params, arrays)
 
-        return side_by_side
+        return all_batches
 
-    def queued(self, program: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-        """The program, queued on all devices before any other is, see `QUEUE`."""
+    def thread_safe(self, program: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+        """The program, which is queued on all devices before another one is, see `QUEUE_LOCK`."""
 
         def run(*arrays: Tree) -> jax.Array:
-            with QUEUE:
+            with QUEUE_LOCK:
                 return program(*arrays)
 
         return run
 
     def _weight_shape(self, name: str, weight: Any) -> jax.ShapeDtypeStruct:
-        cut = self.cuts.get(name)
-        shape, spec = (cut.shape(weight.shape), cut.spec) if cut else (weight.shape, PartitionSpec())
+        split = self.splits.get(name)
+        shape, spec = (split.shape(weight.shape), split.spec) if split else (weight.shape, PartitionSpec())
         return jax.ShapeDtypeStruct(shape, weight.dtype, sharding=NamedSharding(self.mesh, spec))
 
     def __str__(self) -> str:
@@ -176,12 +175,12 @@ class DeviceMesh:
 
 
 @dataclasses.dataclass(frozen=True)
-class Cut:
-    """How a weight is divided among `devices`: it is blocks along one axis, each of which has equal parts.
+class Split:
+    """How a weight is divided among `devices`: it has blocks along one axis, and each block has parts of equal size.
 
-    Device t holds part `t * parts // devices` of every block, side by side. All devices' parts one after another are
-    the weight as a sharded array: its own rows or columns in another order, some more than once if there are fewer
-    parts than devices.
+    Device t has part `t * parts // devices` of every block, side by side. The parts of all devices, one after another,
+    are the sharded array. It contains the rows or columns of the weight in a different order. If there are fewer parts
+    than devices, some are in it more than once.
     """
 
     devices: int
@@ -193,27 +192,27 @@ class Cut:
         return PartitionSpec(*[None] * self.axis, "model")
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The sharded array's."""
+        """The shape of the sharded array."""
         size = self.devices * sum(width // parts for width, parts in self.blocks)
         return tuple(size if axis == self.axis else length for axis, length in enumerate(shape))
 
     def part(self, weight: Any, device: int) -> Any:
-        """What one device holds: a view of the weight, or a copy of what is needed of its blocks."""
-        taken, start = [], 0
+        """The part of one device: a view of the weight, or a copy of its parts of several blocks."""
+        parts_of_blocks, start = [], 0
         for width, parts in self.blocks:
             first = start + device * parts // self.devices * (width // parts)
-            within = slice(first, first + width // parts)
-            taken.append(weight[within] if self.axis == 0 else weight[:, within])
+            part = slice(first, first + width // parts)
+            parts_of_blocks.append(weight[part] if self.axis == 0 else weight[:, part])
             start += width
-        return np.concatenate(taken, self.axis) if len(taken) > 1 else taken[0]
+        return np.concatenate(parts_of_blocks, self.axis) if len(parts_of_blocks) > 1 else parts_of_blocks[0]
 
 
-def cuts(config: ModelConfig, devices: int) -> dict[str, Cut]:
+def weight_splits(config: ModelConfig, devices: int) -> dict[str, Split]:
     """How weights are divided, by their names in `weights.nest`."""
     q = (config.num_heads * config.head_dim, devices)
     kv = (config.num_kv_heads * config.head_dim, min(config.num_kv_heads, devices))
     mlp = (config.intermediate_size, devices)
-    rows, columns = partial(Cut, devices, 0), partial(Cut, devices, 1)
+    rows, columns = partial(Split, devices, 0), partial(Split, devices, 1)
     return {
         "qkv": rows((q, kv, kv)),
         "q": rows((q,)),
@@ -225,23 +224,23 @@ def cuts(config: ModelConfig, devices: int) -> dict[str, Cut]:
     }
 
 
-def share(config: ModelConfig, devices: int) -> ModelConfig:
-    """What one of `devices` along "model" computes of a model.
+def device_config(config: ModelConfig, devices: int) -> ModelConfig:
+    """The part of a model that one of `devices` along "model" computes.
 
     Raises:
-        ConfigError: they do not divide it.
+        ConfigError: the number of devices does not divide the model.
     """
     for name in ("num_heads", "intermediate_size", "hidden_size"):
         if getattr(config, name) % devices:
             raise ConfigError(
                 f"the mesh has {devices} devices along 'model', which does not divide {name}={getattr(config, name)}; "
-                "use a number that does, and the other devices along 'data'"
+                "use a number that does, and put the other devices along 'data'"
             )
     kv_heads = config.num_kv_heads
     if kv_heads % devices and devices % kv_heads:
         raise ConfigError(
-            f"the mesh has {devices} devices along 'model', which neither divides num_kv_heads={kv_heads} nor is a "
-            "multiple of it; use a number that is either, and the other devices along 'data'"
+            f"the mesh has {devices} devices along 'model', which must divide num_kv_heads={kv_heads} or be a "
+            "multiple of it; use another number, and put the other devices along 'data'"
         )
     return dataclasses.replace(
         config,
@@ -254,21 +253,21 @@ def share(config: ModelConfig, devices: int) -> ModelConfig:
 def abstract_forward(
     mesh: Mesh, config: ModelConfig, funnel: FunnelConfig, *, rows: int, dtype: str = "bfloat16", backend: str = "auto"
 ) -> tuple[Any, dict[str, Any], Tree]:
-    """The forward pass over a mesh and the shapes of its arguments, to be compiled for devices that are not here.
+    """The forward pass on a mesh and the shapes of its arguments, to compile it for devices that are not present.
 
         program, params, batch = abstract_forward(mesh, preset("gemma-2b"), FunnelConfig.after(2), rows=4096)
         compiled = program.lower(params, batch).compile()
 
     Args:
         mesh: see `DeviceMesh`; its devices may be those of `jax.experimental.topologies`.
-        rows: of each device's batch, a bucket.
+        rows: the rows of each device's batch, a bucket.
 
     Raises:
-        ConfigError: the mesh or the funnel does not fit the model, or there is no such dtype.
+        ConfigError: the mesh or the funnel does not fit the model, or the dtype is unknown.
     """
     dtype = check_dtype(dtype)
     devices = DeviceMesh(mesh, config, backend=backend)
     encoder = partial(forward, config=devices.config, funnel=funnel, target=devices.target, axis=devices.axis)
     params = devices.weight_shapes(funnel, dtype)
-    batch = devices.shapes(batch_shapes(make_plan(config, funnel), rows))
+    batch = devices.stacked_shapes(batch_shapes(make_plan(config, funnel), rows))
     return jax.jit(devices.shard(encoder, params)), params, batch

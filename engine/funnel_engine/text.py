@@ -1,4 +1,4 @@
-"""What is done to a text before the encoder: prompt, tokenizer, begin and end of sequence, length limit."""
+"""The preparation of texts for the encoder: prompt, tokenizer, begin and end of sequence, length limit."""
 
 import contextlib
 import dataclasses
@@ -10,30 +10,30 @@ from typing import TYPE_CHECKING, Any
 
 from funnel_engine import input_files
 from funnel_engine.config import check_positive
-from funnel_engine.messages import first_of
+from funnel_engine.messages import abbreviate
 from funnel_kernels.errors import CheckpointError, ConfigError, FunnelError, InputError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-# A tokenizer is a function: texts -> the ids of each, without begin or end of sequence.
+# A tokenizer is a function from texts to the ids of each text, without begin or end of sequence.
 Tokenize = Callable[[Sequence[str]], list[list[int]]]
 
-MAX_FILE_BYTES = 500_000_000  # of a tokenizer; Gemma 3's has 33 MB
-FETCH_AGAIN = "Fetch it again, or convert without it, for a checkpoint that takes token ids only"
+MAX_FILE_BYTES = 500_000_000  # the limit for a tokenizer; Gemma 3's has 33 MB
+FETCH_AGAIN = "Fetch it again, or convert without it to get a checkpoint that takes token ids only"
 REPAIR = "Repair the tokenizer; most likely its vocabulary lacks the unknown token"
 
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """What a checkpoint says about its texts.
+    """How a checkpoint prepares its texts.
 
     Attributes:
-        begin: the id put before those of every text (BOS), or None.
-        end: the id put after them (EOS), or None.
-        max_tokens: the most tokens of a text, begin and end counted, or None if only the encoder limits it.
-        prompts: texts that go before an input, by name.
-        default_prompt_name: the prompt of calls that name none.
+        begin: the id before the ids of every text (BOS), or None.
+        end: the id after them (EOS), or None.
+        max_tokens: the largest number of tokens of a text, with begin and end; None if only the encoder limits it.
+        prompts: texts to put before an input, by name.
+        default_prompt_name: the prompt of calls that do not name one.
     """
 
     begin: int | None = None
@@ -46,25 +46,25 @@ class TextConfig:
         if self.max_tokens is not None:
             check_positive("max_tokens", self.max_tokens)
         if self.default_prompt_name not in (None, *self.prompts):
-            known = ", ".join(first_of(self.prompts)) or "none"
-            raise ConfigError(f"default_prompt_name={self.default_prompt_name!r} is none of the prompts: {known}")
+            known = ", ".join(abbreviate(self.prompts)) or "none"
+            raise ConfigError(f"default_prompt_name={self.default_prompt_name!r} is not one of the prompts: {known}")
 
     def prompt(self, name: str | None) -> str:
-        """The text of a prompt; None stands for the default one.
+        """The text of a prompt; None means the default prompt.
 
         Raises:
-            InputError: no such prompt.
+            InputError: the prompt does not exist.
         """
         if name is None:
             name = self.default_prompt_name
         if name is not None and name not in tuple(self.prompts):
-            known = ", ".join(first_of(self.prompts)) or "none"
+            known = ", ".join(abbreviate(self.prompts)) or "none"
             raise InputError(f"prompt_name={name!r} is unknown; this checkpoint's prompts: {known}")
         return "" if name is None else self.prompts[name]
 
 
 def read_tokenizer(file: Path) -> Tokenize:
-    """Loads tokenizer.json with the tokenizers library, or else a SentencePiece model with sentencepiece.
+    """Loads a tokenizer.json with the tokenizers library, or a SentencePiece model with sentencepiece.
 
     Raises:
         CheckpointError: the file is damaged, or sentencepiece is not installed.
@@ -83,8 +83,8 @@ def read_tokenizer_json(file: Path) -> Tokenize:
 
 
 def load_tokenizer_json(file: Path) -> tuple["Tokenizer", dict[str, Any] | None]:
-    """A tokenizer that neither pads nor truncates, and how the file says that it truncates."""
-    from tokenizers import Tokenizer  # imported here: an engine that is given ids needs no tokenizer
+    """A tokenizer that neither pads nor truncates, and the truncation settings of its file."""
+    from tokenizers import Tokenizer  # imported here: an engine for token ids does not need it
 
     check_file(file)
     with raising(CheckpointError, f"{file} is not a tokenizer that the tokenizers library reads", FETCH_AGAIN):
@@ -97,9 +97,10 @@ def load_tokenizer_json(file: Path) -> tuple["Tokenizer", dict[str, Any] | None]
 
 @contextlib.contextmanager
 def raising(error: type[FunnelError], what: str, remedy: str) -> Iterator[None]:
-    """Turns what the tokenizers library raises into an `error`: bare Exception, or PanicException where Rust panics.
+    """Turns exceptions of the tokenizers library into an `error`.
 
-    The latter is no Exception, and no module exports it. Other such classes, e.g. KeyboardInterrupt, pass.
+    They are Exception, or PanicException if Rust panics, which is not a subclass of Exception and which no module
+    exports. Other exceptions of this kind, e.g. KeyboardInterrupt, are not changed.
     """
     try:
         yield
@@ -110,7 +111,7 @@ def raising(error: type[FunnelError], what: str, remedy: str) -> Iterator[None]:
 
 
 def check_file(file: Path) -> None:
-    """The libraries read a pipe without end, and a file of any size into memory."""
+    """Raises `CheckpointError` unless a file is regular and not too large; the libraries do not check this."""
     if not os.path.isfile(file):
         raise CheckpointError(f"{file} is not a regular file; put the tokenizer itself there")
     if (size := os.path.getsize(file)) > MAX_FILE_BYTES:
@@ -119,9 +120,9 @@ def check_file(file: Path) -> None:
 
 
 def read_sentencepiece(file: Path) -> Tokenize:
-    """As the library does it, but `<bos>` and its like are also found where they stand in a text.
+    """A tokenizer like sentencepiece's own, but special tokens such as `<bos>` are also found inside a text.
 
-    To sentencepiece they are plain characters there; to transformers and in tokenizer.json they are tokens.
+    For sentencepiece they are plain characters there; for transformers and tokenizer.json they are tokens.
     """
     processor = load_sentencepiece(file)
     numbers = range(processor.get_piece_size())
@@ -131,11 +132,11 @@ def read_sentencepiece(file: Path) -> Tokenize:
 
     def tokenize(texts: Sequence[str]) -> list[list[int]]:
         parts = [pattern.split(text) for text in texts]  # plain, special, plain, ..., plain
-        plain = iter(processor.encode([part for several in parts for part in several[::2]], out_type=int))
+        plain = iter(processor.encode([part for text_parts in parts for part in text_parts[::2]], out_type=int))
         ids = []
-        for several in parts:
+        for text_parts in parts:
             ids.append(next(plain))
-            for token in several[1::2]:
+            for token in text_parts[1::2]:
                 ids[-1] = [*ids[-1], special[token], *next(plain)]
         return ids
 

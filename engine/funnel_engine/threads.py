@@ -1,7 +1,7 @@
-"""How many threads an engine's kernels use on a CPU.
+"""The number of threads that an engine's kernels use on a CPU.
 
-The kernels in C++ run on XLA's own pool of threads, one for each core that the process may use, so that the two never
-compete. An engine may use fewer of them. The pool itself is made by JAX and as large as the machine allows: to keep a
+The C++ kernels run on XLA's own thread pool, which has one thread for each core that the process may use, so the
+kernels and XLA never compete. An engine may use fewer threads of the pool. JAX sets the size of the pool: to keep a
 whole process off some cores, start it with `taskset`.
 """
 
@@ -11,18 +11,18 @@ from funnel_engine.config import check_integer
 from funnel_kernels.errors import ConfigError
 
 VARIABLE = "OMP_NUM_THREADS"
-MOST_THREADS = 1024  # of the kernels in C++, too
+MOST_THREADS = 1024  # the C++ kernels have the same limit
 
 
 def count_threads(asked: int | None) -> int:
-    """The number of threads that is asked for, or that OMP_NUM_THREADS says; 0 stands for all.
+    """The given number of threads, or else the value of OMP_NUM_THREADS; 0 means all.
 
     Raises:
-        ConfigError: either is not an integer from 1 to `MOST_THREADS`.
+        ConfigError: the number is not an integer from 1 to `MOST_THREADS`.
     """
     if asked is not None:
         return check_integer("threads", asked, least=1, most=MOST_THREADS)
-    value = os.environ.get(VARIABLE, "").split(",")[0].strip()  # OpenMP allows a list, one for each level of nesting
+    value = os.environ.get(VARIABLE, "").split(",")[0].strip()  # OpenMP allows a list, one number per nesting level
     if not value:
         return 0
     if not value.isdecimal() or not 1 <= int(value) <= MOST_THREADS:

@@ -1,7 +1,7 @@
-"""Names and shapes of the weights, and random ones for benchmarks and tests.
+"""Names and shapes of the weights, and random weights for benchmarks and tests.
 
-Inside the engine a model's weights are one flat table of names, also on disk; `nest` makes of it what `model.forward`
-reads. Matrices are `[out, in]`.
+The weights of a model are a flat table by name, in memory and on disk. `nest` turns it into the tree that
+`model.forward` reads. Matrices are `[out, in]`.
 """
 
 import contextlib
@@ -18,15 +18,15 @@ from funnel_kernels.errors import ConfigError
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 Shapes = dict[str, tuple[int, ...]]
-# The matrices that rows are multiplied with, and how many matrices each is made of.
+# The matrices of the products, and the number of matrices that each one consists of.
 PRODUCTS = {"qkv": 1, "q": 1, "kv": 1, "attention_output": 1, "gate_up": 2, "down": 1}
 
 
 def check_dtype(dtype: Any) -> str:
-    """The name of a dtype that is given as a name, or as NumPy or JAX have it, e.g. `jnp.bfloat16`.
+    """The name of a dtype, which is given as a name or as a NumPy or JAX dtype, e.g. `jnp.bfloat16`.
 
     Raises:
-        ConfigError: the engine does not run weights of this dtype, or it is none.
+        ConfigError: the engine does not support weights of this dtype, or the value is not a dtype.
     """
     name = dtype
     if dtype is not None and not isinstance(dtype, str):
@@ -40,10 +40,10 @@ def check_dtype(dtype: Any) -> str:
 
 
 def expected_shapes(config: ModelConfig, head: HeadConfig) -> Shapes:
-    """Every weight of a model, by its name in our own format.
+    """The shape of every weight of a model, by its name in our checkpoint format.
 
-    `qkv` holds the rows of the query, key and value projections one after another, `gate_up` those of the two MLP
-    inputs. Norm weights are zero-centred, as everywhere in the Gemma family.
+    `qkv` contains the rows of the query, key and value projections, in this order; `gate_up` contains those of gate and
+    up. Norm weights are zero-centred, as in all Gemma models.
     """
     hidden, q_width = config.hidden_size, config.num_heads * config.head_dim
     layer: Shapes = {
@@ -65,10 +65,10 @@ def expected_shapes(config: ModelConfig, head: HeadConfig) -> Shapes:
 
 
 def nest(flat: Mapping[str, Any], config: ModelConfig, funnel: FunnelConfig) -> dict[str, Any]:
-    """The tree that `model.forward` reads: `layers` is a list, everything else keeps its name.
+    """The tree that `model.forward` reads: `layers` is a list, all other weights keep their names.
 
-    A layer that takes its keys from unpooled rows (`pool_query_only`) gets `q` and `kv` instead of `qkv`, so that
-    no weight is cut at run time.
+    A layer that takes its keys from unpooled rows (`pool_query_only`) gets `q` and `kv` instead of `qkv`, so that no
+    weight is split at run time.
     """
     layers: list[dict[str, Any]] = [{} for _ in range(config.num_layers)]
     tree: dict[str, Any] = {"layers": layers}
@@ -87,13 +87,13 @@ def nest(flat: Mapping[str, Any], config: ModelConfig, funnel: FunnelConfig) -> 
 
 
 def prepare_weight(name: str, weight: Any, dtype: str, target: Target) -> Weight:
-    """One weight, cast and in the layout that the products of a target read (`funnel_kernels.linear.prepare`).
+    """Casts one weight and puts it into the layout for a target (`funnel_kernels.linear.prepare`).
 
     Args:
-        name: in the flat table or the tree.
+        name: its name in the flat table or in the tree.
 
     Raises:
-        ConfigError: it is packed already, in another dtype.
+        ConfigError: the weight is already packed, with another dtype.
     """
     if str(weight.dtype) != dtype:
         if isinstance(weight, PackedWeight):
@@ -104,7 +104,7 @@ def prepare_weight(name: str, weight: Any, dtype: str, target: Target) -> Weight
 
 
 def random_weights(config: ModelConfig, head: HeadConfig, dtype: str, seed: int) -> dict[str, np.ndarray]:
-    """Uniform weights of standard deviation 0.02, a flat table; norms are as random as the rest."""
+    """A flat table of uniform random weights of standard deviation 0.02, norm weights included."""
     generator = np.random.default_rng(seed)
     return {name: random_array(generator, shape, dtype) for name, shape in expected_shapes(config, head).items()}
 
@@ -112,7 +112,7 @@ def random_weights(config: ModelConfig, head: HeadConfig, dtype: str, seed: int)
 def random_array(generator: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
     out = np.empty(shape, DTYPES[dtype])
     rows = out.reshape(shape[0], -1)
-    step = max(1, 2**22 // rows.shape[1])  # a few MB of float32 at a time, whatever the size of the matrix
+    step = max(1, 2**22 // rows.shape[1])  # a few MB of float32 at a time, for any size of the matrix
     for start in range(0, len(rows), step):
         part = rows[start : start + step]
         part[...] = (generator.random(part.shape, np.float32) - np.float32(0.5)) * np.float32(0.02 * 12**0.5)

@@ -1,8 +1,8 @@
-"""Compiler options that the engine sets for XLA, by platform. What `XLA_FLAGS` names is left as it says there.
+"""The compiler options that the engine sets for XLA, by platform. An option in `XLA_FLAGS` is not changed.
 
-On NVIDIA GPUs XLA by itself tries out its own and cuBLAS's matrix products while it compiles
-(`xla_gpu_autotune_level`), and records runs of at least five kernels as CUDA graphs (`xla_gpu_enable_command_buffer`).
-A call of the legacy custom-call interface ends such a run. The Triton kernels are called through the typed one
+On NVIDIA GPUs XLA compares its own and cuBLAS's matrix products while it compiles (`xla_gpu_autotune_level`), and
+records runs of at least five kernels as CUDA graphs (`xla_gpu_enable_command_buffer`). A call through the legacy
+custom-call interface ends such a run. The Triton kernels are called through the typed interface
 (`funnel_kernels.triton_calls`), so a forward pass is one graph.
 `python -m funnel_benchmarks.accelerator --only flags` measures what other options would change.
 """
@@ -11,16 +11,16 @@ import os
 import re
 
 OPTIONS: dict[str, dict[str, str | bool]] = {
-    # Sums over a mesh's "model" axis run beside products that do not need them (JAX's advice for several GPUs).
+    # Sums over a mesh's "model" axis overlap with products that do not need them (JAX's advice for several GPUs).
     "gpu": {"xla_gpu_enable_latency_hiding_scheduler": True},
 }
 
 
 def compiler_options(platform: str, threads: int = 0) -> dict[str, str | bool]:
-    """The options for a platform of JAX ("cpu", "gpu", "tpu"), less those that the user has set in `XLA_FLAGS`.
+    """The options for a JAX platform ("cpu", "gpu", "tpu"), without those that the user has set in `XLA_FLAGS`.
 
     Args:
-        threads: of an engine on a CPU, see `threads.py`. XLA's own operations know only one thread or all of them.
+        threads: of an engine on a CPU, see `threads.py`. XLA's own operations can use one thread or all of them.
     """
     named = set(re.findall(r"--(\w+)", os.environ.get("XLA_FLAGS", "")))
     options = OPTIONS.get(platform, {})

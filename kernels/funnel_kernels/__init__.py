@@ -1,4 +1,4 @@
-"""The ops of a funnel encoder on packed rows: one folder each, whose reference.py is the specification."""
+"""The ops of a funnel encoder on packed rows. Each op has a folder; its reference.py is the specification."""
 
 from funnel_kernels.add_norm import add_norm
 from funnel_kernels.attention import attention

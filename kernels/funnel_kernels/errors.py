@@ -6,16 +6,16 @@ class FunnelError(Exception):
 
 
 class ConfigError(FunnelError):
-    """An option, or a combination of options, that no model or funnel can have."""
+    """An option, or a combination of options, that is not valid for any model or funnel."""
 
 
 class CheckpointError(FunnelError):
-    """A checkpoint that is missing, damaged, or of a form that cannot be represented."""
+    """A checkpoint that is missing, damaged, or in a form that the engine cannot represent."""
 
 
 class InputError(FunnelError):
-    """Texts, token ids or arrays that cannot be run."""
+    """Texts, token ids or arrays that the engine cannot run."""
 
 
 class BackendUnavailable(FunnelError):
-    """A backend that does not exist here, or that does not serve what is asked of it."""
+    """A backend that is not available here, or that does not support the call."""

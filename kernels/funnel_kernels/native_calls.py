@@ -1,4 +1,4 @@
-"""Calling the C++ kernels for CPUs through XLA's foreign function interface, and whether that is possible here."""
+"""Calls the C++ kernels for CPUs through XLA's foreign function interface, and checks whether they can run here."""
 
 import functools
 import os
@@ -20,7 +20,7 @@ def check(target: Target) -> None:
     """Raises `Unsupported` unless the target is a CPU for which the kernels were built.
 
     Raises:
-        ConfigError: FUNNEL_CPU_ISA names no instruction set.
+        ConfigError: FUNNEL_CPU_ISA is not the name of an instruction set.
     """
     if target.platform != "cpu":
         raise Unsupported(f"JAX runs on {target.platform}")
@@ -33,7 +33,7 @@ def problem() -> str | None:
     """Why the kernels cannot run on this machine; None if they can.
 
     Raises:
-        ConfigError: FUNNEL_CPU_ISA names no instruction set.
+        ConfigError: FUNNEL_CPU_ISA is not the name of an instruction set.
     """
     try:
         import funnel_native
@@ -47,10 +47,10 @@ def problem() -> str | None:
 
 @functools.cache
 def warn_without_kernels() -> None:
-    """Warns once in a process on a machine for which the kernels were made, where they are not installed.
+    """Warns once per process if the kernels are not installed on a machine that they support.
 
     Raises:
-        ConfigError: FUNNEL_CPU_ISA names no instruction set.
+        ConfigError: FUNNEL_CPU_ISA is not the name of an instruction set.
     """
     if (sys.platform, platform.machine()) != ("linux", "x86_64"):
         return
@@ -65,10 +65,12 @@ def warn_without_kernels() -> None:
 
 
 def instruction_set() -> str | None:
-    """The best that this processor has, e.g. "avx512_bf16", and its limit, for people; None where no kernels run.
+    """The best instruction set of this processor, e.g. "avx512_bf16", and the limit that the user has set; for people.
+
+    None if the kernels cannot run here.
 
     Raises:
-        ConfigError: FUNNEL_CPU_ISA names no instruction set.
+        ConfigError: FUNNEL_CPU_ISA is not the name of an instruction set.
     """
     if problem():
         return None
@@ -79,12 +81,12 @@ def instruction_set() -> str | None:
 
 
 def count_threads(target: Target) -> int:
-    """How many threads a kernel uses there at most."""
+    """The largest number of threads that a kernel uses on the target."""
     return target.threads or len(os.sched_getaffinity(0))
 
 
 def check_product(dtype: np.dtype, target: Target) -> None:
-    """Raises `Unsupported` unless the kernels have a fast product of this dtype there."""
+    """Raises `Unsupported` unless the kernels have a fast matrix product for this dtype on the target."""
     check(target)
     if found := product_problem(str(dtype)):
         raise Unsupported(found)
@@ -92,7 +94,7 @@ def check_product(dtype: np.dtype, target: Target) -> None:
 
 @functools.cache
 def product_problem(dtype: str) -> str | None:
-    """Why the kernels have no fast product of a dtype on this machine; None if they have."""
+    """Why the kernels have no fast matrix product for a dtype on this machine; None if they have one."""
     if found := problem():
         return found
     import funnel_native
@@ -113,13 +115,13 @@ def call(
     target: Target,
     **attributes: int | float | bool | tuple[int, ...],
 ) -> Any:
-    """Runs a handler of the kernels in C++ on arrays.
+    """Runs a handler of the compiled module `funnel_native` on arrays.
 
     Args:
-        handler: the name that it is registered under.
-        out_shape: `jax.ShapeDtypeStruct` of the result, or a tuple of them.
-        attributes: its numbers; it gets integers as int64, floats as float32, tuples as arrays of int64, and `threads`
-            besides.
+        handler: the name under which it is registered.
+        out_shape: `jax.ShapeDtypeStruct` of the result, or a tuple of them, one for each result.
+        attributes: numbers for the handler. It gets integers as int64, floats as float32 and tuples as arrays of
+            int64, and also the number of threads.
     """
     kinds: dict[type, Callable[[Any], Any]] = {
         bool: np.bool_,

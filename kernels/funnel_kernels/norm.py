@@ -1,4 +1,4 @@
-"""RMSNorm as Gemma has it, shared by the reference ops and the model."""
+"""Gemma's RMSNorm, shared by the reference ops and the model."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ def rms_norm(
 ) -> jax.Array:  # [..., D], float32
     """Root-mean-square norm (Zhang and Sennrich 2019, arXiv:1910.07467) with Gemma's `1 + weight`.
 
-    Everything is float32, the result included: the caller casts once, after the weight is applied.
+    Everything is float32, also the result: the caller casts once, after the weight is applied.
     """
     x = x.astype(jnp.float32)
     inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
@@ -22,6 +22,6 @@ def rounded(
     x: jax.Array,  # float32
     dtype: jnp.dtype,
 ) -> jax.Array:
-    """`x` in another dtype. XLA may leave out a conversion to fewer bits and back again, but not this rounding."""
+    """`x` in another dtype. XLA may remove a cast to fewer bits and back, but it keeps this rounding."""
     bits = jnp.finfo(dtype)
     return jax.lax.reduce_precision(x, exponent_bits=bits.nexp, mantissa_bits=bits.nmant).astype(dtype)

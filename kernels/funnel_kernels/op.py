@@ -1,4 +1,4 @@
-"""An op: one definition, and an implementation for each backend. Which of them serves a call is decided here."""
+"""An op: one definition, and one implementation per backend. This file decides which implementation serves a call."""
 
 import importlib
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from funnel_kernels.target import KNOWN, Served, Target, Unsupported
 Result = TypeVar("Result")
 
 MODULES = {"triton": "triton_gpu", "tpu": "pallas_tpu", "cpu": "native_cpu", "xla": "xla"}
-# Raises `Unsupported` where no kernel of a backend can run, whatever the op.
+# For each backend, a function that raises `Unsupported` if none of its kernels can run on a target.
 CHECKS: dict[str, Callable[[Target], object]] = {
     "triton": triton_calls.check,
     "tpu": pallas_calls.check,
@@ -23,25 +23,25 @@ CHECKS: dict[str, Callable[[Target], object]] = {
 class Op(Generic[Result]):
     """An op and its implementations.
 
-    The implementation of a backend is the function with the op's name in a module of the op's folder: `reference.py`,
-    `xla.py`, `native_cpu.py`, `triton_gpu.py` or `pallas_tpu.py`. It is imported by the first call, since some need
-    packages that are not everywhere, and it raises `Unsupported` for calls that it does not serve. Every one but the
-    reference gets the target besides the call's own arguments.
+    A backend's implementation is the function with the op's name in one module of the op's folder: `reference.py`,
+    `xla.py`, `native_cpu.py`, `triton_gpu.py` or `pallas_tpu.py`. The module is imported at the first call, because
+    some modules need optional packages. An implementation raises `Unsupported` for calls that it does not serve. Each
+    one gets the arguments of the call, and all but the reference also get the target.
 
     Attributes:
-        name: of the op.
-        folder: the package that holds it.
-        kernels: the backends that have a module of their own. Without "xla", XLA compiles the reference.
+        name: the name of the op.
+        folder: the import name of the op's package.
+        kernels: the backends that have a module in the folder. Without "xla", XLA compiles the reference.
     """
 
     def __init__(self, name: str, folder: str, *kernels: str):
         self.name, self.folder, self.kernels = name, folder, kernels
 
     def __call__(self, *arrays: Any, target: Target, **options: Any) -> Result:
-        """Runs the op by the best candidate that serves this call, and notes in the target's record which it was.
+        """Runs the op with the best backend that serves this call, and writes its name into the target's record.
 
         Raises:
-            BackendUnavailable: none does; the message has each one's reason.
+            BackendUnavailable: no candidate serves it; the message contains the reason of each.
         """
         refusals: dict[str, str] = {}
         for backend in target.candidates:
@@ -60,10 +60,12 @@ class Op(Generic[Result]):
         )
 
     def implementation(self, backend: str, target: Target) -> tuple[str, Callable[..., Any]]:
-        """The function that a backend runs, and whose it is: an op that a backend has no kernel for is XLA's.
+        """The function that a backend runs, and the backend whose function it is.
+
+        The second is "xla" if `backend` has no kernel for the op.
 
         Raises:
-            Unsupported: no kernel of the backend can run on the target.
+            Unsupported: the kernels of the backend cannot run on the target.
         """
         if check := CHECKS.get(backend):
             check(target)

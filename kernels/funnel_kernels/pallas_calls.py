@@ -1,4 +1,4 @@
-"""Calling Pallas kernels on TPUs, and whether that is possible here."""
+"""Calls Pallas kernels on TPUs, and checks whether they can run here."""
 
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -7,12 +7,12 @@ from funnel_kernels.target import Target, Unsupported
 
 
 class Generation(NamedTuple):
-    """What the kernels must know of a TPU.
+    """The facts about a TPU that the kernels need.
 
     Attributes:
-        name: as in names of topologies, e.g. "v5e".
-        vmem: bytes of vector memory of a core, which kernels share with what the compiler keeps there.
-        cores: that work on one program of a grid at once (its "parallel" axes).
+        name: the name in JAX's topologies, e.g. "v5e".
+        vmem: bytes of vector memory per core. The compiler uses a part of them itself.
+        cores: how many cores share the grid of one kernel (its "parallel" axes).
     """
 
     name: str
@@ -21,7 +21,7 @@ class Generation(NamedTuple):
 
 
 MIB = 2**20
-# By device kind. Sizes: jax/_src/tpu_info.py; v7x shows its two cores as two devices.
+# By JAX's device kind. Sizes: jax/_src/tpu_info.py; v7x shows its two cores as two devices.
 GENERATIONS = {
     "TPU v4": Generation("v4", 16 * MIB, 2),
     "TPU v5 lite": Generation("v5e", 128 * MIB, 1),
@@ -32,21 +32,21 @@ GENERATIONS = {
 
 
 def check(target: Target) -> None:
-    """Raises `Unsupported` unless the target is a TPU that the kernels run on."""
+    """Raises `Unsupported` unless the target is a TPU that the kernels support."""
     generation(target)
 
 
 def generation(target: Target) -> Generation:
-    """The TPU that programs run on.
+    """The generation of the target's TPU.
 
     Raises:
-        Unsupported: there is none, or one that no kernel was compiled for.
+        Unsupported: the target is not a TPU, or not one that the kernels support.
     """
     if target.platform != "tpu":
         raise Unsupported(f"JAX runs on {target.platform}; on a machine with a TPU, install jax[tpu]")
     if target.kind not in GENERATIONS:
         known = ", ".join(found.name for found in GENERATIONS.values())
-        raise Unsupported(f"{target.kind} is a TPU that the kernels were never compiled for; known: {known}")
+        raise Unsupported(f"{target.kind} is not supported by the kernels; they support TPUs {known}")
     return GENERATIONS[target.kind]
 
 
@@ -61,11 +61,11 @@ def call(
     """`pl.pallas_call` for a TPU.
 
     Args:
-        semantics: for each axis of the grid "parallel", whose steps cores may share, or "arbitrary".
-        vmem: bytes of vector memory that the kernel may take, if more than the compiler's default of 16 or 32 MiB.
-        options: of `pl.pallas_call`.
+        semantics: for each axis of the grid, "parallel" if cores may share its steps, else "arbitrary".
+        vmem: bytes of vector memory that the kernel may use; None is the compiler's default of 16 or 32 MiB.
+        options: further arguments of `pl.pallas_call`.
     """
-    from jax.experimental import pallas as pl  # imported here: they are slow to import where no TPU is
+    from jax.experimental import pallas as pl  # imported here: slow, and needed on TPUs only
     from jax.experimental.pallas import tpu as pltpu
 
     parameters = pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=vmem)

@@ -1,4 +1,4 @@
-"""Where a program runs and whose kernels run it: one frozen value that every op gets."""
+"""Where a program runs and with which kernels: one frozen value that every op gets."""
 
 import dataclasses
 from collections import defaultdict
@@ -26,11 +26,11 @@ def check_backend(backend: str) -> None:
 
 
 class Unsupported(Exception):
-    """An implementation does not serve a call; the message is the reason. Users see `BackendUnavailable` instead."""
+    """An implementation does not support a call; the message is the reason. Users see `BackendUnavailable` instead."""
 
 
 class Served(NamedTuple):
-    """The backend that served a call of an op, and why those that were tried before it did not."""
+    """The backend that served a call of an op, and the reasons of the backends that refused it before."""
 
     backend: str
     refusals: tuple[tuple[str, str], ...] = ()
@@ -40,10 +40,10 @@ class Served(NamedTuple):
 
 
 class Record:
-    """What served the ops of a program. An op writes here while the program is traced, see `Target.record`.
+    """Which backends serve the ops of a program. Ops write into it while the program is traced, see `Target.record`.
 
     Attributes:
-        served: for every op by its name, each answer once.
+        served: for each op by name, the distinct answers.
     """
 
     def __init__(self) -> None:
@@ -54,31 +54,31 @@ class Record:
             self.served[op].append(served)
 
     def facts(self) -> dict[str, str]:
-        """For people: the answers for each op, e.g. {"attention": "cpu"}."""
+        """The answers for each op as text for people, e.g. {"attention": "cpu"}."""
         return {op: "; also ".join(map(str, answers)) for op, answers in self.served.items()}
 
     def backends(self) -> list[str]:
-        """The backends that serve anything, in alphabetical order."""
+        """The backends that serve at least one op, in alphabetical order."""
         return sorted({answer.backend for answers in self.served.values() for answer in answers})
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Where a program runs and whose kernels run it.
+    """Where a program runs, and with which kernels.
 
     Attributes:
-        backend: "auto", which takes the best of `AUTO` that serves a call, or one of `BACKENDS`, which is taken or
-            refused; an op that it has no kernel for is XLA's.
-        platform: of JAX, "cpu", "gpu" or "tpu".
-        kind: of the device, as JAX names it, e.g. "NVIDIA H200" or "TPU v5 lite".
-        architecture: of a GPU, e.g. "9.0", the compute capability of Hopper; empty elsewhere.
-        threads: the most that a kernel for CPUs uses; 0 is one for each core of the process.
-        interpret: run Pallas's and Triton's kernels in their interpreters, on a host without the device: what
-            `pl.pallas_call` takes, True or `InterpretParams`. Triton needs TRITON_INTERPRET=1 in the environment too.
-        record: where ops write what served them; None writes nothing.
+        backend: "auto" takes the first backend of `AUTO` that serves a call. One of `BACKENDS` serves the call or it is
+            refused; XLA runs the ops for which that backend has no kernel.
+        platform: JAX's platform, "cpu", "gpu" or "tpu".
+        kind: JAX's name of the kind of device, e.g. "NVIDIA H200" or "TPU v5 lite".
+        architecture: the compute capability of a GPU, e.g. "9.0" for Hopper; empty on other platforms.
+        threads: the largest number of threads of a CPU kernel; 0 is one per core of the process.
+        interpret: run Pallas and Triton kernels in their interpreters, on a machine without the device. The values are
+            those of `pl.pallas_call`: True or `InterpretParams`. Triton also needs TRITON_INTERPRET=1.
+        record: where ops write which backend served them; None writes nothing.
 
     Raises:
-        BackendUnavailable: no such backend.
+        BackendUnavailable: the backend does not exist.
     """
 
     backend: str = "auto"
@@ -94,11 +94,11 @@ class Target:
 
     @classmethod
     def of(cls, device: jax.Device, *, backend: str = "auto", threads: int = 0) -> "Target":
-        """The target of programs that run on a device, which may be one of `jax.experimental.topologies`."""
+        """The target for a device, which may also be one of `jax.experimental.topologies`."""
         architecture = getattr(device, "compute_capability", "") if device.platform == "gpu" else ""
         return cls(backend, device.platform, device.device_kind, str(architecture), threads)
 
     @property
     def candidates(self) -> tuple[str, ...]:
-        """The backends that may serve, best first."""
+        """The backends to try, best first."""
         return AUTO if self.backend == "auto" else (self.backend,)

@@ -1,4 +1,4 @@
-"""Calling Triton kernels in Triton's interpreter, on the host. It needs PyTorch, and TRITON_INTERPRET=1 throughout."""
+"""Calls Triton kernels in Triton's interpreter on the host. Needs PyTorch, and TRITON_INTERPRET=1 from the start."""
 
 import threading
 from typing import Any
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-ONE_AT_A_TIME = threading.Lock()  # the interpreter is not made for threads, and each simulated device has one
+ONE_AT_A_TIME = threading.Lock()  # the interpreter is not thread-safe, and each simulated device has a thread
 
 
 def call(
@@ -19,10 +19,10 @@ def call(
     num_stages: int,
     **options: Any,
 ) -> Any:
-    """See `triton_calls.call`; numbers of warps and stages change nothing here.
+    """See `triton_calls.call`; the numbers of warps and stages have no effect here.
 
-    bfloat16 is computed as float32, because the interpreter multiplies its bits as integers; only the results are
-    rounded. They start as NaN, so that a row that is never written shows.
+    bfloat16 is computed as float32, because the interpreter would multiply its bits as integers; only the results are
+    rounded. Results start as NaN, so that a row that is never written is visible.
     """
     import torch
 

@@ -173,7 +173,7 @@ def test_batches_are_as_large_as_one_round_needs_and_no_sequence_is_lost():
     for count in (1, 3, 4, 5, 40):
         for _ in range(20):
             lengths = generator.integers(1, 64, count).astype(np.int32)
-            groups = devices.groups(plan, lengths, buckets)
+            groups = devices.group_batches(plan, lengths, buckets)
             batches = [batch for group in groups for batch in group]
             assert sorted(np.concatenate(batches)) == list(range(count))
             rows = [int(plan.rows_needed(lengths[batch]).sum()) for batch in batches]
@@ -237,7 +237,7 @@ def test_describe_names_the_mesh():
 
 
 def test_over_a_mesh_products_are_not_the_kernels_of_backend_cpu():
-    reason = no_product("float32") or "over a mesh weights are not packed"
+    reason = no_product("float32") or "weights are not packed when an engine runs on a mesh"
     text = make_engine(HeadConfig(), GROUPED, mesh=mesh_of(model=2)).describe()
     assert re.search(rf"^gated_linear +xla; .*not cpu: {re.escape(reason)}$", text, re.MULTILINE)
     with pytest.raises(BackendUnavailable, match=f"not served by backend 'cpu': cpu: {re.escape(reason)}"):
@@ -284,7 +284,7 @@ def test_one_program_is_queued_at_a_time_whatever_the_mesh():
         time.sleep(pause)
         inside -= 1
 
-    programs = [DeviceMesh(mesh, GROUPED).queued(program) for mesh in (mesh_of(model=4), mesh_of(data=8))]
+    programs = [DeviceMesh(mesh, GROUPED).thread_safe(program) for mesh in (mesh_of(model=4), mesh_of(data=8))]
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda index: programs[index % 2](0.002), range(24)))
     assert most == 1

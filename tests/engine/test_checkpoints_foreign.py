@@ -16,7 +16,7 @@ import hugging_face_models as models
 from funnel_engine import CheckpointError, ConfigError, Engine, convert
 from funnel_engine.checkpoints.native import read_checkpoint
 from funnel_engine.inspection import inspect_checkpoint
-from funnel_engine.messages import first_of, quote
+from funnel_engine.messages import abbreviate, quote
 from sentence_models import train_tokenizer, write_json
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -58,7 +58,7 @@ STAND_INS = {
     "page": (b"\n<!DOCTYPE html>\n<html><head>", "a web page", "download it again"),
     "page in capitals": (b"<HTML>", "a web page", "download it again"),
     "store": (b'<?xml version="1.0"?><Error>', "a web page", "download it again"),
-    "gated": (b"Access to model google/gemma-2b is restricted.", "a message of a server", "signed in"),
+    "gated": (b"Access to model google/gemma-2b is restricted.", "an error message of a server", "signed in"),
     "empty": (b"", "is empty", "fetch it again"),
     "GGUF": (GGUF, "a GGUF file of llama.cpp", "gguf_file=NAME"),
 }
@@ -109,9 +109,9 @@ def test_a_link_whose_content_git_annex_has_not_fetched(source):
 
 def test_a_download_that_has_not_ended(source):
     (source / WEIGHTS).rename(source / "model.safetensors.incomplete")
-    assert "has not ended: 'model.safetensors.incomplete'" in refusal(source)
+    assert "has not finished: 'model.safetensors.incomplete'" in refusal(source)
     (source / CONFIG).unlink()
-    assert "has not ended: 'model.safetensors.incomplete'" in refusal(source)
+    assert "has not finished: 'model.safetensors.incomplete'" in refusal(source)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.fp16.safetensors", "tf_model.h5", "model.onnx"])
@@ -129,7 +129,7 @@ def test_an_adapter(source, alone):
         (source / CONFIG).unlink()
         (source / WEIGHTS).rename(source / "adapter_model.safetensors")
     message = refusal(source)
-    assert "adapter of peft for the base model 'google/gemma-2b'" in message
+    assert "peft adapter for the base model 'google/gemma-2b'" in message
     assert "merge_and_unload" in message
 
 
@@ -234,7 +234,7 @@ def test_an_index_that_lists_what_an_encoder_does_not_need(source, file):
 
 def test_an_index_that_lists_what_is_not_there(source):
     shard(source, "model.more.weight")
-    assert "disagree about where these are: 'model.more.weight" in refusal(source)
+    assert "does not match the files: 'model.more.weight" in refusal(source)
 
 
 def test_one_file_counts_before_an_index(source):
@@ -292,7 +292,7 @@ def test_what_changes_no_result(source):
 @pytest.mark.parametrize("field", ["transformers_weights", "configuration_files"])
 def test_a_config_that_names_other_files(source, field):
     write_json(source / CONFIG, **{field: ["config.4.0.0.json"]})
-    assert f"{field}=['config.4.0.0.json'] names other files" in refusal(source)
+    assert f"{field}=['config.4.0.0.json'] names files that this engine does not read" in refusal(source)
 
 
 def test_number_of_labels(tmp_path):
@@ -310,7 +310,7 @@ def test_number_of_labels(tmp_path):
 def test_links_in_a_circle(source, tmp_path):
     (source / WEIGHTS).unlink()
     (source / WEIGHTS).symlink_to(WEIGHTS)
-    assert "links lead in a circle" in refusal(source)
+    assert "links form a circle" in refusal(source)
     (tmp_path / "loop").symlink_to("loop")
     for call in (lambda: Engine.load(tmp_path / "loop"), lambda: convert(tmp_path / "loop", tmp_path / "ours")):
         with pytest.raises(CheckpointError, match="circle"):
@@ -354,5 +354,5 @@ def test_options_of_another_type(source, tmp_path, options):
 def test_lists_in_messages_are_cut():
     names = [str(number) for number in range(1010)]
     assert quote(names) == ", ".join(map(repr, names[:10])) + " and 1,000 more"
-    assert first_of(names) == [*names[:10], "and 1,000 more"]
-    assert first_of(names[:10]) == names[:10]
+    assert abbreviate(names) == [*names[:10], "and 1,000 more"]
+    assert abbreviate(names[:10]) == names[:10]

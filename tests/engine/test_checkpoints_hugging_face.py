@@ -307,7 +307,7 @@ def test_everything_wrong_is_listed_at_once(source):
     assert {line.strip() for line in lines[1:]} == {
         "missing: norm.weight (48,)",
         "missing: layers.1.self_attn.k_proj.weight (28, 48)",
-        "misshapen: layers.0.self_attn.q_proj.weight is (48, 84), the config says (84, 48)",
+        "misshapen: layers.0.self_attn.q_proj.weight is (48, 84), but the config says (84, 48)",
         "dtype: layers.2.mlp.up_proj.weight is 'safetensors I8', not float32 or bfloat16 or float16",
         "unknown: 'layers.0.adapter.weight' (84, 48)",
         "unknown: 'vision_tower.probe' (84, 48)",  # Gemma 1 has no vision tower
@@ -340,7 +340,7 @@ def test_more_labels_than_the_classifier_has(tmp_path):
     source = save(build("GemmaForTokenClassification", models.gemma()), tmp_path / "source")
     edit_json(source / "config.json", id2label={"0": "a", "1": "b", "2": "c"})
     message = refusal(source)
-    assert "misshapen: score.weight is (5, 48), the config says (3, 48)" in message
+    assert "misshapen: score.weight is (5, 48), but the config says (3, 48)" in message
     assert "misshapen: score.bias" in message
 
 
@@ -405,7 +405,7 @@ def test_nothing_there(tmp_path):
 
 
 def test_directories_that_are_something_else(source, tmp_path):
-    with pytest.raises(CheckpointError, match=r"in no format that is known .*no config\.json"):
+    with pytest.raises(CheckpointError, match=r"the format of .* is not known .*no config\.json"):
         convert(tmp_path, tmp_path.parent / "elsewhere")
     with pytest.raises(CheckpointError, match="not a directory"):
         convert(source / "model.safetensors", tmp_path / "ours", format="hugging_face")
@@ -555,8 +555,8 @@ def test_tensor_in_two_shards(sharded):
     extra = load_file(sharded / first)
     edit_tensors(sharded, lambda tensors: tensors | extra, second)
     message = refusal(sharded)
-    assert f"{second} has {min(extra)!r}" in message
-    assert "which another file has too" in message
+    assert f"{second} contains {min(extra)!r}" in message
+    assert "which another file contains too" in message
 
 
 @pytest.mark.parametrize("make", [Path.touch, os.mkfifo], ids=["absent", "a pipe"])

@@ -405,8 +405,8 @@ def test_tokenizer_in_the_assets(tmp_path):
         ({"num_layers": 6}, "unknown: 'layers/gemma3_decoder_block_6/attention/query_dense/vars/0'"),
         ({"num_query_heads": 0}, "num_attention_heads=0"),
         ({"num_query_heads": 5}, "num_heads=5 must be a multiple of num_kv_heads=2"),
-        ({"num_query_heads": 4}, "query_dense/vars/0 is (6, 48, 14), the config says (4, 48, 14)"),
-        ({"vocabulary_size": 102}, "layers/reversible_embedding/vars/0 is (101, 48), the config says (102, 48)"),
+        ({"num_query_heads": 4}, "query_dense/vars/0 is (6, 48, 14), but the config says (4, 48, 14)"),
+        ({"vocabulary_size": 102}, "layers/reversible_embedding/vars/0 is (101, 48), but the config says (102, 48)"),
         ({"is_embedding_model": True, "pooling_intermediate_dim": 60}, "embedding_dim is None"),
         (
             {"is_embedding_model": True, "pooling_intermediate_dim": 60, "embedding_dim": 40},
@@ -448,7 +448,7 @@ def test_a_missing_dense_layer_of_embeddinggemma_is_an_error(tmp_path, lost):
     assert f"missing: layers/{lost[0]}/vars/0" in refusal(source)
     fields = model.config.to_dict() | {"sliding_window": 8}
     (source / "config.json").write_text(json.dumps(fields))
-    assert "lacks a matrix of EmbeddingGemma's" in refusal(source)
+    assert "must have EmbeddingGemma's matrices" in refusal(source)
 
 
 def test_quantized_and_lora_variables_are_refused(tmp_path):
@@ -469,16 +469,16 @@ def test_quantized_and_lora_variables_are_refused(tmp_path):
 
 def test_a_file_without_a_gemma(tmp_path):
     write(tmp_path / "other.weights.h5", {"layers/dense/vars/0": np.ones((3, 4))})
-    assert "holds no Gemma of KerasHub" in refusal(tmp_path / "other.weights.h5")
+    assert "is not a KerasHub Gemma" in refusal(tmp_path / "other.weights.h5")
     for table in (np.ones(3), np.ones((0, 48))):
         write(tmp_path / "table.weights.h5", {"layers/reversible_embedding/vars/0": table})
         assert "it must be a matrix" in refusal(tmp_path / "table.weights.h5")
     assert "neither model.weights.h5 nor model.weights.json" in refusal(tmp_path, format="keras")
-    assert "no such file" in refusal(tmp_path / "none.weights.h5", format="keras")
+    assert "does not exist" in refusal(tmp_path / "none.weights.h5", format="keras")
     os.mkfifo(tmp_path / "pipe.weights.h5")  # whoever opens it waits for the one who writes
-    assert "not a regular one; fetch it again" in refusal(tmp_path / "pipe.weights.h5")
+    assert "is not a regular file; fetch it again" in refusal(tmp_path / "pipe.weights.h5")
     write(tmp_path / "screen.weights.h5", {"\x1b[2J": np.ones(3)})
-    assert r"tensors are called '\x1b[2J'" in refusal(tmp_path / "screen.weights.h5")
+    assert r"tensors are '\x1b[2J'" in refusal(tmp_path / "screen.weights.h5")
     (tmp_path / "text.weights.h5").write_text("no HDF5")
     assert "damaged, or not an HDF5 file" in refusal(tmp_path / "text.weights.h5")
 
@@ -531,9 +531,9 @@ def named_type(root: h5py.File, secret: Path) -> None:
 @pytest.mark.parametrize(
     ("trick", "words"),
     [
-        (external_link, "is a link to another place or file"),
-        (external_group, "is a link to another place or file"),
-        (soft_link, "is a link to another place or file"),
+        (external_link, "is a link to another object or file"),
+        (external_group, "is a link to another object or file"),
+        (soft_link, "is a link to another object or file"),
         (external_storage, "has its values in other files"),
         (virtual_dataset, "has its values in other files"),
         (cycle, "is in the file twice"),
@@ -557,11 +557,11 @@ def test_shards_that_do_not_fit_together(tmp_path):
     whole = json.loads(index.read_text())["weight_map"]
     gate = "/layers/gemma3_decoder_block/gating_ffw/vars"
     for weight_map, words in [
-        ({"/vars": "../secret.weights.h5"}, "'../secret.weights.h5', which is not a file in"),
-        ({"/vars": ["model_00000.weights.h5", 7]}, "names 7, which is not a file in"),
-        ({"/vars": {}}, "names {}, which is not a file in"),
-        ({"/vars": "model_00002.weights.h5"}, "lists 'model_00002.weights.h5': no such file"),
-        ({"/vars": "model_00000.weights.h5"}, "disagree about where these are"),
+        ({"/vars": "../secret.weights.h5"}, "'../secret.weights.h5', which is not the name of a file in"),
+        ({"/vars": ["model_00000.weights.h5", 7]}, "names 7, which is not the name of a file in"),
+        ({"/vars": {}}, "names {}, which is not the name of a file in"),
+        ({"/vars": "model_00002.weights.h5"}, "lists 'model_00002.weights.h5', which are not in the same folder"),
+        ({"/vars": "model_00000.weights.h5"}, "does not match the files"),
         (whole | {"/more/vars": "model_00000.weights.h5"}, "these are: '/more/vars in model_00000.weights.h5'"),
         (whole | {gate: "model_00001.weights.h5"}, f"these are: '{gate} in model_00000.weights.h5'"),
         ([], "weight_map is []"),
@@ -570,7 +570,7 @@ def test_shards_that_do_not_fit_together(tmp_path):
         assert words in refusal(source)
     shutil.copy(source / "model_00000.weights.h5", source / "model_00001.weights.h5")
     index.write_text('{"weight_map": {"/a": ["model_00000.weights.h5", "model_00001.weights.h5"]}}')
-    assert "which another file has too" in refusal(source)
+    assert "which another file contains too" in refusal(source)
 
 
 def test_not_a_number_is_named(tmp_path):

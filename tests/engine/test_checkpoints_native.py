@@ -133,8 +133,8 @@ def test_what_is_no_checkpoint(tmp_path, checkpoint):
         ("head/labels", ["no", "ja"], "misshapen: classifier.weight"),
         ("head/pooling", "attention", "pooler.query"),
         ("head/dense", [DENSE], "missing: dense.0.weight (3, 48)"),
-        ("head/dense", [DENSE | {"in_features": 47}], "takes 47 features, but there are 48"),
-        ("head/dense", [DENSE, DENSE], "takes 48 features, but there are 3"),
+        ("head/dense", [DENSE | {"in_features": 47}], "has in_features=47, but its input has 48"),
+        ("head/dense", [DENSE, DENSE], "has in_features=48, but its input has 3"),
         ("head/dense", [DENSE | {"activation": "softmax"}], "'softmax'"),
         ("head/dense", [[3, 48]], "dense[0] is [3, 48]"),
         ("dtype", "bfloat16", "'float32', not bfloat16"),
@@ -145,8 +145,8 @@ def test_what_is_no_checkpoint(tmp_path, checkpoint):
         ("text/begin", -1, "begin=-1"),
         ("text/end", 101, "end=101"),
         ("text/max_tokens", 0, "max_tokens=0"),
-        ("tokenizer", "other.json", "none of its files"),
-        ("files", {}, "none of its files"),
+        ("tokenizer", "other.json", "not one of its files"),
+        ("files", {}, "not one of its files"),
         ("files", {"../source/tokenizer.json": {"bytes": 1, "sha256": ""}}, "tokenizer"),
         ("source/files", None, "source.files is None"),
         ("source", None, "source is None"),
@@ -205,7 +205,7 @@ def test_a_changed_byte_is_found_by_its_hash(checkpoint, name):
     read_checkpoint(checkpoint, verify=True)
     (checkpoint / name).write_bytes(content)
     read_checkpoint(checkpoint)
-    with pytest.raises(CheckpointError, match=f"SHA-256 of {checkpoint / name} is not the manifest's"):
+    with pytest.raises(CheckpointError, match=f"SHA-256 of {checkpoint / name} differs from the manifest"):
         read_checkpoint(checkpoint, verify=True)
     with pytest.raises(CheckpointError, match="SHA-256"):
         Engine.load(checkpoint, verify=True)
@@ -239,7 +239,9 @@ def test_a_tensor_in_two_files(sharded):
     tensors = load_file(first)
     save_file(load_file(second) | tensors, second)
     edit(sharded, f"files/{second.name}/bytes", second.stat().st_size)
-    with pytest.raises(CheckpointError, match=f"{second.name} has '{min(tensors)}'.*which another file has too"):
+    with pytest.raises(
+        CheckpointError, match=f"{second.name} contains '{min(tensors)}'.*which another file contains too"
+    ):
         read_checkpoint(sharded)
 
 
@@ -282,7 +284,7 @@ def test_weights_that_do_not_fit_are_all_listed(checkpoint):
     assert {line.strip() for line in str(error.value).splitlines()[1:]} == {
         "missing: final_norm (48,)",
         "unknown: 'surprise' (48,)",
-        "misshapen: layers.1.down is (5, 72), the config says (48, 72)",
+        "misshapen: layers.1.down is (5, 72), but the config says (48, 72)",
         "dtype: layers.2.down is 'float16', not float32",
     }
 

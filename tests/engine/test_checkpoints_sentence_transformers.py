@@ -196,9 +196,9 @@ def test_pooling_that_the_engine_does_not_have(source, fields, reason):
 @pytest.mark.parametrize("name", ["embedding_dimension", "word_embedding_dimension"])
 def test_pooling_of_another_width(source, name):
     write(source / "1_Pooling" / "config.json", {name: WIDTH + 1})
-    assert f"2_Dense takes {WIDTH} features, but there are {WIDTH + 1} before it" in refusal(source)
+    assert f"2_Dense has in_features={WIDTH}, but its input has {WIDTH + 1} features" in refusal(source)
     write(source / "modules.json", MODULES[:2])
-    assert f"expects rows of width {WIDTH + 1}, the encoder's are {WIDTH} wide" in refusal(source)
+    assert f"expects rows of width {WIDTH + 1}, but the encoder's rows are {WIDTH} wide" in refusal(source)
 
 
 @pytest.mark.parametrize(
@@ -212,8 +212,8 @@ def test_pooling_of_another_width(source, name):
         ({"use_residual": True}, "use_residual"),
         ({"module_input_name": "token_embeddings"}, "module_input_name"),
         ({"module_output_name": "other"}, "module_output_name"),
-        ({"in_features": WIDTH + 1}, "takes 49 features, but there are 48 before it"),
-        ({"out_features": MIDDLE + 1}, "3_Dense takes 68 features, but there are 69 before it"),
+        ({"in_features": WIDTH + 1}, "has in_features=49, but its input has 48 features"),
+        ({"out_features": MIDDLE + 1}, "3_Dense has in_features=68, but its input has 69 features"),
         ({"out_features": "many"}, "out_features"),
         ({"out_features": "absent"}, "out_features"),
         ({"out_features": -3}, "-3"),
@@ -247,12 +247,12 @@ def test_dense_weights_are_checked_with_the_others(source):
         ([MODULES[0], module("Pooling", "..")], "'..'"),
         (
             [module("Transformer", "", "custom_st"), MODULES[1]],
-            "'custom_st.Transformer', a module with code of its own",
+            "'custom_st.Transformer', a module with its own code",
         ),
-        ([MODULES[0], module("Pooling", "1_Pooling", "my.sentence_transformers")], "a module with code of its own"),
-        ([*MODULES[:2], module("Dense", "2_Dense", "sentence_transformers_too")], "a module with code of its own"),
-        ([MODULES[0], {"path": "1_Pooling"}], "lacks a type"),
-        ([5], "lacks a type"),
+        ([MODULES[0], module("Pooling", "1_Pooling", "my.sentence_transformers")], "a module with its own code"),
+        ([*MODULES[:2], module("Dense", "2_Dense", "sentence_transformers_too")], "a module with its own code"),
+        ([MODULES[0], {"path": "1_Pooling"}], "must have a type"),
+        ([5], "must have a type"),
         ({}, "JSON dict"),
     ],
 )
@@ -359,7 +359,7 @@ def test_most_tokens_of_a_text(source, transformer, tokenizer, max_tokens):
 )
 def test_most_tokens_that_cannot_be(source, file, name, value):
     write(source / file, {name: value})
-    assert "it must be at least 1, or absent" in refusal(source)
+    assert "it must be at least 1, or missing" in refusal(source)
 
 
 FORWARD = {"method": "forward", "method_output_name": "last_hidden_state"}
@@ -438,7 +438,7 @@ def test_cross_encoder(cross_encoder):
         (TRANSFORMER_CONFIG, {"transformer_task": "text-generation"}, "transformer_task is 'text-generation'"),
         (TRANSFORMER_CONFIG, {"transformer_task": "feature-extraction"}, "transformer_task is 'feature-extraction'"),
         (TRANSFORMER_CONFIG, {"module_output_name": "causal_logits"}, "module_output_name is 'causal_logits'"),
-        ("config.json", {"architectures": ["Gemma2Model"]}, "is that of a CrossEncoder"),
+        ("config.json", {"architectures": ["Gemma2Model"]}, "describes a CrossEncoder"),
     ],
 )
 def test_cross_encoder_that_the_engine_does_not_run(cross_encoder, file, fields, reason):

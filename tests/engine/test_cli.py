@@ -99,7 +99,7 @@ def test_inspect_says_what_is_wrong(folder, tmp_path, damage):
         shutil.rmtree(source)
         reason = "does not exist"
     elif damage == "funnel":
-        options, reason = ["--after", 7], "8 strides but the model only 3 layers"
+        options, reason = ["--after", 7], "8 strides but the model has only 3 layers"
     else:
         options, reason = ["--format", "funnel"], "not a checkpoint of this engine"
     result = run("inspect", source, *options, "--json")
@@ -121,7 +121,7 @@ def test_inspect_verifies_hashes(folder, tmp_path):
     assert run("inspect", tmp_path / "model").exit_code == 0
     result = run("inspect", tmp_path / "model", "--verify")
     assert result.exit_code == 2
-    assert f"the SHA-256 of {file} is not the manifest's" in result.stdout
+    assert f"the SHA-256 of {file} differs from the manifest" in result.stdout
     assert "no hashes to verify" in run("inspect", folder / "source", "--verify").stdout
 
 
@@ -218,7 +218,7 @@ def test_a_byte_that_is_not_utf8_is_named_by_its_line_and_place(folder, tmp_path
     source = {"input": content} if through_a_pipe else {}
     texts = [] if through_a_pipe else [tmp_path / "texts"]
     result = run("embed", folder / "model", *texts, "-o", tmp_path / "v.npy", **source)
-    place = "line 2001 of the texts is not UTF-8: invalid continuation byte at byte 4 of the line, byte 28004 of all"
+    place = "line 2001 of the texts is not UTF-8: invalid continuation byte at byte 4 of the line, byte 28004 in total"
     assert_refused(result, place, "convert the texts to UTF-8 first")
 
 
@@ -264,11 +264,11 @@ def test_mistakes_are_one_line_and_status_2(folder, tmp_path):
     assert_refused(run("embed", model, texts, "-o", tmp_path / "v.txt"), "must end in .npy or .jsonl")
     assert_refused(run("embed", model, texts, "-o", output, "--stride", 0, "--after", 1), "stride", "at least 1")
     assert_refused(run("embed", model, "-o", output, input="a\n\nb\n"), "line 2 of the texts is empty")
-    assert_refused(run("embed", model, "-o", output, input=""), "no text to embed")
+    assert_refused(run("embed", model, "-o", output, input=""), "the file has no texts; give one text per line")
     assert_refused(run("embed", model, texts, "-o", output, "--prompt-name", "query"), "'query' is unknown")
     assert_refused(run("embed", model, texts, "-o", output, "--backend", "cuda"), "does not exist in this build")
     assert_refused(run("embed", model, texts, "-o", tmp_path / "no" / "v.npy"), "is not a directory; make it first")
-    assert_refused(run("embed", model, texts, "-o", output, "--pool", "mean"), "there is none", "--after")
+    assert_refused(run("embed", model, texts, "-o", output, "--pool", "mean"), "need a funnel", "--after")
     assert_refused(run("embed", model, "-o", output, input=b"caf\xe9\n"), "line 1 of the texts is not UTF-8", "byte 4")
     assert not list(tmp_path.iterdir())
 

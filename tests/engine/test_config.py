@@ -174,7 +174,7 @@ def test_options_of_a_funnel_have_names():
 @pytest.mark.parametrize("recovery", RECOVERIES)
 @pytest.mark.parametrize("strides", [(), (1,), (1, 1, 1)])
 def test_a_recovery_without_a_funnel_is_refused(strides, recovery):
-    with pytest.raises(ConfigError, match=f"recovery='{recovery}' without a funnel has nothing to recover; give a str"):
+    with pytest.raises(ConfigError, match=f"recovery='{recovery}' needs a funnel, but all strides are 1; give a str"):
         FunnelConfig(strides, recovery=recovery)
     FunnelConfig((*strides, 2), recovery=recovery)
 
@@ -206,5 +206,7 @@ def test_with_pool_query_only_the_keys_of_a_pooling_layer_stay_unpooled():
 
 @pytest.mark.parametrize("strides", [(1, 1, 1, 1, 2), (1,) * 5, (2,) * 40])
 def test_more_strides_than_layers_are_refused(strides):
-    with pytest.raises(ConfigError, match=f"{len(strides)} strides but the model only 4 layers; .* after layer 3"):
+    with pytest.raises(
+        ConfigError, match=f"{len(strides)} strides but the model has only 4 layers; .* after layer 3 at"
+    ):
         layer_steps(four_layers(), FunnelConfig(strides))

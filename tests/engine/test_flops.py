@@ -131,7 +131,7 @@ def test_the_recovery_and_the_pool_are_free():
 
 
 def test_a_funnel_that_does_not_fit_the_model_is_refused():
-    with pytest.raises(ConfigError, match="19 strides but the model only 18 layers"):
+    with pytest.raises(ConfigError, match="19 strides but the model has only 18 layers"):
         forward_flops(preset("gemma-2b"), FunnelConfig.after(18), np.array([5], np.int32))
 
 

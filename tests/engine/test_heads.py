@@ -120,9 +120,9 @@ def test_weights_of_dense_layers():
         "dense.0.bias": (31,),
         "dense.1.weight": (20, 31),
     }
-    with pytest.raises(ConfigError, match="dense layer 1 takes 20 features, but there are 31 before it"):
+    with pytest.raises(ConfigError, match="dense layer 1 has in_features=20, but its input has 31 features"):
         head_shapes(8, HeadConfig(dense=(dense[0], DenseConfig(31, 20))))
-    with pytest.raises(ConfigError, match="dense layer 0 takes 8 features, but there are 9 before it"):
+    with pytest.raises(ConfigError, match="dense layer 0 has in_features=8, but its input has 9 features"):
         head_shapes(9, HeadConfig(dense=dense))
 
 

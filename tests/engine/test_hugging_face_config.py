@@ -210,15 +210,18 @@ def test_a_window_that_an_old_save_halved_is_refused(width):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ([], "a config is a JSON object; this one is a list"),
-        (None, "a config is a JSON object; this one is a NoneType"),
-        ({}, "model_type None is not a Gemma encoder .*; it runs gemma, gemma2, gemma3, gemma3_text, t5gemma"),
-        ({"model_type": "llama"}, "model_type 'llama' is not a Gemma encoder"),
+        ([], "the config is a list; it must be a JSON object"),
+        (None, "the config is a NoneType; it must be a JSON object"),
+        ({}, "model_type None is not supported; this engine runs gemma, gemma2, gemma3, gemma3_text, t5gemma"),
+        ({"model_type": "llama"}, "model_type 'llama' is not supported"),
         ({"model_type": "t5gemma2"}, "model_type 't5gemma2' is not"),
         ({"model_type": ["gemma"]}, "model_type .*'gemma'.* is not"),
         ({"model_type": "gemma3", "text_config": [1]}, "text_config in the config is a list; it must be a JSON object"),
         ({"model_type": "t5gemma", "encoder": "x"}, "encoder in the config is a str; it must be a JSON object"),
-        ({"model_type": "gemma", "hidden_act": "relu"}, "activation 'relu' is not Gemma's 'gelu_pytorch_tanh'"),
+        (
+            {"model_type": "gemma", "hidden_act": "relu"},
+            "activation 'relu' is not supported; it must be Gemma's 'gelu_pytorch_tanh'",
+        ),
         ({"model_type": "gemma2", "hidden_activation": "silu"}, "activation 'silu' is not"),
         ({"model_type": "gemma2", "hidden_activation": "gelu"}, "activation 'gelu' is not"),
         ({"model_type": "gemma", "attention_bias": True}, "attention_bias=true is not supported"),
@@ -256,7 +259,7 @@ def test_a_window_that_an_old_save_halved_is_refused(width):
         ({"model_type": "gemma2", "layer_types": "full"}, "layer_types must list one type for each"),
         (
             {"model_type": "gemma2", "num_hidden_layers": 2, "layer_types": ["full_attention", "chunked_attention"]},
-            "layer type 'chunked_attention' is unknown; layers are full_attention or sliding_attention",
+            "layer type 'chunked_attention' is unknown; it must be full_attention or sliding_attention",
         ),
         ({"model_type": "gemma2", "num_hidden_layers": 1, "layer_types": [{}]}, "layer type {} is unknown"),
         ({"model_type": "gemma3_text", "sliding_window_pattern": 0}, "sliding_window_pattern=0"),
@@ -271,13 +274,13 @@ def test_a_window_that_an_old_save_halved_is_refused(width):
         ({"model_type": "gemma", "rope_scaling": {"type": "linear", "factor": 0}}, "RoPE factor=0.* above 0"),
         (
             {"model_type": "gemma", "auto_map": {"AutoConfig": "c.C", "AutoModelForCausalLM": "m.M"}},
-            "auto_map=.*'m.M'.* names a class with code of its own.*delete auto_map from config.json",
+            "auto_map=.*'m.M'.* names a class in the checkpoint's own code.*delete auto_map from config.json",
         ),
-        ({"model_type": "t5gemma", "auto_map": {"AutoModel": "m.M"}}, "names a class with code of its own"),
+        ({"model_type": "t5gemma", "auto_map": {"AutoModel": "m.M"}}, "names a class in the checkpoint's own code"),
         ({"model_type": "gemma", "auto_map": "AutoModel"}, "auto_map='AutoModel'"),
         (
             {"model_type": "gemma3_text", "rope_parameters": {"full_attention": 4}},
-            "rope_parameters of Gemma 3 must hold two JSON objects",
+            "rope_parameters of Gemma 3 must contain two JSON objects",
         ),
     ],
 )

@@ -156,7 +156,7 @@ def test_one_text_as_an_array():
     ids=["pairs", "lists", "array of two axes", "tuple of arrays", "texts and ids"],
 )
 def test_nested_texts_are_told_so(nested):
-    with pytest.raises(InputError, match=r"(input 0|ids) holds several texts where token ids are needed; give"):
+    with pytest.raises(InputError, match=r"(input 0|ids) contains several texts where token ids are needed; give"):
         read(nested)
 
 
@@ -178,33 +178,39 @@ BAD = {
     "an empty text": (["a", ""], "input 1 is an empty text"),
     "an empty sequence": ([[3], []], "input 1 is an empty sequence"),
     "an empty sequence among ragged": ((ids, np.array([0, 3, 3, 4])), "input 1 is an empty sequence"),
-    "an id beyond the vocabulary": ([[3], [4, 20]], r"input 1 holds token id 20; ids lie in 0 \.\.\. 19"),
+    "an id beyond the vocabulary": ([[3], [4, 20]], r"input 1 holds token id 20; ids must be from 0 to 19"),
     "a negative id": ((np.array([3, -1, 5, 6]), offsets), "input 0 holds token id -1"),
     "a sequence too long": ([[3], [4] * 7], "input 1 has 7 tokens, more than the limit of 6"),
     "a text too long": ("a a a a a a", r"input 0 has 7 tokens, more than the limit of 6 .*truncate=True"),
     "offsets that start late": ((ids, np.array([1, 4])), "offsets starts at 1; it must start at 0"),
     "offsets that fall": ((ids, np.array([0, 3, 2, 4])), "offsets decreases from 3 to 2 at entry 2"),
-    "offsets that end early": ((ids, np.array([0, 3])), "offsets ends at 3 but there are 4 ids"),
-    "offsets that end late": ((ids, np.array([0, 5])), "offsets ends at 5 but there are 4 ids"),
+    "offsets that end early": ((ids, np.array([0, 3])), "offsets ends at 3; it must end at the number of ids, 4"),
+    "offsets that end late": ((ids, np.array([0, 5])), "offsets ends at 5; it must end at the number of ids, 4"),
     "offsets of one entry": ((ids, np.array([0])), "offsets has 1 entries"),
     "offsets of two axes": ((ids, offsets[None]), "1 and 2 axes"),
     "float ids": ((ids.astype(np.float32), offsets), "ids has dtype float32; it must be an integer array"),
-    "float ids with NaN": ([np.array([3, np.nan])], r"input 0 has dtype float64 \(it holds NaN\)"),
+    "float ids with NaN": ([np.array([3, np.nan])], r"input 0 has dtype float64 \(it contains NaN\)"),
     "bool ids": ([np.array([True])], "input 0 has dtype bool"),
     "float offsets": ((ids, offsets.astype(np.float64)), "offsets has dtype float64"),
-    "ids beyond int32": ([np.array([2**40])], "beyond int32"),
+    "ids beyond int32": ([np.array([2**40])], "must be in the range of int32"),
     "a nested sequence": ([[3], [[4], [5]]], "input 1 has 2 axes"),
     "a ragged nest": ([[3], [[4], [5, 6]]], "input 1 is not a flat sequence"),
     "an object": ([[3], [None]], "input 1 has dtype object"),
-    "a tuple of two lists": (([3, 4, 5], [6]), r"a tuple of two is \(ids, offsets\), and both must be integer arrays"),
+    "a tuple of two lists": (
+        ([3, 4, 5], [6]),
+        r"a tuple of two means \(ids, offsets\), and both must be integer arrays",
+    ),
     "ragged of a list": ((ids, [0, 3, 4]), "both must be integer arrays; give two sequences as a list"),
-    "ids without a list around them": ([3, 4], r"input 0 is 3, not a sequence of token ids; one sequence is \[\["),
+    "ids without a list around them": (
+        [3, 4],
+        r"input 0 is 3, not a sequence of token ids; write a single sequence as \[\[",
+    ),
     "an array of one number": (np.array(3), "not a sequence of token ids"),
-    "half a surrogate pair": (["a", "b\ud800"], "input 1 holds half of a surrogate pair"),
+    "half a surrogate pair": (["a", "b\ud800"], "input 1 contains half of a surrogate pair"),
     "a number": (3, "inputs of type int cannot be read"),
     "bytes": (b"a small funnel", "inputs of type bytes cannot be read"),
-    "ids among texts": (["a", [3]], "input 1 is a list among texts"),
-    "texts among ids": ([[3], "a"], "input 0 is a list among texts"),
+    "ids among texts": (["a", [3]], "input 1 is a list, but other inputs are texts"),
+    "texts among ids": ([[3], "a"], "input 0 is a list, but other inputs are texts"),
 }
 
 
@@ -220,7 +226,9 @@ def test_texts_without_a_tokenizer():
 
 
 def test_ids_of_a_tokenizer_beyond_int32():
-    with pytest.raises(InputError, match=r"input 1 holds 2 \.\.\. 4294967295, beyond int32"):
+    with pytest.raises(
+        InputError, match=r"input 1 has values from 2 to 4294967295; they must be in the range of int32"
+    ):
         read(["a", "b"], tokenizer=lambda texts: [[3], [2**32 - 1]])
 
 

@@ -213,7 +213,7 @@ def test_rows_that_hold_no_token_do_not_reach_the_others():
 
 def test_what_does_not_fit_is_refused():
     params, batch, _, _ = example(SMALL, FunnelConfig(), "float32")
-    with pytest.raises(ConfigError, match="4 strides but the model only 3 layers"):
+    with pytest.raises(ConfigError, match="4 strides but the model has only 3 layers"):
         forward(params, batch, config=SMALL, funnel=FunnelConfig.after(3), target=target())
 
 

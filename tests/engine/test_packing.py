@@ -217,12 +217,12 @@ def test_a_bucket_that_is_too_small_is_refused():
     plan = packing.make_plan(model("full", "full"), FunnelConfig.after(1, stride=4))
     ids, offsets = np.arange(9, dtype=np.int32), np.array([0, 4, 9], np.int32)
     packing.pack(plan, ids, offsets, 12)
-    with pytest.raises(InputError, match="2 sequences need 12 rows, more than the bucket's 8"):
+    with pytest.raises(InputError, match="2 sequences need 12 rows, more than the 8 of the bucket"):
         packing.pack(plan, ids, offsets, 8)
 
 
 def test_a_funnel_that_does_not_fit_the_model_has_no_plan():
-    with pytest.raises(ConfigError, match="3 strides but the model only 2 layers"):
+    with pytest.raises(ConfigError, match="3 strides but the model has only 2 layers"):
         packing.make_plan(model("full", "full"), FunnelConfig((1, 1, 2)))
 
 

@@ -9,7 +9,7 @@ import pytest
 from funnel_engine import FunnelConfig, HeadConfig
 from funnel_engine.backends import served_by
 from funnel_engine.devices import local_target
-from funnel_engine.programs import Key
+from funnel_engine.programs import ProgramKey
 from option_grid import no_product
 from tiny_models import CONFIG, make_engine
 
@@ -36,7 +36,7 @@ def answers(engine) -> dict[str, str]:
 
 def forward_text(engine) -> str:
     """The encoder's program of the smallest bucket, as it is given to XLA."""
-    return engine.programs._trace(Key("forward", engine.buckets[0])).lower().as_text()
+    return engine.programs._trace(ProgramKey("forward", engine.buckets[0])).lower().as_text()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -69,7 +69,7 @@ def test_a_mesh_has_products_and_norms_of_their_own():
 def test_a_head_that_runs_an_op_is_in_it_too():
     engine = make_engine(HeadConfig(pooling="attention", pooler=True), backend="reference")
     engine.programs.record.served.clear()
-    engine.programs._trace(Key("embed", engine.buckets[0], 1))
+    engine.programs._trace(ProgramKey("embed", engine.buckets[0], 1))
     assert engine.programs.record.facts() == {"attention": "reference"}
 
 

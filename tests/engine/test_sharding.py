@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import Mesh
 
 from funnel_engine import ConfigError, FunnelConfig
-from funnel_engine.sharding import abstract_forward, cuts, share
+from funnel_engine.sharding import abstract_forward, device_config, weight_splits
 from tiny_models import CONFIG, make_engine
 
 
@@ -46,8 +46,8 @@ def test_a_device_holds_its_query_heads_and_the_keys_that_they_read(heads, kv_he
         for i in range(d)
     ]
     labels = np.array([f"{name}{head}.{i}" for name, head, i in rows])
-    table = cuts(config, devices)
-    local = share(config, devices)
+    table = weight_splits(config, devices)
+    local = device_config(config, devices)
     for device in range(devices):
         held = [f"{name}{head}" for name, head in held_heads(heads, kv_heads, devices, device)]
         expected = np.array([f"{head}.{i}" for head in held for i in range(d)])
@@ -70,7 +70,7 @@ def held_heads(heads, kv_heads, devices, device):
 @pytest.mark.parametrize("devices", [2, 3, 4])
 def test_a_device_holds_the_same_part_of_gate_up_and_down(devices):
     config = sized(12, 12)
-    table, size, width = cuts(config, devices), 24 // devices, 48 // devices
+    table, size, width = weight_splits(config, devices), 24 // devices, 48 // devices
     gate_up = np.arange(2 * 24)[:, None]
     for device in range(devices):
         gate = np.arange(device * size, (device + 1) * size)
@@ -78,8 +78,8 @@ def test_a_device_holds_the_same_part_of_gate_up_and_down(devices):
         np.testing.assert_array_equal(table["down"].part(np.arange(24)[None], device)[0], gate)
         columns = table["embedding"].part(np.arange(48)[None], device)[0]
         np.testing.assert_array_equal(columns, np.arange(device * width, (device + 1) * width))
-    assert share(config, devices).intermediate_size == size
-    assert share(config, devices).hidden_size == 48  # the residual stream is whole everywhere
+    assert device_config(config, devices).intermediate_size == size
+    assert device_config(config, devices).hidden_size == 48  # the residual stream is whole everywhere
 
 
 @pytest.mark.parametrize(
@@ -88,14 +88,14 @@ def test_a_device_holds_the_same_part_of_gate_up_and_down(devices):
         (sized(6, 1), 4, "4 devices along 'model', which does not divide num_heads=6; use a number that does"),
         (sized(8, 1, intermediate=30), 4, "which does not divide intermediate_size=30; use"),
         (sized(8, 1, hidden=42), 4, "which does not divide hidden_size=42; use"),
-        (sized(12, 4), 6, "6 devices along 'model', which neither divides num_kv_heads=4 nor is a multiple of it; use"),
+        (sized(12, 4), 6, "6 devices along 'model', which must divide num_kv_heads=4 or be a multiple of it; use"),
     ],
 )
 def test_a_number_of_devices_that_does_not_divide_the_model(config, devices, said):
     with pytest.raises(ConfigError) as caught:
-        share(config, devices)
+        device_config(config, devices)
     assert said in str(caught.value)
-    assert "the other devices along 'data'" in str(caught.value)
+    assert "put the other devices along 'data'" in str(caught.value)
 
 
 def test_what_is_no_mesh_of_ours():

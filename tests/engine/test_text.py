@@ -83,7 +83,7 @@ def test_sentencepiece_is_not_installed(model, monkeypatch):
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
 def test_damaged_file(tmp_path, name):
     (tmp_path / name).write_bytes(b"\x00nonsense")
-    with pytest.raises(CheckpointError, match="convert without it, for a checkpoint that takes token ids only"):
+    with pytest.raises(CheckpointError, match="convert without it to get a checkpoint that takes token ids only"):
         read_tokenizer(tmp_path / name)
 
 

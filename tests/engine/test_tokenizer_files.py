@@ -132,7 +132,7 @@ def test_the_remedy_for_flags_that_disagree(folder, flags):
         eos_token="<eos>",
         **flags,
     )
-    assert "To settle it" in refusal(folder)
+    assert "To make them agree" in refusal(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer.add_bos_token, tokenizer.add_eos_token = True, False
     tokenizer.save_pretrained(folder)
@@ -222,7 +222,7 @@ def test_broken_tokenizer_json(folder, content):
 def test_options_that_the_engine_does_not_have(folder, field, value):
     train_tokenizer().save(str(folder / "tokenizer.json"))
     write_json(folder / "tokenizer_config.json", **{field: value})
-    assert f"tokenizer_config.json: {field} is {value!r}; this engine only runs" in refusal(folder)
+    assert f"tokenizer_config.json: {field} is {value!r}; this engine only supports" in refusal(folder)
 
 
 def test_tokenizer_of_a_larger_vocabulary_than_the_models(folder):

@@ -164,5 +164,5 @@ def test_engines_share_weights_that_are_prepared():
             assert engines[0].params["layers"][0]["down"].packed is shared["layers.0.down"].packed
         with pytest.raises(ConfigError, match=r"layers.0.qkv is packed for one device and cannot be divided"):
             Engine(config, HeadConfig(), shared, mesh=jax.make_mesh((1,), ("model",)), max_batch_tokens=16)
-        with pytest.raises(BackendUnavailable, match="xla: the weight is packed for backend cpu"):
+        with pytest.raises(BackendUnavailable, match="xla: the weight is packed for backend 'cpu'"):
             Engine(config, HeadConfig(), shared, backend="xla", max_batch_tokens=16)

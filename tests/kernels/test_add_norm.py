@@ -85,20 +85,20 @@ def test_the_valid_call_that_the_refusals_start_from_is_served():
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"x": jnp.ones((1, 6, 4))}, r"x has shape \(1, 6, 4\); it needs 2 axes"),
+        ({"x": jnp.ones((1, 6, 4))}, r"x has shape \(1, 6, 4\); it must have 2 axes"),
         ({"x": jnp.ones((6, 4), jnp.float16)}, "x is float16; use float32 or bfloat16"),
-        ({"update": jnp.ones(24)}, r"update has shape \(24,\); it needs 2 axes"),
-        ({"update": jnp.ones((5, 4))}, r"update has shape \(5, 4\); here it must be \(6, 4\)"),
+        ({"update": jnp.ones(24)}, r"update has shape \(24,\); it must have 2 axes"),
+        ({"update": jnp.ones((5, 4))}, r"update has shape \(5, 4\); it must have shape \(6, 4\)"),
         ({"update": jnp.ones((6, 4), jnp.float16)}, "update is float16; use float32 or bfloat16"),
         (
             {"x": jnp.ones((6, 4)), "update": jnp.ones((6, 4), jnp.bfloat16)},
-            "update is bfloat16 where x is float32; cast it",
+            "update is bfloat16 but x is float32; cast update",
         ),
-        ({"update": None}, "update_weight is given without an update to normalise; leave it out"),
-        ({"weight": jnp.ones(6)}, r"weight has shape \(6,\); here it must be \(4,\)"),
+        ({"update": None}, "update_weight is given without an update; give update too"),
+        ({"weight": jnp.ones(6)}, r"weight has shape \(6,\); it must have shape \(4,\)"),
         ({"weight": jnp.ones(4, jnp.float16)}, "weight is float16; use float32 or bfloat16"),
-        ({"update_weight": jnp.ones(6)}, r"update_weight has shape \(6,\); here it must be \(4,\)"),
-        ({"update_weight": jnp.ones((1, 4))}, r"update_weight has shape \(1, 4\); it needs 1 axes"),
+        ({"update_weight": jnp.ones(6)}, r"update_weight has shape \(6,\); it must have shape \(4,\)"),
+        ({"update_weight": jnp.ones((1, 4))}, r"update_weight has shape \(1, 4\); it must have 1 axes"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(changed, message):

@@ -46,8 +46,8 @@ def test_triton(monkeypatch, tail):
 
 @padded
 def test_tpu(interpreted_pallas, monkeypatch, tail):
-    case, plans, plan = case_of(tail), [], pallas_tpu.plan
-    monkeypatch.setattr(pallas_tpu, "plan", lambda *a: plans.append(plan(*a)) or plans[-1])
+    case, plans, plan = case_of(tail), [], pallas_tpu.plan_visits
+    monkeypatch.setattr(pallas_tpu, "plan_visits", lambda *a: plans.append(plan(*a)) or plans[-1])
     attend(case, "tpu")
     ((begin, visits),) = plans
     block_q, block_k, _ = pallas_tpu.rule()

@@ -59,7 +59,7 @@ def test_packed_weights_are_taken():
 
 def test_what_does_not_fit_is_refused():
     x, normed, gate_up, down, norm_weight, _ = arrays("float32", 4)
-    with pytest.raises(InputError, match=r"weight has shape \(40, 24\); here it must be \(40, 20\)"):
+    with pytest.raises(InputError, match=r"weight has shape \(40, 24\); it must have shape \(40, 20\)"):
         mlp(x, normed, gate_up[:40], down, norm_weight, eps=EPS, target=target())
     with pytest.raises(InputError, match=r"add has shape \(3, 40\)"):
         mlp(x[:3], normed, gate_up, down, norm_weight, eps=EPS, target=target())

@@ -8,7 +8,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from funnel_kernels import Target, attention, pallas_calls
 from funnel_kernels.attention import pallas_tpu
-from funnel_kernels.attention.pallas_tpu import Sizes, Visit, decode, encode, plan
+from funnel_kernels.attention.pallas_tpu import Sizes, Visit, decode, encode, plan_visits
 from funnel_kernels.target import Unsupported
 from option_grid import ATTENTION_CASES, AttentionCase, Edges, Packed, Scattered, target
 
@@ -49,7 +49,7 @@ def test_two_cores_write_every_row_once(interpreted_pallas, heads):
 def visits_of(layout, block_q, block_k, cores):
     lo, hi, keys = layout.intervals()
     blocks = -(-len(lo) // block_q), -(-keys // block_k)
-    begin, codes = plan(jnp.asarray(lo), jnp.asarray(hi), blocks, block_q, block_k, cores)
+    begin, codes = plan_visits(jnp.asarray(lo), jnp.asarray(hi), blocks, block_q, block_k, cores)
     visits = Visit(*(np.asarray(field) for field in decode(codes)))
     return lo, hi, np.asarray(begin), Visit(*(field[: begin[-1]] for field in visits))
 
@@ -130,9 +130,21 @@ def shapes(rows, heads, kv_heads, head_dim, dtype=jnp.bfloat16):
 @pytest.mark.parametrize(
     ("device", "rows", "heads", "head_dim", "reason"),
     [
-        ("TPU v6 lite", 64, (1, 1), 512, "heads are 512 wide; its vector memory is laid out for at most 256"),
-        ("TPU v4", 4096, (32, 1), 256, "32 query heads of 256 on one key/value head need .* bytes of vector memory"),
-        ("TPU v4", 2**17, (8, 1), 256, "131072 queries .* scalar memory has room for 65536.*max_batch_tokens"),
+        ("TPU v6 lite", 64, (1, 1), 512, "heads are 512 wide; the kernel supports at most 256"),
+        (
+            "TPU v4",
+            4096,
+            (32, 1),
+            256,
+            "32 query heads of width 256 on one key/value head need .* bytes of vector memory",
+        ),
+        (
+            "TPU v4",
+            2**17,
+            (8, 1),
+            256,
+            "131072 queries .* need up to .* visits; the kernel supports 65536 visits.*max_batch_tokens",
+        ),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(device, rows, heads, head_dim, reason):
@@ -140,6 +152,14 @@ def test_shapes_that_do_not_fit_are_refused(device, rows, heads, head_dim, reaso
     options["target"] = Target("tpu", "tpu", device)
     with pytest.raises(Unsupported, match=reason):
         jax.eval_shape(lambda *arrays: pallas_tpu.attention(*arrays, **options), *shapes(rows, *heads, head_dim))
+
+
+def test_more_query_blocks_than_a_visit_can_number_are_refused():
+    q, k, v, lo, hi = shapes(2**23 + 1, 1, 1, 128)
+    k = v = jax.ShapeDtypeStruct((128, 128), jnp.bfloat16)  # one key block
+    options = {"heads": 1, "kv_heads": 1, "scale": 1.0, "softcap": None, "target": Target("tpu", "tpu", "TPU v6 lite")}
+    with pytest.raises(Unsupported, match=r"need up to 8193 x 1 visits; .* of 8192 query blocks"):
+        jax.eval_shape(lambda *arrays: pallas_tpu.attention(*arrays, **options), q, k, v, lo, hi)
 
 
 @pytest.mark.parametrize("generation", pallas_calls.GENERATIONS.values(), ids=lambda generation: generation.name)

@@ -34,7 +34,7 @@ def test_generations_by_the_names_that_jax_gives_them(kind, name, mebibytes):
             "tpu",
             "TPU v3",
             "xla",
-            "TPU v3 is a TPU that the kernels were never compiled for; known: v4, v5e, v5p, v6e, v7x",
+            "TPU v3 is not supported by the kernels; they support TPUs v4, v5e, v5p, v6e, v7x",
         ),
     ],
 )

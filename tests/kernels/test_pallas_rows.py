@@ -44,14 +44,16 @@ def test_recover_norm_in_the_plain_interpreter(case):
 
 def test_a_window_that_does_not_fit_is_refused():
     assert windows_per_block(10_000, 1024) % 16 == 0
-    with pytest.raises(Unsupported, match=f"16 windows take {16 * MEMORY:,} bytes of vector memory"):
+    with pytest.raises(
+        Unsupported, match=f"16 windows, the smallest block, need {16 * MEMORY:,} bytes of vector memory"
+    ):
         windows_per_block(64, MEMORY)
 
 
 @pytest.mark.parametrize("width", [1, 48, 100, 127, 130])
 def test_rows_that_do_not_fill_registers_are_refused(width):
     x, weight = jnp.ones((8, width)), jnp.ones(width)
-    with pytest.raises(BackendUnavailable, match=f"rows of width {width}; the kernel needs a multiple of 128"):
+    with pytest.raises(BackendUnavailable, match=f"rows are {width} wide; the width must be a multiple of 128"):
         pool_norm(x, jnp.ones(8, bool), weight, stride=2, pool="max", eps=1e-6, target=TPU)
-    with pytest.raises(BackendUnavailable, match=f"rows of width {width}; the kernel needs a multiple of 128"):
+    with pytest.raises(BackendUnavailable, match=f"rows are {width} wide; the width must be a multiple of 128"):
         recover_norm(x, None, weight, stride=2, mode="tile", eps=1e-6, target=TPU)

@@ -103,19 +103,19 @@ def test_the_valid_call_that_the_refusals_start_from_is_served():
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"x": jnp.ones((1, 6, 4))}, r"x has shape \(1, 6, 4\); it needs 2 axes"),
+        ({"x": jnp.ones((1, 6, 4))}, r"x has shape \(1, 6, 4\); it must have 2 axes"),
         ({"x": jnp.ones((6, 4), jnp.float16)}, "x is float16; use float32 or bfloat16"),
         ({"x": jnp.ones((6, 4), jnp.int8)}, "x is int8; use float32 or bfloat16"),
-        ({"real": jnp.ones(3, bool)}, r"real has shape \(3,\); here it must be \(6,\)"),
+        ({"real": jnp.ones(3, bool)}, r"real has shape \(3,\); it must have shape \(6,\)"),
         ({"real": jnp.ones(6, jnp.int32)}, "real is int32; it must be bool"),
-        ({"weight": jnp.ones(6)}, r"weight has shape \(6,\); here it must be \(4,\)"),
+        ({"weight": jnp.ones(6)}, r"weight has shape \(6,\); it must have shape \(4,\)"),
         ({"weight": jnp.ones((1, 4))}, r"weight has shape \(1, 4\)"),
         ({"weight": jnp.ones(4, jnp.float16)}, "weight is float16; use float32 or bfloat16"),
         ({"stride": 0}, "stride=0 must be positive and divide the 6 rows"),
         ({"stride": -2}, "stride=-2 must be positive and divide the 6 rows"),
         ({"stride": 4}, "stride=4 must be positive and divide the 6 rows; pad the rows"),
         ({"stride": 2.0}, "stride=2.0"),
-        ({"pool": "min"}, "pool='min' is not one of max, mean, first"),
+        ({"pool": "min"}, "pool='min' must be one of max, mean, first"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(changed, message):

@@ -99,20 +99,20 @@ def test_the_valid_call_that_the_refusals_start_from_is_served():
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"short": jnp.ones((1, 3, 4))}, r"short has shape \(1, 3, 4\); it needs 2 axes"),
+        ({"short": jnp.ones((1, 3, 4))}, r"short has shape \(1, 3, 4\); it must have 2 axes"),
         ({"short": jnp.ones((3, 4), jnp.float16)}, "short is float16; use float32 or bfloat16"),
-        ({"full": jnp.ones(24)}, r"full has shape \(24,\); it needs 2 axes"),
+        ({"full": jnp.ones(24)}, r"full has shape \(24,\); it must have 2 axes"),
         ({"full": jnp.ones((6, 4), jnp.float16)}, "full is float16; use float32 or bfloat16"),
-        ({"full": jnp.ones((3, 4))}, r"full has shape \(3, 4\); here it must be \(6, 4\)"),
-        ({"full": None}, "mode='sum' needs full-length rows in `full`"),
-        ({"mode": "tile"}, "mode='tile' takes no full-length rows in `full`"),
-        ({"weight": jnp.ones(6)}, r"weight has shape \(6,\); here it must be \(4,\)"),
+        ({"full": jnp.ones((3, 4))}, r"full has shape \(3, 4\); it must have shape \(6, 4\)"),
+        ({"full": None}, "mode='sum' needs the full-length rows"),
+        ({"mode": "tile"}, "mode='tile' does not use full-length rows"),
+        ({"weight": jnp.ones(6)}, r"weight has shape \(6,\); it must have shape \(4,\)"),
         ({"weight": jnp.ones(4, jnp.float16)}, "weight is float16; use float32 or bfloat16"),
         ({"stride": 0}, "stride=0 must be positive"),
         ({"stride": -1}, "stride=-1 must be positive"),
         ({"stride": 2.0}, "stride=2.0"),
-        ({"mode": "concat"}, "mode='concat' is not one of tile, sum, mean, max"),
-        ({"site": "inside"}, "site='inside' is not one of before_norm, after_norm"),
+        ({"mode": "concat"}, "mode='concat' must be one of tile, sum, mean, max"),
+        ({"site": "inside"}, "site='inside' must be one of before_norm, after_norm"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(changed, message):

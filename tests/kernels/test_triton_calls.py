@@ -57,7 +57,7 @@ def test_capability_is_that_of_the_gpu(kind, reported, expected):
             "gpu",
             "AMD Instinct MI300X",
             "gfx942",
-            r"MI300X is not a GPU of NVIDIA's \(its architecture is gfx942\)",
+            r"MI300X is not an NVIDIA GPU \(its architecture is gfx942\)",
         ),
     ],
 )
@@ -79,10 +79,13 @@ def test_versions_that_fit(monkeypatch, triton, jax_triton):
         ({"triton": "3.7.1"}, "jax-triton is not installed"),
         (
             {"triton": "3.5.1", "jax_triton": "0.3.1"},
-            "triton 3.5.1 is installed; .* at least 3.6, below 4",
+            "triton 3.5.1 is installed; .* need 3.6 or newer, below 4",
         ),
         ({"triton": "4.0.0", "jax_triton": "0.3.1"}, "triton 4.0.0 is installed"),
-        ({"triton": "3.7.1", "jax_triton": "0.4.1"}, "jax-triton 0.4.1 is installed; .* at least 0.3.1, below 0.3.2"),
+        (
+            {"triton": "3.7.1", "jax_triton": "0.4.1"},
+            "jax-triton 0.4.1 is installed; .* need 0.3.1 or newer, below 0.3.2",
+        ),
         ({"triton": "3.7.1", "jax_triton": "0.3.0"}, "jax-triton 0.3.0 is installed"),
     ],
 )
@@ -157,5 +160,5 @@ def test_a_ptxas_on_path_is_left_alone(triton_folder):
 
 
 def test_without_any_ptxas_the_kernels_are_refused_with_the_remedy(triton_folder):
-    with pytest.raises(Unsupported, match=r"there is no program ptxas, .*; install NVIDIA's CUDA toolkit and"):
+    with pytest.raises(Unsupported, match=r"the program ptxas is missing, .*; install NVIDIA's CUDA toolkit and"):
         triton_calls.provide_ptxas()

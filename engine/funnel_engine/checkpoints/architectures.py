@@ -1,4 +1,4 @@
-"""The architecture of a checkpoint that carries none: a Hugging Face config.json beside it, or a published model's."""
+"""The architecture of a checkpoint without one: from a config.json in its folder, or that of a published model."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -21,16 +21,16 @@ def find_config(
     vocabulary: int,
     sliding_window: int | None = None,
 ) -> ModelConfig:
-    """The config.json in a directory; without one, that of the published model whose tensors have these shapes.
+    """The config in a directory's config.json, or else of the published model whose tensors have these shapes.
 
     Args:
-        tensors: of the checkpoint, by name.
-        parts_of: which tensors a model of some architecture needs.
-        vocabulary: rows of the embedding table.
-        sliding_window: stands for that of config.json, which must then be there.
+        tensors: the tensors of the checkpoint, by name.
+        parts_of: returns the tensors that a model of an architecture needs.
+        vocabulary: number of rows of the embedding table.
+        sliding_window: replaces the value in config.json, which must then exist.
 
     Raises:
-        CheckpointError: the config cannot be read, or is needed and not there: the shapes are no published model's.
+        CheckpointError: config.json cannot be read, or is missing although no published model has these shapes.
     """
     config_file = optional_file(directory, "config.json")
     if config_file:
@@ -38,25 +38,25 @@ def find_config(
             return fit_vocabulary(read_model_config(read_json(config_file), sliding_window), vocabulary)
     if sliding_window is not None:
         raise CheckpointError(
-            f"--sliding-window {sliding_window} stands for a config.json's, and there is none in {directory}; leave it "
-            "out to take the published model's"
+            f"--sliding-window {sliding_window} replaces the value in config.json, but {directory} has no config.json; "
+            "leave it out to take the value of the published model"
         )
     for name in PRESETS:
         config = fit_vocabulary(preset(name), vocabulary)
-        parts = [part for several in parts_of(config).values() for part in several]
+        parts = [part for weight_parts in parts_of(config).values() for part in weight_parts]
         if all(part.name in tensors and tensors[part.name].shape == part.shape for part in parts):
             return config
     raise CheckpointError(
-        f"{directory} holds tensors of shapes that no published model has ({', '.join(PRESETS)}); put a Hugging Face "
-        "config.json of the model into this folder"
+        f"{directory} has tensors whose shapes no published model has ({', '.join(PRESETS)}); put the model's Hugging "
+        "Face config.json into this folder"
     )
 
 
 def fit_vocabulary(config: ModelConfig, rows: int) -> ModelConfig:
-    """Hugging Face's configs of multimodal Gemma 3 count rows for images, which only its own table has."""
+    """Removes the image rows of multimodal Gemma 3 from vocab_size; only Hugging Face's own table contains them."""
     return dataclasses.replace(config, vocab_size=rows) if config.vocab_size - rows == IMAGE_ROWS else config
 
 
 def is_embedding_gemma(config: ModelConfig) -> bool:
-    """Whether it is EmbeddingGemma's, the only bidirectional Gemma 3 that is published."""
+    """Whether a config is EmbeddingGemma's, the only published bidirectional Gemma 3."""
     return config.family == "gemma3_text" and config.attention == "bidirectional"

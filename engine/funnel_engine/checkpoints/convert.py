@@ -1,4 +1,4 @@
-"""Converts a checkpoint into our own format, so that what exists under the destination's name is always complete."""
+"""Converts a checkpoint to our own format. A destination that exists is always complete."""
 
 import contextlib
 import errno
@@ -35,30 +35,30 @@ def convert(
 ) -> None:
     """Converts a Gemma, EmbeddingGemma or T5Gemma checkpoint for `Engine.load`.
 
-    Reads and writes piece by piece; memory holds at most one tensor, whatever the size of the model. The destination
-    appears, by a rename, once it is complete and on the disk; a run that fails leaves nothing behind, and what a
-    killed run has left is removed by the next one to the same destination.
+    Reads and writes piece by piece, so memory contains at most one tensor. The destination appears, by a rename, when
+    it is complete and on the disk. A run that fails leaves no files. The files of a run that was killed are removed by
+    the next run to the same destination.
 
     Args:
         source: a file or folder in one of the formats of docs/checkpoints.md.
         destination: the directory to make.
-        dtype: what the weights are rounded to, "bfloat16" or "float32", or these as NumPy or JAX have them.
-        overwrite: replace `destination` if it is a checkpoint. The old one stays until the new one is complete.
-        format: of the source, a key of `formats.FORMATS`; None detects it from the content.
-        sliding_window: stands for the config's, where an old save has written a wrong one.
-        allow_nonfinite: convert weights that are NaN or infinite as they are.
+        dtype: the dtype to which the weights are rounded: "bfloat16" or "float32", or the NumPy or JAX dtype.
+        overwrite: replace `destination` if it is a checkpoint. The old one is kept until the new one is complete.
+        format: the format of the source, a key of `formats.FORMATS`; None detects it from the content.
+        sliding_window: replaces the value in the source's config, if an old save wrote a wrong one.
+        allow_nonfinite: accept weights that are NaN or infinite.
 
     Raises:
-        CheckpointError: a source that is missing, damaged or of a form that the engine does not run; a destination
-            that exists or cannot be written.
-        ConfigError: another dtype or format, or an option of another type.
+        CheckpointError: the source is missing, damaged or not supported, or the destination exists or cannot be
+            written.
+        ConfigError: the dtype or the format is unknown, or an option has a wrong type.
     """
     dtype = check_dtype(dtype)
     overwrite, allow_nonfinite = check_flag("overwrite", overwrite), check_flag("allow_nonfinite", allow_nonfinite)
     source, destination = to_path(source), to_path(destination)
     with writing(destination):
         destination = destination.resolve()
-        clear_up(destination)
+        remove_leftovers(destination)
         check_destination(destination, source.resolve(), overwrite)
     model = read_source(source, format, sliding_window)
     size = count_parameters(expected_shapes(model.config, model.head)) * DTYPES[dtype].itemsize
@@ -66,8 +66,8 @@ def convert(
         free = shutil.disk_usage(destination.parent).free
         if size > free:
             raise CheckpointError(
-                f"{destination} needs {size / 1e9:,.2f} GB, but {free / 1e9:,.2f} GB are free on its disk; make room "
-                "or choose another place"
+                f"{destination} needs {size / 1e9:,.2f} GB, but {free / 1e9:,.2f} GB are free on its disk; free some "
+                "space or choose another folder"
             )
         with staging_directory(destination) as staging, progress_bar() as progress:
             task = progress.add_task(f"Converting to {dtype}", total=size)
@@ -78,24 +78,24 @@ def convert(
 
 @contextlib.contextmanager
 def writing(destination: Path) -> Iterator[None]:
-    """Turns what the file system refuses at a destination into `CheckpointError`."""
+    """Turns errors of the file system at a destination into `CheckpointError`."""
     try:
         yield
     except OSError as error:
         raise CheckpointError(
-            f"cannot write {destination}: {error.strerror or error}; nothing was left behind. Make room or choose a "
-            "place that can be written"
+            f"cannot write {destination}: {error.strerror or error}; no files were left. Free some space or choose a "
+            "folder that can be written"
         ) from error
 
 
 def check_destination(destination: Path, source: Path, overwrite: bool) -> None:
-    """Raises `CheckpointError` unless the destination is free, or a checkpoint that may be replaced."""
+    """Raises `CheckpointError` unless the destination does not exist, or is a checkpoint that may be replaced."""
     if destination == source or source in destination.parents or destination in source.parents:
-        raise CheckpointError(f"destination {destination} and source {source} lie in each other; choose another place")
-    if not destination.parent.is_dir():
         raise CheckpointError(
-            f"{destination.parent}, where {destination.name} shall be, is not a directory; make it first"
+            f"destination {destination} and source {source} overlap; choose a destination outside the source"
         )
+    if not destination.parent.is_dir():
+        raise CheckpointError(f"cannot make {destination.name}: {destination.parent} is not a directory; make it first")
     if not destination.exists():
         return
     if not overwrite:
@@ -104,17 +104,17 @@ def check_destination(destination: Path, source: Path, overwrite: bool) -> None:
         raise CheckpointError(f"{destination} is not a checkpoint, so it is not overwritten; choose another name")
 
 
-def clear_up(destination: Path) -> None:
-    """Removes what killed conversions to this destination have left.
+def remove_leftovers(destination: Path) -> None:
+    """Removes the files that killed conversions to this destination have left.
 
-    One that was killed between the two renames of `publish` has left the old checkpoint, which comes back first.
+    If one was killed between the two renames of `publish`, the old checkpoint is moved back first.
     """
     prefix = glob.escape(staging_prefix(destination))
-    for left in destination.parent.glob(f"{prefix}*"):
-        with contextlib.suppress(OSError), locked(left):
-            if (left / "old").is_dir() and not destination.exists():
-                (left / "old").rename(destination)
-            shutil.rmtree(left)
+    for leftover in destination.parent.glob(f"{prefix}*"):
+        with contextlib.suppress(OSError), locked(leftover):
+            if (leftover / "old").is_dir() and not destination.exists():
+                (leftover / "old").rename(destination)
+            shutil.rmtree(leftover)
 
 
 def staging_prefix(destination: Path) -> str:
@@ -123,9 +123,9 @@ def staging_prefix(destination: Path) -> str:
 
 @contextlib.contextmanager
 def staging_directory(destination: Path) -> Iterator[Path]:
-    """A new hidden directory beside `destination`, removed on leaving.
+    """A new hidden directory in the same folder as `destination`, which is removed at the end.
 
-    Its owner holds a lock on it, which ends with the process however that ends; `clear_up` spares what is locked.
+    It is locked until the process ends, even if it is killed; `remove_leftovers` skips locked directories.
     """
     with (
         tempfile.TemporaryDirectory(
@@ -133,14 +133,14 @@ def staging_directory(destination: Path) -> Iterator[Path]:
         ) as name,
         contextlib.ExitStack() as stack,
     ):
-        with contextlib.suppress(OSError):  # a file system without locks; there, nobody removes what others have left
+        with contextlib.suppress(OSError):  # a file system without locks; there, leftovers are not removed
             stack.enter_context(locked(Path(name)))
         yield Path(name)
 
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Holds the lock on a directory. Raises `OSError` if another process has it, or the file system has no locks."""
+    """Locks a directory. Raises `OSError` if another process has locked it, or the file system has no locks."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -150,7 +150,7 @@ def locked(directory: Path) -> Iterator[None]:
 
 
 def publish(new: Path, destination: Path, old: Path | None) -> None:
-    """Renames `new` to `destination`. What is there moves to `old`, and back again if that fails."""
+    """Renames `new` to `destination`. An existing destination is moved to `old`, and back if the rename fails."""
     if old is not None and destination.exists():
         destination.rename(old)
     try:
@@ -159,7 +159,9 @@ def publish(new: Path, destination: Path, old: Path | None) -> None:
         if old is not None and old.exists():
             old.rename(destination)
         elif isinstance(error, OSError) and error.errno in (errno.EEXIST, errno.ENOTEMPTY):
-            raise CheckpointError(f"{destination} was made by another conversion meanwhile, and stays") from error
+            raise CheckpointError(
+                f"{destination} was made by another conversion in the meantime and was not changed; choose another name"
+            ) from error
         raise
     synchronize(destination.parent)
 

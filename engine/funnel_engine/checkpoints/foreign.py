@@ -1,9 +1,9 @@
-"""What users often give that is not a whole model of plain weights: named, with the remedy."""
+"""Recognizes what users often give instead of a complete model with plain weights, and names the remedy."""
 
 import os
 from pathlib import Path
 
-from funnel_engine.input_files import check_file, is_file, optional_file, read_json, unfinished
+from funnel_engine.input_files import check_file, is_file, optional_file, read_json, unfinished_downloads
 from funnel_engine.messages import quote
 from funnel_kernels.errors import CheckpointError
 
@@ -12,37 +12,37 @@ GGUF = ".gguf"
 WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".npz", GGUF)
 
 
-def name_foreign(path: Path) -> str:
-    """What a file or folder in no known format is, as the end of a message.
+def describe_unknown(path: Path) -> str:
+    """The end of a message about a file or folder in an unknown format.
 
     Raises:
-        CheckpointError: it is something that has a remedy of its own.
+        CheckpointError: it is something with its own remedy.
     """
     if is_file(path):
         check_file(path)
-        return "; give the folder that holds the model, with its config.json"
+        return "; give the folder of the model, with its config.json"
     refuse_adapter(path)
     return (
         ": it has no config.json or modules.json, no Orbax _METADATA, no .ckpt and no .weights.h5"
-        f"{other_weights(path)}{unfinished(path)}"
+        f"{other_weights(path)}{unfinished_downloads(path)}"
     )
 
 
 def refuse_adapter(directory: Path) -> None:
-    """Raises `CheckpointError` if a folder holds an adapter of peft, which transformers would put on its base."""
+    """Raises `CheckpointError` if a folder contains a peft adapter, which transformers would apply to its base."""
     file = optional_file(directory, ADAPTER)
     if file is None:
         return
     base = read_json(file).get("base_model_name_or_path")
     raise CheckpointError(
-        f"{file} says that {directory} holds an adapter of peft for the base model {base!r:.80}; this engine does not "
+        f"{file} says that {directory} contains a peft adapter for the base model {base!r:.80}; this engine does not "
         "apply adapters. Merge the two with PeftModel.from_pretrained(BASE, ADAPTER).merge_and_unload() and save the "
-        f"result; if the weights in this folder contain it already, delete {ADAPTER}"
+        f"result; if the weights in this folder are already merged, delete {ADAPTER}"
     )
 
 
 def other_weights(directory: Path) -> str:
-    """For a message about weights that are missing: files with weights under names that this engine does not read.
+    """For a message about missing weights: the files with weights that this engine does not read.
 
     Raises:
         CheckpointError: they are GGUF files.

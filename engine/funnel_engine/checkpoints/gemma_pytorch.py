@@ -1,12 +1,12 @@
 """Reads checkpoints of Google's gemma_pytorch (https://github.com/google/gemma_pytorch): a `.ckpt` file, or shards.
 
-What torch.save writes is a zip of a pickle, which names the tensors, and of each tensor's bytes, uncompressed. torch
-unpickles with `weights_only=True`, which calls nothing but what rebuilds tensors and plain values, and onto its "meta"
-device, which reads no value but notes where each one lies. The values are then read like those of a safetensors file.
+torch.save writes a zip with a pickle, which contains the names of the tensors, and the uncompressed bytes of each
+tensor. torch unpickles it with `weights_only=True`, which only rebuilds tensors and plain values, and onto its "meta"
+device, which reads no values but records the position of each one. The values are then read as from a safetensors file.
 
-Names are gemma_pytorch's own: query, key and value projections are one tensor, as in ours; norms are called as in
-Hugging Face. A quantized model has an int8 `weight` and a `weight_scaler` with one factor for each row; it is
-dequantized to `weight * weight_scaler`. The architecture is not in the file; see `architectures.find_config`.
+The names are gemma_pytorch's own: the query, key and value projections are one tensor, as in our format, and the norms
+have the names of Hugging Face. A quantized model has an int8 `weight` and a `weight_scaler` with one factor per row; it
+is dequantized to `weight * weight_scaler`. The file does not contain the architecture; see `architectures.find_config`.
 """
 
 import pickletools
@@ -40,16 +40,16 @@ from funnel_engine.messages import quote
 from funnel_engine.weights import expected_shapes
 from funnel_kernels.errors import CheckpointError
 
-INDEX = "pytorch_model.bin.index.json"  # of shards; gemma_pytorch has the name from Hugging Face
+INDEX = "pytorch_model.bin.index.json"  # the index of shards; the name comes from Hugging Face
 SUFFIXES = (".ckpt", ".bin", ".pt", ".pth")
-MAX_BYTE_ORDER = 16  # bytes of the word "little" or "big"
+MAX_BYTE_ORDER = 16  # bytes of a file with the word "little" or "big"
 MAX_PICKLE_BYTES = 1_000_000  # a model with 62 layers has about 120,000
-MAX_TUPLE = 1000  # values, with those of the tuples in it; what rebuilds a tensor has about 20
-# Operations of a pickle that put something into what lies below it on the stack. All others make something new.
+MAX_TUPLE = 1000  # values, with those in nested tuples; a tensor needs about 20
+# Pickle operations that add values to the object below them on the stack. All others make a new object.
 FILLING = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD")
 
-# Our names -> theirs, without ".weight".
-EMBEDDERS = ("embedder", "text_token_embedder")  # the second is multimodal Gemma 3's
+# Our names -> gemma_pytorch's, without ".weight".
+EMBEDDERS = ("embedder", "text_token_embedder")  # the second is for multimodal Gemma 3
 LAYER: dict[str, tuple[str, ...]] = {
     "qkv": ("self_attn.qkv_proj",),
     "query_norm": ("self_attn.query_norm",),
@@ -58,7 +58,7 @@ LAYER: dict[str, tuple[str, ...]] = {
     "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
     "down": ("mlp.down_proj",),
 }
-# Tables of RoPE, and what multimodal Gemma 3 does to images.
+# RoPE tables, and the image encoder of multimodal Gemma 3.
 DROPPED = drop_by_name(
     (
         "freqs_cis",
@@ -72,7 +72,7 @@ DROPPED = drop_by_name(
 
 
 class DequantizedTensor(NamedTuple):
-    """An int8 matrix and the factor of each of its rows, read as float32 (a `tensors.SourceTensor`)."""
+    """An int8 matrix with a factor for each row, which is read as float32 (a `tensors.SourceTensor`)."""
 
     weight: StoredTensor
     scaler: StoredTensor
@@ -94,27 +94,27 @@ class DequantizedTensor(NamedTuple):
         return "float32"
 
     def read(self, at: tuple[int, ...], start: int, stop: int) -> np.ndarray:
-        assert at == (), "a quantized tensor is a matrix, and read by its rows"
+        assert at == (), "a quantized tensor is a matrix and is read by rows"
         factors = self.scaler.read((), start, stop).astype(np.float32)
         return self.weight.read((), start, stop) * factors[:, None]
 
 
 def matches(path: Path) -> bool:
-    """Whether this is a file of PyTorch, or a folder with a `.ckpt` or shards and without safetensors."""
+    """Whether `path` is a PyTorch file, or a folder with a `.ckpt` or shards and without safetensors."""
     if not path.is_dir():
         return path.suffix in SUFFIXES
     return (any(path.glob("*.ckpt")) or is_file(path / INDEX)) and not any(path.glob("*.safetensors"))
 
 
 def read_gemma_pytorch(path: Path, sliding_window: int | None = None) -> SourceModel:
-    """Finds out what a checkpoint holds; the values of the tensors stay on disk.
+    """Reads a checkpoint without the values of its tensors.
 
     Args:
-        path: the file, or a folder with exactly one `.ckpt` or with shards and their index.
-        sliding_window: stands for that of config.json.
+        path: the file, or a folder with exactly one `.ckpt`, or with shards and their index.
+        sliding_window: replaces the value in config.json.
 
     Raises:
-        CheckpointError: a file that is damaged, wants to run code, or is of another program; files or tensors that are
+        CheckpointError: a file is damaged, contains code, or was written by another program; files or tensors are
             missing or do not fit the config; torch is not installed.
     """
     tensors = dequantize(unwrap(path, read_tensors(path)))
@@ -126,8 +126,8 @@ def read_gemma_pytorch(path: Path, sliding_window: int | None = None) -> SourceM
     names = [f"{name}.weight" for name in EMBEDDERS if f"{name}.weight" in tensors]
     if len(names) != 1 or len(tensors[names[0]].shape) != 2 or not all(tensors[names[0]].shape):
         raise CheckpointError(
-            f"{path} is no checkpoint of gemma_pytorch: it must have one matrix embedder.weight or "
-            f"text_token_embedder.weight; its {len(tensors)} tensors are called {quote(tensors)}"
+            f"{path} is not a gemma_pytorch checkpoint: it must have one matrix embedder.weight or "
+            f"text_token_embedder.weight; the names of its {len(tensors)} tensors are {quote(tensors)}"
         )
     (embedder,) = names
     directory = path if path.is_dir() else path.parent
@@ -148,7 +148,7 @@ def read_gemma_pytorch(path: Path, sliding_window: int | None = None) -> SourceM
 
 
 def encoder_parts(config: ModelConfig, embedder: str) -> Parts:
-    """For each of our weights, the tensors whose rows make it, in order."""
+    """For each of our weights, the tensors that contain its rows, in order."""
     outer = {"embedding": embedder, "final_norm": "model.norm.weight"}
     layer = LAYER | NORMS[config.family]
     parts = {}
@@ -160,7 +160,7 @@ def encoder_parts(config: ModelConfig, embedder: str) -> Parts:
 
 
 def dequantize(tensors: dict[str, StoredTensor]) -> dict[str, SourceTensor]:
-    """Joins every int8 matrix with its factors. What does not belong together stays, and is refused as unknown."""
+    """Joins every int8 matrix with its factors. Tensors that do not match stay separate and are refused later."""
     joined: dict[str, SourceTensor] = dict(tensors)
     for name, scaler in tensors.items():
         weight = tensors.get(name.removesuffix("_scaler")) if name.endswith(".weight_scaler") else None
@@ -178,7 +178,7 @@ def read_tensors(path: Path) -> dict[str, StoredTensor]:
         return read_file(path)
     checkpoints = sorted(file.name for file in path.glob("*.ckpt"))
     if len(checkpoints) > 1:
-        raise CheckpointError(f"{path} has {quote(checkpoints)}; give the path of one of them")
+        raise CheckpointError(f"{path} has several checkpoints, {quote(checkpoints)}; give the path of one of them")
     if checkpoints:
         return read_file(file_in(path, checkpoints[0], str(path)))
     index = optional_file(path, INDEX)
@@ -190,16 +190,16 @@ def read_tensors(path: Path) -> dict[str, StoredTensor]:
 
 
 def read_file(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of one file by name; their values stay on disk.
+    """The tensors of one file by name, without their values.
 
     Raises:
-        CheckpointError: no such file, one that is damaged, old or wants to run code; torch is not installed.
+        CheckpointError: the file does not exist, is damaged or too old, or contains code; torch is not installed.
     """
     try:
         import torch
     except ModuleNotFoundError as error:
         raise CheckpointError(
-            f"{file} is a checkpoint of PyTorch; to read it, run: pip install 'funnel-engine[torch]'"
+            f"{file} is a PyTorch checkpoint; to read it, run: pip install 'funnel-engine[torch]'"
         ) from error
     try:
         with open_file(file) as raw:
@@ -208,31 +208,32 @@ def read_file(file: Path) -> dict[str, StoredTensor]:
         unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(file)
         if unsafe:
             raise CheckpointError(
-                f"{file} is not opened: its pickle wants to run code ({quote(map(str, unsafe))}), and a checkpoint "
-                "only holds tensors. Take it from a source that you trust, as safetensors"
+                f"{file} was not opened: its pickle would run code ({quote(map(str, unsafe))}), but a checkpoint must "
+                "contain only tensors. Get it as safetensors, from a source that you trust"
             )
         content = torch.load(file, map_location="meta", weights_only=True)
         state = content.get("model_state_dict", content) if isinstance(content, dict) else content
         if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-            raise CheckpointError(f"{file} is no checkpoint of gemma_pytorch: it has no model_state_dict of tensors")
+            raise CheckpointError(f"{file} is not a gemma_pytorch checkpoint: it has no model_state_dict of tensors")
         return {str(name): locate(file, str(name), tensor, records) for name, tensor in state.items()}
     except CheckpointError:
         raise
-    except Exception as error:  # torch and zipfile raise anything at all where bytes are damaged
-        raise CheckpointError(f"{file} is damaged, or not a checkpoint of tensors: {error!s:.300}") from error
+    except Exception as error:  # for damaged bytes, torch and zipfile may raise any exception
+        raise CheckpointError(
+            f"{file} is damaged, or not a checkpoint of tensors: {error!s:.300}. Fetch it again"
+        ) from error
 
 
 def find_records(file: Path, raw: BinaryIO) -> dict[int, int]:
-    """Sizes of the files in a zip in bytes, by the offset where their content starts.
+    """The sizes in bytes of the files in a zip, by the offset where their content starts.
 
     Raises:
-        CheckpointError: it is no zip, or they are compressed, or of a machine with another byte order (which would
-            crash torch).
+        CheckpointError: the file is not a zip, is compressed, or has another byte order (which would crash torch).
     """
     if not zipfile.is_zipfile(raw):
         raise CheckpointError(
-            f"{file} is no whole file of torch.save: it is damaged, or older than PyTorch 1.6. Fetch it again, or "
-            "write it anew: torch.save(torch.load(OLD, weights_only=True), NEW)"
+            f"{file} is not a complete file of torch.save: it is damaged, or older than PyTorch 1.6. Fetch it again, "
+            "or write it again: torch.save(torch.load(OLD, weights_only=True), NEW)"
         )
     records = {}
     with zipfile.ZipFile(raw) as archive:
@@ -243,31 +244,31 @@ def find_records(file: Path, raw: BinaryIO) -> dict[int, int]:
                 record.file_size > MAX_BYTE_ORDER or archive.read(record) != b"little"
             ):
                 raise CheckpointError(
-                    f"{file} does not have little-endian values; write it anew: "
+                    f"the values of {file} are not little-endian; write it again on this machine: "
                     "torch.save(torch.load(OLD, weights_only=True), NEW)"
                 )
-            raw.seek(record.header_offset + 26)  # the lengths of name and extra field end a header of 30 bytes
+            raw.seek(record.header_offset + 26)  # the header of 30 bytes ends in the lengths of name and extra field
             name_length, extra_length = struct.unpack("<HH", raw.read(4))
             records[record.header_offset + 30 + name_length + extra_length] = record.file_size
     return records
 
 
 def check_tuples(file: Path, pickle: bytes) -> None:
-    """Goes through a pickle without running it, and looks how large its tuples are.
+    """Reads the operations of a pickle without running it, and checks the sizes of its tuples.
 
-    `t = (t, t)`, sixty times over, takes a few hundred bytes; as the key of a dict, torch would hash it for ages.
+    `t = (t, t)`, repeated sixty times, takes a few hundred bytes. As the key of a dict, torch would hash it for years.
 
     Raises:
-        CheckpointError: a pickle that is longer, or has a larger tuple, than any checkpoint of tensors.
+        CheckpointError: the pickle is longer, or has a larger tuple, than that of any checkpoint of tensors.
     """
     if len(pickle) > MAX_PICKLE_BYTES:
         raise CheckpointError(
-            f"{file} is not opened: its pickle has {len(pickle):,} bytes, where names of tensors take at most "
-            f"{MAX_PICKLE_BYTES:,}. Save a checkpoint of the tensors alone"
+            f"{file} was not opened: its pickle has {len(pickle):,} bytes, but names of tensors need at most "
+            f"{MAX_PICKLE_BYTES:,}. Save a checkpoint with only the tensors"
         )
-    sizes: list[int] = []  # how many values each object on the stack was made of
+    sizes: list[int] = []  # the number of values in each object on the stack
     marks: list[int] = []  # positions in the stack
-    memo: dict[Any, int] = {}  # sizes of objects that are used again
+    memo: dict[Any, int] = {}  # the sizes of stored objects
     for operation, argument, _ in pickletools.genops(pickle):
         if operation.name == "MARK":
             marks.append(len(sizes))
@@ -276,7 +277,7 @@ def check_tuples(file: Path, pickle: bytes) -> None:
         elif "GET" in operation.name:
             sizes.append(memo[argument])
         else:
-            before = operation.stack_before  # what it takes from the stack: so many objects, or all since a mark
+            before = operation.stack_before  # what it takes from the stack: a number of objects, or all since a mark
             if pickletools.markobject in before:
                 begin = marks.pop() - before.index(pickletools.markobject)
             else:
@@ -287,25 +288,25 @@ def check_tuples(file: Path, pickle: bytes) -> None:
                 sizes.append(taken[0] if operation.name in FILLING else 1 + sum(taken))
                 if sizes[-1] > MAX_TUPLE:
                     raise CheckpointError(
-                        f"{file} is not opened: its pickle nests more values than the {MAX_TUPLE:,} that a tensor may "
-                        "need. Take the checkpoint from a source that you trust, as safetensors"
+                        f"{file} was not opened: its pickle nests more values than the limit of {MAX_TUPLE:,} for a "
+                        "tensor. Get the checkpoint as safetensors, from a source that you trust"
                     )
 
 
 def locate(file: Path, name: str, tensor: Any, records: dict[int, int]) -> StoredTensor:
-    """Where the values of a tensor on the "meta" device lie in its file."""
+    """The position in its file of the values of a tensor on the "meta" device."""
     begin = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)  # where the tensor's storage starts
     if begin is None:
         raise CheckpointError(f"{file} needs torch 2.11 or newer; run: pip install --upgrade 'funnel-engine[torch]'")
     offset, size = (count * tensor.element_size() for count in (tensor.storage_offset(), tensor.numel()))
     if not tensor.is_contiguous():
         raise CheckpointError(
-            f"{file}: the values of tensor {name!r} are not in order; save it anew after .contiguous()"
+            f"{file}: the values of tensor {name!r} are not in order; save it again after .contiguous()"
         )
     if offset + size > records.get(begin, -1):
         raise CheckpointError(
-            f"{file} is damaged, or zipped anew: the values of tensor {name!r} are not where torch.save puts them. "
-            "Fetch the original"
+            f"{file} is damaged, or was zipped again: the values of tensor {name!r} are not where torch.save writes "
+            "them. Fetch the original"
         )
     dtype = str(tensor.dtype).removeprefix("torch.")
     return StoredTensor(file, name, dtype, tuple(tensor.shape), begin + offset, size)

@@ -1,7 +1,7 @@
-"""Reads a Hugging Face directory: config.json and safetensors of the Gemma family, and what lies beside them.
+"""Reads a Hugging Face directory of a Gemma model: config.json, safetensors, and further files in the same folder.
 
-Nothing is guessed: every tensor is either needed, or one of a family's known tensors that an encoder does not need
-(`Layout.dropped`), or an error.
+Nothing is guessed. A tensor is either needed, or one of a family's known tensors that an encoder does not need
+(`Layout.dropped`); any other tensor is an error.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from funnel_engine.checkpoints.tokenizer_files import find_tokenizer
 from funnel_engine.config import ModelConfig
 from funnel_engine.heads import HeadConfig, head_shapes
 from funnel_engine.hugging_face_config import read_model_config
-from funnel_engine.input_files import decode, file_in, is_file, optional_file, read_json, reading, unfinished
+from funnel_engine.input_files import decode, file_in, is_file, optional_file, read_json, reading, unfinished_downloads
 from funnel_engine.messages import quote
 from funnel_engine.weights import expected_shapes
 from funnel_kernels.errors import CheckpointError
@@ -27,7 +27,7 @@ CONFIG = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-# Our names -> Hugging Face's, without ".weight". Rows of several tensors follow one another in ours.
+# Our names -> Hugging Face's, without ".weight". Our weight contains the rows of several tensors one after another.
 OUTER = {"embedding": "embed_tokens", "final_norm": "norm"}
 LAYER: dict[str, tuple[str, ...]] = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -44,7 +44,7 @@ SANDWICH_NORMS = {
     "mlp_output_norm": ("post_feedforward_layernorm",),
 }
 NORMS = {
-    # Gemma 1 has two norms a layer, and its "post_attention" one is what the others call "pre_feedforward".
+    # Gemma 1 has two norms per layer. Its "post_attention" norm is the "pre_feedforward" norm of the other families.
     "gemma": {"attention_input_norm": ("input_layernorm",), "mlp_input_norm": ("post_attention_layernorm",)},
     "gemma2": SANDWICH_NORMS,
     "gemma3_text": SANDWICH_NORMS,
@@ -54,11 +54,11 @@ NORMS = {
 
 
 class Layout(NamedTuple):
-    """Where the encoder's tensors stand in a checkpoint of one `model_type`.
+    """The names of tensors in a checkpoint of one `model_type`.
 
     Attributes:
-        prefixes: what may stand before their names: the first two are those of task models and of the bare model.
-        dropped: names, and prefixes ending in a dot, of tensors that an encoder does not need.
+        prefixes: the possible prefixes of the encoder's tensors; the first are for task models, then the bare model.
+        dropped: names, and prefixes that end in a dot, of tensors that an encoder does not need.
     """
 
     prefixes: tuple[str, ...]
@@ -87,36 +87,39 @@ TASKS = {"ForSequenceClassification": "classify", "ForTokenClassification": "tag
 
 
 def matches(path: Path) -> bool:
-    """Whether a folder has a Hugging Face config, or the list of modules of the sentence-transformers library."""
+    """Whether a folder has a Hugging Face config, or the module list of the sentence-transformers library."""
     return is_file(path / CONFIG) or is_file(path / MODULES)
 
 
 def read_hugging_face(root: Path, sliding_window: int | None = None) -> SourceModel:
-    """Finds out what a directory holds; the values of the tensors stay on disk.
+    """Reads a directory without the values of its tensors.
 
     Args:
-        sliding_window: stands for the config's.
+        sliding_window: replaces the value in the config.
 
     Raises:
-        CheckpointError: not a directory in this format, another model family, or files that are missing, damaged or
-            do not fit each other. All tensors that are missing, unknown or misshapen are listed at once.
+        CheckpointError: this is not a directory in this format, the model family is not supported, or files are
+            missing, damaged or do not fit together. The message lists all tensors that are missing, unknown or of a
+            wrong shape.
     """
     if not root.is_dir():
-        raise CheckpointError(f"{root} is not a directory; give the folder that holds the model's config.json")
+        raise CheckpointError(f"{root} is not a directory; give the folder with the model's config.json")
     refuse_adapter(root)
     sentence_model = read_sentence_model(root)
     directory = sentence_model.transformer if sentence_model else root
     refuse_adapter(directory)
     config_file = optional_file(directory, CONFIG)
     if config_file is None:
-        raise CheckpointError(f"{directory} is not in Hugging Face format: it has no {CONFIG}")
+        raise CheckpointError(
+            f"{directory} is not in Hugging Face format: it has no {CONFIG}; give the folder that has it"
+        )
     fields = read_json(config_file)
     with reading(config_file):
         config = read_model_config(fields, sliding_window)
     if sentence_model and sentence_model.width not in (None, config.hidden_size):
         raise CheckpointError(
-            f"the pooling in {root} expects rows of width {sentence_model.width}, the encoder's are "
-            f"{config.hidden_size} wide; these folders do not belong together"
+            f"the pooling in {root} expects rows of width {sentence_model.width}, but the encoder's rows are "
+            f"{config.hidden_size} wide; these folders do not belong together, so fetch the model again"
         )
     layout = LAYOUTS[fields["model_type"]]
     drop_rule = drop_by_name(layout.dropped)
@@ -125,7 +128,7 @@ def read_hugging_face(root: Path, sliding_window: int | None = None) -> SourceMo
         file = optional_file(dense.folder, SINGLE_FILE)
         if file is None:
             raise CheckpointError(
-                f"there is no {dense.folder / SINGLE_FILE}; load the model with sentence-transformers and save it "
+                f"{dense.folder / SINGLE_FILE} does not exist; load the model with sentence-transformers and save it "
                 "again, which writes safetensors"
             )
         tensors |= {f"{dense.folder.name}/{name}": tensor for name, tensor in unwrap(file, read_header(file)).items()}
@@ -161,15 +164,16 @@ def read_tensors(directory: Path, drop_rule: Callable[[str], str | None]) -> dic
     """The tensors of model.safetensors, or of the shards that model.safetensors.index.json lists.
 
     Args:
-        drop_rule: why a tensor is not needed, as `assemble` has it.
+        drop_rule: why a tensor is not needed, see `assemble`.
     """
     single_file, index_file = optional_file(directory, SINGLE_FILE), optional_file(directory, INDEX)
     if single_file:
         return unwrap(single_file, read_header(single_file))
     if not index_file:
         raise CheckpointError(
-            f"{directory} has neither {SINGLE_FILE} nor {INDEX}{other_weights(directory)}{unfinished(directory)}; save "
-            "the model with transformers' save_pretrained, which writes safetensors"
+            f"{directory} has neither {SINGLE_FILE} nor {INDEX}{other_weights(directory)}"
+            f"{unfinished_downloads(directory)}; save the model with transformers' save_pretrained, which writes "
+            "safetensors"
         )
     weight_map = decode(dict[str, str], read_json(index_file).get("weight_map"), f"{index_file}: weight_map")
     files = [file_in(directory, name, str(index_file)) for name in sorted(set(weight_map.values()))]
@@ -180,7 +184,7 @@ def read_tensors(directory: Path, drop_rule: Callable[[str], str | None]) -> dic
 
 
 def encoder_parts(config: ModelConfig, prefix: str) -> Parts:
-    """For each of our encoder's weights, the tensors whose rows make it, in order."""
+    """For each of our encoder weights, the tensors that contain its rows, in order."""
     layer = LAYER | NORMS[config.family]
     q_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     rows = {"qkv": (q_width, kv_width, kv_width), "gate_up": (config.intermediate_size,) * 2}
@@ -209,16 +213,16 @@ def head_parts(config: ModelConfig, head: HeadConfig, sentence_model: SentenceMo
 
 
 def find_prefix(layout: Layout, config: ModelConfig, tensors: Mapping[str, StoredTensor]) -> str:
-    """The prefix under which most of the encoder is there."""
+    """The prefix with which most of the encoder's tensors are found."""
 
-    def matches(prefix: str) -> int:
+    def count_found(prefix: str) -> int:
         return sum(part.name in tensors for parts in encoder_parts(config, prefix).values() for part in parts)
 
-    return max(layout.prefixes, key=matches)
+    return max(layout.prefixes, key=count_found)
 
 
 def classifier_name(config: ModelConfig, tensors: Mapping[str, StoredTensor]) -> str:
-    """What the classifier is called. Hand-written heads on Gemma 3 also say "classifier" (transformers has none)."""
+    """The name of the classifier. Hand-written heads on Gemma 3 may be called "classifier" (transformers has none)."""
     if config.family == "t5gemma":
         return "score.out_proj"
     return "classifier" if "classifier.weight" in tensors else "score"
@@ -231,7 +235,7 @@ def read_head(
     tensors: Mapping[str, StoredTensor],
     classifier: str,
 ) -> HeadConfig:
-    """What stands on the encoder. Without modules.json, sentence vectors come from the pooler, or are the mean."""
+    """The head on the encoder. Without modules.json, sentence vectors come from the pooler, or else are the mean."""
     pooler = "pooler.query" in tensors
     pooling = sentence_model.pooling if sentence_model else "attention" if pooler else "mean"
     dense = tuple(layer.config for layer in sentence_model.dense) if sentence_model else ()
@@ -240,7 +244,7 @@ def read_head(
     tasks = [task for name in architectures for suffix, task in TASKS.items() if name.endswith(suffix)]
     if sentence_model and sentence_model.cross_encoder and tasks[:1] != ["classify"]:
         raise CheckpointError(
-            f"modules.json is that of a CrossEncoder, so config.json must be of a ForSequenceClassification model; its "
+            f"modules.json describes a CrossEncoder, so config.json must be for a ForSequenceClassification model; its "
             f"architectures are {quote(architectures) or 'none'}"
         )
     if not tasks:
@@ -250,14 +254,14 @@ def read_head(
             f"{architectures[0]} with is_encoder_decoder=true reads the decoder, which this engine does not run; "
             "train the head on the encoder (is_encoder_decoder=false)"
         )
-    # transformers' own token classifiers and every T5Gemma head have a bias; only hand-written heads may or may not.
+    # Token classifiers of transformers and all T5Gemma heads have a bias; hand-written heads may have one.
     must_have_bias = config.family == "t5gemma" or (tasks[0] == "tag" and config.family != "gemma3_text")
     bias = must_have_bias or f"{classifier}.bias" in tensors
     return HeadConfig(pooling, pooler, dense, similarity, tasks[0], read_labels(fields), bias)
 
 
 def read_labels(fields: dict[str, Any]) -> tuple[str, ...]:
-    """The names of the classes; a config that names none has `num_labels` of them, or transformers' default of two."""
+    """The names of the classes. A config without names has `num_labels` classes, or transformers' default of two."""
     count = decode(int | None, fields.get("num_labels"), "num_labels in config.json")
     default = {str(number): f"LABEL_{number}" for number in range(2 if count is None else count)}
     labels = decode(dict[str, str], fields.get("id2label") or default, "id2label in config.json")

@@ -1,17 +1,17 @@
 """Reads KerasHub's Gemma 1, 2, 3 and EmbeddingGemma: a preset's folder, or a `.weights.h5` file.
 
 A folder has config.json (`GemmaBackbone` or `Gemma3Backbone`), model.weights.h5 (above 10 GB, model.weights.json and
-the shards that it lists), and assets/tokenizer/vocabulary.spm. A file is read with the config.json beside it, be it
-KerasHub's or Hugging Face's, or else by `architectures.find_config`.
+the shards that it lists), and assets/tokenizer/vocabulary.spm. For a single file, the architecture comes from a
+config.json of KerasHub or Hugging Face in the same folder, or else from `architectures.find_config`.
 
-Where KerasHub and the models' authors differ, the authors count:
+Where KerasHub differs from the models' authors, we follow the authors:
 - KerasHub's bidirectional window of W sees (W - 1) // 2 tokens to the left and W // 2 to the right, ours W // 2 both.
-- KerasHub 0.32 scales queries by the head dim even where the config says `query_head_dim_normalize=false` (Gemma 2
-  and 3 of 27B); we do what the config says: by `hidden_dim // num_query_heads`.
-The `intermediate_dim` of its Gemma 1 and 2 is twice the width of the MLP: it counts gate and up together.
+- KerasHub 0.32 scales queries by the head dim even if the config says `query_head_dim_normalize=false` (Gemma 2 and 3
+  of 27B); we follow the config and scale by `hidden_dim // num_query_heads`.
+The `intermediate_dim` of its Gemma 1 and 2 is twice the width of the MLP, because it counts gate and up together.
 
-h5py finds the datasets, which Keras writes uncompressed and in one piece, and their values are then read like those of
-a safetensors file. HDF5 files can refer to other files, by links, external storage and virtual datasets: all of these
+h5py finds the datasets, which Keras writes uncompressed and in one piece. Their values are then read as from a
+safetensors file. HDF5 files can refer to other files through links, external storage and virtual datasets; all of these
 are refused.
 """
 
@@ -41,41 +41,41 @@ INDEX = "model.weights.json"
 TOKENIZER_FOLDERS = ("assets", "tokenizer")
 VOCABULARY = "vocabulary.spm"  # a SentencePiece model
 
-# What stands before "layers/" in a file: nothing in a backbone's, the backbone's own path in that of a task.
+# The prefixes of "layers/" in a file: none for a backbone, the path of the backbone for a task model.
 PREFIXES = ("", "layers/gemma_backbone/", "layers/gemma3_backbone/")
 EMBEDDING = "layers/reversible_embedding/vars/0"
 DENSE = ("layers/dense/vars/0", "layers/dense_1/vars/0")  # after EmbeddingGemma's mean; [in, out]
 DROPPED = drop_by_name(tuple(f"{prefix}layers/gemma3_vision_encoder/" for prefix in PREFIXES))
 
-ROWS_OF_HEADS = (0, 2, 1)  # [heads, D, head dim] -> rows of [D], as many as all heads are wide
+ROWS_OF_HEADS = (0, 2, 1)  # [heads, D, head dim] -> heads * head dim rows of [D]
 COLUMNS_OF_HEADS = (2, 0, 1)  # [heads, head dim, D] -> D rows
 TRANSPOSED = (1, 0)
 
 
 def matches(path: Path) -> bool:
-    """Whether this is a `.weights.h5` file, or a folder with KerasHub's names of weights."""
+    """Whether `path` is a `.weights.h5` file, or a folder with KerasHub's weight files."""
     if not path.is_dir():
         return path.name.endswith(SUFFIX)
     return is_file(path / WEIGHTS) or is_file(path / INDEX)
 
 
 def read_keras(path: Path, sliding_window: int | None = None) -> SourceModel:
-    """Finds out what a preset or a file of weights holds; the values of the tensors stay on disk.
+    """Reads a preset or a file of weights without the values of its tensors.
 
     Args:
-        sliding_window: stands for that of the config.
+        sliding_window: replaces the value in the config.
 
     Raises:
-        CheckpointError: a file that is damaged or refers to others, another architecture, tensors that are missing,
-            quantized or do not fit the config; h5py is not installed.
+        CheckpointError: a file is damaged or refers to other files, the architecture is not supported, tensors are
+            missing, quantized or do not fit the config, or h5py is not installed.
     """
     directory = path if path.is_dir() else path.parent
     tensors = read_tensors(path)
     prefixes = [prefix for prefix in PREFIXES if prefix + EMBEDDING in tensors]
     if len(prefixes) != 1:
         raise CheckpointError(
-            f"{path} holds no Gemma of KerasHub: it must have one {EMBEDDING}; its {len(tensors)} tensors are called "
-            f"{quote(tensors)}"
+            f"{path} is not a KerasHub Gemma: it must have one {EMBEDDING}; the names of its {len(tensors)} tensors "
+            f"are {quote(tensors)}"
         )
     (prefix,) = prefixes
     config, dense = read_architecture(directory, tensors, prefix, sliding_window)
@@ -104,7 +104,7 @@ def read_keras(path: Path, sliding_window: int | None = None) -> SourceModel:
 def read_architecture(
     directory: Path, tensors: Mapping[str, StoredTensor], prefix: str, sliding_window: int | None
 ) -> tuple[ModelConfig, tuple[DenseConfig, ...]]:
-    """The encoder, and the layers after the mean; from KerasHub's config, or Hugging Face's and the tensors."""
+    """The encoder and its dense layers, from KerasHub's config, or from Hugging Face's and the tensors."""
     config_file = optional_file(directory, CONFIG)
     fields = read_json(config_file) if config_file else {}
     if config_file and "class_name" in fields:
@@ -116,7 +116,7 @@ def read_architecture(
     config = find_config(directory, tensors, lambda config: encoder_parts(config, prefix), shape[0], sliding_window)
     shapes = [tensors[prefix + name].shape for name in DENSE if prefix + name in tensors]
     if (shapes or is_embedding_gemma(config)) and [len(shape) for shape in shapes] != [2, 2]:
-        raise CheckpointError(f"{directory} lacks a matrix of EmbeddingGemma's {' and '.join(DENSE)}; fetch it again")
+        raise CheckpointError(f"{directory} must have EmbeddingGemma's matrices {' and '.join(DENSE)}; fetch it again")
     with reading(directory):
         return config, tuple(DenseConfig(shape[1], shape[0]) for shape in shapes)
 
@@ -124,13 +124,14 @@ def read_architecture(
 def read_keras_config(
     fields: dict[str, Any], file: Path, sliding_window: int | None
 ) -> tuple[ModelConfig, tuple[DenseConfig, ...]]:
-    """Translates the config of a backbone into Hugging Face's words, for `read_model_config`.
+    """Translates the config of a backbone to the fields of Hugging Face, for `read_model_config`.
 
-    The longest sequence is not in it: it is Hugging Face's default of the family, and EmbeddingGemma's 2048.
+    It does not contain the length of the longest sequence. This is Hugging Face's default for the family, and 2048 for
+    EmbeddingGemma.
 
     Raises:
-        CheckpointError: another class, or a combination of options that no Gemma has.
-        ConfigError: values that do not fit together.
+        CheckpointError: the class is not supported, or no Gemma has this combination of options.
+        ConfigError: the values do not fit together.
     """
     class_name = fields["class_name"]
     options = decode(dict[str, Any], fields.get("config"), f"{file}: config")
@@ -140,7 +141,9 @@ def read_keras_config(
 
     def require(name: str, value: Any, default: Any) -> None:
         if options.get(name, default) != value:
-            raise CheckpointError(f"{file}: {name} is {options.get(name, default)!r}; {family} needs {value!r}")
+            raise CheckpointError(
+                f"{file}: {name} is {options.get(name, default)!r}; for {family} it must be {value!r}"
+            )
 
     post_norms = option(bool, "use_post_attention_norm", False)
     families = {"GemmaBackbone": "gemma2" if post_norms else "gemma", "Gemma3Backbone": "gemma3_text"}
@@ -149,7 +152,7 @@ def read_keras_config(
     family = families[class_name]
     require("use_post_ffw_norm", family != "gemma", False)
     require("use_post_attention_norm", family != "gemma", False)
-    require("layer_norm_epsilon", 1e-6, 1e-6)  # KerasHub's blocks have it whatever the config says
+    require("layer_norm_epsilon", 1e-6, 1e-6)  # KerasHub's blocks use it for any value in the config
     sliding = option(bool, "use_sliding_window_attention", False)
     heads, width, head_dim = (option(int, name) for name in ("num_query_heads", "hidden_dim", "head_dim"))
     by_head = option(bool, "query_head_dim_normalize", True)
@@ -165,7 +168,7 @@ def read_keras_config(
         "intermediate_size": intermediate if family == "gemma3_text" else intermediate // 2,
         "query_pre_attn_scalar": head_dim if by_head else width // max(heads, 1),
         "sliding_window": option(int, "sliding_window_size", 4096),
-        "sliding_window_pattern": (6 if family == "gemma3_text" else 2) if sliding else 1,  # one in so many is full
+        "sliding_window_pattern": (6 if family == "gemma3_text" else 2) if sliding else 1,  # the period of full layers
     }
     dense: tuple[DenseConfig, ...] = ()
     if family == "gemma3_text":
@@ -193,7 +196,7 @@ def rope(theta: float, factor: float) -> dict[str, Any]:
 
 
 def encoder_parts(config: ModelConfig, prefix: str) -> Parts:
-    """For each of our weights, the datasets whose values make it, in order."""
+    """For each of our weights, the datasets that contain its values, in order."""
     hidden, intermediate, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
     heads, kv_heads = config.num_heads, config.num_kv_heads
     layer: dict[str, tuple[Part, ...]] = {
@@ -221,13 +224,13 @@ def encoder_parts(config: ModelConfig, prefix: str) -> Parts:
     for ours in expected_shapes(config, HeadConfig()):
         if ours.startswith("layers."):
             _, index, leaf = ours.split(".")
-            home = f"{prefix}layers/{block}" + (f"_{index}" if index != "0" else "")  # Keras does not number the first
-            parts[ours] = tuple(part._replace(name=f"{home}/{part.name}/vars/0") for part in layer[leaf])
+            path = f"{prefix}layers/{block}" + (f"_{index}" if index != "0" else "")  # Keras does not number the first
+            parts[ours] = tuple(part._replace(name=f"{path}/{part.name}/vars/0") for part in layer[leaf])
     return parts
 
 
 def read_tensors(path: Path) -> dict[str, StoredTensor]:
-    """The datasets of a file, or of a folder's only file of weights, or of the shards that its index lists."""
+    """The datasets of a file, of a folder's single weight file, or of the shards that its index lists."""
     if not path.is_dir():
         return read_datasets(path)
     if single_file := optional_file(path, WEIGHTS):
@@ -253,32 +256,32 @@ def read_tensors(path: Path) -> dict[str, StoredTensor]:
 
 
 def read_datasets(file: Path) -> dict[str, StoredTensor]:
-    """The datasets of an HDF5 file by their path in it; their values stay on disk.
+    """The datasets of an HDF5 file by their path in it, without their values.
 
     Raises:
-        CheckpointError: no such file, one that is damaged or refers to others; h5py is not installed.
+        CheckpointError: the file does not exist, is damaged or refers to other files, or h5py is not installed.
     """
     try:
         import h5py
     except ModuleNotFoundError as error:
         raise CheckpointError(
-            f"{file} is a checkpoint of Keras; to read it, run: pip install 'funnel-engine[keras]'"
+            f"{file} is a Keras checkpoint; to read it, run: pip install 'funnel-engine[keras]'"
         ) from error
-    with open_file(file):  # or h5py would complain in its own way, and wait for a pipe
+    with open_file(file):  # checks the file first: h5py has other errors, and would wait for a pipe
         try:
             with h5py.File(file, "r") as root:
-                return {dataset.name[1:]: locate(file, dataset) for dataset in walk(file, root, set())}
+                return {dataset.name[1:]: locate(file, dataset) for dataset in walk_datasets(file, root, set())}
         except CheckpointError:
             raise
-        except Exception as error:  # h5py raises anything at all where bytes are damaged
-            raise CheckpointError(f"{file} is damaged, or not an HDF5 file: {error!s:.300}") from error
+        except Exception as error:  # for damaged bytes, h5py may raise any exception
+            raise CheckpointError(f"{file} is damaged, or not an HDF5 file: {error!s:.300}. Fetch it again") from error
 
 
-def walk(file: Path, group: Any, seen: set[int]) -> Iterator[Any]:
-    """The datasets in a group and the groups in it, each of which must be in there once.
+def walk_datasets(file: Path, group: Any, seen: set[int]) -> Iterator[Any]:
+    """The datasets in a group and in its subgroups. Each object must be in the file only once.
 
     Raises:
-        CheckpointError: a link that leads elsewhere.
+        CheckpointError: an object is in the file twice, or is a link.
     """
     import h5py
 
@@ -286,34 +289,40 @@ def walk(file: Path, group: Any, seen: set[int]) -> Iterator[Any]:
         where = f"{file}: {group.name}/{name}"
         link = group.id.links.get_info(name.encode())
         if link.type != h5py.h5l.TYPE_HARD:
-            raise CheckpointError(f"{where} is a link to another place or file; a checkpoint holds all by itself")
+            raise CheckpointError(
+                f"{where} is a link to another object or file; a checkpoint must contain all values, so fetch it again"
+            )
         address = link.u
         if address in seen:
-            raise CheckpointError(f"{where} is in the file twice; Keras does not write that")
+            raise CheckpointError(f"{where} is in the file twice, which Keras does not write; fetch it again")
         seen.add(address)
         item = group[name]
         if isinstance(item, h5py.Group):
-            yield from walk(file, item, seen)
+            yield from walk_datasets(file, item, seen)
         elif isinstance(item, h5py.Dataset):
             yield item
         else:
-            raise CheckpointError(f"{where} is neither a group nor a dataset; Keras does not write that")
+            raise CheckpointError(
+                f"{where} is neither a group nor a dataset, which Keras does not write; fetch it again"
+            )
 
 
 def locate(file: Path, dataset: Any) -> StoredTensor:
-    """Where the values of a dataset lie in its file: all in one place, as Keras writes them.
+    """The position in its file of the values of a dataset, which Keras writes in one piece.
 
-    Keras stores bfloat16 as two opaque bytes, and says so in an attribute. Any dtype that is not read gets HDF5's name.
+    Keras stores bfloat16 as two opaque bytes, with an attribute. A dtype that is not supported gets HDF5's name.
     """
     import h5py
 
     where = f"{file}: {dataset.name}"
     if dataset.is_virtual or dataset.external:
-        raise CheckpointError(f"{where} has its values in other files; a checkpoint holds all by itself")
-    start = dataset.id.get_offset()  # None unless there is one place
+        raise CheckpointError(
+            f"{where} has its values in other files; a checkpoint must contain all values, so fetch it again"
+        )
+    start = dataset.id.get_offset()  # None unless the values are in one piece
     if dataset.size and start is None:
         raise CheckpointError(
-            f"{where} is compressed or cut into chunks, which Keras does not do; run: "
+            f"{where} is compressed or in chunks, which Keras does not write; run: "
             "h5repack --layout=CONTI --filter=NONE OLD.weights.h5 NEW.weights.h5"
         )
     stored = dataset.id.get_type()

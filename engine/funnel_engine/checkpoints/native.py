@@ -1,9 +1,9 @@
 """Our own checkpoint format: a directory that is loaded without copying.
 
-funnel.json                        what the model is (`Manifest`); written last
+funnel.json                        the description of the model (`Manifest`); written last
 weights.safetensors                every tensor of `weights.expected_shapes`, all of one dtype, aligned for use in
-  or weights-00001-of-00003...     place; in several files if they are more than 5 GB
-tokenizer.json, tokenizer.model    of the tokenizers or the sentencepiece library; only if the source had one
+  or weights-00001-of-00003...     place; in several files above 5 GB
+tokenizer.json, tokenizer.model    for the tokenizers or the sentencepiece library; only if the source had one
 """
 
 import contextlib
@@ -34,16 +34,16 @@ from funnel_engine.input_files import (
     read_json,
     reading,
     to_path,
-    unfinished,
+    unfinished_downloads,
 )
-from funnel_engine.messages import first_of
+from funnel_engine.messages import abbreviate
 from funnel_engine.text import TextConfig
 from funnel_engine.weights import DTYPES, Shapes, count_parameters, expected_shapes
 from funnel_kernels.errors import CheckpointError
 
 VERSION = 2
 MANIFEST = "funnel.json"
-SHARD_BYTES = 4_900_000_000  # of tensors; with its header a file stays below 5 GB
+SHARD_BYTES = 4_900_000_000  # bytes of tensors in a file; with its header it stays below 5 GB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +54,12 @@ class FileFacts:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What a checkpoint was converted from.
+    """The source of a converted checkpoint.
 
     Attributes:
         format: a key of `formats.FORMATS`.
-        files: those that held weights.
-        dropped: how many tensors were left out, by the rule that says why.
+        files: the files that contained weights.
+        dropped: how many tensors were left out, by the rule for leaving them out.
     """
 
     format: str
@@ -69,14 +69,14 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """The content of funnel.json. A change that older engines cannot read has a new `version`.
+    """The content of funnel.json. A change that older engines cannot read needs a new `version`.
 
     Attributes:
-        dtype: of every tensor, "bfloat16" or "float32".
-        tensors, parameters: how many there are, for people; what must be there follows from `config` and `head`.
-        text: what is done to a text.
+        dtype: the dtype of every tensor, "bfloat16" or "float32".
+        tensors, parameters: their numbers, for people; the required tensors follow from `config` and `head`.
+        text: how texts are prepared.
         tokenizer: file name of the tokenizer, or None.
-        files: every file but this one, by name.
+        files: every file except this one, by name.
     """
 
     version: int
@@ -117,13 +117,13 @@ def matches(path: Path) -> bool:
 
 
 def read_checkpoint(path: str | os.PathLike[str], *, verify: bool = False) -> Checkpoint:
-    """Opens a directory that `convert` has written, without reading the weights.
+    """Opens a directory that `convert` wrote, without reading the weights.
 
     Args:
-        verify: read every file and compare its SHA-256 with the manifest's. Sizes are compared always.
+        verify: read every file and compare its SHA-256 with the manifest's. Sizes are always compared.
 
     Raises:
-        CheckpointError: it is not a checkpoint, not a whole one, or of another version.
+        CheckpointError: it is not a checkpoint, is not complete, or has another version.
     """
     directory = to_path(path)
     with reading(directory):
@@ -142,7 +142,7 @@ def read_checkpoint(path: str | os.PathLike[str], *, verify: bool = False) -> Ch
 
 
 def open_checkpoint(directory: Path) -> tuple[Manifest, dict[str, Path]]:
-    """The manifest, and the files that it lists, all of which are there and as long as it says."""
+    """The manifest and the files that it lists, after a check that all of them exist and have the right sizes."""
     if not matches(directory):
         raise CheckpointError(
             f"{directory} is not a checkpoint of this engine: it has no {MANIFEST}. "
@@ -154,12 +154,14 @@ def open_checkpoint(directory: Path) -> tuple[Manifest, dict[str, Path]]:
     for name, file in files.items():
         size, expected = file.stat().st_size if is_file(file) else None, manifest.files[name].bytes
         if size is None:
-            raise CheckpointError(f"{file} is missing{unfinished(directory)}; copy or convert the checkpoint again")
-        if size != expected:
-            check_file(file)  # which knows what often takes the place of a file
             raise CheckpointError(
-                f"{file} is {'truncated' if size < expected else 'damaged'}: it has {size:,} bytes, its manifest says "
-                f"{expected:,}. Copy or convert the checkpoint again"
+                f"{file} is missing{unfinished_downloads(directory)}; copy or convert the checkpoint again"
+            )
+        if size != expected:
+            check_file(file)  # recognizes what is often found instead of a file
+            raise CheckpointError(
+                f"{file} is {'truncated' if size < expected else 'damaged'}: it has {size:,} bytes, but the "
+                f"manifest says {expected:,}. Copy or convert the checkpoint again"
             )
     return manifest, files
 
@@ -168,26 +170,32 @@ def read_manifest(path: Path) -> Manifest:
     fields = read_json(path)
     version = fields.get("version")
     if version != VERSION:
-        raise CheckpointError(f"{path} has version {version!r}; this engine reads {VERSION}. Convert the source again")
+        raise CheckpointError(
+            f"{path} has version {version!r}; this engine reads version {VERSION}. Convert the source again"
+        )
     with reading(path):
         manifest: Manifest = decode(Manifest, fields, str(path))
         expected_shapes(manifest.config, manifest.head)
     if manifest.dtype not in DTYPES:
-        raise CheckpointError(f"{path}: dtype is {manifest.dtype!r}; it must be {' or '.join(DTYPES)}")
+        raise CheckpointError(
+            f"{path}: dtype is {manifest.dtype!r}; it must be {' or '.join(DTYPES)}. Convert the source again"
+        )
     check_text_ids(path, manifest.text, manifest.config)
     if manifest.tokenizer not in (None, *manifest.files):
-        raise CheckpointError(f"{path}: tokenizer {manifest.tokenizer!r} is none of its files")
+        raise CheckpointError(
+            f"{path}: tokenizer {manifest.tokenizer!r} is not one of its files. Convert the source again"
+        )
     return manifest
 
 
 def check_text_ids(where: Path, text: TextConfig, config: ModelConfig) -> None:
-    """Raises `CheckpointError` unless the ids around every text are in the vocabulary."""
+    """Raises `CheckpointError` unless the ids before and after every text are in the vocabulary."""
     for name in ("begin", "end"):
         identifier = getattr(text, name)
         if identifier is not None and not 0 <= identifier < config.vocab_size:
             raise CheckpointError(
-                f"{where}: every text gets {name}={identifier}, but ids lie in 0 ... {config.vocab_size - 1}; "
-                "the tokenizer is another model's"
+                f"{where}: every text gets {name}={identifier}, but ids must be from 0 to {config.vocab_size - 1}; "
+                "use the model's own tokenizer and convert again"
             )
 
 
@@ -196,28 +204,29 @@ def shards(files: Mapping[str, Path]) -> list[Path]:
 
 
 def read_shards(directory: Path, manifest: Manifest, files: Mapping[str, Path]) -> dict[str, StoredTensor]:
-    """The tensors of all shards, which are those that the config needs, each in one shard only."""
+    """The tensors of all shards, after a check that they are those of the config and that none is in two shards."""
     tensors = join_shards(directory, shards(files), read_header)
     check_tensors(directory, expected_shapes(manifest.config, manifest.head), tensors, (manifest.dtype,))
     return tensors
 
 
 def verify_files(files: Mapping[str, Path], manifest: Manifest) -> None:
-    """Raises `CheckpointError` if the content of a file is not what was written."""
+    """Raises `CheckpointError` if the content of a file has changed."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         digests = dict(zip(files, pool.map(hash_file, files.values()), strict=True))
     damaged = [str(files[name]) for name, digest in digests.items() if digest != manifest.files[name].sha256]
     if damaged:
         raise CheckpointError(
-            f"the SHA-256 of {', '.join(first_of(damaged))} is not the manifest's; copy or convert the checkpoint again"
+            f"the SHA-256 of {', '.join(abbreviate(damaged))} differs from the manifest; copy or convert the "
+            "checkpoint again"
         )
 
 
 def read_source(directory: Path, sliding_window: int | None = None) -> SourceModel:
-    """A checkpoint of ours, to be written again with another dtype.
+    """Reads a checkpoint in our format as a source, to write it again with another dtype.
 
     Raises:
-        CheckpointError: as `read_checkpoint`, or a sliding window is given, which only a source's config can take.
+        CheckpointError: see `read_checkpoint`; or a sliding window is given, which is only possible for other formats.
     """
     manifest, files = open_checkpoint(directory)
     if sliding_window is not None:
@@ -245,13 +254,13 @@ def write_checkpoint(
     allow_nonfinite: bool = False,
     advance: Callable[[int], Any] = lambda size: None,
 ) -> None:
-    """Writes `model` as a new directory and waits until it is on the disk; the manifest comes last.
+    """Writes `model` as a new directory and waits until it is on the disk; the manifest is written last.
 
-    Memory holds one piece of a tensor at a time, or one tensor where it must be transposed.
+    Memory contains one piece of a tensor at a time, or one tensor if it must be transposed.
 
     Args:
-        dtype: what the weights are rounded to (to nearest, ties to even), "bfloat16" or "float32".
-        allow_nonfinite: write NaN and infinity as they are.
+        dtype: the dtype to which the weights are rounded (to nearest, ties to even), "bfloat16" or "float32".
+        allow_nonfinite: accept NaN and infinity.
         advance: called with the number of bytes after each piece.
 
     Raises:
@@ -295,7 +304,7 @@ def write_checkpoint(
 
 
 def plan_shards(shapes: Shapes, itemsize: int) -> dict[str, Shapes]:
-    """Which tensors go into which file. Only a tensor that is larger than 5 GB by itself makes a file larger."""
+    """The tensors of each file. A file is larger than 5 GB only if a single tensor is."""
     groups: list[Shapes] = []
     size = 0
     for name, shape in shapes.items():
@@ -310,28 +319,28 @@ def plan_shards(shapes: Shapes, itemsize: int) -> dict[str, Shapes]:
 
 
 def rounded(parts: tuple[Rows, ...], dtype: np.dtype, allow_nonfinite: bool) -> Iterator[np.ndarray]:
-    """The values of source tensors one after another, in pieces of `dtype`."""
+    """The values of source tensors, one after another, in pieces of `dtype`."""
     for rows in parts:
         for piece in rows.pieces():
             with np.errstate(over="ignore", invalid="ignore"):
                 values = piece.astype(dtype, copy=False)
             if not allow_nonfinite and not np.isfinite(values.astype(np.float32, copy=False)).all():
                 raise CheckpointError(
-                    f"tensor {rows.tensor.name} in {rows.tensor.path} holds NaN, infinity or a value that {dtype} "
-                    "cannot; the model is broken, so train or fetch it again (--allow-nonfinite converts it as it is)"
+                    f"tensor {rows.tensor.name} in {rows.tensor.path} contains NaN, infinity or a value too large for "
+                    f"{dtype}; the model is broken, so train or fetch it again (--allow-nonfinite accepts it)"
                 )
             yield values
 
 
 @contextlib.contextmanager
 def hashing(files: list[Path]) -> Iterator[Future[dict[Path, FileFacts]]]:
-    """Hashes files on another core meanwhile; leaving early ends it."""
-    left = threading.Event()
+    """Hashes files in another thread; hashing stops when the context ends."""
+    stopped = threading.Event()
     with ThreadPoolExecutor(1) as pool:
         try:
-            yield pool.submit(lambda: {file: file_facts(file, left.is_set) for file in files})
+            yield pool.submit(lambda: {file: file_facts(file, stopped.is_set) for file in files})
         finally:
-            left.set()
+            stopped.set()
 
 
 def file_facts(file: Path, stop: Callable[[], bool] = lambda: False) -> FileFacts:

@@ -1,8 +1,8 @@
-"""Reads DeepMind's Flax checkpoints of Gemma and T5Gemma, which Orbax has written (https://github.com/google/orbax).
+"""Reads DeepMind's Flax checkpoints of Gemma and T5Gemma in Orbax format (https://github.com/google/orbax).
 
-Such a checkpoint is a folder of zarr arrays: folders of their own, or all of them in one OCDBT database. An array is
-named by its path through the tree of parameters, joined by dots, and says its own shape and dtype, so Orbax's metadata
-beside the arrays is not read. `parameters` gives the leaves of every layout one set of names:
+Such a checkpoint is a folder of zarr arrays: each in its own folder, or all in one OCDBT database. The name of an array
+is its path in the tree of parameters, joined by dots. An array contains its own shape and dtype, so Orbax's metadata is
+not read. `find_parameters` maps the arrays of every layout to one set of names:
 
     layout     an array                                                our name for it
     FLAT       transformer/layer_1/mlp/linear.w                        layer_1/mlp/linear
@@ -29,25 +29,25 @@ from funnel_engine.checkpoints.tokenizer_files import find_tokenizer
 from funnel_engine.config import ModelConfig
 from funnel_engine.heads import DenseConfig, HeadConfig
 from funnel_engine.hugging_face_config import MAX_LAYERS
-from funnel_engine.input_files import HEAD_BYTES, file_in, is_file, optional_file, reading, refuse_stand_in
+from funnel_engine.input_files import HEAD_BYTES, file_in, is_file, optional_file, reading, refuse_replacement
 from funnel_engine.messages import quote
 from funnel_engine.text import TextConfig
 from funnel_engine.weights import expected_shapes
 from funnel_kernels.errors import CheckpointError
 
 DATABASE = "manifest.ocdbt"
-TREE = "_METADATA"  # of a folder of arrays
-AGGREGATE = "checkpoint"  # the same in Orbax before 2024
-DRIVERS = {".zarray": "zarr", "zarr.json": "zarr3"}  # by the file that describes an array
-ITEMS = ("default", "params")  # folders of the parameters, where a step holds other items too
-DEPTH = 2  # of the arrays below the given folder: step/item
+TREE = "_METADATA"  # is in a folder of arrays
+AGGREGATE = "checkpoint"  # is in a folder of arrays of Orbax before 2024
+DRIVERS = {".zarray": "zarr", "zarr.json": "zarr3"}  # file that describes an array -> driver of tensorstore
+ITEMS = ("default", "params")  # folders of the parameters, if a step has other items too
+DEPTH = 2  # levels between the given folder and the arrays: step/item
 CONFIG = "config.json"
 UNLIMITED = 2**62  # bytes
 
-PREFIXES = ("params/", "rlx_networks/policy_network/", "transformer/")  # of training state, post-training, FLAT
+PREFIXES = ("params/", "rlx_networks/policy_network/", "transformer/")  # training state, post-training, layout FLAT
 STACKED = re.compile(r"(?P<root>.*)stacked_layers/attention_type_(?P<kind>[0-9]{1,3})/(?P<leaf>.*)")
 EMBEDDING = "embedder/input_embedding"
-ENCODER = "encoder/"  # T5Gemma's
+ENCODER = "encoder/"  # in T5Gemma
 DROPPED = drop_by_name(
     (
         "decoder/",
@@ -73,34 +73,34 @@ NORMS = {  # ours -> Flax's, without "/scale"
 
 
 def matches(path: Path) -> bool:
-    """Whether arrays that Orbax has written lie in a folder, or in a step or an item of it."""
+    """Whether a folder, or a step or an item in it, contains arrays in Orbax format."""
     return path.is_dir() and not any(path.glob("*.safetensors")) and bool(find_folders(path))
 
 
 def read_orbax(root: Path, sliding_window: int | None = None) -> SourceModel:
-    """Finds out what a checkpoint holds; the values of its arrays stay on disk.
+    """Reads a checkpoint without the values of its arrays.
 
     Args:
-        root: the folder of the arrays, or one above it that holds no other checkpoint. The tokenizer may also lie
-            beside the folder, as Kaggle has it; config.json lies in it.
-        sliding_window: stands for that of config.json.
+        root: the folder of the arrays, or a folder above it without other checkpoints. config.json must be in one of
+            these folders. The tokenizer may also be in the folder above `root`, as on Kaggle.
+        sliding_window: replaces the value in config.json.
 
     Raises:
-        CheckpointError: no checkpoint or several, arrays that are damaged or do not fit, an unknown architecture, or
-            tensorstore, which reads zarr, is not installed.
+        CheckpointError: there is no checkpoint or several, arrays are damaged or do not fit, the architecture is
+            unknown, or tensorstore, which reads zarr, is not installed.
     """
     folder = choose_folder(root)
     check_files(folder)
-    tensors = parameters(ArrayFolder(folder))
+    tensors = find_parameters(ArrayFolder(folder))
     table = next((name for name in (EMBEDDING, ENCODER + EMBEDDING) if name in tensors), None)
     if table is None or len(tensors[table].shape) != 2:
         raise CheckpointError(
-            f"{folder} is not a checkpoint of Gemma or T5Gemma: it has no table {EMBEDDING!r} among its "
-            f"{len(tensors)} parameters: {quote(sorted(tensors))}"
+            f"{folder} is not a checkpoint of Gemma or T5Gemma: it has no matrix {EMBEDDING!r}; the names of its "
+            f"{len(tensors)} parameters are {quote(sorted(tensors))}"
         )
     vocabulary = tensors[table].shape[0]
-    within = [folder, *(above for above in folder.parents if above == root or root in above.parents)]
-    config_folder = next((place for place in within if optional_file(place, CONFIG)), None)
+    folders = [folder, *(above for above in folder.parents if above == root or root in above.parents)]
+    config_folder = next((parent for parent in folders if optional_file(parent, CONFIG)), None)
     config = find_config(
         config_folder or folder, tensors, lambda config: encoder_parts(config, tensors), vocabulary, sliding_window
     )
@@ -109,13 +109,14 @@ def read_orbax(root: Path, sliding_window: int | None = None) -> SourceModel:
     weights, dropped = assemble(folder, {**parts, **dense}, tensors, DROPPED)
     if is_embedding_gemma(config) and not dense and config_folder is None:
         raise CheckpointError(
-            f"{folder} has EmbeddingGemma's encoder but not its two dense layers, without which its vectors mean "
-            f"nothing; to convert the encoder alone, put a Hugging Face {CONFIG} into this folder"
+            f"{folder} has EmbeddingGemma's encoder but not its two dense layers, without which its vectors are "
+            f"useless; to convert only the encoder, put a Hugging Face {CONFIG} into this folder"
         )
     if vocabulary > config.vocab_size:
         dropped[f"rows of {table} beyond the vocabulary"] = vocabulary - config.vocab_size
-    places = (*within, root.absolute().parent) if folder == root else within
-    tokenizers = (find_tokenizer(place, config) for place in places)
+    if folder == root:
+        folders.append(root.absolute().parent)
+    tokenizers = (find_tokenizer(parent, config) for parent in folders)
     text, tokenizer_file = next((found for found in tokenizers if found[1]), (TextConfig(), None))
     return SourceModel(
         format="orbax",
@@ -135,16 +136,16 @@ def choose_folder(root: Path) -> Path:
     if not folders:
         raise CheckpointError(
             f"{root} is not a folder with an Orbax checkpoint: neither it nor a step or an item in it has "
-            f"{DATABASE} or {TREE}; give the folder that does"
+            f"{DATABASE} or {TREE}; give the folder that has one of them"
         )
     if len(folders) > 1:
         names = quote(str(folder.relative_to(root)) for folder in folders)
-        raise CheckpointError(f"{root} holds several checkpoints: {names}; give one of them")
+        raise CheckpointError(f"{root} contains several checkpoints: {names}; give one of them")
     return folders[0]
 
 
 def find_folders(path: Path, depth: int = DEPTH) -> list[Path]:
-    """The folders of arrays at or below `path`; where a step has several items, those of the parameters."""
+    """The folders of arrays at or below `path`; if a step has several items, only those of the parameters."""
     if is_file(path / DATABASE) or is_file(path / TREE):
         return [path]
     if is_file(path / AGGREGATE) and any(path.rglob(".zarray")):
@@ -158,10 +159,10 @@ def find_folders(path: Path, depth: int = DEPTH) -> list[Path]:
 
 
 def check_files(folder: Path) -> None:
-    """Looks at every file in a folder and the folders in it.
+    """Checks every file in a folder and in its subfolders.
 
     Raises:
-        CheckpointError: a link that leaves the folder, a link to a folder, or a pipe, on which a reader would wait.
+        CheckpointError: there is a link that leaves the folder, a link to a folder, or a pipe, which would block.
     """
     with reading(folder):
         names = sorted(os.listdir(folder))
@@ -170,20 +171,20 @@ def check_files(folder: Path) -> None:
         if path.is_dir() and not path.is_symlink():
             check_files(path)
         elif not path.is_file():
-            raise CheckpointError(f"{path} is neither a file nor a folder; copy the checkpoint as it was written")
+            raise CheckpointError(f"{path} is neither a file nor a folder; copy the checkpoint again")
         else:
             with reading(path), path.open("rb") as file:
-                refuse_stand_in(path, file.read(HEAD_BYTES))
+                refuse_replacement(path, file.read(HEAD_BYTES))
 
 
 class ArrayFolder:
-    """The zarr arrays in a folder. The one that was read last stays open, with all chunks of it that were decoded.
+    """The zarr arrays in a folder. The array that was read last stays open, with its decoded chunks.
 
-    A chunk is decoded as a whole, and most arrays are one chunk: without this, every few rows would cost a whole array.
-    tensorstore refuses keys with "..", so that no path in a database leads out of the folder.
+    A chunk can only be decoded as a whole, and most arrays are one chunk. If the array were closed, reading a few rows
+    would decode the whole array again. tensorstore refuses keys with "..", so no path in a database leaves the folder.
 
     Attributes:
-        drivers: which of tensorstore's drivers reads each array, by its name.
+        drivers: the tensorstore driver of each array, by its name.
     """
 
     def __init__(self, path: Path):
@@ -197,37 +198,37 @@ class ArrayFolder:
         self.tensorstore = tensorstore
         self.files = {"driver": "file", "path": f"{path.resolve()}/"}
         self.drivers = self.read_drivers()
-        self.known: dict[str, tuple[tuple[int, ...], str]] = {}
-        self.last: tuple[str, Any] = ("", None)
+        self.known_facts: dict[str, tuple[tuple[int, ...], str]] = {}
+        self.open_array: tuple[str, Any] = ("", None)  # name, and the array itself
 
     @contextlib.contextmanager
     def reading(self, what: str) -> Iterator[None]:
-        """Turns what tensorstore raises, which may be of many types, into `CheckpointError`."""
+        """Turns exceptions of tensorstore, which have many types, into `CheckpointError`."""
         try:
             yield
         except Exception as error:
-            reason = str(error).partition(" [")[0]  # without the place in tensorstore's sources
+            reason = str(error).partition(" [")[0]  # without the position in tensorstore's source code
             raise CheckpointError(
                 f"cannot read {what} in {self.path}: {reason}. The checkpoint is damaged, so fetch it again"
             ) from error
 
-    def below(self, prefix: str) -> dict[str, Any]:
-        """The key-value store of the keys that begin so."""
+    def key_value_store(self, prefix: str) -> dict[str, Any]:
+        """The key-value store of the keys that begin with a prefix."""
         if is_file(self.path / DATABASE):
             return {"driver": "ocdbt", "base": self.files, "path": prefix}
         return self.files | {"path": self.files["path"] + prefix}
 
     def read_drivers(self) -> dict[str, str]:
         with self.reading("the list of arrays"):
-            keys = self.tensorstore.KvStore.open(self.below("")).result().list().result()
+            keys = self.tensorstore.KvStore.open(self.key_value_store("")).result().list().result()
             described = [key.decode().rpartition("/") for key in sorted(keys)]
         return {name: DRIVERS[file] for name, _, file in described if name and file in DRIVERS}
 
     def open(self, name: str) -> Any:
-        """A `tensorstore.TensorStore`. A chunk that is missing is an error, not zeros."""
+        """Opens an array as a `tensorstore.TensorStore`. A missing chunk is an error and is not read as zeros."""
         spec = {
             "driver": self.drivers[name],
-            "kvstore": self.below(f"{name}/"),
+            "kvstore": self.key_value_store(f"{name}/"),
             "fill_missing_data_reads": False,
             "recheck_cached_data": False,
             "context": {"cache_pool": {"total_bytes_limit": UNLIMITED}},
@@ -235,38 +236,38 @@ class ArrayFolder:
         return self.tensorstore.open(spec, open=True, read=True).result()
 
     def facts(self, name: str) -> tuple[tuple[int, ...], str]:
-        """Shape and dtype of an array. Chunks larger than the array, which could fill the memory, are refused."""
-        if name not in self.known:
+        """The shape and dtype of an array. Chunks larger than the array are refused; they could fill the memory."""
+        if name not in self.known_facts:
             with self.reading(f"array {name!r}"):
                 array = self.open(name)
                 shape, dtype = tuple(array.shape), array.dtype.name
                 layout = array.chunk_layout
                 chunks = [tuple(chunk or ()) for chunk in (layout.read_chunk.shape, layout.write_chunk.shape)]
-            if any(size > max(whole, 1) for chunk in chunks for size, whole in zip(chunk, shape, strict=True)):
+            if any(size > max(length, 1) for chunk in chunks for size, length in zip(chunk, shape, strict=True)):
                 raise CheckpointError(
-                    f"array {name!r} in {self.path} has chunks of {chunks[1]}, larger than itself ({shape}), which "
+                    f"array {name!r} in {self.path} has chunks of {chunks[1]}, larger than its shape {shape}, which "
                     "Orbax does not write; save the checkpoint again"
                 )
-            self.known[name] = shape, dtype
-        return self.known[name]
+            self.known_facts[name] = shape, dtype
+        return self.known_facts[name]
 
     def read(self, name: str, index: tuple[int | slice, ...]) -> np.ndarray:
         with self.reading(f"array {name!r}"):
-            if self.last[0] != name:
-                self.last = ("", None)  # its memory is free before the next array takes more
-                self.last = (name, self.open(name))
-            values: np.ndarray = self.last[1][index].read().result()
+            if self.open_array[0] != name:
+                self.open_array = ("", None)  # frees its memory before the next array is opened
+                self.open_array = (name, self.open(name))
+            values: np.ndarray = self.open_array[1][index].read().result()
             return values
 
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-    """An array, or what stands at some leading indices of one (a `tensors.SourceTensor`)."""
+    """An array, or the part of an array at some leading indices (a `tensors.SourceTensor`)."""
 
     name: str
     folder: ArrayFolder
     array: str
-    within: tuple[int, ...] = ()
+    at: tuple[int, ...] = ()
 
     @property
     def path(self) -> Path:
@@ -274,7 +275,7 @@ class Parameter:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.folder.facts(self.array)[0][len(self.within) :]
+        return self.folder.facts(self.array)[0][len(self.at) :]
 
     @property
     def dtype(self) -> str:
@@ -286,14 +287,14 @@ class Parameter:
         Raises:
             CheckpointError: the array is damaged, or a part of it is missing.
         """
-        return self.folder.read(self.array, (*self.within, *at, slice(start, stop)))
+        return self.folder.read(self.array, (*self.at, *at, slice(start, stop)))
 
 
-def parameters(folder: ArrayFolder) -> dict[str, Parameter]:
-    """The leaves of every layout under the names of the NESTED one, with "/" between the keys (see above).
+def find_parameters(folder: ArrayFolder) -> dict[str, Parameter]:
+    """The parameters of any layout by the names of the layout NESTED, with "/" between the keys (see above).
 
     Raises:
-        CheckpointError: two arrays are the same parameter, or an array that should be a stack of layers is none.
+        CheckpointError: two arrays are the same parameter, or an array is not a stack of layers but should be.
     """
     names = {array: plain_name(array) for array in folder.drivers}
     stacked = {array: match for array, name in names.items() if not DROPPED(name) and (match := STACKED.match(name))}
@@ -302,13 +303,16 @@ def parameters(folder: ArrayFolder) -> dict[str, Parameter]:
     for array, match in stacked.items():
         shape, _ = folder.facts(array)
         if not shape or shape[0] * period > MAX_LAYERS:
-            raise CheckpointError(f"{array!r} in {folder.path} has the shape {shape}, which is no stack of layers")
+            raise CheckpointError(
+                f"{array!r} in {folder.path} has shape {shape}, which is not a stack of at most {MAX_LAYERS} layers. "
+                "Fetch it again"
+            )
         for index in range(shape[0]):
             layer = f"layer_{index * period + int(match['kind'])}"
             found.append(Parameter(f"{match['root']}{layer}/{match['leaf']}", folder, array, (index,)))
     name, times = collections.Counter(parameter.name for parameter in found).most_common(1)[0] if found else ("", 0)
     if times > 1:
-        raise CheckpointError(f"{folder.path} holds {name!r} {times} times; save the model alone")
+        raise CheckpointError(f"{folder.path} contains {name!r} {times} times; save only the model")
     return {parameter.name: parameter for parameter in found}
 
 
@@ -320,7 +324,7 @@ def plain_name(name: str) -> str:
 
 
 def encoder_parts(config: ModelConfig, tensors: Mapping[str, Parameter]) -> Parts:
-    """Which rows of which tensors make each of our encoder's weights. Where Flax has several forms, the one found.
+    """For each of our encoder weights, the tensors that contain its rows, in the form that this checkpoint has.
 
     Axes: D model width, F intermediate size, N query heads, K key/value heads, H head width.
     """
@@ -328,12 +332,12 @@ def encoder_parts(config: ModelConfig, tensors: Mapping[str, Parameter]) -> Part
     N, K = config.num_heads, config.num_kv_heads
     if D == F:
         raise CheckpointError(
-            f"hidden_size and intermediate_size are both {D}, so that the two forms of gating_einsum look alike; "
+            f"hidden_size and intermediate_size are both {D}, so the two forms of gating_einsum cannot be told apart; "
             "convert this model from another format"
         )
     root = ENCODER if config.family == "t5gemma" else ""
     table = tensors.get(root + EMBEDDING)
-    rows = max(config.vocab_size, table.shape[0] if table and table.shape else 0)  # the rest is padding
+    rows = max(config.vocab_size, table.shape[0] if table and table.shape else 0)  # more than vocab_size: padding
     parts: dict[str, tuple[Part, ...]] = {
         "embedding": (Part(root + EMBEDDING, (rows, D), rows=config.vocab_size),),
         "final_norm": (Part(f"{root}final_norm/scale", (D,)),),
@@ -358,12 +362,12 @@ def encoder_parts(config: ModelConfig, tensors: Mapping[str, Parameter]) -> Part
         }
         for ours, theirs in NORMS.items():
             layer[ours] = (Part(f"{block}{theirs}/scale", (H,) if "/" in theirs else (D,)),)
-        parts |= {f"layers.{index}.{name}": several for name, several in layer.items()}
+        parts |= {f"layers.{index}.{name}": layer_parts for name, layer_parts in layer.items()}
     return {name: parts[name] for name in expected_shapes(config, HeadConfig())}
 
 
 def read_head(config: ModelConfig, encoder: Parts, tensors: Mapping[str, Parameter]) -> tuple[HeadConfig, Parts]:
-    """EmbeddingGemma's two dense layers D -> X -> D: the only other parameters, stored [in, out], in order of name."""
+    """EmbeddingGemma's two dense layers D -> X -> D: the only other parameters, stored as [in, out], sorted by name."""
     needed = {part.name for parts in encoder.values() for part in parts}
     others = [name for name in sorted(tensors) if name not in needed and not DROPPED(name)]
     inside = any(name.startswith(("layer_", "embedder/")) for name in others)

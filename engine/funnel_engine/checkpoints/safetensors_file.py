@@ -1,7 +1,7 @@
-"""Safetensors files, read with distrust, mapped or in pieces, and written and hashed in one pass.
+"""Safetensors files: strictly checked, mapped or read in pieces, and written and hashed in one pass.
 
-A file is the length of its header (8 bytes, little-endian), the header, which is JSON (name -> dtype, shape,
-data_offsets), and then every tensor's bytes, one after another without holes
+A file contains the length of its header (8 bytes, little-endian), the header as JSON (name -> dtype, shape,
+data_offsets), and then the bytes of all tensors, one after another without gaps
 (https://github.com/huggingface/safetensors#format).
 """
 
@@ -22,17 +22,17 @@ from funnel_engine.input_files import open_file, parse_json, reading
 from funnel_engine.weights import Shapes
 from funnel_kernels.errors import CheckpointError
 
-# The dtypes whose values can be read. Tensors of other dtypes may stand in a file as long as nobody needs them.
+# The dtypes whose values can be read. A file may contain tensors of other dtypes if they are not needed.
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
 SPELLINGS = {dtype: spelling for spelling, dtype in DTYPES.items()}
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
-MAX_AXES = 16  # of a tensor; its size would otherwise be an integer of any length
-# JAX uses an array on the CPU in place, without a copy, if it starts at a multiple of this many bytes.
+MAX_AXES = 16  # of a tensor; limits the number of digits of its size
+# On a CPU, JAX uses an array in place, without a copy, if its address is a multiple of this number of bytes.
 ALIGNMENT = 64
 
 
 class StoredTensor(NamedTuple):
-    """A tensor in a file, not yet read (a `tensors.SourceTensor`): `start` and `size` are in bytes of the file."""
+    """A tensor in a file, not yet read (a `tensors.SourceTensor`). `start` and `size` are in bytes."""
 
     path: Path
     name: str
@@ -45,26 +45,26 @@ class StoredTensor(NamedTuple):
         """`tensor[at][start:stop]`.
 
         Raises:
-            CheckpointError: the file can no longer be read, or has become shorter.
+            CheckpointError: the file cannot be read any more, or became shorter.
         """
-        dtype, rest = np.dtype(self.dtype), self.shape[len(at) + 1 :]
+        dtype, row_shape = np.dtype(self.dtype), self.shape[len(at) + 1 :]
         row = 0
         for index, size in zip((*at, start), self.shape, strict=False):
             row = row * size + index
-        count = (stop - start) * math.prod(rest)
+        count = (stop - start) * math.prod(row_shape)
         with open_file(self.path) as file:
-            file.seek(self.start + row * math.prod(rest) * dtype.itemsize)
+            file.seek(self.start + row * math.prod(row_shape) * dtype.itemsize)
             values = np.fromfile(file, dtype, count)
         if len(values) < count:
             raise CheckpointError(f"{self.path} became shorter while it was read; convert it again")
-        return values.reshape(stop - start, *rest)
+        return values.reshape(stop - start, *row_shape)
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a file by name; their values stay on disk.
+    """The tensors of a file by name, without their values.
 
     Raises:
-        CheckpointError: no such file, or one that is truncated, damaged, or not a safetensors file.
+        CheckpointError: the file does not exist, is truncated or damaged, or is not a safetensors file.
     """
     with open_file(path) as file:
         file_size = os.fstat(file.fileno()).st_size
@@ -72,8 +72,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length > min(file_size - 8, MAX_HEADER_BYTES):
             raise CheckpointError(
-                f"{path} is no whole safetensors file: its header would be {length:,} bytes long, the file has "
-                f"{file_size:,} (and a header at most {MAX_HEADER_BYTES:,}). Fetch it again"
+                f"{path} is not a complete safetensors file: its header would have {length:,} bytes, but the file has "
+                f"{file_size:,} and the limit for a header is {MAX_HEADER_BYTES:,}. Fetch it again"
             )
         header = parse_json(file.read(length), path)
     tensors = {
@@ -83,28 +83,28 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.size)):
         if tensor.start != end:
             raise CheckpointError(
-                f"{path} is damaged: tensor {tensor.name!r} starts at byte {tensor.start:,}, not where the one before "
-                f"it ends, at {end:,}. Fetch it again"
+                f"{path} is damaged: tensor {tensor.name!r} starts at byte {tensor.start:,}, but the one before "
+                f"it ends at byte {end:,}. Fetch it again"
             )
         end += tensor.size
     if end != file_size:
         raise CheckpointError(
-            f"{path} is {'truncated' if end > file_size else 'damaged'}: its tensors end at byte {end:,}, the file has "
-            f"{file_size:,}. Fetch it again"
+            f"{path} is {'truncated' if end > file_size else 'damaged'}: its tensors end at byte {end:,}, but the file "
+            f"has {file_size:,} bytes. Fetch it again"
         )
     return tensors
 
 
 def read_entry(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
-    """One tensor of a header. Its size is checked against dtype and shape if the dtype is one that can be read."""
+    """One tensor of a header. If its dtype can be read, its size is compared with dtype and shape."""
     fields = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not (isinstance(dtype, str) and is_naturals(shape) and is_naturals(offsets) and len(offsets) == 2):
-        raise CheckpointError(f"{path} is damaged: tensor {name!r} is described by {entry!r:.200}. Fetch it again")
+        raise CheckpointError(f"{path} is damaged: the entry of tensor {name!r} is {entry!r:.200}. Fetch it again")
     begin, end = offsets
     if begin > end or (dtype in DTYPES and end - begin != math.prod(shape) * DTYPES[dtype].itemsize):
         raise CheckpointError(
-            f"{path} is damaged: tensor {name!r} ({dtype} {shape!r:.80}) cannot lie in bytes {begin} to {end}. "
+            f"{path} is damaged: tensor {name!r} ({dtype} {shape!r:.80}) does not fit into bytes {begin} to {end}. "
             "Fetch it again"
         )
     name_of_dtype = DTYPES[dtype].name if dtype in DTYPES else f"safetensors {dtype}"
@@ -112,14 +112,14 @@ def read_entry(path: Path, name: str, entry: Any, data_start: int) -> StoredTens
 
 
 def is_naturals(value: Any) -> TypeGuard[list[int]]:
-    """Whether a value is the shape or the place of a tensor: a few integers of 63 bits."""
+    """Whether a value can be the shape or the offsets of a tensor: a short list of integers of at most 63 bits."""
     if not isinstance(value, list) or len(value) > MAX_AXES:
         return False
     return all(type(item) is int and 0 <= item < 2**63 for item in value)
 
 
 def map_tensors(path: Path, tensors: Mapping[str, StoredTensor]) -> dict[str, np.ndarray]:
-    """Read-only arrays that are the file itself, mapped into memory: pages are read when they are first used."""
+    """Read-only arrays on the file, mapped into memory. Its pages are read when they are first used."""
     with reading(path):
         data = np.asarray(np.memmap(path, np.uint8, mode="r"))
     return {
@@ -129,22 +129,23 @@ def map_tensors(path: Path, tensors: Mapping[str, StoredTensor]) -> dict[str, np
 
 
 def release(array: np.ndarray) -> None:
-    """Lets go of the memory behind an array of `map_tensors` that has been copied; reading it again reads the file.
+    """Frees the memory pages of an array of `map_tensors` after it was copied. Reading it again reads the file.
 
-    Any other array is left alone: memory that is mapped to be written to may hold what no file does.
+    Does nothing for other arrays: memory that is mapped for writing may contain data that is not in a file.
     """
     base: Any = array
     while isinstance(base, np.ndarray) and not isinstance(base, np.memmap):
         base = base.base
     if base is None or getattr(base, "mode", None) != "r" or not hasattr(mmap, "MADV_DONTNEED"):
         return
-    whole = base.base
-    while isinstance(whole, np.ndarray):
-        whole = whole.base
-    start = array.ctypes.data - np.frombuffer(whole, np.uint8).ctypes.data
-    first, last = -(-start // mmap.PAGESIZE), (start + array.nbytes) // mmap.PAGESIZE  # its neighbours may be in use
+    mapping = base.base
+    while isinstance(mapping, np.ndarray):
+        mapping = mapping.base
+    start = array.ctypes.data - np.frombuffer(mapping, np.uint8).ctypes.data
+    # Whole pages only: the neighbours of the array may be in use.
+    first, last = -(-start // mmap.PAGESIZE), (start + array.nbytes) // mmap.PAGESIZE
     if first < last:
-        whole.madvise(mmap.MADV_DONTNEED, first * mmap.PAGESIZE, (last - first) * mmap.PAGESIZE)
+        mapping.madvise(mmap.MADV_DONTNEED, first * mmap.PAGESIZE, (last - first) * mmap.PAGESIZE)
 
 
 def write_tensors(
@@ -154,14 +155,14 @@ def write_tensors(
     values: Mapping[str, Iterable[np.ndarray]],
     advance: Callable[[int], Any],
 ) -> str:
-    """Writes a new file, tensor after tensor, waits until it is on the disk, and returns its SHA-256.
+    """Writes a new file, waits until it is on the disk, and returns its SHA-256.
 
-    Every tensor whose size is a multiple of 64 bytes starts at a multiple of 64, where JAX can use it in place; since
-    the format has no holes, the others come after them.
+    Every tensor whose size is a multiple of 64 bytes starts at a multiple of 64, so that JAX can use it in place. The
+    other tensors come after them, because the format has no gaps.
 
     Args:
-        dtype: of every tensor.
-        values: for each name in `shapes`, arrays of that dtype that hold its values one after another.
+        dtype: the dtype of every tensor.
+        values: for each name in `shapes`, arrays of that dtype with its values, one after another.
         advance: called with the number of bytes after each array is written.
 
     Raises:
@@ -187,7 +188,7 @@ def write_tensors(
                 file.write(data)
                 digest.update(data)
                 advance(array.nbytes)
-            assert file.tell() == start + ends[name], f"the values of {name} are not as many as its shape says"
+            assert file.tell() == start + ends[name], f"the number of values of {name} does not match its shape"
         file.flush()
         os.fsync(file.fileno())
     return digest.hexdigest()

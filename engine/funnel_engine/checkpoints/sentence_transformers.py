@@ -1,9 +1,9 @@
-"""What the sentence-transformers library puts beside a Hugging Face model: pooling, dense layers, prompts.
+"""Reads what the sentence-transformers library adds to a Hugging Face model: pooling, dense layers, prompts.
 
-EmbeddingGemma is published so. Only what the engine computes in the same way is accepted: modules.json must list
-Transformer, Pooling, any number of Dense, and optionally Normalize (`Engine.embed` normalises by itself), in that
-order. Or it is the library's CrossEncoder around a classifier: a Transformer alone, whose task is
-"sequence-classification".
+EmbeddingGemma is published in this format. Only models that the engine computes in the same way are accepted:
+modules.json must list Transformer, Pooling, any number of Dense, and optionally Normalize (which `Engine.embed` does
+anyway), in this order. Or the model is a CrossEncoder of the library, with a classifier: a single Transformer whose
+task is "sequence-classification".
 """
 
 from pathlib import Path
@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 from funnel_engine.checkpoints.tokenizer_files import read_limit
 from funnel_engine.heads import DenseConfig
 from funnel_engine.input_files import decode, file_in, optional_file, read_json, reading
-from funnel_engine.messages import first_of, quote
+from funnel_engine.messages import abbreviate, quote
 from funnel_kernels.errors import CheckpointError
 
 MODULES = "modules.json"
 POOLINGS = {"mean": "mean", "cls": "first", "lasttoken": "last", "max": "max"}  # theirs -> ours
-# The older spelling: one boolean for each mode.
+# The older form: one boolean for each mode.
 POOLING_FLAGS = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
@@ -26,7 +26,7 @@ POOLING_FLAGS = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
-ACTIVATIONS = {  # theirs, by the last part of the name -> ours
+ACTIVATIONS = {  # the last part of their name -> our name
     "Identity": "identity",
     "Tanh": "tanh",
     "ReLU": "relu",
@@ -35,13 +35,13 @@ ACTIVATIONS = {  # theirs, by the last part of the name -> ours
     "Sigmoid": "sigmoid",
 }
 SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
-# Files of the Transformer module, the first of which counts; the others are of old versions of the library.
+# Files of the Transformer module; the first one that exists is read. The others are from old versions of the library.
 TRANSFORMER = tuple(
     f"sentence_{name}_config.json"
     for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
 TOKENIZER_ARGUMENTS = ("tokenizer_args", "processor_kwargs")
-# What that module hands on to transformers, under its older and newer names, and which of it cannot change a vector.
+# Arguments that the module passes to transformers (older and newer names), and those that cannot change a vector.
 ARGUMENTS = (
     *TOKENIZER_ARGUMENTS,
     "model_args",
@@ -61,12 +61,12 @@ HARMLESS_ARGUMENTS = {
 
 
 class Task(NamedTuple):
-    """What the Transformer module of a kind of model says of itself, as the library writes it.
+    """The fields of the Transformer module for one kind of model, as the library writes them.
 
     Attributes:
-        model_type: the class of the library that has saved the model.
-        transformer_task: what transformers is asked for.
-        outputs: what of the model's output is taken, and under which name it goes on.
+        model_type: the class of the library that saved the model.
+        transformer_task: the task of the transformers model.
+        outputs: the output of the transformers model that is used, and its name in the library.
     """
 
     model_type: str
@@ -79,18 +79,20 @@ CROSS_ENCODER = Task("CrossEncoder", "sequence-classification", ("logits", "scor
 
 
 class Dense(NamedTuple):
-    """A linear layer, and the folder that holds its weights."""
+    """A linear layer, and the folder with its weights."""
 
     folder: Path
     config: DenseConfig
 
 
 class SentenceModel(NamedTuple):
-    """Attributes:
-    transformer: the folder of the encoder, in Hugging Face format.
-    cross_encoder: whether it is a classifier, saved as a CrossEncoder.
-    width: of the encoder's rows that the pooling expects; None without one.
-    max_tokens: the most tokens of a text; None leaves it to the tokenizer.
+    """A model of the library.
+
+    Attributes:
+        transformer: the folder of the encoder, in Hugging Face format.
+        cross_encoder: whether it is a classifier that was saved as a CrossEncoder.
+        width: the width of the rows that the pooling expects; None without pooling.
+        max_tokens: the largest number of tokens of a text; None leaves it to the tokenizer.
     """
 
     transformer: Path
@@ -105,10 +107,10 @@ class SentenceModel(NamedTuple):
 
 
 def read_sentence_model(directory: Path) -> SentenceModel | None:
-    """Reads modules.json and what it refers to; None if there is no modules.json.
+    """Reads modules.json and the files of its modules. Returns None if modules.json does not exist.
 
     Raises:
-        CheckpointError: a module or an option that this engine does not have, or that does not fit.
+        CheckpointError: a module or an option is not supported or does not fit.
     """
     path = optional_file(directory, MODULES)
     if path is None:
@@ -124,8 +126,8 @@ def read_sentence_model(directory: Path) -> SentenceModel | None:
     end = -1 if kinds[-1:] == ["Normalize"] else None
     if kinds[:2] != ["Transformer", "Pooling"] or any(kind != "Dense" for kind in kinds[2:end]):
         raise CheckpointError(
-            f"{path} lists {', '.join(first_of(kinds)) or 'nothing'}; this engine runs Transformer, Pooling, then any "
-            "number of Dense, then optionally Normalize, or the Transformer alone of a CrossEncoder that classifies"
+            f"{path} lists {', '.join(abbreviate(kinds)) or 'nothing'}; this engine runs Transformer, Pooling, any "
+            "number of Dense, and optionally Normalize, or the single Transformer of a CrossEncoder that classifies"
         )
     pooling, width = read_pooling(folders[1])
     dense = tuple(Dense(folder, read_dense(folder)) for folder in folders[2:end])
@@ -133,8 +135,8 @@ def read_sentence_model(directory: Path) -> SentenceModel | None:
     for folder, layer in dense:
         if layer.in_features != size:
             raise CheckpointError(
-                f"the layer in {folder} takes {layer.in_features} features, but there are {size} before it; these "
-                "folders do not belong together"
+                f"the layer in {folder} has in_features={layer.in_features}, but its input has {size} features; these "
+                "folders do not belong together, so fetch the model again"
             )
         size = layer.out_features
     if end:
@@ -146,35 +148,37 @@ def read_sentence_model(directory: Path) -> SentenceModel | None:
 
 
 def read_module(entry: Any, path: Path) -> tuple[str, str]:
-    """Class and folder of a module. Its full type depends on the version of the library, both ends of it do not."""
+    """The class and the folder of a module. The middle of the full class name depends on the version of the library."""
     fields = entry if isinstance(entry, dict) else {}
     kind, folder = fields.get("type"), fields.get("path")
     if not isinstance(kind, str) or not isinstance(folder, str):
-        raise CheckpointError(f"{path} has the entry {entry!r:.200}, which lacks a type or a path")
+        raise CheckpointError(
+            f"{path} has the entry {entry!r:.200}; each entry must have a type and a path, so fetch it again"
+        )
     if not kind.startswith("sentence_transformers."):
         raise CheckpointError(
-            f"{path} lists {kind!r:.80}, a module with code of its own; this engine only runs those of "
-            "sentence_transformers. If it computes the same as one of them, name that one"
+            f"{path} lists {kind!r:.80}, a module with its own code; this engine only runs the modules of "
+            "sentence_transformers. If it computes the same as one of them, write the name of that one"
         )
     return kind.rpartition(".")[2], folder
 
 
 def read_pooling(folder: Path) -> tuple[str, int]:
-    """Our name of the pooling, and the width of the rows that it pools."""
+    """Our name for the pooling, and the width of the rows that it pools."""
     path = file_in(folder, "config.json", str(folder))
     fields = read_json(path)
     flags = [mode for flag, mode in POOLING_FLAGS.items() if fields.get(flag)]
     modes = fields.get("pooling_mode", flags or "mean")
     modes = [modes] if isinstance(modes, str) else modes
     if modes not in [[mode] for mode in POOLINGS]:
-        raise CheckpointError(f"{path} asks for pooling {modes!r}; this engine has one of {', '.join(POOLINGS)}")
+        raise CheckpointError(f"{path} has pooling {modes!r}; this engine supports one of {', '.join(POOLINGS)}")
     require(path, fields, "include_prompt", (True,), True)
     width = fields.get("embedding_dimension", fields.get("word_embedding_dimension"))
     return POOLINGS[modes[0]], decode(int, width, f"{path}: embedding_dimension")
 
 
 def read_dense(folder: Path) -> DenseConfig:
-    """A layer's sizes, bias and activation; an absent activation means Tanh, an absent bias means one."""
+    """The sizes, bias and activation of a layer. The default activation is Tanh; by default there is a bias."""
     path = file_in(folder, "config.json", str(folder))
     fields = read_json(path)
     require(path, fields, "use_residual", (False,), False)
@@ -184,7 +188,7 @@ def read_dense(folder: Path) -> DenseConfig:
     name = activation.rpartition(".")[2] if isinstance(activation, str) and activation.startswith("torch.nn.") else None
     if name not in ACTIVATIONS:
         raise CheckpointError(
-            f"{path}: activation_function is {activation!r}; this engine has torch's {', '.join(ACTIVATIONS)}"
+            f"{path}: activation_function is {activation!r}; this engine supports torch's {', '.join(ACTIVATIONS)}"
         )
     with reading(path):
         return DenseConfig(
@@ -196,7 +200,7 @@ def read_dense(folder: Path) -> DenseConfig:
 
 
 def check_normalize(folder: Path) -> None:
-    """Versions of the library before 6 write no file for this module."""
+    """Checks the Normalize module, for which the library before version 6 wrote no file."""
     if path := optional_file(folder, "config.json"):
         fields = read_json(path)
         for name in ("module_input_name", "module_output_name"):
@@ -204,7 +208,7 @@ def check_normalize(folder: Path) -> None:
 
 
 def read_transformer(folder: Path, task: Task) -> int | None:
-    """Checks the Transformer module. Returns the most tokens of a text if it says so, else None."""
+    """Checks the Transformer module. Returns its largest number of tokens of a text, or None if it has no limit."""
     path = next((file for name in TRANSFORMER if (file := optional_file(folder, name)) and read_json(file)), None)
     fields = read_json(path) if path else {}
     path = path or folder / TRANSFORMER[0]
@@ -217,7 +221,7 @@ def read_transformer(folder: Path, task: Task) -> int | None:
         require(path, fields, name, (None,), None)
     modalities = decode(dict[str, Any] | None, fields.get("modality_config"), f"{path}: modality_config")
     if modalities is not None:
-        require(path, modalities, "message", (None,), None)  # a chat template around every text, where it is there
+        require(path, modalities, "message", (None,), None)  # a chat template, which would be put around every text
         require(path, modalities, "text", ({"method": "forward", "method_output_name": output},), None)
     limits = []
     for group in ARGUMENTS:
@@ -226,33 +230,33 @@ def read_transformer(folder: Path, task: Task) -> int | None:
             limits.append(arguments.get("model_max_length"))
         if unknown := arguments.keys() - HARMLESS_ARGUMENTS:
             raise CheckpointError(
-                f"{path}: {group} has {', '.join(first_of(sorted(unknown)))}, which this engine does not follow; "
-                "load the model with sentence-transformers, apply them there, and save it without"
+                f"{path}: {group} has {', '.join(abbreviate(sorted(unknown)))}, which this engine does not support; "
+                "load the model with sentence-transformers, apply them there, and save it without them"
             )
     return read_limit([*limits, fields.get("max_seq_length")], str(path))
 
 
 def read_sentence_config(directory: Path, task: Task) -> tuple[str | None, dict[str, str], str | None]:
-    """The similarity function, the prompts by name, and the name of the one that is used when a call names none."""
+    """The similarity function, the prompts by name, and the name of the default prompt."""
     path = optional_file(directory, "config_sentence_transformers.json")
     if path is None:
         return None, {}, None
     fields = read_json(path)
     require(path, fields, "model_type", (task.model_type,), EMBEDDER.model_type)
     require(path, fields, "similarity_fn_name", (None, *SIMILARITIES), None)
-    require(path, fields, "truncate_dim", (None,), None)  # embed(truncate_dim=...) is given at each call
+    require(path, fields, "truncate_dim", (None,), None)  # in this engine it is an argument of each call of `embed`
     prompts = decode(dict[str, str | None], fields.get("prompts") or {}, f"{path}: prompts")
     prompts = {name: prompt or "" for name, prompt in prompts.items()}
     default = fields.get("default_prompt_name")
     if default not in (None, *prompts):
-        raise CheckpointError(f"{path}: default_prompt_name {default!r} is none of the prompts {quote(prompts)}")
+        raise CheckpointError(f"{path}: default_prompt_name {default!r} is not one of the prompts {quote(prompts)}")
     return fields.get("similarity_fn_name"), prompts, default
 
 
 def require(path: Path, fields: dict[str, Any], name: str, allowed: tuple[Any, ...], default: Any) -> None:
-    """Raises `CheckpointError` unless a field, or its default where it is absent, is one of the allowed values."""
+    """Raises `CheckpointError` unless a field, or its default if it is missing, has one of the allowed values."""
     value = fields.get(name, default)
     if value not in allowed:
         raise CheckpointError(
-            f"{path}: {name} is {value!r:.80}; this engine only runs {' or '.join(map(repr, allowed))}"
+            f"{path}: {name} is {value!r:.80}; this engine only supports {' or '.join(map(repr, allowed))}"
         )

@@ -1,4 +1,4 @@
-"""What every format's reader finds out about a checkpoint; the values of its tensors stay on disk."""
+"""The result of the readers of all formats: a model without the values of its tensors."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -12,13 +12,13 @@ from funnel_engine.text import TextConfig
 
 @dataclasses.dataclass(frozen=True)
 class SourceModel:
-    """A model found in a source.
+    """A model in a source checkpoint.
 
     Attributes:
-        format: name of the format, a key of `formats.FORMATS`.
-        weights: the rows of source tensors that make each of our weights, one after another.
-        dropped: how many tensors an encoder does not need, by the rule that says so.
-        tokenizer_file: tokenizer.json, or a SentencePiece model; None takes token ids only.
+        format: the name of the format, a key of `formats.FORMATS`.
+        weights: for each of our weights, the rows of source tensors that it consists of, in order.
+        dropped: how many tensors are left out because an encoder does not need them, by the rule for leaving them out.
+        tokenizer_file: tokenizer.json, or a SentencePiece model; None if there is no tokenizer.
         directory: the folder of the source.
     """
 
@@ -33,7 +33,7 @@ class SourceModel:
 
     @property
     def files(self) -> list[Path]:
-        """Those that hold weights, in order of name."""
-        paths = {rows.tensor.path for several in self.weights.values() for rows in several}
+        """The files that contain weights, sorted by name."""
+        paths = {rows.tensor.path for weight in self.weights.values() for rows in weight}
         files = {file for path in paths for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()}
         return sorted(files)

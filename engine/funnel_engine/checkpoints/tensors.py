@@ -1,7 +1,7 @@
-"""How the tensors of a source checkpoint become ours: row after row, at most one source tensor in memory.
+"""Makes our weights from the tensors of a source checkpoint, row by row, with at most one source tensor in memory.
 
-A format's reader names, for each of our weights, the `Part`s of its own tensors whose rows make it, one after another.
-`assemble` checks all of them against what the files hold.
+The reader of a format lists, for each of our weights, the `Part`s of source tensors that it consists of, in order.
+`assemble` compares all of them with the tensors in the files.
 """
 
 import collections
@@ -12,19 +12,19 @@ from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from funnel_engine.input_files import is_file, unfinished
-from funnel_engine.messages import first_of, quote
+from funnel_engine.input_files import is_file, unfinished_downloads
+from funnel_engine.messages import abbreviate, quote
 from funnel_kernels.errors import CheckpointError
 
-PIECE_BYTES = 2**20  # stays in the cache while it is checked and rounded; 16 MiB takes three times as long
+PIECE_BYTES = 2**20  # fits into the cache while it is checked and rounded; 16 MiB takes three times as long
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
-# Parts of names that training puts around a model: torch.compile, FSDP and activation checkpointing anywhere in a
-# name, data parallel only before all of it.
+# Parts that wrappers for training add to names: torch.compile, FSDP and activation checkpointing anywhere in a name,
+# data parallel only at its start.
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 PARALLEL = "module."
-ADAPTER = "by peft, as an adapter beside its base; merge them (merge_and_unload) and save the whole model"
-QUANTIZED = "by {}, quantized; convert the model that it was made from"
-# What the name or dtype of a tensor contains that is no plain weight -> who has written it, and the remedy.
+ADAPTER = "by peft, as an adapter with its base; merge them (merge_and_unload) and save the whole model"
+QUANTIZED = "by {}, quantized; convert the original model"
+# Part of the name or dtype of a tensor that is not a plain weight -> what wrote it, and the remedy.
 FOREIGN_TENSORS = dict.fromkeys(("lora_", ".base_layer."), ADAPTER) | {
     sign: QUANTIZED.format(writer)
     for sign, writer in {
@@ -50,7 +50,7 @@ class SourceTensor(Protocol):
 
     @property
     def path(self) -> Path:
-        """The file or folder that holds it."""
+        """The file or folder that contains the tensor."""
 
     @property
     def name(self) -> str: ...
@@ -60,10 +60,10 @@ class SourceTensor(Protocol):
 
     @property
     def dtype(self) -> str:
-        """Of the values that `read` returns, by NumPy's name."""
+        """NumPy's name of the dtype of the values that `read` returns."""
 
     def read(self, at: tuple[int, ...], start: int, stop: int) -> np.ndarray:
-        """`tensor[at][start:stop]`: rows of what stands at some leading indices; `at` is often empty.
+        """`tensor[at][start:stop]`: some rows at some leading indices; `at` is often empty.
 
         Raises:
             CheckpointError: the file cannot be read.
@@ -74,7 +74,7 @@ Tensor = TypeVar("Tensor", bound=SourceTensor)
 
 
 def unwrapped(name: str) -> str:
-    """The name that a tensor has in the model itself."""
+    """The name of a tensor without the parts that wrappers add."""
     name = ".".join(part for part in name.split(".") if part not in WRAPPERS)
     while name.startswith(PARALLEL):
         name = name.removeprefix(PARALLEL)
@@ -82,17 +82,17 @@ def unwrapped(name: str) -> str:
 
 
 def unwrap(where: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of PyTorch by the names that they have in the model itself.
+    """PyTorch tensors by their names without the parts that wrappers add.
 
     Raises:
-        CheckpointError: two tensors have the same one.
+        CheckpointError: two tensors have the same name.
     """
     plain = {unwrapped(name): tensor for name, tensor in tensors.items()}
     if len(plain) < len(tensors):
         twice = [name for name, count in collections.Counter(map(unwrapped, tensors)).items() if count > 1]
         raise CheckpointError(
             f"{where} has {quote(twice)} twice, with and without {' or '.join((*WRAPPERS, PARALLEL))}; save the model "
-            "alone"
+            "without wrappers"
         )
     return plain
 
@@ -108,15 +108,15 @@ def join_shards(
     """The tensors of all shards of a checkpoint by name.
 
     Args:
-        where: the index, or whatever lists the files.
-        read: finds the tensors of one file.
-        listed: what an index says: pairs of an entry, and the name of a file that holds it.
-        entry_of: the entry of an index that a tensor belongs to.
-        drop_rule: why a tensor is not needed, as `assemble` has it; what an index says of those does not matter.
+        where: the index, or the folder that lists the files.
+        read: reads the tensors of one file.
+        listed: the content of an index: pairs of an entry and the name of a file with this entry.
+        entry_of: returns the index entry of a tensor.
+        drop_rule: why a tensor is not needed, see `assemble`. Its index entries are not checked.
 
     Raises:
-        CheckpointError: files that are missing or cannot be read, a tensor that is in two, or an index that says
-            otherwise than the files.
+        CheckpointError: files are missing or cannot be read, a tensor is in two files, or the index does not match the
+            files.
     """
     if listed is not None:
         listed = {(entry, file) for entry, file in listed if not drop_rule(entry)}
@@ -124,34 +124,34 @@ def join_shards(
         files = [file for file in files if file.name in needed or is_file(file)]
     if missing := [file for file in files if not is_file(file)]:
         raise CheckpointError(
-            f"{where} lists {quote(file.name for file in missing)}: no such file beside it"
-            f"{unfinished(missing[0].parent)}; fetch what is missing"
+            f"{where} lists {quote(file.name for file in missing)}, which are not in the same folder"
+            f"{unfinished_downloads(missing[0].parent)}; fetch the missing files"
         )
     tensors: dict[str, Tensor] = {}
     stored = set()
     for file in files:
         found = read(file)
         if twice := sorted(tensors.keys() & found.keys()):
-            raise CheckpointError(f"{file} has {quote(twice)}, which another file has too; fetch both again")
+            raise CheckpointError(f"{file} contains {quote(twice)}, which another file contains too; fetch both again")
         tensors |= found
         stored |= {(entry_of(name), file.name) for name in found if not drop_rule(name)}
     if listed is not None and (wrong := sorted(stored.symmetric_difference(listed))):
         raise CheckpointError(
-            f"{where} and the files disagree about where these are: "
+            f"{where} does not match the files: "
             f"{quote(f'{entry} in {file}' for entry, file in wrong)}; fetch all of them again"
         )
     return tensors
 
 
 class Part(NamedTuple):
-    """What a source tensor gives to one of our weights: `tensor[at][:rows].transpose(axes)`, flattened.
+    """The part of a source tensor that goes into one of our weights: `tensor[at][:rows].transpose(axes)`, flattened.
 
     Attributes:
-        name: of the tensor.
-        shape: that the whole tensor must have.
-        at: leading indices of the piece that is meant.
-        axes: the order of the piece's axes in our weight; None leaves it.
-        rows: how many rows of the piece count; None takes all.
+        name: the name of the tensor.
+        shape: the required shape of the whole tensor.
+        at: leading indices of the part.
+        axes: the order of the part's axes in our weight; None keeps the order.
+        rows: the number of rows to take; None takes all.
     """
 
     name: str
@@ -165,13 +165,13 @@ Parts = Mapping[str, tuple[Part, ...]]  # by our weight's name
 
 
 class Rows(NamedTuple):
-    """A part and the tensor it is of."""
+    """A part, and the tensor that contains it."""
 
     tensor: SourceTensor
     part: Part
 
     def pieces(self) -> Iterator[np.ndarray]:
-        """The values in our order, as arrays of about 1 MiB, or of one row where that is longer."""
+        """The values in our order, as arrays of about 1 MiB, or of one row if that is larger."""
         _, _, at, axes, rows = self.part
         shape = self.tensor.shape[len(at) :]
         rows = shape[0] if rows is None else rows
@@ -185,14 +185,14 @@ class Rows(NamedTuple):
 
 
 def row_blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """Cuts the first axis into pieces of about `PIECE_BYTES` of float32, at least one row each."""
+    """Cuts the first axis into blocks of about `PIECE_BYTES` in float32, of at least one row."""
     step = max(1, PIECE_BYTES // max(4, 4 * math.prod(shape[1:])))
     for start in range(0, shape[0], step):
         yield start, min(start + step, shape[0])
 
 
 class Assembly(NamedTuple):
-    """Our weights, each as rows of source tensors, and how many tensors were left out by each rule."""
+    """Our weights, each as rows of source tensors, and the number of tensors that each rule left out."""
 
     weights: dict[str, tuple[Rows, ...]]
     dropped: dict[str, int]
@@ -207,16 +207,18 @@ def assemble(
     """Finds every part among the tensors of a checkpoint.
 
     Args:
-        where: what the message calls the checkpoint.
-        drop_rule: why a tensor that is not needed may be left out; None if it may not.
+        where: the name of the checkpoint in messages.
+        drop_rule: returns the rule by which a tensor may be left out; None if it may not.
 
     Raises:
-        CheckpointError: lists every tensor that is missing, misshapen, of a dtype that cannot be read, or unknown.
+        CheckpointError: tensors are missing, unknown, or have a wrong shape or dtype; the message lists all of them.
     """
-    expected = {part.name: part.shape for several in parts.values() for part in several}
+    expected = {part.name: part.shape for weight_parts in parts.values() for part in weight_parts}
     rules = {name: rule for name in tensors if name not in expected and (rule := drop_rule(name))}
     check_tensors(where, expected, {name: tensor for name, tensor in tensors.items() if name not in rules})
-    weights = {ours: tuple(Rows(tensors[part.name], part) for part in several) for ours, several in parts.items()}
+    weights = {
+        name: tuple(Rows(tensors[part.name], part) for part in weight_parts) for name, weight_parts in parts.items()
+    }
     return Assembly(weights, dict(collections.Counter(rules.values())))
 
 
@@ -226,9 +228,9 @@ def check_tensors(
     found: Mapping[str, SourceTensor],
     dtypes: tuple[str, ...] = FLOAT_DTYPES,
 ) -> None:
-    """Raises one `CheckpointError` that lists missing, unknown and misshapen tensors, and unusable dtypes.
+    """Raises one `CheckpointError` with all tensors that are missing, unknown, or of a wrong shape or dtype.
 
-    Where the names or dtypes show who has written such tensors, it says that first.
+    If their names or dtypes show which program wrote them, the message begins with that.
     """
     missing = [f"missing: {name} {shape}" for name, shape in expected.items() if name not in found]
     unknown, misshapen, dtype = [], [], []
@@ -236,10 +238,10 @@ def check_tensors(
         if name not in expected:
             unknown.append(f"unknown: {name!r} {tensor.shape}")
         elif tensor.shape != expected[name]:
-            misshapen.append(f"misshapen: {name} is {tensor.shape}, the config says {expected[name]}")
+            misshapen.append(f"misshapen: {name} is {tensor.shape}, but the config says {expected[name]}")
         elif tensor.dtype not in dtypes:
             dtype.append(f"dtype: {name} is {tensor.dtype!r}, not {' or '.join(dtypes)}")
-    problems = [line for lines in (missing, unknown, misshapen, dtype) for line in first_of(lines)]
+    problems = [line for lines in (missing, unknown, misshapen, dtype) for line in abbreviate(lines)]
     if problems:
         names = [*found, *{tensor.dtype for tensor in found.values()}]
         written = [how for sign, how in FOREIGN_TENSORS.items() if any(sign in name for name in names)]
@@ -248,7 +250,7 @@ def check_tensors(
 
 
 def drop_by_name(rules: tuple[str, ...]) -> Callable[[str], str | None]:
-    """A rule for `assemble`: tensors of these names, or below these prefixes (which end in a dot or a slash)."""
+    """A rule for `assemble`: tensors with these names, or with these prefixes, which end in a dot or a slash."""
 
     def rule_of(name: str) -> str | None:
         for rule in rules:

@@ -1,16 +1,17 @@
-"""Finds a source's tokenizer, and the ids that it puts before and after a text.
+"""Finds the tokenizer of a source, and the ids that it puts before and after a text.
 
-The two ids are written into our manifest, so that both kinds of tokenizer add them by the same rule. Where they come
-from is as in transformers 5:
+The two ids are written into our manifest, so that both kinds of tokenizer add them by the same rule. They are found as
+in transformers 5:
 
-- tokenizer.json: its post-processor alone; without one nothing is added. Where tokenizer_config.json says otherwise
+- tokenizer.json: only its post-processor counts; without one nothing is added. If tokenizer_config.json says otherwise
   (`add_bos_token`, `add_eos_token`), transformers 4 follows it and 5 does not, so such a tokenizer is refused.
-- A SentencePiece model has no such rule. `add_bos_token` and `add_eos_token` of tokenizer_config.json decide; if only
-  one is there, the other counts as false. If neither is there, Gemma's own rule holds, which transformers 5 has
-  dropped: BOS, and for EmbeddingGemma EOS too.
+- A SentencePiece model has no such rule. `add_bos_token` and `add_eos_token` in tokenizer_config.json decide; if only
+  one exists, the other is false. If neither exists, Gemma's own rule is used, which transformers 5 has removed: BOS,
+  and for EmbeddingGemma also EOS.
 
-What else the files beside a tokenizer say is followed (the most tokens of a text) or must agree with it: they may name
-no token that it does not have, and no class of tokenizer or option under which transformers gives other ids.
+The other files of a tokenizer also give the largest number of tokens of a text. Apart from that they must agree with
+the tokenizer: they must not name a token that it does not have, or a tokenizer class or an option with which
+transformers gives different ids.
 """
 
 from collections.abc import Mapping
@@ -33,13 +34,13 @@ CONFIG = "tokenizer_config.json"
 TOKEN_FILES = (CONFIG, "special_tokens_map.json")  # may name special tokens, e.g. "bos_token"
 ADDED_TOKENS = "added_tokens.json"
 SEVERAL_TOKENS = ("extra_special_tokens", "additional_special_tokens")
-FLAGS = ("lstrip", "rstrip", "single_word", "normalized")  # of an added token: which text around it it takes
+FLAGS = ("lstrip", "rstrip", "single_word", "normalized")  # of an added token: how it matches the text around it
 UNLIMITED = 2**31  # transformers writes 1e30 where a tokenizer has no limit
-# Classes of tokenizers: transformers 5 makes Gemma's own of a tokenizer.json (that is also its class where none is
-# named), and the others take the file as it is.
+# Tokenizer classes. For the first, which include the default, transformers 5 makes Gemma's tokenizer from the file. For
+# the second, it uses the file without changes.
 GEMMA_CLASSES = (None, "GemmaTokenizer", "GemmaTokenizerFast")
 PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
-# Fields of tokenizer_config.json, and the values besides null under which transformers gives the ids that we give.
+# Fields of tokenizer_config.json, and the values other than null with which transformers gives the same ids as we do.
 OPTIONS: dict[str, tuple[Any, ...]] = {
     "split_special_tokens": (False,),
     "truncation_side": ("right",),
@@ -48,8 +49,8 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "sp_model_kwargs": ({},),
     "fast_tokenizer_files": ([TOKENIZER_JSON],),
 }
-SPACES = " a  B\t\u00e9 e\u0301 \ufb01\n "  # what another normaliser than Gemma's would change
-PROBES = ("a", "b a")  # two, so that no id of the text itself is taken for one that is added
+SPACES = " a  B\t\u00e9 e\u0301 \ufb01\n "  # a normaliser other than Gemma's would change it
+PROBES = ("a", "b a")  # two texts, so that an id of a text is not mistaken for an added one
 REMEDY = (
     "load it with transformers, set tokenizer.add_bos_token and tokenizer.add_eos_token to True or False, and save it"
 )
@@ -58,12 +59,12 @@ REMEDY = (
 def find_tokenizer(
     directory: Path, config: ModelConfig, sentencepiece: str = SENTENCEPIECE
 ) -> tuple[TextConfig, Path | None]:
-    """What the tokenizer in a directory adds to a text, and its file: tokenizer.json, or else a SentencePiece model.
+    """The ids that the tokenizer in a directory adds to a text, and its file: tokenizer.json or a SentencePiece model.
 
-    Without either, texts cannot be read: the file is None.
+    The file is None if neither exists.
 
     Raises:
-        CheckpointError: it cannot be read, or treats a text in a way that the engine does not.
+        CheckpointError: the tokenizer cannot be read, or does something that the engine does not support.
     """
     config_file = optional_file(directory, CONFIG)
     fields = read_json(config_file) if config_file else {}
@@ -71,7 +72,7 @@ def find_tokenizer(
     max_tokens = read_limit([fields.get("model_max_length"), fields.get("max_len")], where)
     if file := optional_file(directory, TOKENIZER_JSON):
         tokenizer, truncation = load_tokenizer_json(file)
-        begin, end = added_by(tokenizer, file)
+        begin, end = ids_added_by_processor(tokenizer, file)
         check_flags(tokenizer, file, directory, fields, (begin, end))
         check_model(tokenizer, file, fields.get("tokenizer_class"), where)
         added = tokenizer.get_added_tokens_decoder()
@@ -80,7 +81,7 @@ def find_tokenizer(
             fields["truncation_side"], where = truncation["direction"].lower(), str(file)
     elif file := optional_file(directory, sentencepiece):
         processor = load_sentencepiece(file)
-        begin, end = added_to(processor, file, directory, fields, config)
+        begin, end = ids_for_sentencepiece(processor, file, directory, fields, config)
         known = {token: (number, None) for token, number in pieces(processor).items()}
     else:
         return TextConfig(max_tokens=max_tokens), None
@@ -89,47 +90,49 @@ def find_tokenizer(
     for identifier in (begin, end):
         if identifier is not None and identifier >= config.vocab_size:
             raise CheckpointError(
-                f"{file} adds id {identifier} to every text, but the model's vocabulary has {config.vocab_size}; they "
-                "do not belong together, so fetch the model's own tokenizer"
+                f"{file} adds id {identifier} to every text, but the model's vocabulary has {config.vocab_size} ids; "
+                "they do not belong together, so fetch the model's own tokenizer"
             )
     return TextConfig(begin, end, max_tokens), file
 
 
 def read_limit(limits: list[Any], where: str) -> int | None:
-    """The most tokens of a text, begin and end counted: the first of several fields that is there; None if none is.
+    """The largest number of tokens of a text, with begin and end: the first of several fields that is not None.
+
+    Returns None if all are None.
 
     Raises:
         CheckpointError: it is not a number of at least 1.
     """
     limit = next((limit for limit in limits if limit is not None), UNLIMITED)
     if isinstance(limit, bool) or not isinstance(limit, int | float) or not limit >= 1:
-        raise CheckpointError(f"{where}: the most tokens of a text is {limit!r:.80}; it must be at least 1, or absent")
+        raise CheckpointError(f"{where}: the token limit of a text is {limit!r:.80}; it must be at least 1, or missing")
     return int(limit) if limit < UNLIMITED else None
 
 
 def refuse_options(fields: dict[str, Any], where: str) -> None:
-    """Raises `CheckpointError` if tokenizer_config.json asks for what the engine does not do."""
+    """Raises `CheckpointError` if tokenizer_config.json has an option that the engine does not support."""
     for name, allowed in OPTIONS.items():
         if fields.get(name) not in (None, *allowed):
             only = " or ".join(map(repr, allowed)) or "a tokenizer without it"
             raise CheckpointError(
-                f"{where}: {name} is {fields[name]!r:.80}; this engine only runs {only}. Set it so if that is what you "
-                "want"
+                f"{where}: {name} is {fields[name]!r:.80}; this engine only supports {only}. Change it if that is what "
+                "you want"
             )
 
 
 def check_model(tokenizer: "Tokenizer", file: Path, name: Any, where: str) -> None:
-    """Raises `CheckpointError` if the rules of a tokenizer.json are random, or not Gemma's where its class is.
+    """Raises `CheckpointError` if a tokenizer.json is random, or has Gemma's class but not Gemma's rules.
 
-    Only tokenizers of pairs of bytes have such rules. Transformers 5 keeps the vocabulary of a Gemma tokenizer and
-    replaces its rules, 4 takes them as they are.
+    Only byte-pair encoders are checked. For Gemma's class, transformers 5 takes the vocabulary from the file but uses
+    its own rules; transformers 4 uses the rules in the file.
     """
     model = tokenizer.model
     if type(model).__name__ != "BPE":
         return
     if model.dropout:
         raise CheckpointError(
-            f"{file} drops merges at random (dropout {model.dropout}), which is for training; set it to null"
+            f"{file} drops merges at random (dropout {model.dropout}), which is for training only; set dropout to null"
         )
     text = SPACES if tokenizer.normalizer is None else tokenizer.normalizer.normalize_str(SPACES)
     cuts = [] if tokenizer.pre_tokenizer is None else tokenizer.pre_tokenizer.pre_tokenize_str(text)
@@ -137,20 +140,20 @@ def check_model(tokenizer: "Tokenizer", file: Path, name: Any, where: str) -> No
     if name in GEMMA_CLASSES and not like_gemma:
         raise CheckpointError(
             f"{file} does not have the rules of Gemma's tokenizer (a space becomes \u2581, an unknown character its "
-            f"bytes), but its class is {name or 'GemmaTokenizer'}; versions of transformers differ in which of the two "
-            f'counts. If the file is right as it is, put "tokenizer_class": "{PLAIN_CLASSES[0]}" into {where}'
+            f"bytes), but its class is {name or 'GemmaTokenizer'}; transformers 4 follows the file and 5 the class. "
+            f'If the file is right, put "tokenizer_class": "{PLAIN_CLASSES[0]}" into {where}'
         )
 
 
 def check_tokens(known: Mapping[str, tuple[int, Any]], file: Path, directory: Path, vocab_size: int) -> None:
-    """Raises `CheckpointError` if the files beside a tokenizer name tokens that it does not have, or with other flags.
+    """Raises `CheckpointError` if other files name tokens that a tokenizer does not have, or give them other flags.
 
-    Those beyond the model's vocabulary do not count, e.g. Gemma 3's image token: no text encoder can take them.
+    Tokens outside the model's vocabulary are ignored, e.g. Gemma 3's image token; a text encoder cannot read them.
 
     Args:
-        known: the id of each token that is found as a whole in a text, and its flags if it has any.
+        known: the id, and the flags if there are any, of each token that the tokenizer finds as a whole in a text.
     """
-    for token, number, where in tokens_beside(directory, vocab_size):
+    for token, number, where in tokens_in_other_files(directory, vocab_size):
         text = token_text(token, where)
         identifier, flags = known.get(text or "", (-1, None))
         if identifier < 0 or number not in (None, str(identifier)):
@@ -162,12 +165,12 @@ def check_tokens(known: Mapping[str, tuple[int, Any]], file: Path, directory: Pa
         if other := [flag for flag in FLAGS if flag in stated and stated[flag] != getattr(flags, flag)]:
             raise CheckpointError(
                 f"{where} has other flags for {text!r:.80} than {file} ({quote(other)}); load the tokenizer with "
-                "transformers and save it, which writes both alike"
+                "transformers and save it, which makes both files agree"
             )
 
 
-def tokens_beside(directory: Path, vocab_size: int) -> list[tuple[Any, str | None, str]]:
-    """The tokens that the files beside a tokenizer name: the token, its id if that is there, and where it is named."""
+def tokens_in_other_files(directory: Path, vocab_size: int) -> list[tuple[Any, str | None, str]]:
+    """The tokens that the other files of a tokenizer name: the token, its id if given, and the file that names it."""
     named: list[tuple[Any, str | None, str]] = []
     for name in TOKEN_FILES:
         if path := optional_file(directory, name):
@@ -175,12 +178,12 @@ def tokens_beside(directory: Path, vocab_size: int) -> list[tuple[Any, str | Non
             decoder = decode(dict[str, Any], fields.get("added_tokens_decoder") or {}, f"{where}: added_tokens_decoder")
             named += [(token, number, where) for number, token in decoder.items()]
             tokens = [fields[key] for key in fields if key.endswith("_token")]
-            for several in (fields.get(key) or [] for key in SEVERAL_TOKENS):
-                tokens += several.values() if isinstance(several, dict) else decode(tuple[Any, ...], several, where)
+            for entries in (fields.get(key) or [] for key in SEVERAL_TOKENS):
+                tokens += entries.values() if isinstance(entries, dict) else decode(tuple[Any, ...], entries, where)
             named += [(token, None, where) for token in tokens if isinstance(token, str | dict)]
     if path := optional_file(directory, ADDED_TOKENS):
         named += [(token, str(number), str(path)) for token, number in read_json(path).items()]
-    beyond = {  # float() because int() refuses very many digits
+    beyond = {  # float(), because int() does not accept very many digits
         token_text(token, where)
         for token, number, where in named
         if number is not None and number.isdecimal() and float(number) >= vocab_size
@@ -189,12 +192,12 @@ def tokens_beside(directory: Path, vocab_size: int) -> list[tuple[Any, str | Non
 
 
 def pieces(processor: Any) -> dict[str, int]:
-    """The pieces of a SentencePiece model, and their ids."""
+    """The ids of all pieces of a SentencePiece model."""
     return {processor.id_to_piece(number): number for number in range(processor.get_piece_size())}
 
 
-def added_by(tokenizer: "Tokenizer", file: Path) -> tuple[int | None, int | None]:
-    """The ids that the post-processor of a tokenizer.json puts before and after every text."""
+def ids_added_by_processor(tokenizer: "Tokenizer", file: Path) -> tuple[int | None, int | None]:
+    """The ids that the post-processor of a tokenizer.json adds before and after every text."""
     readings = []
     for probe in PROBES:
         with raising(CheckpointError, f"{file} cannot read the text {probe!r}", REPAIR):
@@ -205,15 +208,15 @@ def added_by(tokenizer: "Tokenizer", file: Path) -> tuple[int | None, int | None
         if (before, after) in readings[1]:
             return (before[0] if before else None), (after[0] if after else None)
     raise CheckpointError(
-        f"{file} makes {full} of a text whose own ids are {bare}; this engine adds at most one id before a text and "
-        f"one after it. Give the file such a post-processor: {REMEDY}"
+        f"{file} makes {full} from a text whose own ids are {bare}; this engine adds at most one id before a text "
+        f"and one after it. Give the file such a post-processor: {REMEDY}"
     )
 
 
 def check_flags(
     tokenizer: "Tokenizer", file: Path, directory: Path, fields: dict[str, Any], added: tuple[int | None, int | None]
 ) -> None:
-    """Raises `CheckpointError` if tokenizer_config.json says something else of the ids that a tokenizer.json adds."""
+    """Raises `CheckpointError` if tokenizer_config.json disagrees with the ids that a tokenizer.json adds."""
     where = str(directory / CONFIG)
     for kind, identifier in zip(("bos", "eos"), added, strict=True):
         flag = decode(bool | None, fields.get(f"add_{kind}_token"), f"{where}: add_{kind}_token")
@@ -223,14 +226,14 @@ def check_flags(
         if flag is not None and (flag != (identifier is not None) or other):
             raise CheckpointError(
                 f"{where}: add_{kind}_token is {flag}, but the post-processor of {file} adds {added_id} as "
-                f"{kind.upper()}; versions of transformers differ in which of the two counts. To settle it, {REMEDY}"
+                f"{kind.upper()}; transformers 4 follows the first and 5 the second. To make them agree, {REMEDY}"
             )
 
 
-def added_to(
+def ids_for_sentencepiece(
     processor: Any, file: Path, directory: Path, fields: dict[str, Any], config: ModelConfig
 ) -> tuple[int | None, int | None]:
-    """The ids that go before and after a text of a SentencePiece model, by the files beside it."""
+    """The ids to add before and after a text for a SentencePiece model, from the other files in its folder."""
     where = str(directory / CONFIG)
     stated = [decode(bool | None, fields.get(name), f"{where}: {name}") for name in ("add_bos_token", "add_eos_token")]
     adds = family_rule(config) if stated == [None, None] else stated
@@ -241,23 +244,23 @@ def added_to(
         if add and identifier < 0:
             raise CheckpointError(
                 f"{file} has no {kind.upper()} token to add to every text; repair the tokenizer, or, if the model was "
-                f'trained without, put "add_{kind}_token": false into {where}'
+                f'trained without it, put "add_{kind}_token": false into {where}'
             )
         ids.append(identifier if add else None)
     return ids[0], ids[1]
 
 
 def piece_id(processor: Any, piece: str) -> int:
-    """The id of a piece; -1 if there is none."""
+    """The id of a piece; -1 if the piece does not exist."""
     identifier: int = processor.piece_to_id(piece)
     return identifier if processor.id_to_piece(identifier) == piece else -1
 
 
 def token_text(value: Any, where: str) -> str | None:
-    """A special token is written as a string, or as an object with the string as its content; null is none."""
+    """The text of a special token, which is a string, or an object with the string as its content; null gives None."""
     return decode(str | None, value.get("content") if isinstance(value, dict) else value, where)
 
 
 def family_rule(config: ModelConfig) -> tuple[bool, bool]:
-    """Gemma adds BOS; EmbeddingGemma adds EOS too."""
+    """Whether a model adds BOS and EOS: Gemma adds BOS, EmbeddingGemma adds both."""
     return True, is_embedding_gemma(config)

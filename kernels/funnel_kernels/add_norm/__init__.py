@@ -1,4 +1,4 @@
-"""The residual sum, fused with the RMSNorm that follows it."""
+"""The residual sum, fused with the RMSNorm after it."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from funnel_kernels.errors import InputError
 from funnel_kernels.op import Op
 from funnel_kernels.target import Target
 
-# On accelerators XLA fuses sum and norms with what surrounds them, and has no pass of its own for them.
+# On accelerators XLA fuses the sum and the norms into the ops around them, so no kernel is needed there.
 ADD_NORM: Op[tuple[jax.Array, jax.Array]] = Op("add_norm", __name__, "cpu")
 
 
@@ -23,23 +23,23 @@ def add_norm(
 ) -> tuple[jax.Array, jax.Array]:  # ([N, D], [N, D]), dtype of x
     """Adds an update to the residual stream and applies Gemma's RMSNorm to the sum.
 
-    Sum and norms are float32. The sum is rounded to the dtype of `x`, and the norm reads the rounded rows: what the
-    next residual sum starts from.
+    Sum and norms are computed in float32. The sum is rounded to the dtype of `x`, and the norm reads the rounded
+    rows, as the next residual sum does.
 
     Args:
         x: float32 or bfloat16, the residual stream.
-        update: what a sub-layer made of it, in the dtype of `x` or float32. None adds nothing: the norm alone is left.
+        update: the output of a sub-layer, in the dtype of `x` or float32. None adds nothing; only the norm is computed.
         weight: zero-centred norm weight (the factor is `1 + weight`).
-        update_weight: with it, the update is normalised before it is added (Gemma 2's and 3's norm after a sub-layer).
+        update_weight: if given, the update is normalised before it is added (the post-norms of Gemma 2 and 3).
         eps: added to the mean square, in both norms.
-        target: where it runs, and by whose kernels.
+        target: where it runs, and with which kernels.
 
     Returns:
         The sum (the new residual stream; `x` itself without an update) and its norm (the next sub-layer's input).
 
     Raises:
-        InputError: shapes or dtypes that do not fit, or a weight for an update that is not there.
-        BackendUnavailable: the backend does not serve this call.
+        InputError: the shapes or dtypes do not fit together, or update_weight is given without an update.
+        BackendUnavailable: the backend does not support this call.
     """
     check_float("x", x, ndim=2)
     check_float("weight", weight, ndim=1)
@@ -48,10 +48,10 @@ def add_norm(
         check_float("update", update, ndim=2)
         check_shape("update", update, x.shape)
         if update.dtype not in (x.dtype, jnp.float32):
-            raise InputError(f"update is {update.dtype} where x is float32; cast it to float32 first")
+            raise InputError(f"update is {update.dtype} but x is float32; cast update to float32 first")
     if update_weight is not None:
         if update is None:
-            raise InputError("update_weight is given without an update to normalise; leave it out")
+            raise InputError("update_weight is given without an update; give update too, or leave update_weight out")
         check_float("update_weight", update_weight, ndim=1)
         check_shape("update_weight", update_weight, (x.shape[1],))
     return ADD_NORM(x, update, weight, update_weight, eps=eps, target=target)

@@ -1,4 +1,4 @@
-"""`add_norm` for CPUs, in C++ (native_cpu_kernels.h): a row is read once, and so is its update."""
+"""`add_norm` for CPUs, in C++ (native_cpu_kernels.h): each row and its update are read once."""
 
 import jax
 

@@ -1,6 +1,6 @@
 """Attention on CPUs in C++ (native_cpu.cc): blocked, with an online softmax in float32.
 
-bfloat16 is multiplied in pairs where the processor can (AVX512-BF16), and otherwise widened to float32.
+bfloat16 values are multiplied in pairs if the processor supports it (AVX512-BF16), and else converted to float32.
 """
 
 import jax

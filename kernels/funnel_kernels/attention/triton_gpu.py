@@ -1,9 +1,9 @@
 """`attention` for NVIDIA GPUs (sm_80 and newer): flash attention (arXiv:2205.14135) over key intervals, in Triton.
 
-A program owns one block of a key/value head's queries: the `heads / kv_heads` query heads that read it lie next to each
-other in a block, row after row, so that they share every key and value that is loaded. It walks over the key blocks
-between the smallest `lo` and the largest `hi` of its rows with an online softmax in float32, and masks only the blocks
-that some row sees in part. A block whose rows see nothing, such as padding at the end of a batch, visits no key block.
+A program computes one block of queries of one key/value head. The block contains, row after row, all `heads / kv_heads`
+query heads that read this key/value head, so they share every loaded key and value. The program loops over the key
+blocks between the smallest `lo` and the largest `hi` of its rows, with an online softmax in float32. It masks only the
+blocks that some row sees in part. If no row of a block sees a key (padding at the end of a batch), it reads no keys.
 """
 
 from typing import Any, NamedTuple
@@ -18,12 +18,12 @@ from funnel_kernels.shapes import Bounds, Heads
 from funnel_kernels.target import Target, Unsupported
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-FAR = tl.constexpr(2**31 - 1)  # behind every key
+FAR = tl.constexpr(2**31 - 1)  # greater than every key index
 WIDEST = 256  # head dim
 
 
 class Sizes(NamedTuple):
-    """Queries (over all heads of a group) and keys a block, warps a program, stages of the load pipeline."""
+    """Queries (over all heads of a group) and keys per block, warps per program, stages of the load pipeline."""
 
     block_q: int
     block_k: int
@@ -45,14 +45,16 @@ def attention(
     target: Target,
     sizes: Sizes | None = None,
 ) -> Heads:
-    """See `funnel_kernels.attention`; `sizes` are those of the tuning table or the rule below unless given."""
+    """See `funnel_kernels.attention`; `sizes` default to the tuning table, or else to `rule`."""
     head_dim = q.shape[1] // heads
     if head_dim > WIDEST:
-        raise Unsupported(f"heads are {head_dim} wide; its registers hold at most {WIDEST}")
+        raise Unsupported(f"heads are {head_dim} wide; the kernel supports at most {WIDEST}")
     capability = triton_calls.capability(target)
     block_d = padded(head_dim)
     sizes = (
-        sizes or triton_calls.tuned(Sizes, "attention", block_d, q.dtype, target) or rule(block_d, q.dtype, capability)
+        sizes
+        or triton_calls.tuned_sizes(Sizes, "attention", block_d, q.dtype, target)
+        or rule(block_d, q.dtype, capability)
     )
     grid, options = launch(q.shape[0], q.dtype, heads, kv_heads, head_dim, scale, softcap, sizes)
     result = jax.ShapeDtypeStruct(q.shape, q.dtype)
@@ -62,16 +64,16 @@ def attention(
 
 
 def padded(head_dim: int) -> int:
-    return max(16, triton.next_power_of_2(head_dim))  # the least that the matrix units take
+    return max(16, triton.next_power_of_2(head_dim))  # the matrix units take at least 16
 
 
 def launch(
     rows: int, dtype: Any, heads: int, kv_heads: int, head_dim: int, scale: float, softcap: float | None, sizes: Sizes
 ) -> triton_calls.Launch:
-    """The grid, and everything that is fixed when the kernel is compiled."""
+    """The grid, and the compile-time constants of the kernel."""
     group = heads // kv_heads
     block_d = padded(head_dim)
-    # A float32 product is three of TF32. Their operands fill the registers unless wide rows are taken part by part.
+    # A float32 product is three TF32 products. Their operands would not fit into registers, so wide rows are split.
     precision = "tf32x3" if dtype == jnp.float32 else "tf32"
     chunk = 32 if dtype == jnp.float32 and block_d > 64 else block_d
     block_q, block_k, warps, stages = sizes
@@ -86,13 +88,15 @@ def launch(
 
 
 def shared_bytes(block_d: int, dtype: Any, sizes: Sizes) -> int:
-    """What a program needs of shared memory: its queries and, for each stage, a block of keys and one of values. With
-    wide float32 rows, which are taken part by part, it is less."""
+    """The shared memory of a program: its queries and, for each stage, one block of keys and one of values.
+
+    Wide float32 rows are split into chunks and need less.
+    """
     return dtype.itemsize * block_d * (sizes.block_q + 2 * sizes.stages * sizes.block_k)
 
 
 def rule(block_d: int, dtype: Any, capability: int) -> Sizes:
-    """Sizes whose tiles fit the registers and the shared memory."""
+    """Sizes whose tiles fit into registers and shared memory."""
     if dtype == jnp.float32:
         return Sizes(32, 32, 8, 2) if block_d >= 128 else Sizes(32, 32, 4, 2)
     if block_d == 256:
@@ -109,46 +113,46 @@ def attention_kernel(
 ):  # fmt: skip
     kv_head = tl.program_id(0) % kv_heads
     index = tl.program_id(0) // kv_heads * block_q + tl.arange(0, block_q)
-    index = tl.minimum(index, rows * group - 1)  # what is left of the last block repeats its last row: no masks
+    index = tl.minimum(index, rows * group - 1)  # the end of the last block repeats the last row, so no mask is needed
     row, member = index // group, index % group
 
     lo = tl.load(lo_ptr + row)
     hi = tl.load(hi_ptr + row)
-    some = lo < hi
-    first = tl.min(tl.where(some, lo, FAR), 0) // block_k * block_k
-    last = tl.max(tl.where(some, hi, 0), 0)
-    # Blocks from `whole` to `rest` are seen by every row that sees anything; if none does, `last` is 0.
-    whole = tl.cdiv(tl.max(tl.where(some, lo, 0), 0), block_k) * block_k
-    rest = tl.minimum(tl.min(tl.where(some, hi, FAR), 0), last) // block_k * block_k
-    if whole >= rest:
-        whole = last
-        rest = last
+    sees_keys = lo < hi
+    first = tl.min(tl.where(sees_keys, lo, FAR), 0) // block_k * block_k
+    last = tl.max(tl.where(sees_keys, hi, 0), 0)
+    # All rows that see any key see all keys from `whole_begin` to `whole_end`. If no row sees a key, `last` is 0.
+    whole_begin = tl.cdiv(tl.max(tl.where(sees_keys, lo, 0), 0), block_k) * block_k
+    whole_end = tl.minimum(tl.min(tl.where(sees_keys, hi, FAR), 0), last) // block_k * block_k
+    if whole_begin >= whole_end:
+        whole_begin = last
+        whole_end = last
 
     column = tl.arange(0, block_d)
-    begins = (row.to(tl.int64) * (kv_heads * group) + kv_head * group + member) * head_dim
-    at = begins[:, None] + column[None, :]
-    there = (column < head_dim)[None, :]
-    q = tl.load(q_ptr + at, mask=there, other=0.0)
-    q_ptr += begins
+    row_offset = (row.to(tl.int64) * (kv_heads * group) + kv_head * group + member) * head_dim
+    offset = row_offset[:, None] + column[None, :]
+    in_head = (column < head_dim)[None, :]
+    q = tl.load(q_ptr + offset, mask=in_head, other=0.0)
+    q_ptr += row_offset
     out = tl.zeros([block_q, block_d], tl.float32)
     total = tl.zeros([block_q], tl.float32)
     peak = tl.full([block_q], float("-inf"), tl.float32)
     k_ptr += kv_head * head_dim
     v_ptr += kv_head * head_dim
     out, total, peak = attend(
-        q, q_ptr, out, total, peak, k_ptr, v_ptr, lo, hi, first, whole,
+        q, q_ptr, out, total, peak, k_ptr, v_ptr, lo, hi, first, whole_begin,
         kv_heads * head_dim, head_dim, scale, softcap, block_k, block_d, chunk, precision, True,
     )  # fmt: skip
     out, total, peak = attend(
-        q, q_ptr, out, total, peak, k_ptr, v_ptr, lo, hi, whole, rest,
+        q, q_ptr, out, total, peak, k_ptr, v_ptr, lo, hi, whole_begin, whole_end,
         kv_heads * head_dim, head_dim, scale, softcap, block_k, block_d, chunk, precision, False,
     )  # fmt: skip
     out, total, peak = attend(
-        q, q_ptr, out, total, peak, k_ptr, v_ptr, lo, hi, rest, last,
+        q, q_ptr, out, total, peak, k_ptr, v_ptr, lo, hi, whole_end, last,
         kv_heads * head_dim, head_dim, scale, softcap, block_k, block_d, chunk, precision, True,
     )  # fmt: skip
-    out = tl.where(some[:, None], out / tl.where(some, total, 1.0)[:, None], 0.0)
-    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=there)
+    out = tl.where(sees_keys[:, None], out / tl.where(sees_keys, total, 1.0)[:, None], 0.0)
+    tl.store(out_ptr + offset, out.to(out_ptr.dtype.element_ty), mask=in_head)
 
 
 @triton.jit
@@ -158,32 +162,32 @@ def attend(
     scale: tl.constexpr, softcap: tl.constexpr,
     block_k: tl.constexpr, block_d: tl.constexpr, chunk: tl.constexpr, precision: tl.constexpr, masked: tl.constexpr,
 ):  # fmt: skip
-    """Takes the key blocks from `begin` to `end` into an online softmax: sums, and the peak they are relative to.
+    """Adds the key blocks from `begin` to `end` to an online softmax: sums, and the peak score they are relative to.
 
-    No row sees a key from `end` on, and none is read.
+    No row sees a key at `end` or later, and none is read.
 
-    `q` holds the rows of queries and `q_ptr` points to where they begin: with a `chunk` that is narrower than the rows,
-    queries and keys are loaded part by part.
+    `q` contains the query rows and `q_ptr` points to their first columns. If `chunk` is narrower than the rows, queries
+    and keys are loaded chunk by chunk.
     """
     column = tl.arange(0, block_d)
     for start in range(begin, end, block_k):
         key = start + tl.arange(0, block_k)
-        at = key.to(tl.int64)[:, None] * stride + column[None, :]
-        there = (key < end)[:, None] & (column < head_dim)[None, :]
-        plain: tl.constexpr = not masked and block_d == head_dim
+        offset = key.to(tl.int64)[:, None] * stride + column[None, :]
+        mask = (key < end)[:, None] & (column < head_dim)[None, :]
+        unmasked: tl.constexpr = not masked and block_d == head_dim
         if chunk == block_d:
-            k = tl.load(k_ptr + at) if plain else tl.load(k_ptr + at, mask=there, other=0.0)
+            k = tl.load(k_ptr + offset) if unmasked else tl.load(k_ptr + offset, mask=mask, other=0.0)
             scores = tl.dot(q, tl.trans(k), input_precision=precision)
         else:
             scores = tl.zeros([q.shape[0], block_k], tl.float32)
             for c in range(0, head_dim, chunk):
                 part = c + tl.arange(0, chunk)
-                needed = (part < head_dim)[None, :]
-                some_q = tl.load(q_ptr[:, None] + part[None, :], mask=needed, other=0.0)
-                some_k_ptr = k_ptr + key.to(tl.int64)[:, None] * stride + part[None, :]
-                some_k = tl.load(some_k_ptr, mask=(key < end)[:, None] & needed, other=0.0)
-                scores = tl.dot(some_q, tl.trans(some_k), scores, input_precision=precision)
-        if softcap > 0.0:  # tanh by the base-2 exponential, which the hardware has
+                in_head = (part < head_dim)[None, :]
+                q_part = tl.load(q_ptr[:, None] + part[None, :], mask=in_head, other=0.0)
+                k_part_ptr = k_ptr + key.to(tl.int64)[:, None] * stride + part[None, :]
+                k_part = tl.load(k_part_ptr, mask=(key < end)[:, None] & in_head, other=0.0)
+                scores = tl.dot(q_part, tl.trans(k_part), scores, input_precision=precision)
+        if softcap > 0.0:  # tanh from the base-2 exponential, which is a hardware instruction
             scores = softcap - 2 * softcap / (tl.exp2(scores * (2 * LOG2_E * scale / softcap)) + 1)
             scores = scores * LOG2_E
         else:
@@ -192,12 +196,12 @@ def attend(
             visible = (lo[:, None] <= key[None, :]) & (key[None, :] < hi[:, None])
             scores = tl.where(visible, scores, float("-inf"))
         higher = tl.maximum(peak, tl.max(scores, 1))
-        base = tl.where(higher == float("-inf"), 0.0, higher) if masked else higher  # nothing seen yet
+        base = tl.where(higher == float("-inf"), 0.0, higher) if masked else higher  # no key seen yet
         weights = tl.exp2(scores - base[:, None])
         shrink = tl.exp2(peak - base)
         total = total * shrink + tl.sum(weights, 1)
         out = out * shrink[:, None]
-        v = tl.load(v_ptr + at) if plain else tl.load(v_ptr + at, mask=there, other=0.0)
+        v = tl.load(v_ptr + offset) if unmasked else tl.load(v_ptr + offset, mask=mask, other=0.0)
         out = tl.dot(weights.to(v.dtype), v, out, input_precision=precision)
         peak = higher
     return out, total, peak

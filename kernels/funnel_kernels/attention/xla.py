@@ -1,8 +1,8 @@
 """Blocked attention in portable jax.numpy: online softmax, and only the key blocks that a query block can see.
 
-One tile is a block of query rows with all query heads of one key/value head, so that those heads share the loaded
-keys, and every product is a plain 2-D one (XLA:CPU has no batched product of bfloat16 into float32). The work is
-proportional to the interval lengths rounded up to blocks; nothing of size Nq x Nk exists.
+One tile is a block of query rows with all query heads of one key/value head. These heads share the loaded keys, and
+every product is a plain 2-D product (XLA:CPU has no batched product of bfloat16 into float32). The work is
+proportional to the interval lengths, rounded up to blocks; no array of size Nq x Nk exists.
 
 The online softmax is that of Milakov and Gimelshein (arXiv:1805.02867), in blocks as in FlashAttention
 (arXiv:2205.14135).
@@ -17,10 +17,10 @@ from jax import lax
 from funnel_kernels.shapes import Bounds, Heads
 from funnel_kernels.target import Target
 
-MASKED = -1e30  # finite, so that a row with nothing visible yet stays free of NaN; far below any score
+MASKED = -1e30  # far below any score, but finite, so that a row without visible keys does not become NaN
 KEYS_PER_BLOCK = 256
 SCORE_ROWS_PER_BLOCK = 1024  # query rows times the query heads that share a key/value head
-State = tuple[jax.Array, jax.Array, jax.Array]  # of scores' rows: the largest so far, sums of weights, weighted values
+State = tuple[jax.Array, jax.Array, jax.Array]  # per score row: largest score, sum of weights, weighted values
 
 LEAST_QUERIES_PER_BLOCK, MOST_QUERIES_PER_BLOCK = 64, 256
 
@@ -45,10 +45,10 @@ def attention(
     k, v = pad_rows(k, block_k), pad_rows(v, block_k)
     q_blocks = q.shape[0] // block_q
 
-    # The key blocks [first, last) that each query block needs; empty intervals ask for none.
-    live = lo < hi
-    first = jnp.where(live, lo, k.shape[0]).reshape(q_blocks, block_q).min(1) // block_k
-    last = ceil_div(jnp.where(live, hi, 0).reshape(q_blocks, block_q).max(1), block_k)
+    # The key blocks [first, last) that each query block needs; a row with an empty interval needs none.
+    sees_keys = lo < hi
+    first = jnp.where(sees_keys, lo, k.shape[0]).reshape(q_blocks, block_q).min(1) // block_k
+    last = ceil_div(jnp.where(sees_keys, hi, 0).reshape(q_blocks, block_q).max(1), block_k)
 
     def tile(index: jax.Array, q: Heads) -> Heads:
         block, head = index // kv_heads, index % kv_heads
@@ -78,22 +78,22 @@ def attention(
                 weighted * shrink[:, None] + product(weights.astype(v.dtype), v_tile, contract=(1, 0)),
             )
 
-        nothing = (
+        initial = (
             jnp.full(block_q * group, MASKED, jnp.float32),
             jnp.zeros(block_q * group, jnp.float32),
             jnp.zeros((block_q * group, head_dim), jnp.float32),
         )
-        _, total, weighted = lax.fori_loop(first[block], last[block], visit, nothing)
+        _, total, weighted = lax.fori_loop(first[block], last[block], visit, initial)
         out = (weighted / jnp.maximum(total, 1e-30)[:, None]).reshape(block_q, group, head_dim)
         out = jnp.where(lo_rows < hi_rows, out, 0.0).astype(q.dtype).reshape(block_q, group * head_dim)
         return lax.dynamic_update_slice(q, out, (start, head * group * head_dim))
 
-    # A tile's result takes the place of its queries, which no other tile reads: no second array of that size.
+    # The result of a tile replaces its queries, which no other tile reads. This saves a second array of that size.
     return lax.fori_loop(0, q_blocks * kv_heads, tile, q)[:rows]
 
 
 def product(a: jax.Array, b: jax.Array, *, contract: tuple[int, int]) -> jax.Array:
-    """2-D matrix product with a float32 result; float32 operands keep full precision on every platform."""
+    """2-D matrix product with a float32 result. Float32 operands keep full precision on every platform."""
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     dimensions = (((contract[0],), (contract[1],)), ((), ()))
     return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
@@ -104,7 +104,7 @@ def ceil_div(a: Any, b: int) -> Any:
 
 
 def even_block(rows: int, most: int) -> int:
-    """The block size of at most `most` that cuts `rows` into the fewest, near-equal blocks (little padding)."""
+    """The block size, at most `most`, that cuts `rows` into the fewest blocks of near-equal size (little padding)."""
     blocks = -(-rows // most)
     return -(-rows // blocks)
 

@@ -1,4 +1,4 @@
-"""Matrix products with a model's weights, fused with what follows them."""
+"""Matrix products with the weights of a model, fused with the operations after them."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from funnel_kernels.target import Target
 
 __all__ = ["PackedWeight", "Weight", "gated_linear", "linear", "linear_add_norm", "prepare", "project_heads"]
 
-# On GPUs and TPUs the products are XLA's: it calls cuBLAS there, or drives the matrix unit itself.
+# On GPUs and TPUs XLA computes the products: it calls cuBLAS, or uses the matrix unit of the TPU.
 LINEAR: Op[jax.Array] = Op("linear", __name__, "xla", "cpu")
 GATED_LINEAR: Op[jax.Array] = Op("gated_linear", __name__, "xla", "cpu")
 LINEAR_ADD_NORM: Op[tuple[jax.Array, jax.Array]] = Op("linear_add_norm", __name__, "xla", "cpu")
@@ -27,20 +27,20 @@ def linear(
     add: jax.Array | None = None,  # [N, out]
     *,
     target: Target,
-) -> jax.Array:  # [N, out], float32, or with `add` its dtype
-    """`x @ weight.T`, accumulated in float32; with `add` the sum of both.
+) -> jax.Array:  # [N, out], float32, or the dtype of `add` if it is given
+    """`x @ weight.T`, accumulated in float32, plus `add` if it is given.
 
-    The sum is rounded once. On an accelerator the product may be rounded to the dtype of `add` before it.
+    The sum is rounded once. On an accelerator the product may also be rounded to the dtype of `add` before the sum.
 
     Args:
         x: float32 or bfloat16.
-        weight: in the dtype of `x`, as `prepare` gives it for the target.
+        weight: in the dtype of `x`, as `prepare` returns it for the target.
         add: in the dtype of `x`, e.g. the residual stream.
-        target: where it runs, and by whose kernels.
+        target: where it runs, and with which kernels.
 
     Raises:
-        InputError: shapes or dtypes that do not fit together.
-        BackendUnavailable: the backend does not serve this call.
+        InputError: the shapes or dtypes do not fit together.
+        BackendUnavailable: the backend does not support this call.
     """
     check_product(x, weight)
     check_parts(weight, 1)
@@ -58,22 +58,24 @@ def gated_linear(
 ) -> jax.Array:  # [N, out], dtype of x
     """`gelu(x @ gate.T) * (x @ up.T)`: GeGLU (arXiv:2002.05202), the tanh approximation of gelu.
 
-    Products, gelu and gate are float32, and the result is rounded once. On an accelerator both products are rounded
-    to the dtype of `x` first, because they are the largest arrays that its memory has to pass.
+    Everything is computed in float32 and the result is rounded once. On an accelerator both products are rounded to
+    the dtype of `x` first, because they are the largest arrays that it writes to memory.
 
     Args:
         x: float32 or bfloat16.
-        weight: the rows of gate and then those of up, as `prepare` gives it for the target with `parts=2`.
-        target: where it runs, and by whose kernels.
+        weight: the rows of gate and then the rows of up, as `prepare` returns it for the target with `parts=2`.
+        target: where it runs, and with which kernels.
 
     Raises:
-        InputError: shapes or dtypes that do not fit together.
-        BackendUnavailable: the backend does not serve this call.
+        InputError: the shapes or dtypes do not fit together.
+        BackendUnavailable: the backend does not support this call.
     """
     check_product(x, weight)
     check_parts(weight, 2)
     if weight.shape[0] % 2:
-        raise InputError(f"weight has {weight.shape[0]} rows; those of gate and up together are an even number")
+        raise InputError(
+            f"weight has {weight.shape[0]} rows; the number must be even, half of the rows for gate and half for up"
+        )
     return GATED_LINEAR(x, weight, target=target)
 
 
@@ -88,29 +90,29 @@ def linear_add_norm(
     axis: str | None = None,
     target: Target,
 ) -> tuple[jax.Array, jax.Array]:  # ([N, D], [N, D]), dtype of x
-    """The end of a sub-layer: `x @ weight.T` added to the residual stream, and Gemma's RMSNorm of the sum.
+    """The end of a sub-layer: adds `x @ weight.T` to the residual stream, and applies Gemma's RMSNorm to the sum.
 
-    It is `add_norm(add, linear(x, weight), ...)`, where the update need not pass through memory: product, sum and norms
-    are float32, the sum is rounded to the dtype of `x`, and the norm reads the rounded rows. On an accelerator what is
-    added may be rounded before it is, too: the residual stream stays in the dtype of `x` there only if the sum is.
+    It is `add_norm(add, linear(x, weight), ...)`, but the product need not be written to memory. Product, sum and norms
+    are float32, the sum is rounded to the dtype of `x`, and the norm reads the rounded rows. On an accelerator the
+    product may also be rounded before the sum, so that the sum has the dtype of `x` and not float32.
 
     Args:
         x: float32 or bfloat16.
-        weight: in the dtype of `x`, as `prepare` gives it for the target.
+        weight: in the dtype of `x`, as `prepare` returns it for the target.
         add: in the dtype of `x`, the residual stream.
-        norm_weight: zero-centred weight (the factor is `1 + weight`) of the norm of the sum.
-        update_weight: with it, the product is normalised before it is added (Gemma 2's and 3's norm after a sub-layer).
+        norm_weight: zero-centred weight of the norm of the sum (the factor is `1 + weight`).
+        update_weight: if given, the product is normalised before it is added (the post-norms of Gemma 2 and 3).
         eps: added to the mean square, in both norms.
-        axis: inside a `jax.shard_map`, the mesh axis along which each device has some columns of `x` and `weight`.
-            The product is summed over it in the dtype of `x`: in float32 twice as much would travel between devices.
-        target: where it runs, and by whose kernels.
+        axis: inside a `jax.shard_map`, the mesh axis over which the columns of `x` and `weight` are divided. The
+            product is summed over this axis in the dtype of `x`; float32 would double the traffic between devices.
+        target: where it runs, and with which kernels.
 
     Returns:
         The sum (the new residual stream) and its norm (the next sub-layer's input).
 
     Raises:
-        InputError: shapes or dtypes that do not fit together.
-        BackendUnavailable: the backend does not serve this call.
+        InputError: the shapes or dtypes do not fit together.
+        BackendUnavailable: the backend does not support this call.
     """
     check_product(x, weight)
     check_parts(weight, 1)
@@ -137,26 +139,26 @@ def project_heads(
     plain_heads: int = 0,
     eps: float,
     target: Target,
-) -> tuple[jax.Array, ...]:  # [N, count * d] for each of `heads`, and for `plain_heads` if there are any; dtype of x
-    """Attention's inputs: `x @ weight.T` cut into heads, which RoPE (arXiv:2104.09864) turns, some after their norm.
+) -> tuple[jax.Array, ...]:  # [N, count * d] for each of `heads`, and for `plain_heads` if above 0; dtype of x
+    """The inputs of attention: `x @ weight.T` in heads, which are normalised and rotated (RoPE, arXiv:2104.09864).
 
-    A head's pairs (j, j + d / 2) are turned by an angle each. Product, norm and rotation are float32, and the result is
-    rounded once.
+    Each pair of elements (j, j + d / 2) of a head is rotated by an angle. Product, norm and rotation are float32, and
+    the result is rounded once.
 
     Args:
         x: float32 or bfloat16.
-        weight: in the dtype of `x`, as `prepare` gives it for the target.
-        cos, sin: float32, of each row's d / 2 angles.
-        norms: for each of `heads` the zero-centred weight (the factor is `1 + weight`) of an RMSNorm over d before the
-            rotation; None leaves all norms out.
-        heads: how many heads each result has, in the order of the weight's rows: e.g. queries and keys.
-        plain_heads: how many heads come last that are neither normed nor turned: values.
-        eps: added to the mean square, in every norm.
-        target: where it runs, and by whose kernels.
+        weight: in the dtype of `x`, as `prepare` returns it for the target.
+        cos, sin: float32, cosines and sines of the d / 2 angles of each row.
+        norms: for each of `heads`, the zero-centred weight of an RMSNorm over d before the rotation (the factor is
+            `1 + weight`). None applies no norm.
+        heads: the number of heads of each result, in the order of the rows of `weight`: e.g. of queries and of keys.
+        plain_heads: the number of heads at the end that are not normalised and not rotated: the values.
+        eps: added to the mean square in each norm.
+        target: where it runs, and with which kernels.
 
     Raises:
-        InputError: shapes or dtypes that do not fit together, or numbers of heads that are not positive.
-        BackendUnavailable: the backend does not serve this call.
+        InputError: the shapes or dtypes do not fit together, or a number of heads is not positive.
+        BackendUnavailable: the backend does not support this call.
     """
     check_product(x, weight)
     check_parts(weight, 1)
@@ -166,15 +168,18 @@ def project_heads(
     check_shape("sin", sin, cos.shape)
     if not heads or min(heads) < 1 or plain_heads < 0:
         raise InputError(
-            f"heads={heads} and plain_heads={plain_heads}: give at least one number of heads, none below 1"
+            f"heads={heads}, plain_heads={plain_heads}: heads must contain at least one number, each at least 1, and "
+            "plain_heads must be at least 0"
         )
     head_dim, count = 2 * cos.shape[1], sum(heads) + plain_heads
     if weight.shape[0] != count * head_dim:
-        raise InputError(f"weight has {weight.shape[0]} rows where {count} heads of {head_dim} need {count * head_dim}")
+        raise InputError(
+            f"weight has {weight.shape[0]} rows; {count} heads of width {head_dim} need {count * head_dim}"
+        )
     if norms is not None:
         if len(norms) != len(heads):
             raise InputError(
-                f"{len(norms)} norms are given for {len(heads)} groups of heads; give one for each, or none"
+                f"norms has {len(norms)} weights for {len(heads)} groups of heads; give one for each group, or None"
             )
         for norm in norms:
             check_float("norm", norm, ndim=1)
@@ -187,17 +192,17 @@ def check_product(x: jax.Array, weight: Any) -> None:
     check_float("x", x, ndim=2)
     if isinstance(weight, PackedWeight):
         if weight.dtype != x.dtype:
-            raise InputError(f"weight is packed as {weight.dtype} where {x.dtype} is needed; cast it before packing")
+            raise InputError(f"weight is packed as {weight.dtype}; it must be {x.dtype}, so cast it before `prepare`")
     else:
         check_float("weight", weight, ndim=2, dtype=x.dtype)
     check_shape("weight", weight, (weight.shape[0], x.shape[1]))
     if not x.shape[0] or not x.shape[1] or not weight.shape[0]:
-        raise InputError(f"x {x.shape} and weight {weight.shape} need at least one row and one column each")
+        raise InputError(f"x has shape {x.shape} and weight {weight.shape}; each needs at least one row and one column")
 
 
 def check_parts(weight: Any, parts: int) -> None:
-    """Raises `InputError` if `weight` is packed in another number of parts."""
+    """Raises `InputError` if `weight` is packed with a different number of parts."""
     if isinstance(weight, PackedWeight) and weight.parts != parts:
         raise InputError(
-            f"weight is packed in {weight.parts} parts, this product needs {parts}: prepare(parts={parts})"
+            f"weight is packed in {weight.parts} parts, but this product needs {parts}; use prepare(parts={parts})"
         )

@@ -1,6 +1,5 @@
-"""Products tile by tile, each followed in the cache by what comes after it (../cpu/product.h)."""
-
-from typing import Any
+"""Products tile by tile; the operations after a product run on each tile while it is in the cache
+(../cpu/product.h)."""
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +16,13 @@ from funnel_kernels.target import Target, Unsupported
 def linear(x: Rows, weight: Weight, add: Rows | None, *, target: Target) -> Rows:
     out = jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), jnp.float32 if add is None else x.dtype)
     added = () if add is None else (add,)
-    prepare(x, weight, out.shape[1], target)
+    generate_code(x, weight, out.shape[1], target)
     return native_calls.call("funnel_linear", out, x, weight.packed, *added, out_features=out.shape[1], target=target)
 
 
 def gated_linear(x: Rows, weight: Weight, *, target: Target) -> Rows:
     out = jax.ShapeDtypeStruct((x.shape[0], weight.shape[0] // 2), x.dtype)
-    prepare(x, weight, out.shape[1], target)
+    generate_code(x, weight, out.shape[1], target)
     return native_calls.call("funnel_gated_linear", out, x, weight.packed, out_features=out.shape[1], target=target)
 
 
@@ -37,7 +36,7 @@ def linear_add_norm(
     eps: float,
     target: Target,
 ) -> tuple[Rows, Rows]:
-    if not has_whole_rows(x, weight, target):  # then the norms are a pass of their own
+    if not has_whole_rows(x, weight, target):  # then the norms are computed in a separate pass
         if update_weight is None:
             return add_norm(linear(x, weight, add, target=target), None, norm_weight, None, eps=eps, target=target)
         product = linear(x, weight, None, target=target)
@@ -62,11 +61,12 @@ def project_heads(
     target: Target,
 ) -> tuple[Heads, ...]:
     rows, head_dim = x.shape[0], 2 * cos.shape[1]
-    units, rest = divmod(head_dim, funnel_native.handlers().UNIT)
-    if rest or not prepare(x, weight, weight.shape[0], target, units):
-        product = linear(x, weight, None, target=target)  # tiles would cut heads apart, which XLA turns then
-        options: dict[str, Any] = {"heads": heads, "plain_heads": plain_heads, "eps": eps, "target": target}
-        return xla.finish_heads(product, cos, sin, norms, x.dtype, **options)
+    units, remainder = divmod(head_dim, funnel_native.handlers().UNIT)
+    if remainder or not generate_code(x, weight, weight.shape[0], target, units):
+        product = linear(x, weight, None, target=target)  # tiles would split heads, so XLA rotates them
+        return xla.finish_heads(
+            product, cos, sin, norms, x.dtype, heads=heads, plain_heads=plain_heads, eps=eps, target=target
+        )
     groups = (*heads, plain_heads) if plain_heads else heads
     outs = tuple(jax.ShapeDtypeStruct((rows, count * head_dim), x.dtype) for count in groups)
     return native_calls.call(
@@ -86,17 +86,17 @@ def project_heads(
 
 
 def has_whole_rows(x: Rows, weight: Weight, target: Target) -> bool:
-    """Whether a norm can follow the product on its tiles, because these have whole rows."""
+    """Whether the tiles of the product contain whole rows, so that a norm can follow on each tile."""
     check(weight, target)
     is_bfloat16, threads = str(x.dtype) == "bfloat16", native_calls.count_threads(target)
     found: bool = funnel_native.handlers().suits_whole_rows(x.shape[0], *weight.shape, is_bfloat16, threads)
     return found
 
 
-def prepare(x: Rows, weight: Weight, out_features: int, target: Target, step: int = 1) -> bool:
-    """oneDNN makes code for each shape of a tile: now, while the program is traced, instead of in its first call.
+def generate_code(x: Rows, weight: Weight, out_features: int, target: Target, step: int = 1) -> bool:
+    """Makes oneDNN generate its code for the tiles now, while the program is traced, and not in the first call.
 
-    A tile has a multiple of `step` units of output features; False if it cannot.
+    Each tile has a multiple of `step` units of output features. Returns False if no tile can.
     """
     check(weight, target)
     is_bfloat16, threads = str(x.dtype) == "bfloat16", native_calls.count_threads(target)
@@ -106,10 +106,12 @@ def prepare(x: Rows, weight: Weight, out_features: int, target: Target, step: in
 
 
 def check(weight: Weight, target: Target) -> None:
-    """Raises `Unsupported` unless there are products with this weight."""
+    """Raises `Unsupported` unless the kernels can multiply with this weight."""
     native_calls.check_product(weight.dtype, target)
     if not isinstance(weight, PackedWeight):
         over_mesh = not jax.sharding.get_abstract_mesh().empty
         raise Unsupported(
-            "over a mesh weights are not packed" if over_mesh else "the weight is not packed (funnel_kernels.prepare)"
+            "weights are not packed when an engine runs on a mesh"
+            if over_mesh
+            else "the weight is not packed (funnel_kernels.prepare)"
         )

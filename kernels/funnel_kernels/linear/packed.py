@@ -1,4 +1,4 @@
-"""Weights in the layout that the products of backend "cpu" read."""
+"""Weights in the packed layout that the products of backend "cpu" read."""
 
 import dataclasses
 from functools import partial
@@ -16,12 +16,12 @@ Weight = Any  # jax.Array [out_features, in_features] | PackedWeight
 @partial(jax.tree_util.register_dataclass, data_fields=["packed"], meta_fields=["shape", "parts"])
 @dataclasses.dataclass(frozen=True)
 class PackedWeight:
-    """A weight [out_features, in_features] as oneDNN wants it. JAX takes it as a tree of one array.
+    """A weight [out_features, in_features] in oneDNN's layout. For JAX it is a pytree of one array.
 
     Attributes:
-        packed: the elements in oneDNN's order, one vector.
-        shape: of the weight.
-        parts: how many matrices of the same size are packed one after another: 2 are a gate and what it gates.
+        packed: a vector of the elements in oneDNN's order.
+        shape: the shape of the weight.
+        parts: the number of matrices of equal size that are packed one after another; 2 for gate and up.
     """
 
     packed: Any
@@ -33,31 +33,36 @@ class PackedWeight:
         return self.packed.dtype
 
     def __getitem__(self, rows: slice) -> "PackedWeight":
-        """Some of its output features, without unpacking: both ends on a multiple of the kernels' UNIT, or the end.
+        """A slice of the output features, without unpacking.
 
         Raises:
-            ValueError: they are not, or the weight has several parts.
+            ValueError: a bound is neither a multiple of the kernels' `UNIT` nor the end, or there are several parts.
         """
         import funnel_native
 
         unit = funnel_native.handlers().UNIT
         first, last, _ = rows.indices(self.shape[0])
         if self.parts > 1 or first % unit or (last % unit and last != self.shape[0]):
-            raise ValueError(f"rows {first} to {last} of a packed weight {self.shape} cannot be taken by themselves")
+            raise ValueError(
+                f"rows {first} to {last} of a packed weight {self.shape} cannot be sliced; slice it before `prepare`"
+            )
         row_elements = self.packed.shape[0] // (-(-self.shape[0] // unit) * unit)
         end = -(-last // unit) * unit
         return PackedWeight(self.packed[first * row_elements : end * row_elements], (last - first, self.shape[1]))
 
 
 def prepare(weight: Any, *, parts: int = 1, target: Target) -> Weight:
-    """A weight [out_features, in_features] as `linear`, or with 2 parts `gated_linear`, of a target wants it.
+    """A weight [out_features, in_features] in the layout that the products read on a target.
 
-    That is a `PackedWeight` where the kernels for CPUs serve, a copy that replaces the weight; elsewhere the weight
-    itself, and one that is packed stays as it is.
+    This is a `PackedWeight`, a copy, if the kernels for CPUs serve the products; otherwise it is the weight itself. A
+    weight that is already packed is returned unchanged.
+
+    Args:
+        parts: 2 for `gated_linear`, else 1.
     """
     if isinstance(weight, PackedWeight) or not packs(weight.dtype, target):
         return weight
-    if isinstance(weight, jax.ShapeDtypeStruct):  # to be traced: the kernels look at the shape of the weight alone
+    if isinstance(weight, jax.ShapeDtypeStruct):  # for tracing: the kernels only look at the shape of the weight
         return PackedWeight(jax.ShapeDtypeStruct((1,), weight.dtype), weight.shape, parts)
     import funnel_native
 

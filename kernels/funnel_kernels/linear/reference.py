@@ -14,7 +14,7 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 def linear(x: Rows, weight: Weight, add: Rows | None) -> Rows:
     if isinstance(weight, PackedWeight):
-        raise Unsupported("the weight is packed for backend cpu")
+        raise Unsupported("the weight is packed for backend 'cpu'; give the plain weight")
     product = jnp.matmul(x.astype(jnp.float32), weight.astype(jnp.float32).T, precision=HIGHEST)
     return product if add is None else (add + product).astype(add.dtype)
 
@@ -56,8 +56,8 @@ def project_heads(
         if norms is not None:
             group = rms_norm(group, norms[index], eps)
         left, right = group[..., :half], group[..., half:]
-        turned = (left * cos[:, None] - right * sin[:, None], right * cos[:, None] + left * sin[:, None])
-        groups.append(jnp.concatenate(turned, axis=-1))
+        rotated = (left * cos[:, None] - right * sin[:, None], right * cos[:, None] + left * sin[:, None])
+        groups.append(jnp.concatenate(rotated, axis=-1))
     if plain_heads:
         groups.append(all_heads[:, first:])
     return tuple(group.reshape(rows, -1).astype(x.dtype) for group in groups)

@@ -1,4 +1,4 @@
-"""The feed-forward half of a layer: two ops on blocks of rows that suit the device."""
+"""The feed-forward half of a layer: two ops, on blocks of rows whose size suits the device."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from funnel_kernels.linear import Weight, gated_linear, linear_add_norm
 from funnel_kernels.target import Target
 
-HIDDEN_PER_BLOCK = 2**24  # numbers between the two products in a block of rows on a CPU
+HIDDEN_PER_BLOCK = 2**24  # elements between the two products in one block of rows on a CPU
 
 Rows = tuple[jax.Array, jax.Array]  # [N, D] each
 
@@ -25,23 +25,24 @@ def mlp(
     axis: str | None = None,
     target: Target,
 ) -> Rows:  # [N, D] each, dtype of x
-    """`x + down(gelu(gate(normed)) * up(normed))`, and Gemma's RMSNorm of the sum: `gated_linear`, `linear_add_norm`.
+    """`x + down(gelu(gate(normed)) * up(normed))`, and Gemma's RMSNorm of the sum.
 
-    The hidden rows are many times wider than `x`. On a CPU they are made in blocks, whose memory does not grow with N,
-    and XLA multiplies faster so: a layer of Gemma 2B on 4096 rows runs at 337 GFLOP/s on two cores, and at 296 in one
-    block. Copying a block's rows in and out costs nothing beside that, unless the MLP is narrow: EmbeddingGemma's takes
-    a third longer in blocks of 1024 rows. An accelerator wants large products.
+    These are the ops `gated_linear` and `linear_add_norm`. The hidden rows between them are many times wider than `x`.
+    On a CPU they are computed in blocks, so their memory does not grow with N, and XLA's products are faster: a layer
+    of Gemma 2B on 4096 rows runs at 337 GFLOP/s on two cores, and at 296 in one block. The copies of a block's rows are
+    negligible, unless the MLP is narrow: that of EmbeddingGemma is a third slower in blocks of 1024 rows. Accelerators
+    need large products, so there all rows are one block.
 
     Args:
         x: float32 or bfloat16, the residual stream.
         normed: its norm, in the same dtype.
-        gate_up, down: as `prepare` gives them for the target, the first with `parts=2`.
+        gate_up, down: as `prepare` returns them for the target; gate_up with `parts=2`.
         norm_weight, update_weight, eps, axis: see `linear_add_norm`.
-        target: where it runs, and by whose kernels.
+        target: where it runs, and with which kernels.
 
     Raises:
-        InputError: shapes or dtypes that do not fit together.
-        BackendUnavailable: the backend does not serve this call.
+        InputError: the shapes or dtypes do not fit together.
+        BackendUnavailable: the backend does not support this call.
     """
 
     def block(x: jax.Array, normed: jax.Array) -> Rows:
@@ -55,12 +56,12 @@ def mlp(
 
 
 def rows_per_block(hidden: int) -> int:
-    """How many rows an MLP of this width takes at a time on a CPU: 1024 of Gemma 2B's, all of a small model's."""
+    """The largest number of rows in a block on a CPU, for an MLP of this width: 1024 for Gemma 2B."""
     return max(1, HIDDEN_PER_BLOCK // hidden)
 
 
 def in_blocks(function: Callable[..., Rows], most_rows: int, x: jax.Array, normed: jax.Array) -> Rows:
-    """Replaces the rows of both arrays by a function of them, in blocks of near-equal size, one after another."""
+    """Applies a function to the rows of both arrays, in blocks of near-equal size, one after another."""
     rows = x.shape[0]
     blocks = -(-rows // most_rows)
     if blocks == 1:
@@ -68,10 +69,10 @@ def in_blocks(function: Callable[..., Rows], most_rows: int, x: jax.Array, norme
     size = -(-rows // blocks)
 
     def update(block: jax.Array, arrays: Rows) -> Rows:
-        taken = (jax.lax.dynamic_slice_in_dim(array, block * size, size) for array in arrays)
+        rows_of_block = (jax.lax.dynamic_slice_in_dim(array, block * size, size) for array in arrays)
         x, normed = (
             jax.lax.dynamic_update_slice_in_dim(array, new, block * size, axis=0)
-            for array, new in zip(arrays, function(*taken), strict=True)
+            for array, new in zip(arrays, function(*rows_of_block), strict=True)
         )
         return x, normed
 

@@ -1,4 +1,4 @@
-"""Pooling of the token axis, fused with the RMSNorm that follows it."""
+"""Pooling of the token axis, fused with the RMSNorm after it."""
 
 import jax
 import jax.numpy as jnp
@@ -24,25 +24,25 @@ def pool_norm(
 ) -> tuple[jax.Array, jax.Array]:  # ([N / stride, D], [N / stride, D]), dtype of x
     """Pools each window of `stride` rows into one and applies Gemma's RMSNorm to the result.
 
-    Only the real rows of a window count, each once: "max" is elementwise and signed, "mean" is their mean in float32,
-    "first" is the first of them. A window without real rows becomes 0. The norm reads the float32 value, before the
-    pooled row is rounded to the dtype of `x`.
+    Only the real rows of a window count, each once: "max" is their elementwise, signed maximum, "mean" is their mean in
+    float32, "first" is the first of them. A window without real rows becomes 0. The norm reads the pooled row in
+    float32, before it is rounded to the dtype of `x`.
 
     Args:
         x: float32 or bfloat16, the residual stream.
-        real: True where a row holds a token.
+        real: True where a row contains a token.
         weight: zero-centred norm weight (the factor is `1 + weight`).
-        stride: rows per window; divides N. Windows start at row 0.
+        stride: rows per window; must divide N. Windows start at row 0.
         pool: "max", "mean" or "first".
         eps: added to the mean square.
-        target: where it runs, and by whose kernels.
+        target: where it runs, and with which kernels.
 
     Returns:
         The pooled rows (the new residual stream) and their norm (the next layer's input).
 
     Raises:
-        InputError: shapes, dtypes or options that do not fit.
-        BackendUnavailable: the backend does not serve this call.
+        InputError: the shapes, dtypes or options do not fit together.
+        BackendUnavailable: the backend does not support this call.
     """
     check_float("x", x, ndim=2)
     check_stride(stride, x.shape[0])
@@ -51,5 +51,5 @@ def pool_norm(
     check_shape("weight", weight, (x.shape[1],))
     check_shape("real", real, (x.shape[0],))
     if real.dtype != jnp.bool_:
-        raise InputError(f"real is {real.dtype}; it must be bool, True where a row holds a token")
+        raise InputError(f"real is {real.dtype}; it must be bool, True where a row contains a token")
     return POOL_NORM(x, real, weight, stride=stride, pool=pool, eps=eps, target=target)

@@ -1,4 +1,4 @@
-"""`pool_norm` for CPUs, in C++ (native_cpu_kernels.h): a window is read once, each result written once."""
+"""`pool_norm` for CPUs, in C++ (native_cpu_kernels.h): each window is read once, each result written once."""
 
 import jax
 

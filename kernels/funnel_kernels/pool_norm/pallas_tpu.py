@@ -1,7 +1,7 @@
 """`pool_norm` for TPUs, in Pallas: one read of `x`, one write of each result.
 
-A block of windows becomes float32, each row is replaced where it does not count, and then a strided load for each
-place in a window brings those rows of all windows together, 8 in a register.
+A block of windows is converted to float32, and rows that do not count are replaced by a neutral value. Then, for each
+position in a window, a strided load collects the rows at that position of all windows, 8 rows per register.
 """
 
 from functools import partial, reduce
@@ -54,15 +54,15 @@ def pool_norm(
 
 
 def row_values(real: jax.Array, stride: int, pool: str) -> jax.Array:
-    """What a row is in its window, [N] float32: its share if positive, else what stands in for it.
+    """One number per row, [N] float32: the positive weight of a row that counts, or the value that replaces it.
 
-    A row that counts has share 1, or with "mean" one part of its window. One that does not is 0; but with "max" it is
-    -inf if others of its window count. Made by shifting the row axis: windows as an axis of their own would be padded
-    to 128 columns in memory.
+    A row that counts has weight 1, or with "mean" 1 / n in a window of n real rows. A row that does not count is
+    replaced by 0, or with "max" by -inf if its window has a real row. The counts are made by shifting the row axis,
+    because an array with an axis of windows would be padded to 128 columns in memory.
     """
-    place = jnp.arange(real.shape[0]) % stride
-    before = sum(((place >= k) & jnp.roll(real, k) for k in range(1, stride)), jnp.zeros(real.shape, jnp.int32))
-    count = sum(((place < stride - k) & jnp.roll(real, -k) for k in range(1, stride)), before + real)
+    position = jnp.arange(real.shape[0]) % stride
+    before = sum(((position >= k) & jnp.roll(real, k) for k in range(1, stride)), jnp.zeros(real.shape, jnp.int32))
+    count = sum(((position < stride - k) & jnp.roll(real, -k) for k in range(1, stride)), before + real)
     if pool == "max":
         return jnp.where(real, 1.0, jnp.where(count > 0, -jnp.inf, 0.0))
     if pool == "mean":
@@ -82,21 +82,21 @@ def pool_norm_kernel(
     pool: str,
     eps: float,
 ) -> None:
-    """One block of `n` windows. Rows beyond the end of `x` hold anything; their windows are not written back."""
+    """One block of `n` windows. Rows after the end of `x` are undefined; their windows are not written back."""
     windows, width = pooled_ref.shape
     columns = range(width // LANES)
     values = jnp.broadcast_to(values_ref[0], (LANES, windows * stride)).T  # [s * n, 128]
     for start in range(0, windows, GROUP):
-        taken, rows = pl.ds(start, GROUP), slice(start * stride, (start + GROUP) * stride)
+        windows_of_group, rows = pl.ds(start, GROUP), slice(start * stride, (start + GROUP) * stride)
         value = widen(values[rows], width)
         x = x_ref[rows].astype(jnp.float32)
         x = jnp.where(value > 0, x * value if pool == "mean" else x, value)
         for c in columns:
             rows_ref[c, rows] = x[:, c * LANES : (c + 1) * LANES]
-        places = [
+        rows_by_position = [
             jnp.concatenate([rows_ref.at[c][pl.ds(start * stride + j, GROUP, stride=stride)] for c in columns], axis=1)
             for j in range(stride)
         ]
-        pooled = reduce(jnp.maximum if pool == "max" else jnp.add, places)
-        pooled_ref[taken] = pooled.astype(pooled_ref.dtype)
-        normed_ref[taken] = rms_norm(pooled, weight_ref, eps).astype(normed_ref.dtype)
+        pooled = reduce(jnp.maximum if pool == "max" else jnp.add, rows_by_position)
+        pooled_ref[windows_of_group] = pooled.astype(pooled_ref.dtype)
+        normed_ref[windows_of_group] = rms_norm(pooled, weight_ref, eps).astype(normed_ref.dtype)

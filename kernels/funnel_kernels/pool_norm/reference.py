@@ -8,13 +8,13 @@ from funnel_kernels.shapes import Mask, Rows, Vector
 
 def pool_norm(x: Rows, real: Mask, weight: Vector, *, stride: int, pool: str, eps: float) -> tuple[Rows, Rows]:
     windows = x.reshape(-1, stride, x.shape[1]).astype(jnp.float32)
-    counts = real.reshape(-1, stride, 1)
+    is_real = real.reshape(-1, stride, 1)
     if pool == "max":
-        pooled = jnp.where(counts, windows, -jnp.inf).max(axis=1)
+        pooled = jnp.where(is_real, windows, -jnp.inf).max(axis=1)
     elif pool == "mean":
-        pooled = jnp.where(counts, windows, 0.0).sum(axis=1) / jnp.maximum(counts.sum(axis=1), 1)
+        pooled = jnp.where(is_real, windows, 0.0).sum(axis=1) / jnp.maximum(is_real.sum(axis=1), 1)
     else:
-        first = jnp.argmax(counts, axis=1, keepdims=True)
+        first = jnp.argmax(is_real, axis=1, keepdims=True)
         pooled = jnp.take_along_axis(windows, first, axis=1)[:, 0]
-    pooled = jnp.where(counts.any(axis=1), pooled, 0.0)
+    pooled = jnp.where(is_real.any(axis=1), pooled, 0.0)
     return pooled.astype(x.dtype), rms_norm(pooled, weight, eps).astype(x.dtype)

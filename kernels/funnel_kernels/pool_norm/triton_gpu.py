@@ -1,6 +1,6 @@
 """`pool_norm` for NVIDIA GPUs, in Triton: one read of `x`, one write of each result.
 
-A program owns some windows whole, so that the mean square of a pooled row is a sum over its own registers.
+A program computes a block of whole windows, so the mean square of a pooled row is a sum over its own registers.
 """
 
 import jax
@@ -23,7 +23,7 @@ def pool_norm(
     target: Target,
     sizes: triton_calls.RowSizes | None = None,
 ) -> tuple[Rows, Rows]:
-    """See `funnel_kernels.pool_norm`; `sizes` are those of the tuning table or the common rule unless given."""
+    """See `funnel_kernels.pool_norm`; `sizes` default to `triton_calls.row_sizes`."""
     sizes = sizes or triton_calls.row_sizes("pool_norm", x.shape[1], x.dtype, target)
     windows, width = x.shape[0] // stride, x.shape[1]
     grid, options = launch(windows, width, stride, pool, eps, sizes)
@@ -36,7 +36,7 @@ def pool_norm(
 def launch(
     windows: int, width: int, stride: int, pool: str, eps: float, sizes: triton_calls.RowSizes
 ) -> triton_calls.Launch:
-    """The grid, and everything that is fixed when the kernel is compiled."""
+    """The grid, and the compile-time constants of the kernel."""
     options = {
         "width": width,
         "stride": stride,
@@ -67,12 +67,12 @@ def pool_norm_kernel(
 ):
     window = tl.program_id(0) * block_windows + tl.arange(0, block_windows)
     column = tl.arange(0, block_width)
-    inside = window < windows
+    in_range = window < windows
     pooled = tl.full([block_windows, block_width], float("-inf") if pool == "max" else 0.0, tl.float32)
     count = tl.zeros([block_windows], tl.int32)
     for i in tl.static_range(stride):
         row = window.to(tl.int64) * stride + i
-        real = tl.load(real_ptr + row, mask=inside, other=0) != 0
+        real = tl.load(real_ptr + row, mask=in_range, other=0) != 0
         needed = (real & (count == 0) if pool == "first" else real)[:, None] & (column < width)[None, :]
         x = tl.load(x_ptr + row[:, None] * width + column[None, :], mask=needed, other=0.0).to(tl.float32)
         if pool == "max":
@@ -86,7 +86,7 @@ def pool_norm_kernel(
 
     weight = tl.load(weight_ptr + column, mask=column < width, other=0.0).to(tl.float32)
     normed = pooled * tl.rsqrt(tl.sum(pooled * pooled, 1) / width + eps)[:, None] * (1.0 + weight)[None, :]
-    at = window.to(tl.int64)[:, None] * width + column[None, :]
-    there = inside[:, None] & (column < width)[None, :]
-    tl.store(pooled_ptr + at, pooled.to(pooled_ptr.dtype.element_ty), mask=there)
-    tl.store(normed_ptr + at, normed.to(normed_ptr.dtype.element_ty), mask=there)
+    offset = window.to(tl.int64)[:, None] * width + column[None, :]
+    mask = in_range[:, None] & (column < width)[None, :]
+    tl.store(pooled_ptr + offset, pooled.to(pooled_ptr.dtype.element_ty), mask=mask)
+    tl.store(normed_ptr + offset, normed.to(normed_ptr.dtype.element_ty), mask=mask)

@@ -23,10 +23,11 @@ def recover_norm(
     eps: float,
     target: Target,
 ) -> jax.Array:  # [N, D], dtype of short
-    """Gives every row of the full axis its window's short row, combines it with `full`, and applies RMSNorm.
+    """Copies each short row to all full-length rows of its window, combines them with `full`, and applies RMSNorm.
 
-    Row `j` takes short row `j // stride`. Combining and norm are float32. With site "before_norm" the combined rows
-    are normalised; with "after_norm" each operand is normalised (by the same weight) and then they are combined.
+    Full-length row `j` gets short row `j // stride`. The combination and the norm are float32. With site "before_norm"
+    the combined rows are normalised; with "after_norm" both operands are normalised with the same weight and then
+    combined.
 
     Args:
         short: float32 or bfloat16, the residual stream after the last layer.
@@ -36,11 +37,11 @@ def recover_norm(
         mode: "tile" (no combination), "sum", "mean" (half the sum) or "max" (elementwise).
         site: where the combination happens, "before_norm" or "after_norm".
         eps: added to the mean square.
-        target: where it runs, and by whose kernels.
+        target: where it runs, and with which kernels.
 
     Raises:
-        InputError: shapes, dtypes or options that do not fit.
-        BackendUnavailable: the backend does not serve this call.
+        InputError: the shapes, dtypes or options do not fit together.
+        BackendUnavailable: the backend does not support this call.
     """
     check_float("short", short, ndim=2)
     check_choice("mode", mode, MODES)
@@ -49,8 +50,10 @@ def recover_norm(
     check_shape("weight", weight, (short.shape[1],))
     rows = short.shape[0] * stride
     check_stride(stride, rows)
-    if (full is None) != (mode == "tile"):
-        raise InputError(f"mode={mode!r} {'needs' if full is None else 'takes no'} full-length rows in `full`")
+    if full is None and mode != "tile":
+        raise InputError(f"mode={mode!r} needs the full-length rows; give `full`")
+    if full is not None and mode == "tile":
+        raise InputError("mode='tile' does not use full-length rows; give None for `full`")
     if full is not None:
         check_float("full", full, ndim=2)
         check_shape("full", full, (rows, short.shape[1]))

@@ -1,4 +1,4 @@
-"""`recover_norm` for CPUs, in C++ (native_cpu_kernels.h): all is read or written once."""
+"""`recover_norm` for CPUs, in C++ (native_cpu_kernels.h): each array is read or written once."""
 
 import jax
 

@@ -1,6 +1,6 @@
 """`recover_norm` for TPUs, in Pallas: one read of `short` and of `full`, one write of the result.
 
-The short rows of a block become float32, and a strided store for each place in a window tiles them.
+The short rows of a block are converted to float32. For each position in a window, a strided store copies them there.
 """
 
 from functools import partial
@@ -33,7 +33,7 @@ def recover_norm(
     if full is not None:
         operands.append(full)
         in_specs.append(per_row)
-    norm_first = mode == "tile" or site == "after_norm"  # tiling and norm commute
+    norm_first = mode == "tile" or site == "after_norm"  # tiling and the norm commute
     return pallas_calls.call(
         partial(recover_norm_kernel, stride=stride, mode=mode, norm_first=norm_first, eps=eps),
         target=target,
@@ -61,12 +61,12 @@ def recover_norm_kernel(
     norm_first: bool,
     eps: float,
 ) -> None:
-    """One block of `n` short rows. Those beyond the end of `short` hold anything; their rows are not written back."""
+    """One block of `n` short rows. Rows after the end of `short` are undefined; their results are not written back."""
     *full_ref, out_ref, rows_ref = refs
     windows, width = short_ref.shape
     columns = range(width // LANES)
     for start in range(0, windows, GROUP):
-        taken = slice(start * stride, (start + GROUP) * stride)
+        full_rows = slice(start * stride, (start + GROUP) * stride)
         short = short_ref[start : start + GROUP].astype(jnp.float32)
         if norm_first:
             short = rms_norm(short, weight_ref, eps)
@@ -74,9 +74,9 @@ def recover_norm_kernel(
             for j in range(stride):
                 tiled = pl.ds(start * stride + j, GROUP, stride=stride)
                 rows_ref.at[c][tiled] = short[:, c * LANES : (c + 1) * LANES]
-        rows = jnp.concatenate([rows_ref[c, taken] for c in columns], axis=1)
+        rows = jnp.concatenate([rows_ref[c, full_rows] for c in columns], axis=1)
         if mode != "tile":
-            full = full_ref[0][taken].astype(jnp.float32)
+            full = full_ref[0][full_rows].astype(jnp.float32)
             if norm_first:
                 full = rms_norm(full, weight_ref, eps)
             rows = jnp.maximum(rows, full) if mode == "max" else rows + full
@@ -84,4 +84,4 @@ def recover_norm_kernel(
                 rows *= 0.5
             if not norm_first:
                 rows = rms_norm(rows, weight_ref, eps)
-        out_ref[taken] = rows.astype(out_ref.dtype)
+        out_ref[full_rows] = rows.astype(out_ref.dtype)

@@ -9,7 +9,7 @@ from funnel_kernels.shapes import Rows, Vector
 def recover_norm(
     short: Rows, full: Rows | None, weight: Vector, *, stride: int, mode: str, site: str, eps: float
 ) -> Rows:
-    if full is None:  # mode "tile": tiling and norm commute: normalise the short rows
+    if full is None:  # mode "tile": tiling and the norm commute, so the short rows are normalised
         return tile(rms_norm(short, weight, eps).astype(short.dtype), stride)
     if site == "before_norm":
         rows = combine(tile(short, stride), full, mode)

@@ -41,7 +41,7 @@ def test_malformed_sequences_are_refused_before_an_id_is_read(library, plain, ch
 def test_ids_out_of_vocabulary(library, plain, bad):
     ids = IDS.copy()
     ids[5] = bad
-    with refusal(f"INPUT: input 1 holds token id {bad}; ids lie in 0 ... 100"):
+    with refusal(f"INPUT: input 1 holds token id {bad}; ids must be from 0 to 100"):
         library.embed(plain, ids)
 
 

@@ -6,8 +6,10 @@ BIN := $(VENV)/bin
 # What is written in C++ and in the Python module; an installation builds it.
 NATIVE := $(shell find kernels bindings/funnel_native -name '*.cc' -o -name '*.h' -o -name CMakeLists.txt)
 
+# Every value of every option runs; `make test MARKERS=` runs more combinations of them too.
+MARKERS := not grid
 # -rs: the summary says which tests were skipped, and why.
-PYTEST_OPTIONS := -n 2 --dist worksteal -p no:benchmark -rs
+PYTEST_OPTIONS := -n 2 --dist worksteal -p no:benchmark -rs -m '$(MARKERS)'
 # What is different on processors without bfloat16 products, or without AVX-512: simulated before the whole run.
 OLDER_CPUS := -k 'not (reference- or xla- or triton or tpu)' tests/bindings/test_native_linear.py \
 	tests/kernels/test_linear.py tests/kernels/test_attention.py tests/kernels/test_add_norm.py \

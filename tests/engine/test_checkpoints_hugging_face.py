@@ -573,4 +573,7 @@ def test_dense_layer_without_safetensors(source, make):
         (source / folder / "config.json").write_text(json.dumps(config))
     make(source / "2_Dense" / ("pytorch_model.bin" if make is Path.touch else "model.safetensors"))
     message = refusal(source)
-    assert f"{source / '2_Dense' / 'model.safetensors'} does not exist; load the model with sentence-transformers" in message
+    assert (
+        f"{source / '2_Dense' / 'model.safetensors'} does not exist; load the model with sentence-transformers"
+        in message
+    )

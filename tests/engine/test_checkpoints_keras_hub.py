@@ -394,10 +394,10 @@ def test_tokenizer_in_the_assets(tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"use_query_key_norm": False}, "use_query_key_norm is False; gemma3_text needs True"),
-        ({"use_post_ffw_norm": False}, "use_post_ffw_norm is False; gemma3_text needs True"),
-        ({"use_post_attention_norm": False}, "use_post_attention_norm is False; gemma3_text needs True"),
-        ({"attention_logit_soft_cap": 50.0}, "attention_logit_soft_cap is 50.0; gemma3_text needs None"),
+        ({"use_query_key_norm": False}, "use_query_key_norm is False; for gemma3_text it must be True"),
+        ({"use_post_ffw_norm": False}, "use_post_ffw_norm is False; for gemma3_text it must be True"),
+        ({"use_post_attention_norm": False}, "use_post_attention_norm is False; for gemma3_text it must be True"),
+        ({"attention_logit_soft_cap": 50.0}, "attention_logit_soft_cap is 50.0; for gemma3_text it must be None"),
         ({"layer_norm_epsilon": 1e-5}, "layer_norm_epsilon is 1e-05"),
         ({"num_layers": "7"}, "num_layers is '7'"),
         ({"num_layers": 10**9}, "num_hidden_layers=1000000000"),
@@ -421,9 +421,9 @@ def test_options_that_are_refused(tmp_path, options, words):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"use_post_ffw_norm": True}, "use_post_ffw_norm is True; gemma needs False"),
-        ({"use_sliding_window_attention": True}, "use_sliding_window_attention is True; gemma needs False"),
-        ({"attention_logit_soft_cap": 50.0}, "attention_logit_soft_cap is 50.0; gemma needs None"),
+        ({"use_post_ffw_norm": True}, "use_post_ffw_norm is True; for gemma it must be False"),
+        ({"use_sliding_window_attention": True}, "use_sliding_window_attention is True; for gemma it must be False"),
+        ({"attention_logit_soft_cap": 50.0}, "attention_logit_soft_cap is 50.0; for gemma it must be None"),
     ],
 )
 def test_options_that_gemma_1_does_not_have(tmp_path, options, words):
@@ -562,8 +562,11 @@ def test_shards_that_do_not_fit_together(tmp_path):
         ({"/vars": {}}, "names {}, which is not the name of a file in"),
         ({"/vars": "model_00002.weights.h5"}, "lists 'model_00002.weights.h5', which are not in the same folder"),
         ({"/vars": "model_00000.weights.h5"}, "does not match the files"),
-        (whole | {"/more/vars": "model_00000.weights.h5"}, "these are: '/more/vars in model_00000.weights.h5'"),
-        (whole | {gate: "model_00001.weights.h5"}, f"these are: '{gate} in model_00000.weights.h5'"),
+        (
+            whole | {"/more/vars": "model_00000.weights.h5"},
+            "does not match the files: '/more/vars in model_00000.weights.h5'",
+        ),
+        (whole | {gate: "model_00001.weights.h5"}, f"does not match the files: '{gate} in model_00000.weights.h5'"),
         ([], "weight_map is []"),
     ]:
         index.write_text(json.dumps({"weight_map": weight_map}))

@@ -1,21 +1,21 @@
 """One result file for every suite: whole after every measured cell, so that a run that is killed keeps what it has.
 
-A file is JSON:
+A file is one JSON document with a line for each row (`json_lines`); numbers have six significant digits:
 
 | field | what it says |
 |---|---|
 | `schema` | the version of this form |
 | `suite` | which suite has written it |
 | `started` | when, UTC |
-| `options` | everything that the figures depend on; a run goes on only with a file of its own options |
+| `options` | everything that the figures depend on; a run resumes only a file of its own options |
 | `machine` | see `machine.machine_facts` |
-| `resumed` | runs that went on with it: `started`, `machine`, and `rows`, the number of rows that were there by then |
-| `complete` | whether the last run got to its end |
+| `resumed` | later runs that added to it: `started`, `machine`, and `rows`, the number of rows before them |
+| `complete` | whether the last run reached its end |
 | `rows` | what was measured: `cell`, a name of its own, `took_seconds`, and figures |
 | `left_out` | `cell` and `reason`; `same_as`, the cell whose row says the same, where nothing is missing without it |
 | `errors` | `cell` and `error` |
 
-and whatever else the suite has to say. A *figure with samples* is `{low, median, high, samples}` (`measure.spread`); of
+and whatever else the suite writes. A *figure with samples* is `{low, median, high, samples}` (`measure.spread`); of
 such a figure less is better (seconds, bytes), which `compare` relies on.
 """
 
@@ -28,13 +28,14 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from funnel_benchmarks.json_lines import document, rounded
 from funnel_engine.output_files import write_text
 from funnel_kernels.errors import FunnelError, InputError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-SCHEMA = 2
+SCHEMA = 3
 SAME_MACHINE = ("cpu", "kernel_instruction_set", "cores", "devices")  # facts that may not change within a file
 FIELDS: dict[str, type] = {
     "suite": str, "started": str, "options": dict, "machine": dict, "resumed": list, "complete": bool, "rows": list,
@@ -98,16 +99,17 @@ class Results:
         self.kept = path is not None and path.exists() and not resume  # until there is something better
         self.advance: Callable[[], object] = lambda: None
         if resume and path is not None and path.exists():
-            self.go_on(path)
+            self.take_over(path)
 
-    def go_on(self, path: Path) -> None:
-        """Takes over what a file holds, if it is of this run's kind."""
+    def take_over(self, path: Path) -> None:
+        """Continues with what a file contains, if it is of this run's kind."""
         earlier, now = read_results(path), self.content
         changed = differences(kind_of(earlier), kind_of(now))
         changes = "; ".join(f"{name} was {there!r} and is {here!r} now" for name, there, here in changed)
         if changes:
             raise InputError(
-                f"{path} cannot be gone on with: {changes}; run what it was begun with, or write to another file"
+                f"{path} cannot be resumed: {changes}; use the options and machine of its first run, or write to "
+                "another file"
             )
         run = {"started": now["started"], "machine": now["machine"], "rows": len(earlier["rows"])}
         self.content = earlier | {"resumed": [*earlier["resumed"], run], "complete": False}
@@ -153,7 +155,7 @@ class Results:
     def measure(self, cell: str, measure: Callable[[], Row]) -> None:
         start = time.monotonic()
         try:
-            row = {"cell": cell, **measure(), "took_seconds": time.monotonic() - start}
+            row = rounded({"cell": cell, **measure(), "took_seconds": time.monotonic() - start})
             check_row(row)
         except LeftOut as reason:
             entry = {"cell": cell, "reason": str(reason)}
@@ -189,7 +191,7 @@ class Results:
     def write(self) -> None:
         self.kept = self.kept and not self.rows
         if self.path is not None and not self.kept:
-            write_text(self.path, json.dumps(self.content, indent=1, allow_nan=False) + "\n")
+            write_text(self.path, document(self.content))
 
 
 def kind_of(content: Row) -> Row:
@@ -266,23 +268,23 @@ def read_results(path: Path) -> Row:
         raise InputError(f"cannot read {path}: {reason}; name a file that a suite has written") from error
     except json.JSONDecodeError as error:
         raise InputError(
-            f"{path} is cut short or no JSON ({error.msg}, line {error.lineno}); measure again, without --resume"
+            f"{path} is cut short or is not JSON ({error.msg}, line {error.lineno}); measure again, without --resume"
         ) from error
     except (ValueError, RecursionError) as error:
         raise InputError(
-            f"{path} is no result file of schema {SCHEMA}: {error}; measure again, into another file"
+            f"{path} is not a result file of schema {SCHEMA}: {error}; measure again, into another file"
         ) from error
     return content
 
 
 def refuse(constant: str) -> None:
-    raise ValueError(f"it holds {constant}, which is no figure")
+    raise ValueError(f"it contains {constant}, which is not a figure")
 
 
 def finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"it holds {text}, which is too large")
+        raise ValueError(f"it contains {text}, which is too large")
     return value
 
 
@@ -344,4 +346,4 @@ def check_figure(name: str, figure: Row) -> None:
         raise ValueError(f"{name} has no samples")
     for number in (*(figure.get(bound) for bound in ("low", "median", "high")), *samples):
         if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number < LARGEST:
-            raise ValueError(f"{name} holds {number!r}, where a number above 0 must be")
+            raise ValueError(f"{name} contains {number!r}; it must be a number above 0")

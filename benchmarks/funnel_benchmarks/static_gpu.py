@@ -10,7 +10,6 @@ needs more shared memory than its target has. AMD's gfx942 is reported apart and
 import collections
 import concurrent.futures
 import itertools
-import json
 import multiprocessing
 import os
 import re
@@ -32,6 +31,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 from triton.compiler import ASTSource, make_backend
 
+from funnel_benchmarks.sweep import table_text
 from funnel_engine import preset
 from funnel_engine.config import RECOVERIES
 from funnel_engine.output_files import check_writable, write_text
@@ -297,20 +297,13 @@ def compile_all(work: list[tuple[str, Variant]], jobs: int) -> Results:
 
 
 def as_json(results: Results) -> str:
-    """One line for each variant: on each target registers, shared memory, spilled bytes. Problems apart."""
-    rows: dict[str, dict[str, list[int]]] = collections.defaultdict(dict)
-    for (name, target), compiled in results.items():
-        rows[name][target] = [compiled.registers, compiled.shared, compiled.spilled]
-    head = {
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "triton": triton.__version__,
-        "columns": ["registers a thread", "bytes of shared memory", "bytes spilled"],
-        "problems": {
-            f"{target}: {name}": text for (name, target), it in results.items() if (text := problem(target, it))
-        },
-    }
-    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items())
-    return f'{json.dumps(head, indent=1)[:-2]},\n "kernels": {{\n{lines}\n }}\n}}\n'
+    """See `sweep.table_text`."""
+    return table_text(
+        {"date": time.strftime("%Y-%m-%d", time.gmtime()), "triton": triton.__version__},
+        Compiled._fields[:-1],
+        {place: compiled[:-1] for place, compiled in results.items()},
+        {(name, target): problem(target, compiled) for (name, target), compiled in results.items()},
+    )
 
 
 def print_summary(results: Results) -> None:

@@ -39,6 +39,7 @@ from rich.progress import track
 from rich.table import Table
 
 from funnel_benchmarks.hbm_traffic import hbm_traffic
+from funnel_benchmarks.sweep import table_text
 from funnel_engine import FunnelConfig, HeadConfig, ModelConfig, preset
 from funnel_engine.config import layer_steps
 from funnel_engine.output_files import check_writable, write_text
@@ -443,11 +444,21 @@ def main(json_file: Path | None, only: tuple[str, ...], generations: tuple[str, 
     found = itertools.chain.from_iterable(compile_for(generation, part, only or ("",)) for generation, part in jobs)
     results = list(track(found, "Compiling", console=console, transient=True, disable=not console.is_terminal))
     if json_file:
-        rows = [result._asdict() for result in results]
-        write_text(json_file, json.dumps({"jax": jax.__version__, "compiled": rows}, indent=1) + "\n")
+        write_text(json_file, as_json(results))
     print_summary(results)
     if any(result.problem for result in results):
         raise SystemExit(1)
+
+
+def as_json(results: list[Compiled]) -> str:
+    """See `sweep.table_text`."""
+    places = {(result.variant, result.generation): result for result in results}
+    return table_text(
+        {"jax": jax.__version__},
+        Compiled._fields[2:-1],
+        {place: result[2:-1] for place, result in places.items()},
+        {place: result.problem for place, result in places.items()},
+    )
 
 
 def print_summary(results: list[Compiled]) -> None:

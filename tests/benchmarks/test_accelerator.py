@@ -147,7 +147,7 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path, capsys):
 def test_a_foreign_file_is_refused_before_anything_is_measured(tmp_path, capsys):
     (tmp_path / "engine.json").write_text('{"schema": 999, "suite": "engine"}')
     assert main(["--out", str(tmp_path), "--small", "--only", "ceilings"]) == 2
-    assert "engine.json is no result file of schema 2: schema is 999" in capsys.readouterr().err
+    assert "engine.json is not a result file of schema 3: schema is 999" in capsys.readouterr().err
     assert not (tmp_path / "ceilings.json").exists()
 
 

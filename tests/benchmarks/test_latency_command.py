@@ -163,7 +163,7 @@ def test_a_sweep_says_what_is_measured(monkeypatch, options, repeats, batches):
 def test_bad_input_is_one_line_with_status_2_before_anything_is_loaded(tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.html").mkdir()
-    (tmp_path / "old.json").write_text('{"schema": 2, "su')
+    (tmp_path / "old.json").write_text('{"schema": 3, "su')
     monkeypatch.setattr(command, "cells", None)
     monkeypatch.setattr(models, "random_array", None)
     result = run("bench", "latency", *arguments)

@@ -242,10 +242,10 @@ def test_bad_input(tiny, tmp_path):
     with pytest.raises(InputError, match="longest sequence has 999 tokens"):
         run("--lengths", "999")
     file = tmp_path / "peers.json"
-    file.write_text('{"schema": 2')
+    file.write_text('{"schema": 3')
     with pytest.raises(InputError, match="is cut short"):
         run("--lengths", "7", "--json", str(file), "--resume")
-    assert file.read_text() == '{"schema": 2'
+    assert file.read_text() == '{"schema": 3'
     assert run("--peer", "vllm").exit_code == 2
 
 

@@ -37,10 +37,10 @@ def changed(*path, value=None):
 
 # Files that cannot be shown -> their content, and what is said about them.
 BROKEN = {
-    "cut.json": ('{"schema": 2, "su', "cut.json is cut short or no JSON"),
-    "old.json": (json.dumps(make_result() | {"schema": 1}), "old.json is no result file of schema 2: schema is 1"),
-    "list.json": ("[]", "list.json is no result file of schema 2: it is not an object"),
-    "binary.json": (b"\x80\x81", "binary.json is no result file"),
+    "cut.json": ('{"schema": 3, "su', "cut.json is cut short or is not JSON"),
+    "old.json": (json.dumps(make_result() | {"schema": 2}), "old.json is not a result file of schema 3: schema is 2"),
+    "list.json": ("[]", "list.json is not a result file of schema 3: it is not an object"),
+    "binary.json": (b"\x80\x81", "binary.json is not a result file"),
     "other.json": (
         json.dumps(make_result() | {"suite": "<cpu>"}),
         "other.json is of suite '<cpu>', which has no place",

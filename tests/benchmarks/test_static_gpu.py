@@ -113,9 +113,10 @@ def test_a_kernel_compiles_for_hopper_and_its_needs_are_written_down(tmp_path):
     done = run("--only", ATTENTION, "--target", "sm_90", "--json", str(tmp_path / "static.json"))
     assert done.returncode == 0, done.stdout + done.stderr
     written = json.loads((tmp_path / "static.json").read_text())
-    assert written["problems"] == {}
+    assert written["problems"] == []
     assert written["triton"] == static_gpu.triton.__version__
-    ((found, targets),) = written["kernels"].items()
+    assert written["columns"] == ["registers", "shared", "spilled"]
+    ((found, targets),) = written["rows"]
     assert found == ATTENTION
     assert set(targets) == {"sm_90"}
     registers, shared, spilled = targets["sm_90"]
@@ -185,10 +186,8 @@ def test_a_problem_is_named_and_fails_only_for_nvidia(invoke, tmp_path, target, 
         [f"{target}: pool_norm: {problem}"] if problem else []
     )
     written = json.loads(file.read_text())
-    assert written["problems"] == ({f"{target}: pool_norm": problem} if problem else {})
-    assert written["kernels"] == {
-        ATTENTION: {"sm_80": [9, 9, 0]}, "pool_norm": {target: list(compiled[:3])},
-    }  # fmt: skip
+    assert written["problems"] == ([["pool_norm", target, problem]] if problem else [])
+    assert written["rows"] == [[ATTENTION, {"sm_80": [9, 9, 0]}], ["pool_norm", {target: list(compiled[:3])}]]
 
 
 # What is refused.

@@ -26,14 +26,14 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.console import Console
 
 from funnel_benchmarks.json_lines import document, rounded
+from funnel_benchmarks.progress import Progress
 from funnel_engine.output_files import write_text
 from funnel_kernels.errors import FunnelError, InputError
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 SCHEMA = 3
 SAME_MACHINE = ("cpu", "kernel_instruction_set", "cores", "devices")  # facts that may not change within a file
@@ -46,7 +46,7 @@ LARGEST = 1e300  # of the numbers in a figure
 REST = "the rest of the suite"  # stands for a cell that has no name, because naming it failed
 
 Row = dict[str, Any]
-Cell = tuple[str, Callable[[], Row]]  # what a row is called, and what measures it
+Measurement = tuple[str, Callable[[], Row]]  # what a row is called, and what measures it
 
 
 class LeftOut(Exception):
@@ -74,7 +74,7 @@ class Results:
         facts: Row | None = None,
         resume: bool = False,
         show: Callable[[Row], str] | None = None,
-        console: "Console | None" = None,
+        console: Console | None = None,
     ):
         """Writes nothing yet.
 
@@ -84,15 +84,14 @@ class Results:
             options, machine, facts: the head of the file; plain JSON.
             resume: keep the rows of a file that is there already, and measure only the cells that it lacks.
             show: the line that tells of a new row. Default: how long it took.
-            console: where lines go, and on a terminal how far the run has got; needs rich. Default: only lines, to
-                standard output.
+            console: where lines go, and on a terminal how far the run has got. Default: standard output.
 
         Raises:
             InputError: with `resume`, a file that is no result, or is one of another suite, other options or another
                 machine.
         """
         started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        self.path, self.show, self.console = path, show or took, console
+        self.path, self.show, self.console = path, show or took, console or Console()
         self.content: Row = {"schema": SCHEMA, "suite": suite, "started": started, "options": options}
         self.content |= {"machine": machine, "resumed": [], **(facts or {})}
         self.content |= {"complete": False, "rows": [], "left_out": [], "errors": []}
@@ -124,7 +123,7 @@ class Results:
         """Whether a cell raised, or found a wrong result."""
         return bool(self.content["errors"]) or any(not row.get("passed", True) for row in self.rows)
 
-    def measure_all(self, cells: Iterable[Cell], *, steps: int = 1) -> None:
+    def measure_all(self, cells: Iterable[Measurement], *, steps: int = 1) -> None:
         """Measures every cell that has no row yet; what a cell raises is written down, and the next one is measured.
 
         Args:
@@ -136,9 +135,7 @@ class Results:
             self.content[field] = [entry for entry in self.content[field] if entry["cell"] not in again]
         done = {row["cell"] for row in self.rows}
         missing = [(cell, measure) for cell, measure in named if cell not in done]
-        if self.console is not None and self.console.is_terminal:
-            from funnel_benchmarks.progress import Progress  # an accelerator's machine may lack rich
-
+        if self.console.is_terminal:
             with Progress(self.console, self.content["suite"], len(missing), steps) as progress:
                 self.advance = progress.step
                 for cell, measure in missing:
@@ -155,7 +152,7 @@ class Results:
     def measure(self, cell: str, measure: Callable[[], Row]) -> None:
         start = time.monotonic()
         try:
-            row = rounded({"cell": cell, **measure(), "took_seconds": time.monotonic() - start})
+            row = {"cell": cell, **measure(), "took_seconds": time.monotonic() - start}
             check_row(row)
         except LeftOut as reason:
             entry = {"cell": cell, "reason": str(reason)}
@@ -183,15 +180,12 @@ class Results:
 
     def tell(self, *lines: str) -> None:
         for line in lines:
-            if self.console is None:
-                print(line, flush=True)
-            else:
-                self.console.print(line, soft_wrap=True, highlight=False, markup=False)
+            self.console.print(line, soft_wrap=True, highlight=False, markup=False)
 
     def write(self) -> None:
         self.kept = self.kept and not self.rows
         if self.path is not None and not self.kept:
-            write_text(self.path, document(self.content))
+            write_text(self.path, document(self.content | {"rows": rounded(self.rows)}))
 
 
 def kind_of(content: Row) -> Row:
@@ -220,13 +214,13 @@ def too_few(row: Row) -> str:
     return f"  [samples of a side: {count}; {ENOUGH_SAMPLES} are needed to quote it]"
 
 
-def named_cells(cells: Iterable[Cell]) -> tuple[list[Cell], Exception | None]:
+def named_cells(cells: Iterable[Measurement]) -> tuple[list[Measurement], Exception | None]:
     """All cells up to the first that cannot be named, and why not; nothing is measured.
 
     Raises:
         ValueError: two cells have one name, so that a file could not tell them apart.
     """
-    named: list[Cell] = []
+    named: list[Measurement] = []
     broken = None
     try:
         named.extend(cells)

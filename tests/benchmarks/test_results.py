@@ -96,7 +96,7 @@ def test_a_row_is_a_line_of_numbers_of_six_digits(tmp_path):
     assert row.pop("took_seconds") >= 0
     figure = {"low": 3086420.0, "median": 6172840.0, "high": 9259260.0, "samples": [0.123457, 12345700.0]}
     assert row == {"cell": "b", "seconds": figure, "flops": 123456789, "share": 0.666667}
-    assert results.rows == saved(path)["rows"]
+    assert results.rows[1]["share"] == 2 / 3
     assert saved(path) == read_results(path)
 
 

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
-from funnel_benchmarks.results import Cell, LeftOut, Row
+from funnel_benchmarks.results import LeftOut, Measurement, Row
 
 
 class Clock:
@@ -16,7 +16,7 @@ class Clock:
     def seconds_left(self) -> float:
         return max(0.0, self.end - time.monotonic())
 
-    def within(self, cells: Iterable[Cell]) -> Iterator[Cell]:
+    def within(self, cells: Iterable[Measurement]) -> Iterator[Measurement]:
         """The same cells, which are left out if their turn comes too late."""
         for name, measure in cells:
             yield name, partial(self.measure, measure)

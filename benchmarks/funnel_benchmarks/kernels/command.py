@@ -6,11 +6,10 @@ import click
 import numpy as np
 
 from funnel_benchmarks import suite_command
-from funnel_benchmarks.kernels import table
 from funnel_benchmarks.kernels.allocator import keep_freed_memory
 from funnel_benchmarks.kernels.cases import Sizes
 from funnel_benchmarks.kernels.ceilings import ceilings
-from funnel_benchmarks.kernels.suite import Suite, backends_here, cells
+from funnel_benchmarks.kernels.suite import Suite, backends_here
 from funnel_benchmarks.memory import check_memory
 from funnel_benchmarks.models import preset_model
 from funnel_kernels import BACKENDS
@@ -53,7 +52,7 @@ def kernels(
     check_memory(model.config, model.head, dtype, seq_len * batch)
     sizes = Sizes(model.config, np.full(batch, seq_len, np.int32), dtype)
     with ceilings(dtype) as measured:
-        suite = Suite(sizes=sizes, backends=backends or backends_here(), ceilings=measured, repeats=repeats)
-        results = suite_command.begin("kernels", table, {"model": model.name, **suite.options()}, json_file, resume)
-        results.measure_all(cells(suite))
-    suite_command.end(results)
+        suite = Suite(
+            model=model.name, sizes=sizes, backends=backends or backends_here(), ceilings=measured, repeats=repeats
+        )
+        suite_command.run(suite, json=json_file, resume=resume)

@@ -9,21 +9,16 @@ from click.core import ParameterSource
 from funnel_benchmarks import suite_command
 from funnel_benchmarks.funnels import NO_FUNNEL
 from funnel_benchmarks.inputs import SEED
-from funnel_benchmarks.latency import table
 from funnel_benchmarks.latency.layers import even_layers, parse_layers
-from funnel_benchmarks.latency.plot import draw
-from funnel_benchmarks.latency.section import section
-from funnel_benchmarks.latency.suite import Batch, Suite, cells
+from funnel_benchmarks.latency.suite import Batch, Suite
 from funnel_benchmarks.latency.sweeps import LENGTHS, QUICK_TOKENS, SWEEPS, TOKENS, sweep_batches, sweep_funnels
 from funnel_benchmarks.lengths import PRESETS as LENGTH_PRESETS
 from funnel_benchmarks.lengths import describe as describe_lengths
 from funnel_benchmarks.lengths import draw as draw_lengths
 from funnel_benchmarks.memory import check_memory
 from funnel_benchmarks.models import Model, checkpoint_model, preset_model
-from funnel_benchmarks.report.page import render_page
 from funnel_engine import FunnelConfig
 from funnel_engine.config import RECOVERIES
-from funnel_engine.output_files import write_text
 from funnel_engine.presets import PRESETS
 from funnel_engine.weights import DTYPES
 from funnel_kernels.errors import ConfigError
@@ -154,16 +149,7 @@ def choose_model(preset_name: str | None, checkpoint: Path | None, dtype: str | 
 def measure(
     suite: Suite, json_file: Path | None, *, resume: bool, plot_file: Path | None, html_file: Path | None
 ) -> None:
-    """Runs the suite, prints each row when it is there, writes the files, and ends the program if a row failed."""
+    """Runs the suite, if its model and batches fit in memory."""
     model, rows = suite.model, max(suite.rows(NO_FUNNEL, batch) for batch in suite.batches)
     check_memory(model.config, model.head, model.dtype, rows)
-    results = suite_command.begin("latency", table, suite.options(), json_file, resume)
-    weights = model.load(suite.backend)
-    results.measure_all(cells(suite, weights, advance=lambda: results.advance()), steps=1 + suite.repeats)
-    results.tell(*table.conclusion(results.content))
-    if plot_file and results.rows:
-        suite_command.write_plot(results, plot_file, draw)
-    if html_file and results.rows:
-        write_text(html_file, render_page("What a funnel saves", [(results.content, section(results.content))]))
-        results.tell(f"report  {html_file}")
-    suite_command.end(results)
+    suite_command.run(suite, json=json_file, resume=resume, plot=plot_file, html=html_file)

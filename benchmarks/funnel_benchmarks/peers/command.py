@@ -11,9 +11,8 @@ from funnel_benchmarks.inputs import SEED
 from funnel_benchmarks.lengths import PRESETS as LENGTH_PRESETS
 from funnel_benchmarks.lengths import draw
 from funnel_benchmarks.memory import check_memory
-from funnel_benchmarks.peers import table
 from funnel_benchmarks.peers.batches import ORDERS
-from funnel_benchmarks.peers.suite import PEERS, SCENARIOS, Suite, cells, model_fields
+from funnel_benchmarks.peers.suite import PEERS, SCENARIOS, Suite
 from funnel_engine import HeadConfig
 from funnel_engine.packing import Ints
 from funnel_kernels.errors import InputError
@@ -75,17 +74,14 @@ def peers(
     suite_command.check_files(json=json_file, resume=resume)
     with tempfile.TemporaryDirectory() as folder:
         suite = Suite(
-            fields=model_fields(preset, depth),
+            preset=preset, depth=depth,
             lengths={name: draw_lengths(name, sequences) for name in lengths},
             peers=peers, scenarios=scenarios, order=order, batch_size=batch_size, repeats=repeats, backend=backend,
             folder=Path(folder),
         )  # fmt: skip
         rows = max(int(drawn.sum()) for drawn in suite.lengths.values())
         check_memory(suite.config, HeadConfig(), suite.dtype, rows)
-        options = {"preset": preset, "depth": depth, **suite.options()}
-        results = suite_command.begin("peers", table, options, json_file, resume)
-        results.measure_all(cells(suite))
-    suite_command.end(results)
+        suite_command.run(suite, json=json_file, resume=resume)
 
 
 def draw_lengths(name: str, sequences: int) -> Ints:

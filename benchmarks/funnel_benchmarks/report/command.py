@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from funnel_benchmarks.report.page import Article, article, assemble
-from funnel_benchmarks.report.suites import SECTIONS
+from funnel_benchmarks.report.suites import SUITES
 from funnel_benchmarks.results import error_text, read_results
 from funnel_benchmarks.suite_command import FILE, check_files
 from funnel_engine.output_files import write_text
@@ -39,7 +39,7 @@ def report(folder: Path, output: Path | None) -> None:
             click.echo(f"left out: {error}", err=True)
     if not articles:
         raise InputError(f"{folder} has no result that can be shown, in {len(files)} files *.json; see `funnel bench`")
-    places = list(SECTIONS)
+    places = list(SUITES)
     articles.sort(key=lambda each: places.index(each.suite))
     write_text(output, assemble("Measurements", articles))
     click.echo(f"{output}: {len(articles)} of {len(files)} results")
@@ -55,11 +55,11 @@ def article_of(file: Path, name: str) -> Article:
     """
     content = read_results(file)
     suite = content["suite"]
-    if suite not in SECTIONS:
-        raise InputError(f"{file} is of suite {suite!r}, which has no place here; those are: {', '.join(SECTIONS)}")
+    if suite not in SUITES:
+        raise InputError(f"{file} is of suite {suite!r}, which has no place here; those are: {', '.join(SUITES)}")
     try:
         json.dumps([file.name, content], ensure_ascii=False).encode()  # fails for half a character, which JSON allows
-        return article(content, SECTIONS[suite](content), name, file.name)
+        return article(content, SUITES[suite].section(content), name, file.name)
     except Exception as error:  # whatever comes of a field that is missing or of another type
         raise InputError(
             f"{file} does not hold what suite {suite!r} writes ({error_text(error)}); measure again, into another file"

@@ -7,10 +7,8 @@ import click
 from funnel_benchmarks import suite_command
 from funnel_benchmarks.memory import check_memory
 from funnel_benchmarks.models import preset_model
-from funnel_benchmarks.scaling import table
 from funnel_benchmarks.scaling.axes import AXES, SHORTEST
-from funnel_benchmarks.scaling.plot import draw
-from funnel_benchmarks.scaling.suite import Suite, cells
+from funnel_benchmarks.scaling.suite import Suite
 
 
 @click.command()
@@ -57,10 +55,4 @@ def scaling(
     place = suite_command.funnel_place(layer, model.config)
     suite = Suite(model=model, axes=axes, layer=place, most_tokens=most_tokens, backend=backend, repeats=repeats)
     check_memory(model.config, model.head, model.dtype, SHORTEST)  # larger batches are left out one by one
-    results = suite_command.begin("scaling", table, suite.options(), json_file, resume)
-    weights = model.load(backend)
-    results.measure_all(cells(suite, weights, advance=lambda: results.advance()), steps=1 + repeats)
-    results.tell(*table.conclusion(results.content))
-    if plot_file and results.rows:
-        suite_command.write_plot(results, plot_file, draw)
-    suite_command.end(results)
+    suite_command.run(suite, json=json_file, resume=resume, plot=plot_file)

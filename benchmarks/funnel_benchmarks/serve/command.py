@@ -8,9 +8,7 @@ from funnel_benchmarks import suite_command
 from funnel_benchmarks.lengths import PRESETS as LENGTH_PRESETS
 from funnel_benchmarks.memory import check_memory
 from funnel_benchmarks.models import preset_model
-from funnel_benchmarks.serve import table
-from funnel_benchmarks.serve.plot import draw, online_rows
-from funnel_benchmarks.serve.suite import Suite, cells
+from funnel_benchmarks.serve.suite import Suite
 from funnel_engine import FunnelConfig
 
 LENGTHS = ("conll", "agnews", "passage")
@@ -68,8 +66,4 @@ def serve(
         max_batch_tokens=max_batch_tokens, backend=backend,
     )  # fmt: skip
     check_memory(model.config, model.head, model.dtype, max_batch_tokens)
-    results = suite_command.begin("serve", table, suite.options(), json_file, resume)
-    results.measure_all(cells(suite, model.load(backend), results.rows))
-    if plot_file and online_rows(results.content):
-        suite_command.write_plot(results, plot_file, draw)
-    suite_command.end(results)
+    suite_command.run(suite, json=json_file, resume=resume, plot=plot_file)

@@ -15,10 +15,10 @@ from funnel_benchmarks.accelerator.parts import (
     ragged,
     rows,
 )
-from funnel_benchmarks.results import Cell
+from funnel_benchmarks.results import Measurement
 
 # In order of importance: a run that is short of time measures the first ones.
-PARTS: dict[str, Callable[[Bench], Iterator[Cell]]] = {
+PARTS: dict[str, Callable[[Bench], Iterator[Measurement]]] = {
     "check": check.cells,
     "ceilings": ceilings.cells,
     "attention": attention.cells,

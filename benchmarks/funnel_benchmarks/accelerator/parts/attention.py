@@ -17,7 +17,7 @@ from funnel_benchmarks.accelerator.bench import Bench
 from funnel_benchmarks.accelerator.layouts import Layout
 from funnel_benchmarks.lengths import draw
 from funnel_benchmarks.measure import alone, in_turns, spread
-from funnel_benchmarks.results import Cell, Row, error_text
+from funnel_benchmarks.results import Measurement, Row, error_text
 from funnel_benchmarks.statistics import quartiles
 from funnel_engine.packing import Ints
 from funnel_kernels import Target, attention
@@ -35,14 +35,14 @@ class Work(NamedTuple):
     arrays: tuple[jax.Array, ...]  # q [Nq, heads * d], k, v [Nk, kv_heads * d]
 
 
-def cells(bench: Bench) -> Iterator[Cell]:
+def cells(bench: Bench) -> Iterator[Measurement]:
     sizes = bench.sizes
     shared, longest, mean = sizes.attention_heads[0], sizes.attention_lengths[-1], sizes.attention_lengths[0]
     for heads, kv_heads in sizes.attention_heads:
         for length in sizes.attention_lengths:
             yield f"{heads}/{kv_heads} heads, {length} tokens", partial(against_cudnn, bench, heads, kv_heads, length)
 
-    def variant(name: str, layout: Layout, dense_length: int) -> Cell:
+    def variant(name: str, layout: Layout, dense_length: int) -> Measurement:
         return name, partial(against_dense, bench, *shared, layout, dense_length)
 
     for length in sizes.strided_lengths:

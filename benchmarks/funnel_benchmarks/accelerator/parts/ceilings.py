@@ -8,13 +8,13 @@ import jax.numpy as jnp
 
 from funnel_benchmarks.accelerator.bench import Bench
 from funnel_benchmarks.measure import alone, spread
-from funnel_benchmarks.results import Cell, Row
+from funnel_benchmarks.results import Measurement, Row
 from funnel_benchmarks.statistics import quartiles
 
 copy = jax.jit(jnp.copy)  # a program's result may not be its argument, so XLA copies
 
 
-def cells(bench: Bench) -> Iterator[Cell]:
+def cells(bench: Bench) -> Iterator[Measurement]:
     size = bench.sizes.matrix
     yield f"bfloat16 product of {size:,} x {size:,} matrices", partial(matrix_product, bench, size)
     yield f"copy of {bench.sizes.copy_bytes / 1e9:.3g} GB", partial(copy_rate, bench, bench.sizes.copy_bytes)

@@ -17,7 +17,7 @@ import numpy as np
 from funnel_benchmarks.accelerator import layouts, oracle
 from funnel_benchmarks.accelerator.bench import Bench
 from funnel_benchmarks.accelerator.layouts import Window
-from funnel_benchmarks.results import Cell, Row
+from funnel_benchmarks.results import Measurement, Row
 from funnel_kernels import attention, pool_norm, recover_norm
 from funnel_kernels.errors import InputError
 from funnel_kernels.pool_norm import POOLS
@@ -78,14 +78,14 @@ ATTENTION_CASES = (
 ROW_CASES = (RowCase(2, 1001, 1152), RowCase(3, 333, 2048))
 
 
-def cells(bench: Bench) -> Iterator[Cell]:
+def cells(bench: Bench) -> Iterator[Measurement]:
     return itertools.islice(all_cells(bench), 0, None, bench.sizes.check_step)
 
 
-def all_cells(bench: Bench) -> Iterator[Cell]:
+def all_cells(bench: Bench) -> Iterator[Measurement]:
     numbers = itertools.count()  # every cell has random numbers of its own
 
-    def cell(name: str, kind: Kind, check: Callable[[Kind, np.random.Generator], Row]) -> Cell:
+    def cell(name: str, kind: Kind, check: Callable[[Kind, np.random.Generator], Row]) -> Measurement:
         generator = np.random.default_rng([bench.seed, next(numbers)])
         return f"{name}, {kind.dtype}, precision {kind.precision}", partial(check, kind, generator)
 

@@ -11,7 +11,7 @@ from funnel_benchmarks.accelerator.bench import Bench
 from funnel_benchmarks.accelerator.layouts import filled
 from funnel_benchmarks.funnels import NO_FUNNEL
 from funnel_benchmarks.measure import alone, in_turns, spread
-from funnel_benchmarks.results import Cell, Row
+from funnel_benchmarks.results import Measurement, Row
 from funnel_benchmarks.statistics import quartiles
 from funnel_engine.flops import forward_flops
 from funnel_engine.model import forward
@@ -21,7 +21,7 @@ from funnel_engine.xla_options import compiler_options
 CEILING_GOAL = 0.65  # of the rate of a large matrix product
 
 
-def cells(bench: Bench) -> Iterator[Cell]:
+def cells(bench: Bench) -> Iterator[Measurement]:
     sequences, tokens = bench.sizes.batches[0]
     yield f"{sequences} x {tokens} tokens", partial(measure, bench)
     compiled = functools.cache(partial(compiler, bench))  # when the first cell is measured

@@ -12,7 +12,7 @@ import jax
 from funnel_benchmarks.accelerator.bench import Bench
 from funnel_benchmarks.funnels import NO_FUNNEL
 from funnel_benchmarks.measure import Call, in_turns, spread
-from funnel_benchmarks.results import Cell, LeftOut, Row
+from funnel_benchmarks.results import LeftOut, Measurement, Row
 from funnel_benchmarks.statistics import quartiles, ratio
 from funnel_engine.model import forward
 from funnel_engine.packing import pack
@@ -30,7 +30,7 @@ CANDIDATES: tuple[Options, ...] = (
 )
 
 
-def cells(bench: Bench) -> Iterator[Cell]:
+def cells(bench: Bench) -> Iterator[Measurement]:
     compiled = functools.cache(functools.partial(compiler, bench))  # traced once, when the first cell is measured
     own = compiler_options("gpu")
     for candidate in [own, *(other for other in CANDIDATES if other != own)]:

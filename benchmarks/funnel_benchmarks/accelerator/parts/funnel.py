@@ -8,7 +8,7 @@ import numpy as np
 from funnel_benchmarks.accelerator.bench import Bench
 from funnel_benchmarks.funnels import NO_FUNNEL
 from funnel_benchmarks.measure import in_turns, spread
-from funnel_benchmarks.results import Cell, Row
+from funnel_benchmarks.results import Measurement, Row
 from funnel_benchmarks.statistics import quartiles, ratio
 from funnel_engine import FunnelConfig
 from funnel_engine.flops import ideal_ratio
@@ -16,7 +16,7 @@ from funnel_engine.flops import ideal_ratio
 GOAL = 0.97  # ideal ratio over measured ratio
 
 
-def cells(bench: Bench) -> Iterator[Cell]:
+def cells(bench: Bench) -> Iterator[Measurement]:
     for layer in bench.sizes.funnel_layers:  # both batches of a layer run in one compiled program
         for sequences, tokens in bench.sizes.batches:
             name = f"{sequences} x {tokens} tokens, after layer {layer}"

@@ -18,7 +18,7 @@ from funnel_benchmarks.accelerator.device_profile import (
     profile,
 )
 from funnel_benchmarks.measure import alone, sampler, spread
-from funnel_benchmarks.results import Cell, LeftOut, Row
+from funnel_benchmarks.results import LeftOut, Measurement, Row
 from funnel_benchmarks.statistics import quartiles
 
 GOAL = 0.9  # of the time of a call
@@ -26,7 +26,7 @@ SHOWN = 10  # kernels
 PROFILES = 5
 
 
-def cells(bench: Bench) -> Iterator[Cell]:
+def cells(bench: Bench) -> Iterator[Measurement]:
     one, (sequences, tokens) = bench.sizes.one, bench.sizes.batches[0]
     yield f"one sequence of {one} tokens", partial(wall_time, bench)
     yield f"device busy, one sequence of {one} tokens", partial(busy_share, bench)

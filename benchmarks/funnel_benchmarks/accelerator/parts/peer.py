@@ -15,7 +15,7 @@ import jax
 from funnel_benchmarks.accelerator import hugging_face
 from funnel_benchmarks.accelerator.bench import DTYPE, Bench
 from funnel_benchmarks.measure import alone, spread
-from funnel_benchmarks.results import Cell, LeftOut, Row
+from funnel_benchmarks.results import LeftOut, Measurement, Row
 from funnel_benchmarks.statistics import quartiles, ratio
 from funnel_kernels.errors import FunnelError
 
@@ -23,7 +23,7 @@ GOAL = 1.2  # times the peer's throughput
 DEVICES = {"gpu": "cuda", "cpu": "cpu"}  # JAX's name -> PyTorch's
 
 
-def cells(bench: Bench) -> Iterator[Cell]:
+def cells(bench: Bench) -> Iterator[Measurement]:
     for attention in hugging_face.ATTENTIONS:
         yield f"Hugging Face Gemma, torch.compile, {attention}", partial(measure, bench, attention)
 

@@ -10,14 +10,14 @@ from funnel_benchmarks.accelerator.bench import Bench
 from funnel_benchmarks.accelerator.layouts import up_to
 from funnel_benchmarks.lengths import draw
 from funnel_benchmarks.measure import in_turns, spread
-from funnel_benchmarks.results import Cell, Row
+from funnel_benchmarks.results import Measurement, Row
 from funnel_benchmarks.statistics import quartiles
 
 NAMES = ("conll", "passage")
 GOAL = 0.85  # of the equal lengths' rate
 
 
-def cells(bench: Bench) -> Iterator[Cell]:
+def cells(bench: Bench) -> Iterator[Measurement]:
     for name in NAMES:
         yield name, partial(measure, bench, name)
 

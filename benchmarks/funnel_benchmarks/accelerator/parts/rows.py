@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from funnel_benchmarks.accelerator.bench import Bench
 from funnel_benchmarks.measure import in_turns, spread
-from funnel_benchmarks.results import Cell, Row
+from funnel_benchmarks.results import Measurement, Row
 from funnel_benchmarks.statistics import quartiles
 from funnel_kernels import pool_norm, recover_norm
 from funnel_kernels.recover_norm import MODES
@@ -22,7 +22,7 @@ EPS = 1e-6
 GOAL = 0.85  # of the copy's bandwidth
 
 
-def cells(bench: Bench) -> Iterator[Cell]:
+def cells(bench: Bench) -> Iterator[Measurement]:
     for width in bench.sizes.widths:
         for stride in STRIDES:
             yield f"pool_norm max, stride {stride}, width {width}", partial(measure_pool_norm, bench, width, stride)

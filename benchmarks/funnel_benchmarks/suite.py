@@ -127,9 +127,9 @@ class Suite(abc.ABC):
     def cells(self, results: Results) -> Iterator[Measurement]:
         """Every cell by name, and what measures it."""
 
-    @staticmethod
+    @classmethod
     @abc.abstractmethod
-    def section(content: Row) -> Section:
+    def section(cls, content: Row) -> Section:
         """How a result of this suite reads; it may have no rows yet."""
 
 

@@ -47,7 +47,7 @@ BROKEN = {
         "other.json is of suite '<cpu>', which has no place",
     ),
     **{
-        name: (json.dumps(content), f"{name} does not hold what suite 'latency' writes ({reason}")
+        name: (json.dumps(content), f"{name} does not contain what suite 'latency' writes ({reason}")
         for name, content, reason in (
             ("no-model.json", changed("options", "model"), "KeyError: 'model'"),
             ("no-ratio.json", changed("rows", 0, "ratio"), "KeyError: 'ratio'"),
@@ -133,7 +133,7 @@ def test_a_picture_that_cannot_be_drawn_leaves_out_its_file_only(folder, monkeyp
     monkeypatch.setitem(command.SUITES, "latency", SimpleNamespace(section=lambda content: next(sections)))
     result = run(folder)
     assert result.exit_code == 1
-    assert "a.json does not hold what suite 'latency' writes (RuntimeError: no ink" in result.stderr
+    assert "a.json does not contain what suite 'latency' writes (RuntimeError: no ink" in result.stderr
     assert len(Page((folder / "report.html").read_text()).all("article")) == 1
 
 
@@ -161,7 +161,7 @@ def test_a_folder_without_results_is_refused_and_nothing_is_written(tmp_path):
     ("arguments", "message"),
     [
         (["missing"], "missing is not a directory"),
-        ([".", "--output", "page.txt"], "must end in .html"),
+        ([".", "--output", "page.txt"], "must end in .html or .md"),
         ([".", "--output", "missing/page.html"], "is not a directory; make it first"),
     ],
 )

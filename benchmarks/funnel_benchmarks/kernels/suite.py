@@ -56,8 +56,8 @@ class Suite(BaseSuite):
     def cells(self, results: Results) -> Iterator[Measurement]:
         return cells(self)
 
-    @staticmethod
-    def section(content: Row) -> Section:
+    @classmethod
+    def section(cls, content: Row) -> Section:
         """The share of this machine's ceilings that each op reaches."""
         options = content["options"]
         measured = [row for row in content["rows"] if "share" not in row]

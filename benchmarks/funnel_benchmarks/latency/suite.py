@@ -119,8 +119,8 @@ class Suite(BaseSuite):
         weights = self.model.load(self.backend)
         return cells(self, weights, advance=lambda: results.advance())
 
-    @staticmethod
-    def section(content: Row) -> Section:
+    @classmethod
+    def section(cls, content: Row) -> Section:
         """Saving against ideal and paper, the efficiency of every row, and all figures."""
         rows, batches = content["rows"], content["options"]["batches"]
         lengths = batches[0]["name"] if len(batches) == 1 else f"{len(batches)} batches"

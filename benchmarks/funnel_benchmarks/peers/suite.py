@@ -155,8 +155,8 @@ class Suite(BaseSuite):
     def cells(self, results: Results) -> Iterator[Measurement]:
         return cells(self)
 
-    @staticmethod
-    def section(content: Row) -> Section:
+    @classmethod
+    def section(cls, content: Row) -> Section:
         """How many times as fast the engine is as each peer, by lengths of sequences."""
         rows, options = content["rows"], content["options"]
         shown = [scenario for scenario in SCENARIOS if any(row["scenario"] == scenario for row in rows)]

@@ -1,5 +1,6 @@
 """The suites that write result files, in the order of the report."""
 
+from funnel_benchmarks.device.parts import PARTS
 from funnel_benchmarks.kernels.suite import Suite as Kernels
 from funnel_benchmarks.latency.suite import Suite as Latency
 from funnel_benchmarks.peers.suite import Suite as Peers
@@ -7,5 +8,5 @@ from funnel_benchmarks.scaling.suite import Suite as Scaling
 from funnel_benchmarks.serve.suite import Suite as Serve
 from funnel_benchmarks.suite import Suite
 
-# By the `suite` of a result file.
-SUITES: dict[str, type[Suite]] = {suite.name: suite for suite in (Latency, Kernels, Peers, Serve, Scaling)}
+ALL: tuple[type[Suite], ...] = (Latency, Kernels, Peers, Serve, Scaling, *PARTS.values())
+SUITES = {suite.name: suite for suite in ALL}  # by the `suite` of a result file

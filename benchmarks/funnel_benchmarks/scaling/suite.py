@@ -96,8 +96,8 @@ class Suite(BaseSuite):
         weights = self.model.load(self.backend)
         return cells(self, weights, advance=lambda: results.advance())
 
-    @staticmethod
-    def section(content: Row) -> Section:
+    @classmethod
+    def section(cls, content: Row) -> Section:
         """How each cost grows beside its work, and all figures."""
         rows, grown = content["rows"], list(growths(content["rows"]))
         described = "Latency over each size, a panel for each axis; the table has the same figures."

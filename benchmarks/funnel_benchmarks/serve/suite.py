@@ -110,8 +110,8 @@ class Suite(BaseSuite):
     def cells(self, results: Results) -> Iterator[Measurement]:
         return cells(self, self.model.load(self.backend), results.rows)
 
-    @staticmethod
-    def section(content: Row) -> Section:
+    @classmethod
+    def section(cls, content: Row) -> Section:
         """Latencies at a common rate, offline rates, and all figures."""
         online, options = online_rows(content), content["options"]
         offline = [row for row in content["rows"] if "latency" not in row]

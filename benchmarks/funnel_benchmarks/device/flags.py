@@ -9,7 +9,8 @@ from typing import Any
 
 import jax
 
-from funnel_benchmarks.accelerator.bench import Bench
+from funnel_benchmarks.device.bench import Bench
+from funnel_benchmarks.device.part import CELL, MILLISECONDS, RATIO, WITHOUT, Part
 from funnel_benchmarks.funnels import NO_FUNNEL
 from funnel_benchmarks.measure import Call, in_turns, spread
 from funnel_benchmarks.results import LeftOut, Measurement, Row
@@ -64,3 +65,11 @@ def measure(bench: Bench, compiled: Callable[[], Any], candidate: Options) -> Ro
         "baseline_seconds": spread(baseline),
         "ratio": ratio(quartiles(samples), quartiles(baseline))._asdict(),
     }
+
+
+class Flags(Part):
+    name = "device flags"
+    title = "Compiler options"
+    note = "The forward pass alone, against no options at all; a ratio below 1 means that the options help."
+    columns = (CELL, MILLISECONDS, WITHOUT, RATIO)
+    measurements = staticmethod(cells)

@@ -6,10 +6,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from funnel_benchmarks.accelerator.bench import Bench
+from funnel_benchmarks.device.bench import Bench
+from funnel_benchmarks.device.part import CELL, MILLISECONDS, Part
 from funnel_benchmarks.measure import alone, spread
 from funnel_benchmarks.results import Measurement, Row
 from funnel_benchmarks.statistics import quartiles
+from funnel_benchmarks.suite import Column, field
 
 copy = jax.jit(jnp.copy)  # a program's result may not be its argument, so XLA copies
 
@@ -41,3 +43,16 @@ def copy_rate(bench: Bench, size: int) -> Row:
         "bytes_read_and_written": moved,
         "gb_per_second": moved / quartiles(samples).median / 1e9,
     }
+
+
+class Ceilings(Part):
+    name = "device ceilings"
+    title = "What the device can do"
+    note = "Random bfloat16 numbers. A copy's bytes count twice: read and written."
+    columns = (
+        CELL,
+        MILLISECONDS,
+        Column("TFLOP/s", field("tflops_per_second", ",.1f")),
+        Column("GB/s", field("gb_per_second", ",.0f")),
+    )
+    measurements = staticmethod(cells)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jaxlib
+import jaxlib.version
 import numpy as np
 
 from funnel_kernels import native_calls
@@ -34,7 +34,7 @@ def machine_facts() -> dict[str, Any]:
         "devices": [device.device_kind for device in jax.devices()],
         "python": platform.python_version(),
         "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
+        "jaxlib": jaxlib.version.__version__,
         "numpy": np.__version__,
         "triton": version_of("triton"),
         "jax-triton": version_of("jax-triton"),

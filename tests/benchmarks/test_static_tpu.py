@@ -135,9 +135,12 @@ def test_the_anchors_do_the_work_that_they_stand_for():
 # -------------------------------------------------------------------------------------------- real compilation
 
 
+PATHS = os.pathsep.join(filter(None, (str(Path(sys.prefix) / "lowering"), os.environ.get("PYTHONPATH"))))
+
+
 def run_python(*arguments):
     """Runs Python where libtpu can be found: `make test` puts it into a folder beside the packages."""
-    environment = os.environ | static_tpu.ENVIRONMENT | {"PYTHONPATH": str(Path(sys.prefix) / "lowering")}
+    environment = os.environ | static_tpu.ENVIRONMENT | {"PYTHONPATH": PATHS}
     return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -298,7 +301,10 @@ for variant in (v for op in static_tpu.PARTS["kernels"] for v in op() if "anchor
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("generation", static_tpu.TOPOLOGIES)
+@pytest.mark.parametrize(
+    "generation",  # by default each memory and number of cores: v6e has those of v5e, v5p shares each with another
+    [pytest.param(each, marks=[pytest.mark.grid] * (each in ("v5p", "v6e"))) for each in static_tpu.TOPOLOGIES],
+)
 def test_the_kernels_of_common_models_compile_and_nothing_is_moved_around_them(generation):
     presets = ("gemma-2b", "gemma2-2b", "gemma3-1b", "embeddinggemma-300m")
     done = run_python("-c", COMPILE, generation, *presets)

@@ -43,14 +43,14 @@ FIELDS: dict[str, type] = {
 }  # fmt: skip
 ENOUGH_SAMPLES = 10  # of each side, for a figure that is quoted
 LARGEST = 1e300  # of the numbers in a figure
-REST = "the rest of the suite"  # stands for a cell that has no name, because naming it failed
+REST = "the rest of the suite"  # names a cell that has no name, because naming it failed
 
 Row = dict[str, Any]
 Measurement = tuple[str, Callable[[], Row]]  # what a row is called, and what measures it
 
 
 class LeftOut(Exception):
-    """Raised by a cell that is not measured; the text says why. It is no failure.
+    """Raised by a cell that is not measured; the text says why. It is not a failure.
 
     Attributes:
         same_as: the cell that measures the same; None if this one cannot be measured here.
@@ -87,7 +87,7 @@ class Results:
             console: where lines go, and on a terminal how far the run has got. Default: standard output.
 
         Raises:
-            InputError: with `resume`, a file that is no result, or is one of another suite, other options or another
+            InputError: with `resume`, a file that is not a result, or is one of another suite, other options or another
                 machine.
         """
         started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -127,7 +127,7 @@ class Results:
         """Measures every cell that has no row yet; what a cell raises is written down, and the next one is measured.
 
         Args:
-            steps: how often a cell calls `self.advance`, at most: once after each of so many equal parts of its work.
+            steps: how often a cell calls `self.advance`, at most: once after each of that many equal parts of its work.
         """
         named, broken = named_cells(cells)
         again = {REST, *(cell for cell, _ in named)}
@@ -168,7 +168,7 @@ class Results:
         self.append("errors", {"cell": cell, "error": error_text(error)})
 
     def append(self, field: str, entry: Row) -> None:
-        """Adds an entry, writes the file, and tells what there is to tell by then."""
+        """Adds an entry, writes the file, and prints a line about the entry."""
         self.content[field].append(entry)
         self.write()
         if field == "rows":

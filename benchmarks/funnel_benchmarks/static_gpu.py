@@ -224,7 +224,7 @@ def used_on_nvidia(ptx: str, target: str) -> tuple[int, int]:
 
 
 def used_on_amd(assembly: str, target: str) -> tuple[int, int]:
-    """Vector registers and spilled bytes, which stand in the assembly's metadata."""
+    """Vector registers and spilled bytes, from the assembly's metadata."""
     registers, spilled = (
         int(match[1]) if (match := re.search(pattern, assembly)) else 0
         for pattern in (r"\.vgpr_count:\s+(\d+)", r"\.vgpr_spill_count:\s+(\d+)")

@@ -90,7 +90,7 @@ class Variant(NamedTuple):
     Attributes:
         name: begins with the op.
         lower: lowers it for a device: a kernel with the arrays that it is called with, or a whole forward pass.
-        tile_rows: how many rows of a kernel's longest block are one tile of work; 0 for what is no kernel.
+        tile_rows: how many rows of a kernel's longest block are one tile of work; 0 for what is not a kernel.
         least_bytes: of HBM that a whole forward pass must move.
     """
 
@@ -339,7 +339,7 @@ def moved(program: Any) -> int:
 
 
 def least_traffic(config: ModelConfig, funnel: FunnelConfig, rows: int) -> int:
-    """Bytes of HBM that a bfloat16 forward pass of so many packed rows must move.
+    """Bytes of HBM that a bfloat16 forward pass of `rows` packed rows must move.
 
     Every weight of the layers is read once. Each layer writes and reads once what one product or kernel hands to the
     next: the residual stream twice, q, k and v before and after RoPE, what attention makes of them, and gate with up.

@@ -1,5 +1,6 @@
 """What the commands of all suites share: options, checks of their files, and the run itself."""
 
+import functools
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -44,16 +45,36 @@ repeats_option = click.option(
     "--repeats", type=click.IntRange(min=1), default=5, show_default=True,
     help="How often both sides are run in turns, A B B A, for each row.",
 )  # fmt: skip
-json_option = click.option(
-    "--json", "json_file", type=FILE, help="Write all figures here, for programs, after every row."
-)
-resume_option = click.option(
-    "--resume", is_flag=True, help="Keep the rows that the file of --json has, and measure those it lacks."
-)
 
 
-def plot_option(what: str) -> Callable[[Any], Any]:
-    return click.option("--plot", "plot_file", type=FILE, help=f"Draw {what} here; {', '.join(PLOT_ENDINGS)}.")
+def file_options(*, plot: str = "", html: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Adds the options of a run's files. They are checked first; the command gets them as `files`, which `run` takes.
+
+    Args:
+        plot: what `--plot` draws; empty: there is no such option.
+        html: whether there is `--html`.
+    """
+    options = [
+        click.option("--json", type=FILE, help="Write all figures here, for programs, after every row."),
+        click.option("--resume", is_flag=True, help="Keep the rows in the file of --json, and measure those it lacks."),
+    ]
+    if plot:
+        options.append(click.option("--plot", type=FILE, help=f"Draw {plot} here; {', '.join(PLOT_ENDINGS)}."))
+    if html:
+        options.append(click.option("--html", type=FILE, help="Write a report here that opens in any browser."))
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(command)
+        def checked(*arguments: Any, **given: Any) -> Any:
+            files = {name: given.pop(name) for name in ("json", "resume", "plot", "html") if name in given}
+            check_files(**files)
+            return command(*arguments, files=files, **given)
+
+        for option in reversed(options):
+            checked = option(checked)
+        return checked
+
+    return decorate
 
 
 def funnel_place(layer: int | None, config: ModelConfig) -> int:

@@ -2,7 +2,7 @@
 
     python -m funnel_benchmarks.tune
 
-What does not fit the GPU's shared memory is no candidate. Candidates are first compiled in processes side by side, and
+A candidate must fit the GPU's shared memory. Candidates are first compiled in processes side by side, and
 those that spill registers are dropped. The others run on the same random data, are held against the `xla` backend, and
 are timed in turns; the median decides. The table, `funnel_kernels/tuned/DEVICE.json`, is written after each op, width
 and dtype, and keeps the entries that are not measured again. An engine that is loaded afterwards uses it.

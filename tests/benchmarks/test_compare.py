@@ -140,7 +140,7 @@ def test_what_cannot_be_compared_is_exit_status_2(before, tmp_path):
         ([before], "Missing argument 'B.json'"),
         ([before, tmp_path / "missing.json"], "cannot read"),
         ([before, tmp_path / "cut.json"], "cut.json is cut short"),
-        ([before, other], "suite 'latency' cannot be compared with 'kernels'; give two of one suite"),
+        ([before, other], "suite 'latency' cannot be compared with 'kernels'; give two results of one suite"),
         ([before, without], "the two results have no figure in common; compare two runs of the same cells"),
         ([before, before, "--threshold", "-0.1"], "--threshold -0.1 must be at least 0 and below 1"),
         ([before, before, "--threshold", "1"], "--threshold 1.0 must be at least 0 and below 1"),

@@ -270,7 +270,7 @@ def test_memory_is_full_of_nan_before_each_of_the_two_runs(monkeypatch):
 
 
 def test_a_result_of_another_shape_is_an_error():
-    with pytest.raises(FunnelError, match=r"the result has shape \(3,\) where \(4,\) is right"):
+    with pytest.raises(FunnelError, match=r"the result has shape \(3,\) but it must be \(4,\)"):
         check.relative_error(np.ones(3), np.ones(4))
 
 

@@ -277,7 +277,7 @@ def test_the_command(quick, tmp_path):
 def test_bad_input(quick, tmp_path):
     with pytest.raises(ConfigError, match="--resume adds to the file of --json"):
         run("--resume")
-    with pytest.raises(ConfigError, match="a depth of 3 is not to be had: gemma-2b has 2 layers; take from 1 to 2"):
+    with pytest.raises(ConfigError, match="depth 3 is not possible: gemma-2b has 2 layers; take 1 to 2"):
         run("--depth", "3")
     assert run("--backend", "gpu").exit_code == 2
 

@@ -140,9 +140,9 @@ def test_a_sweep_says_what_is_measured(monkeypatch, options, repeats, batches):
     [
         ([], "give one of --preset NAME, --checkpoint FOLDER and --sweep NAME"),
         (["--preset", "gemma-2b", "--checkpoint", "x"], "give one of --preset NAME, --checkpoint FOLDER"),
-        (["--sweep", "gemma-2b", "--preset", "gemma-2b"], "--sweep gemma-2b says itself what is measured; leave --pre"),
-        (["--sweep", "gemma-2b", "--seq-len", "512"], "leave --seq-len out"),
-        (["--sweep", "gemma-7b", "--recovery", "none"], "leave --recovery out"),
+        (["--sweep", "gemma-2b", "--preset", "gemma-2b"], "--sweep gemma-2b decides what is measured; leave out --pre"),
+        (["--sweep", "gemma-2b", "--seq-len", "512"], "leave out --seq-len"),
+        (["--sweep", "gemma-7b", "--recovery", "none"], "leave out --recovery"),
         (["--preset", "gemma-2b", "--quick"], "--quick shortens a sweep; give --sweep gemma-2b or --sweep gemma-7b"),
         (["--preset", "gemma-2b", "--resume"], "--resume adds to the file of --json; name that file"),
         (["--preset", "gemma-2b", "--batch", "1", "--resume", "--json", "old.json"], "old.json is cut short"),

@@ -51,7 +51,7 @@ def test_models_that_cannot_be_had():
     with pytest.raises(ConfigError, match=r"preset 't5gemma-s' has no peers: there are some for gemma-2b, gemma-7b"):
         model_fields("t5gemma-s", None)
     for depth in (0, 19):
-        with pytest.raises(ConfigError, match=f"a depth of {depth} is not to be had: gemma-2b has 18 layers"):
+        with pytest.raises(ConfigError, match=f"depth {depth} is not possible: gemma-2b has 18 layers"):
             model_fields("gemma-2b", depth)
 
 

@@ -44,7 +44,7 @@ BROKEN = {
     "binary.json": (b"\x80\x81", "binary.json is not a result file"),
     "other.json": (
         json.dumps(make_result() | {"suite": "<cpu>"}),
-        "other.json is of suite '<cpu>', which has no place",
+        "other.json is of suite '<cpu>', which the report does not know",
     ),
     **{
         name: (json.dumps(content), f"{name} does not contain what suite 'latency' writes ({reason}")

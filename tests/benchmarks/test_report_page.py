@@ -166,7 +166,7 @@ def test_circumstances_tell_machine_versions_times_and_what_is_missing():
         "Devicescpu", "ProcessorImaginary 9000, 2 cores\n", "SystemLinux\n", "Revisionabc-dirty\n",
         "Versionspython 3.11.7, jax 0.10.2, jaxlib 0.10.2, numpy 2.4.6, driver 570\n",
         "Started2026-01-02T03:04:05Z\n",
-        "Gone on2026-02-03T04:05:06Z, with jax 0.11.0 instead of 0.10.2",
+        "Resumed2026-02-03T04:05:06Z, with jax 0.11.0 instead of 0.10.2",
         "2026-03-03T04:05:06Z, with numpy unknown instead of 2.4.6\n",
         "Left outc1: no roomc2: no time\n", "Failedc3: ValueError: broke\n",
         "Wrong results2:1 after 8; 2 x 512 tokens\n",
@@ -184,7 +184,7 @@ def test_circumstances_tell_machine_versions_times_and_what_is_missing():
     assert "Left out, as another row says the same: 1.\n" in page.text
     assert "Left outc4: as another\n" in page.text
     plain = page_of((make_result(), make_section())).text
-    assert not any(word in plain for word in ("Not everything", "Gone on", "Left out", "Failed", "Wrong", "Revision"))
+    assert not any(word in plain for word in ("Not everything", "Resumed", "Left out", "Failed", "Wrong", "Revision"))
 
 
 def test_circumstances_tell_instruction_sets_and_whether_there_are_samples_enough():

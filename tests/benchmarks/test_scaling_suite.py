@@ -265,7 +265,7 @@ def test_the_summary_names_what_grows_faster_than_its_work(resumed):
     ("arguments", "error", "message"),
     [
         (["--preset", "gemma-9"], ConfigError, "choose one of gemma-2b"),
-        (["--depth", "25"], ConfigError, "has 24 layers; take from 1 to 24"),
+        (["--depth", "25"], ConfigError, "has 24 layers; take 1 to 24"),
         (["--layer", "24"], ConfigError, "after layer 23 at the latest"),
         (["--resume"], ConfigError, "--resume adds to the file of --json; name that file"),
         (["--json", "out.txt"], InputError, "must end in .json"),

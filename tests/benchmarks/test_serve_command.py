@@ -131,7 +131,7 @@ def test_of_nothing_the_section_says_so(run):
     ("arguments", "error", "message"),
     [
         (["--preset", "gemma-9"], ConfigError, "choose one of gemma-2b"),
-        (["--depth", "25"], ConfigError, "has 24 layers; take from 1 to 24"),
+        (["--depth", "25"], ConfigError, "has 24 layers; take 1 to 24"),
         (["--depth", "4", "--layer", "4"], ConfigError, "after layer 3 at the latest"),
         (["--lengths", "novels"], InputError, "conll, sst2"),
         (["--max-batch-tokens", "100"], InputError, "a batch holds only 100; raise --max-batch-tokens"),

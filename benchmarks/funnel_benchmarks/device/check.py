@@ -190,7 +190,7 @@ def widened(array: np.ndarray | None) -> np.ndarray | None:
 def relative_error(result: np.ndarray, expected: np.ndarray) -> float:
     """||result - expected|| / ||expected||; NaN if anything is NaN, which no limit lets pass."""
     if result.shape != expected.shape:
-        raise InputError(f"the result has shape {result.shape} where {expected.shape} is right")
+        raise InputError(f"the result has shape {result.shape} but it must be {expected.shape}")
     return float(np.linalg.norm(result.astype(np.float64) - expected) / np.linalg.norm(expected))
 
 

@@ -8,7 +8,7 @@ from funnel_benchmarks.results import LeftOut, Measurement, Row
 
 
 class Clock:
-    """Runs out after so many minutes. A cell that has begun is finished; none begins after it."""
+    """Runs out after `minutes`. A cell that has begun is finished; none begins after it."""
 
     def __init__(self, minutes: float, start: float):
         self.end = start + 60 * minutes  # as time.monotonic() counts

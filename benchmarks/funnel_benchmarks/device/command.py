@@ -18,7 +18,6 @@ from funnel_benchmarks.device.bench import Bench
 from funnel_benchmarks.device.ceilings import Ceilings
 from funnel_benchmarks.device.check import Check
 from funnel_benchmarks.device.clock import Clock
-from funnel_benchmarks.device.part import Part
 from funnel_benchmarks.device.parts import PARTS
 from funnel_benchmarks.device.sizes import FULL, SMALL
 from funnel_benchmarks.report.markdown import write_markdown
@@ -56,35 +55,28 @@ def make_bench(backend: str, small: bool, minutes: float, seed: int | None) -> B
     return Bench(SMALL if small else FULL, backend, seed, Clock(minutes, time.monotonic()))
 
 
-def one_part(part: type[Part], json_file: Path | None, resume: bool, **options: Any) -> None:
-    suite_command.check_files(json=json_file, resume=resume)
-    suite_command.run(part(make_bench(**options)), json=json_file, resume=resume)
-
-
 @click.command()
 @device_options
-@suite_command.json_option
-@suite_command.resume_option
-def check(**options: Any) -> None:
+@suite_command.file_options()
+def check(files: dict[str, Any], **options: Any) -> None:
     """Check every kernel on this device against float64 on the host, at shapes that are hard to get right.
 
     Exit status 1: a result was wrong, or a check failed.
 
     Example: funnel bench check --json check.json
     """
-    one_part(Check, **options)
+    suite_command.run(Check(make_bench(**options)), **files)
 
 
 @click.command()
 @device_options
-@suite_command.json_option
-@suite_command.resume_option
-def ceilings(**options: Any) -> None:
+@suite_command.file_options()
+def ceilings(files: dict[str, Any], **options: Any) -> None:
     """Measure what this device can do at best: a large product of bfloat16 matrices, and a copy of memory.
 
     Example: funnel bench ceilings --json ceilings.json
     """
-    one_part(Ceilings, **options)
+    suite_command.run(Ceilings(make_bench(**options)), **files)
 
 
 @click.command("all")

@@ -1,6 +1,6 @@
 """The command `funnel bench kernels`."""
 
-from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -26,8 +26,7 @@ from funnel_kernels import BACKENDS
     help="Only this one; can be given several times. Default: what runs on this machine, but for the reference.",
 )  # fmt: skip
 @suite_command.repeats_option
-@suite_command.json_option
-@suite_command.resume_option
+@suite_command.file_options()
 def kernels(
     preset: str,
     depth: int,
@@ -36,8 +35,7 @@ def kernels(
     dtype: str,
     backends: tuple[str, ...],
     repeats: int,
-    json_file: Path | None,
-    resume: bool,
+    files: dict[str, Any],
 ) -> None:
     """Measure every op on every backend against what this machine can do at best.
 
@@ -46,7 +44,6 @@ def kernels(
 
     Example: funnel bench kernels --preset embeddinggemma-300m --seq-len 256 --batch 32 --json kernels.json
     """
-    suite_command.check_files(json=json_file, resume=resume)
     keep_freed_memory()
     model = preset_model(preset, dtype, depth)
     check_memory(model.config, model.head, dtype, seq_len * batch)
@@ -55,4 +52,4 @@ def kernels(
         suite = Suite(
             model=model.name, sizes=sizes, backends=backends or backends_here(), ceilings=measured, repeats=repeats
         )
-        suite_command.run(suite, json=json_file, resume=resume)
+        suite_command.run(suite, **files)

@@ -139,7 +139,7 @@ def bound(case: Case, ceilings: tuple[Ceiling, Ceiling]) -> tuple[Ceiling, int]:
 
 
 def backends_here() -> tuple[str, ...]:
-    """Those that can run on this machine's device, but for the reference, which is no backend for speed."""
+    """Those that can run on this machine's device, but for the reference, which is not a backend for speed."""
     platform = {"gpu": "triton", "cuda": "triton", "tpu": "tpu"}.get(jax.default_backend(), "cpu")
     return tuple(name for name in AUTO if name in (platform, "xla"))
 

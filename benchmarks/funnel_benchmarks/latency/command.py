@@ -1,6 +1,7 @@
 """The command `funnel bench latency`."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -78,10 +79,7 @@ DECIDED = {
     "--repeats", type=click.IntRange(min=1),
     help=f"How often baseline, funnel, funnel, baseline are run for each row. Default: {REPEATS}, or 1 if --quick.",
 )  # fmt: skip
-@suite_command.json_option
-@suite_command.resume_option
-@suite_command.plot_option("the rows like the first")
-@click.option("--html", "html_file", type=suite_command.FILE, help="Write a report here that opens in any browser.")
+@suite_command.file_options(plot="the rows like the first", html=True)
 @click.pass_context
 def latency(
     context: click.Context,
@@ -99,10 +97,7 @@ def latency(
     dtype: str | None,
     backend: str,
     repeats: int | None,
-    json_file: Path | None,
-    resume: bool,
-    plot_file: Path | None,
-    html_file: Path | None,
+    files: dict[str, Any],
 ) -> None:
     """Measure how much time a funnel saves.
 
@@ -111,11 +106,10 @@ def latency(
 
     Example: funnel bench latency --preset gemma-2b --batch 4 --layers 2,8,14 --json gemma.json --html gemma.html
     """
-    suite_command.check_files(json=json_file, resume=resume, plot=plot_file, html=html_file)
     if sweep is not None:
         for name, option in DECIDED.items():
             if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-                raise ConfigError(f"--sweep {sweep} says itself what is measured; leave {option} out")
+                raise ConfigError(f"--sweep {sweep} decides what is measured; leave out {option}")
         model = preset_model(sweep, dtype)
         funnels, batches = sweep_funnels(model.config.num_layers), sweep_batches(quick)
     elif quick:
@@ -135,7 +129,7 @@ def latency(
         model=model, funnels=funnels, batches=batches, backend=backend,
         repeats=repeats or (1 if quick else REPEATS),
     )  # fmt: skip
-    measure(suite, json_file, resume=resume, plot_file=plot_file, html_file=html_file)
+    measure(suite, **files)
 
 
 def choose_model(preset_name: str | None, checkpoint: Path | None, dtype: str | None) -> Model:
@@ -146,10 +140,8 @@ def choose_model(preset_name: str | None, checkpoint: Path | None, dtype: str | 
     raise ConfigError("give one of --preset NAME, --checkpoint FOLDER and --sweep NAME, to say which model is measured")
 
 
-def measure(
-    suite: Suite, json_file: Path | None, *, resume: bool, plot_file: Path | None, html_file: Path | None
-) -> None:
+def measure(suite: Suite, **files: Any) -> None:
     """Runs the suite, if its model and batches fit in memory."""
     model, rows = suite.model, max(suite.rows(NO_FUNNEL, batch) for batch in suite.batches)
     check_memory(model.config, model.head, model.dtype, rows)
-    suite_command.run(suite, json=json_file, resume=resume, plot=plot_file, html=html_file)
+    suite_command.run(suite, **files)

@@ -164,7 +164,7 @@ def measure(calls: "Calls", funnel: FunnelConfig, advance: Callable[[], object])
     """Measures one cell.
 
     Raises:
-        FunnelError: something was compiled while timing, so that the samples are no latencies.
+        FunnelError: something was compiled while timing, so that the samples are not latencies.
     """
     suite, lengths = calls.suite, calls.batch.lengths
     baseline, time_baseline = calls.baseline

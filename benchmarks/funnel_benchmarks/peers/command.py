@@ -2,6 +2,7 @@
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -26,7 +27,7 @@ LENGTHS = ("conll", "qnli", "passage")
 @click.option(
     "--lengths", multiple=True, default=LENGTHS, show_default=True,
     help="A data set whose lengths of sequences are imitated, a file with one length a line, or a number: all "
-    f"sequences have so many tokens. Can be given several times. Data sets: {', '.join(LENGTH_PRESETS)}.",
+    f"sequences have this many tokens. Can be given several times. Data sets: {', '.join(LENGTH_PRESETS)}.",
 )  # fmt: skip
 @click.option(
     "--sequences", type=click.IntRange(1, 2**20), default=64, show_default=True, help="For each of --lengths."
@@ -48,8 +49,7 @@ LENGTHS = ("conll", "qnli", "passage")
 )
 @suite_command.backend_option
 @suite_command.repeats_option
-@suite_command.json_option
-@suite_command.resume_option
+@suite_command.file_options()
 def peers(
     preset: str,
     depth: int | None,
@@ -61,8 +61,7 @@ def peers(
     batch_size: int,
     backend: str,
     repeats: int,
-    json_file: Path | None,
-    resume: bool,
+    files: dict[str, Any],
 ) -> None:
     """Compare the engine with what else runs such a model, on the same weights and inputs.
 
@@ -71,7 +70,6 @@ def peers(
 
     Example: funnel bench peers --lengths conll --lengths 256 --peer hugging-face-compiled --json peers.json
     """
-    suite_command.check_files(json=json_file, resume=resume)
     with tempfile.TemporaryDirectory() as folder:
         suite = Suite(
             preset=preset, depth=depth,
@@ -81,7 +79,7 @@ def peers(
         )  # fmt: skip
         rows = max(int(drawn.sum()) for drawn in suite.lengths.values())
         check_memory(suite.config, HeadConfig(), suite.dtype, rows)
-        suite_command.run(suite, json=json_file, resume=resume)
+        suite_command.run(suite, **files)
 
 
 def draw_lengths(name: str, sequences: int) -> Ints:

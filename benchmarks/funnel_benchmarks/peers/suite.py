@@ -1,7 +1,7 @@
 """The peers suite: `Engine.embed` against other engines with the same weights and token ids.
 
 Each peer sleeps in a process of its own until it is asked for a call, so ours and its calls alternate, A B B A. Before
-anything is timed both results are compared: a peer that computes something else is no peer. Both begin with token ids
+anything is timed both results are compared: a peer that computes something else is not timed. Both begin with token ids
 on the host (sentence-transformers with texts, and then so does ours) and end with vectors on the host.
 
 There are two scenarios: "batch" embeds all sequences in one call of ours, and in the peer's batches; "one" embeds one
@@ -284,15 +284,15 @@ def check_same(ours: np.ndarray, theirs: np.ndarray) -> float:
     """The greatest relative difference of two results [B, D], by rows: |ours - theirs| / |theirs|.
 
     Raises:
-        FunnelError: it is more than `TOLERANCE`, so that their time is no measure of ours.
+        FunnelError: it is more than `TOLERANCE`, so that their times cannot be compared.
     """
     if ours.shape != theirs.shape:
         raise FunnelError(f"the peer's result is {theirs.shape} where ours is {ours.shape}: it computes something else")
     apart = np.linalg.norm(np.float64(ours) - np.float64(theirs), axis=1) / np.linalg.norm(np.float64(theirs), axis=1)
     if not (worst := float(apart.max())) <= TOLERANCE:
         raise FunnelError(
-            f"the results differ by {worst:.3g} of their size, where {TOLERANCE:g} may be: the peer, or the engine, "
-            "computes something else"
+            f"the results differ by {worst:.3g} of their size, more than the limit of {TOLERANCE:g}: the peer, or the "
+            "engine, computes something else"
         )
     return worst
 

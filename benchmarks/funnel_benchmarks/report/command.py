@@ -77,7 +77,7 @@ def shown(file: Path, make: Callable[[Row], Any]) -> tuple[Row, Any]:
     content = read_results(file)
     suite = content["suite"]
     if suite not in SUITES:
-        raise InputError(f"{file} is of suite {suite!r}, which has no place here; those are: {', '.join(SUITES)}")
+        raise InputError(f"{file} is of suite {suite!r}, which the report does not know; it knows {', '.join(SUITES)}")
     try:
         json.dumps([file.name, content], ensure_ascii=False).encode()  # fails for half a character, which JSON allows
         return content, make(content)

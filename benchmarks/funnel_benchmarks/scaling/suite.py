@@ -70,7 +70,7 @@ class Suite(BaseSuite):
         return [point for axis in AXES if axis in self.axes for point in points(axis, **sizes)]
 
     def funnel(self, layers: int) -> FunnelConfig:
-        """The funnel of a model of so many layers; every place has at least one layer after it."""
+        """The funnel of a model of `layers` layers; every place has at least one layer after it."""
         place = round(self.layer * layers / self.model.config.num_layers)
         return FunnelConfig.after(min(place, layers - 1))
 

@@ -1,6 +1,6 @@
 """The command `funnel bench serve`."""
 
-from pathlib import Path
+from typing import Any
 
 import click
 
@@ -34,9 +34,7 @@ LENGTHS = ("conll", "agnews", "passage")
 )  # fmt: skip
 @suite_command.dtype_option
 @suite_command.backend_option
-@suite_command.json_option
-@suite_command.resume_option
-@suite_command.plot_option("latency over rate")
+@suite_command.file_options(plot="latency over rate")
 def serve(
     preset: str,
     depth: int | None,
@@ -46,9 +44,7 @@ def serve(
     max_batch_tokens: int,
     dtype: str,
     backend: str,
-    json_file: Path | None,
-    resume: bool,
-    plot_file: Path | None,
+    files: dict[str, Any],
 ) -> None:
     """Measure latencies of requests that arrive by chance, with a funnel and without.
 
@@ -58,7 +54,6 @@ def serve(
 
     Example: funnel bench serve --lengths conll --requests 10000 --json serve.json --plot serve.png
     """
-    suite_command.check_files(json=json_file, resume=resume, plot=plot_file)
     model = preset_model(preset, dtype, depth)
     place = suite_command.funnel_place(layer, model.config)
     suite = Suite(
@@ -66,4 +61,4 @@ def serve(
         max_batch_tokens=max_batch_tokens, backend=backend,
     )  # fmt: skip
     check_memory(model.config, model.head, model.dtype, max_batch_tokens)
-    suite_command.run(suite, json=json_file, resume=resume, plot=plot_file)
+    suite_command.run(suite, **files)

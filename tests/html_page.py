@@ -1,6 +1,8 @@
-"""Reads a page of the report."""
+"""Reads a page of the report, and makes tables for one."""
 
 from html.parser import HTMLParser
+
+from funnel_benchmarks.suite import Cell, Column, Table
 
 VOID = {"meta"}
 
@@ -52,3 +54,9 @@ class Page(HTMLParser):
     def all(self, tag: str) -> list[dict[str, str | None]]:
         """The attributes of each element of this name."""
         return [attributes for name, attributes in self.tags if name == tag]
+
+
+def table_of(caption: str, heads: list[tuple[str, str]], rows: list[tuple[Cell, ...]]) -> Table:
+    """A table with these cells."""
+    columns = (Column(name, lambda row, place=place: row[place], note=note) for place, (name, note) in enumerate(heads))
+    return Table(caption, tuple(columns), rows)

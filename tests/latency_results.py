@@ -88,7 +88,7 @@ def make_result() -> dict[str, Any]:
     figures = zip(LAYERS, RATIOS, IDEALS, strict=True)
     rows = [make_row((1,) * layer + (2,), ratio, ideal) for layer, ratio, ideal in figures]
     return {
-        "schema": 2,
+        "schema": 3,
         "suite": "latency",
         "started": "2026-01-02T03:04:05Z",
         "options": options,

@@ -3,9 +3,12 @@
 A subcommand has a file of its own, which imports at its top nothing that takes long: `--help` loads them all.
 """
 
+import sys
+
 import click
 
 from funnel_benchmarks.compare import compare
+from funnel_benchmarks.device.command import all_parts, ceilings, check
 from funnel_benchmarks.kernels.command import kernels
 from funnel_benchmarks.latency.command import latency
 from funnel_benchmarks.peers.command import peers
@@ -14,6 +17,13 @@ from funnel_benchmarks.scaling.command import scaling
 from funnel_benchmarks.serve.command import serve
 
 
-@click.group(commands=[latency, kernels, peers, serve, scaling, compare, report])
+@click.group(commands=[latency, kernels, peers, serve, scaling, check, ceilings, all_parts, compare, report])
 def bench() -> None:
     """Measure how fast the engine is, and compare two measurements."""
+
+
+if __name__ == "__main__":  # from the source roots, where no distribution has made the command `funnel`
+    from funnel_engine.cli import main
+
+    main.add_command(bench)
+    main(["bench", *sys.argv[1:]], prog_name="python -m funnel_benchmarks.bench")

@@ -65,7 +65,9 @@ def circumstances(first: Row, second: Row) -> list[str]:
         InputError: they are of different suites.
     """
     if first["suite"] != second["suite"]:
-        raise InputError(f"suite {first['suite']!r} cannot be compared with {second['suite']!r}; give two of one suite")
+        raise InputError(
+            f"suite {first['suite']!r} cannot be compared with {second['suite']!r}; give two results of one suite"
+        )
     lines = [
         f"warning: {name} is not complete: its run was stopped"
         for name, result in (("A", first), ("B", second))

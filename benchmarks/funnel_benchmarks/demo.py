@@ -35,7 +35,7 @@ def demo(output: Path) -> None:
     try:
         if output.exists() and any(output.iterdir()) and not marker.exists():
             raise InputError(
-                f"folder {output} holds files of yours, which the demo would replace; choose a new --output"
+                f"folder {output} contains files of yours, which the demo would replace; choose a new --output"
             )
         source.mkdir(parents=True, exist_ok=True)
         marker.write_text("Everything in this folder is made, and replaced, by `funnel demo`.\n")
@@ -55,4 +55,4 @@ def demo(output: Path) -> None:
         repeats=REPEATS,
     )
     json_file, plot_file, html_file = (output / f"latency.{ending}" for ending in ("json", "png", "html"))
-    measure(suite, json_file, resume=False, plot_file=plot_file, html_file=html_file)
+    measure(suite, json=json_file, plot=plot_file, html=html_file)

@@ -57,7 +57,7 @@ def taken(body: list[Instruction], index: int, stored: int) -> int:
 
 
 def written(body: list[Instruction], result: int) -> int:
-    """What a fused computation writes of results of so many bytes."""
+    """What a fused computation writes of results of `result` bytes."""
     by_name = {line.name: line for line in body}
     roots = [line for line in body if line.root and line.operation == "dynamic-update-slice"]
     return min(result, sum(sum(sizes(by_name[line.operands[1]].type)) for line in roots)) if roots else result

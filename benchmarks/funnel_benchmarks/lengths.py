@@ -90,5 +90,5 @@ def read_lengths(path: Path) -> np.ndarray:
         if not line.isdecimal() or len(line) > 9 or int(line) < 1:
             raise InputError(f"{path}: entry {number} is {line!r}; give one length in tokens (at least 1) a line")
     if not lines:
-        raise InputError(f"{path} holds no lengths; give one length in tokens a line")
+        raise InputError(f"{path} contains no lengths; write one length in tokens on each line")
     return np.array(lines, np.int64)

@@ -1,8 +1,10 @@
 """What a result must say about where it was measured. Nothing here names a path or a host."""
 
+import importlib.metadata
 import os
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -34,8 +36,28 @@ def machine_facts() -> dict[str, Any]:
         "jax": jax.__version__,
         "jaxlib": jaxlib.version.__version__,
         "numpy": np.__version__,
+        "triton": version_of("triton"),
+        "jax-triton": version_of("jax-triton"),
+        "platform_version": jax.devices()[0].client.platform_version,
+        "driver": nvidia_driver(),
         "revision": git_revision(Path(__file__)),
     }
+
+
+def version_of(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def nvidia_driver() -> str | None:
+    """The driver's version, where NVIDIA's own tool tells it."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    answer = subprocess.run(command, capture_output=True, text=True)
+    return answer.stdout.strip().splitlines()[0] if answer.returncode == 0 and answer.stdout.strip() else None
 
 
 def cpu_model() -> str:

@@ -62,11 +62,11 @@ def alone(sample: Sample, repeats: int) -> list[float]:
 
 @contextmanager
 def compiling_nothing() -> Iterator[None]:
-    """Raises `FunnelError` if something is compiled meanwhile, so that the samples are no timings."""
+    """Raises `FunnelError` if something is compiled meanwhile, so that the samples are not timings."""
     with counting_compilations() as compilations:
         yield
     if compilations:
-        raise FunnelError(f"{len(compilations)} programs were compiled while timing, where 0 may be; please report it")
+        raise FunnelError(f"{len(compilations)} programs were compiled while timing, and must not be; please report it")
 
 
 @contextmanager
@@ -86,5 +86,5 @@ def counting_compilations() -> Iterator[list[float]]:
 
 
 def spread(samples: Sequence[float]) -> dict[str, Any]:
-    """Samples as they stand in a result file: quartiles, median, and each one in the order taken."""
+    """Samples as a result file has them: quartiles, median, and each one in the order taken."""
     return {**quartiles(samples)._asdict(), "samples": list(samples)}

@@ -69,7 +69,7 @@ def preset_model(name: str, dtype: str | None, depth: int | None = None) -> Mode
     """A published architecture with random weights, bidirectional as an encoder is; bfloat16 unless told otherwise.
 
     Args:
-        depth: keep only so many of its first layers. Default: all.
+        depth: keep only this many of its first layers. Default: all.
 
     Raises:
         ConfigError: no such preset, more layers than it has, or a dtype that the engine does not run.
@@ -91,9 +91,9 @@ def preset_model(name: str, dtype: str | None, depth: int | None = None) -> Mode
 
 
 def check_depth(depth: int, name: str, layers: int) -> None:
-    """Raises `ConfigError` unless a model of this name and so many layers can be cut down to its first `depth`."""
+    """Raises `ConfigError` unless a model of `layers` layers can be cut down to its first `depth`."""
     if not 1 <= depth <= layers:
-        raise ConfigError(f"a depth of {depth} is not to be had: {name} has {layers} layers; take from 1 to {layers}")
+        raise ConfigError(f"depth {depth} is not possible: {name} has {layers} layers; take 1 to {layers}")
 
 
 def checkpoint_model(directory: Path, dtype: str | None) -> Model:

@@ -1,21 +1,21 @@
 """One result file for every suite: whole after every measured cell, so that a run that is killed keeps what it has.
 
-A file is JSON:
+A file is one JSON document with a line for each row (`json_lines`); numbers have six significant digits:
 
 | field | what it says |
 |---|---|
 | `schema` | the version of this form |
 | `suite` | which suite has written it |
 | `started` | when, UTC |
-| `options` | everything that the figures depend on; a run goes on only with a file of its own options |
+| `options` | everything that the figures depend on; a run resumes only a file of its own options |
 | `machine` | see `machine.machine_facts` |
-| `resumed` | runs that went on with it: `started`, `machine`, and `rows`, the number of rows that were there by then |
-| `complete` | whether the last run got to its end |
+| `resumed` | later runs that added to it: `started`, `machine`, and `rows`, the number of rows before them |
+| `complete` | whether the last run reached its end |
 | `rows` | what was measured: `cell`, a name of its own, `took_seconds`, and figures |
 | `left_out` | `cell` and `reason`; `same_as`, the cell whose row says the same, where nothing is missing without it |
 | `errors` | `cell` and `error` |
 
-and whatever else the suite has to say. A *figure with samples* is `{low, median, high, samples}` (`measure.spread`); of
+and whatever else the suite writes. A *figure with samples* is `{low, median, high, samples}` (`measure.spread`); of
 such a figure less is better (seconds, bytes), which `compare` relies on.
 """
 
@@ -26,15 +26,16 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from rich.console import Console
+
+from funnel_benchmarks.json_lines import document, rounded
+from funnel_benchmarks.progress import Progress
 from funnel_engine.output_files import write_text
 from funnel_kernels.errors import FunnelError, InputError
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-SCHEMA = 2
+SCHEMA = 3
 SAME_MACHINE = ("cpu", "kernel_instruction_set", "cores", "devices")  # facts that may not change within a file
 FIELDS: dict[str, type] = {
     "suite": str, "started": str, "options": dict, "machine": dict, "resumed": list, "complete": bool, "rows": list,
@@ -42,14 +43,14 @@ FIELDS: dict[str, type] = {
 }  # fmt: skip
 ENOUGH_SAMPLES = 10  # of each side, for a figure that is quoted
 LARGEST = 1e300  # of the numbers in a figure
-REST = "the rest of the suite"  # stands for a cell that has no name, because naming it failed
+REST = "the rest of the suite"  # names a cell that has no name, because naming it failed
 
 Row = dict[str, Any]
-Cell = tuple[str, Callable[[], Row]]  # what a row is called, and what measures it
+Measurement = tuple[str, Callable[[], Row]]  # what a row is called, and what measures it
 
 
 class LeftOut(Exception):
-    """Raised by a cell that is not measured; the text says why. It is no failure.
+    """Raised by a cell that is not measured; the text says why. It is not a failure.
 
     Attributes:
         same_as: the cell that measures the same; None if this one cannot be measured here.
@@ -73,7 +74,7 @@ class Results:
         facts: Row | None = None,
         resume: bool = False,
         show: Callable[[Row], str] | None = None,
-        console: "Console | None" = None,
+        console: Console | None = None,
     ):
         """Writes nothing yet.
 
@@ -83,31 +84,31 @@ class Results:
             options, machine, facts: the head of the file; plain JSON.
             resume: keep the rows of a file that is there already, and measure only the cells that it lacks.
             show: the line that tells of a new row. Default: how long it took.
-            console: where lines go, and on a terminal how far the run has got; needs rich. Default: only lines, to
-                standard output.
+            console: where lines go, and on a terminal how far the run has got. Default: standard output.
 
         Raises:
-            InputError: with `resume`, a file that is no result, or is one of another suite, other options or another
+            InputError: with `resume`, a file that is not a result, or is one of another suite, other options or another
                 machine.
         """
         started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        self.path, self.show, self.console = path, show or took, console
+        self.path, self.show, self.console = path, show or took, console or Console()
         self.content: Row = {"schema": SCHEMA, "suite": suite, "started": started, "options": options}
         self.content |= {"machine": machine, "resumed": [], **(facts or {})}
         self.content |= {"complete": False, "rows": [], "left_out": [], "errors": []}
         self.kept = path is not None and path.exists() and not resume  # until there is something better
         self.advance: Callable[[], object] = lambda: None
         if resume and path is not None and path.exists():
-            self.go_on(path)
+            self.take_over(path)
 
-    def go_on(self, path: Path) -> None:
-        """Takes over what a file holds, if it is of this run's kind."""
+    def take_over(self, path: Path) -> None:
+        """Continues with what a file contains, if it is of this run's kind."""
         earlier, now = read_results(path), self.content
         changed = differences(kind_of(earlier), kind_of(now))
         changes = "; ".join(f"{name} was {there!r} and is {here!r} now" for name, there, here in changed)
         if changes:
             raise InputError(
-                f"{path} cannot be gone on with: {changes}; run what it was begun with, or write to another file"
+                f"{path} cannot be resumed: {changes}; use the options and machine of its first run, or write to "
+                "another file"
             )
         run = {"started": now["started"], "machine": now["machine"], "rows": len(earlier["rows"])}
         self.content = earlier | {"resumed": [*earlier["resumed"], run], "complete": False}
@@ -122,11 +123,11 @@ class Results:
         """Whether a cell raised, or found a wrong result."""
         return bool(self.content["errors"]) or any(not row.get("passed", True) for row in self.rows)
 
-    def measure_all(self, cells: Iterable[Cell], *, steps: int = 1) -> None:
+    def measure_all(self, cells: Iterable[Measurement], *, steps: int = 1) -> None:
         """Measures every cell that has no row yet; what a cell raises is written down, and the next one is measured.
 
         Args:
-            steps: how often a cell calls `self.advance`, at most: once after each of so many equal parts of its work.
+            steps: how often a cell calls `self.advance`, at most: once after each of that many equal parts of its work.
         """
         named, broken = named_cells(cells)
         again = {REST, *(cell for cell, _ in named)}
@@ -134,9 +135,7 @@ class Results:
             self.content[field] = [entry for entry in self.content[field] if entry["cell"] not in again]
         done = {row["cell"] for row in self.rows}
         missing = [(cell, measure) for cell, measure in named if cell not in done]
-        if self.console is not None and self.console.is_terminal:
-            from funnel_benchmarks.progress import Progress  # an accelerator's machine may lack rich
-
+        if self.console.is_terminal:
             with Progress(self.console, self.content["suite"], len(missing), steps) as progress:
                 self.advance = progress.step
                 for cell, measure in missing:
@@ -169,7 +168,7 @@ class Results:
         self.append("errors", {"cell": cell, "error": error_text(error)})
 
     def append(self, field: str, entry: Row) -> None:
-        """Adds an entry, writes the file, and tells what there is to tell by then."""
+        """Adds an entry, writes the file, and prints a line about the entry."""
         self.content[field].append(entry)
         self.write()
         if field == "rows":
@@ -181,15 +180,12 @@ class Results:
 
     def tell(self, *lines: str) -> None:
         for line in lines:
-            if self.console is None:
-                print(line, flush=True)
-            else:
-                self.console.print(line, soft_wrap=True, highlight=False, markup=False)
+            self.console.print(line, soft_wrap=True, highlight=False, markup=False)
 
     def write(self) -> None:
         self.kept = self.kept and not self.rows
         if self.path is not None and not self.kept:
-            write_text(self.path, json.dumps(self.content, indent=1, allow_nan=False) + "\n")
+            write_text(self.path, document(self.content | {"rows": rounded(self.rows)}))
 
 
 def kind_of(content: Row) -> Row:
@@ -218,13 +214,13 @@ def too_few(row: Row) -> str:
     return f"  [samples of a side: {count}; {ENOUGH_SAMPLES} are needed to quote it]"
 
 
-def named_cells(cells: Iterable[Cell]) -> tuple[list[Cell], Exception | None]:
+def named_cells(cells: Iterable[Measurement]) -> tuple[list[Measurement], Exception | None]:
     """All cells up to the first that cannot be named, and why not; nothing is measured.
 
     Raises:
         ValueError: two cells have one name, so that a file could not tell them apart.
     """
-    named: list[Cell] = []
+    named: list[Measurement] = []
     broken = None
     try:
         named.extend(cells)
@@ -266,23 +262,23 @@ def read_results(path: Path) -> Row:
         raise InputError(f"cannot read {path}: {reason}; name a file that a suite has written") from error
     except json.JSONDecodeError as error:
         raise InputError(
-            f"{path} is cut short or no JSON ({error.msg}, line {error.lineno}); measure again, without --resume"
+            f"{path} is cut short or is not JSON ({error.msg}, line {error.lineno}); measure again, without --resume"
         ) from error
     except (ValueError, RecursionError) as error:
         raise InputError(
-            f"{path} is no result file of schema {SCHEMA}: {error}; measure again, into another file"
+            f"{path} is not a result file of schema {SCHEMA}: {error}; measure again, into another file"
         ) from error
     return content
 
 
 def refuse(constant: str) -> None:
-    raise ValueError(f"it holds {constant}, which is no figure")
+    raise ValueError(f"it contains {constant}, which is not a figure")
 
 
 def finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"it holds {text}, which is too large")
+        raise ValueError(f"it contains {text}, which is too large")
     return value
 
 
@@ -344,4 +340,4 @@ def check_figure(name: str, figure: Row) -> None:
         raise ValueError(f"{name} has no samples")
     for number in (*(figure.get(bound) for bound in ("low", "median", "high")), *samples):
         if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number < LARGEST:
-            raise ValueError(f"{name} holds {number!r}, where a number above 0 must be")
+            raise ValueError(f"{name} contains {number!r}; it must be a number above 0")

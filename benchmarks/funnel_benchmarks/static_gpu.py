@@ -10,7 +10,6 @@ needs more shared memory than its target has. AMD's gfx942 is reported apart and
 import collections
 import concurrent.futures
 import itertools
-import json
 import multiprocessing
 import os
 import re
@@ -18,24 +17,22 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
 import jax.numpy as jnp
 import triton
-from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 from triton.compiler import ASTSource, make_backend
 
-from funnel_engine import preset
+from funnel_benchmarks.sweep import attention_shapes, finish, json_option, table_text, widths, with_bar
 from funnel_engine.config import RECOVERIES
-from funnel_engine.output_files import check_writable, write_text
-from funnel_engine.presets import PRESETS
+from funnel_engine.output_files import check_writable
 from funnel_kernels.attention import triton_gpu as attention
 from funnel_kernels.errors import FunnelError, InputError
 from funnel_kernels.pool_norm import POOLS
@@ -94,21 +91,16 @@ def variants(target: str, sample: bool = False) -> Iterator[Variant]:
     too, there are as few as show each width and each combination of options. Attention comes in every shape; in a
     sample, of shapes that differ in constants alone there is one.
     """
-    widths = sorted({config.hidden_size for config in configs()})
     recoveries = dict.fromkeys(
         (recovery.mode, site, dtype, "float32" if recovery.source == "mean" else dtype)
         for recovery, site, dtype in itertools.product(RECOVERIES.values(), SITES, POINTERS)
         if recovery.mode != "tile" or site == SITES[0]  # where it is the same program
     )
     yield from attention_variants(target, sample)
-    for width, ((mode, dtype), stride) in row_wise(widths, list(itertools.product(POOLS, POINTERS)), sample):
+    for width, ((mode, dtype), stride) in row_wise(widths(), list(itertools.product(POOLS, POINTERS)), sample):
         yield pool_variant(width, mode, dtype, stride)
-    for width, ((mode, site, dtype, full), stride) in row_wise(widths, list(recoveries), sample):
+    for width, ((mode, site, dtype, full), stride) in row_wise(widths(), list(recoveries), sample):
         yield recover_variant(width, mode, site, dtype, full, stride)
-
-
-def configs() -> Iterator[Any]:
-    return map(preset, PRESETS)
 
 
 def row_wise(widths: list[int], options: list[Any], sample: bool) -> Iterator[tuple[int, tuple[Any, int]]]:
@@ -130,7 +122,7 @@ def few(first: list[Any], second: list[Any]) -> Iterator[tuple[Any, Any]]:
 
 def attention_variants(target: str, sample: bool) -> Iterator[Variant]:
     capability = HOPPER if TARGETS[target].backend == "hip" else TARGETS[target].arch
-    shapes = sorted({(c.num_heads, c.num_kv_heads, c.head_dim, c.query_scale, c.softcap or 0.0) for c in configs()})
+    shapes = attention_shapes()
     if sample:  # heads that share a key, head dim and softcap shape the program
         shapes = list({(shape[0] // shape[1], shape[2], shape[4]): shape for shape in shapes}.values())
     for dtype, shape in itertools.product(POINTERS, shapes):
@@ -232,7 +224,7 @@ def used_on_nvidia(ptx: str, target: str) -> tuple[int, int]:
 
 
 def used_on_amd(assembly: str, target: str) -> tuple[int, int]:
-    """Vector registers and spilled bytes, which stand in the assembly's metadata."""
+    """Vector registers and spilled bytes, from the assembly's metadata."""
     registers, spilled = (
         int(match[1]) if (match := re.search(pattern, assembly)) else 0
         for pattern in (r"\.vgpr_count:\s+(\d+)", r"\.vgpr_spill_count:\s+(\d+)")
@@ -254,7 +246,7 @@ Results = dict[tuple[str, str], Compiled]  # by variant and target
 
 
 @click.command()
-@click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="File to write.")
+@json_option
 @click.option("--only", default="", help="Only variants whose name begins so, e.g. attention.")
 @click.option("--target", "targets", multiple=True, type=click.Choice(list(SHARED)), help="Default: all.")
 @click.option(
@@ -275,46 +267,30 @@ def main(json_file: Path | None, only: str, targets: tuple[str, ...], sample: bo
             if variant.name.startswith(only)
         ]
         if not work:
-            raise InputError(f"--only={only!r} begins the name of no kernel; they begin with {' or '.join(KERNELS)}")
-        results = compile_all(work, jobs or multiprocessing.cpu_count())
-        if json_file:
-            write_text(json_file, as_json(results))
+            raise InputError(
+                f"--only {only!r}: no kernel has a name that begins so; they begin with {' or '.join(KERNELS)}"
+            )
     except FunnelError as error:
         raise click.UsageError(str(error)) from error
-    print_summary(results)
-    if any(problem(target, compiled) for (_, target), compiled in results.items() if TARGETS[target].backend == "cuda"):
-        raise SystemExit(1)
+    results = compile_all(work, jobs or multiprocessing.cpu_count())
+    head = {"date": time.strftime("%Y-%m-%d", time.gmtime()), "triton": triton.__version__}
+    figures = {place: compiled[:-1] for place, compiled in results.items()}
+    problems = {(name, target): problem(target, compiled) for (name, target), compiled in results.items()}
+    text = partial(table_text, head, Compiled._fields[:-1], figures, problems)
+    finish(json_file, text, [summary(results)], problems, fatal=lambda target: TARGETS[target].backend == "cuda")
 
 
 def compile_all(work: list[tuple[str, Variant]], jobs: int) -> Results:
     """Each variant for its target, in processes of their own: most of a compiler's time is under Python's lock."""
-    console = Console(stderr=True)
     # Starting afresh, because JAX's threads do not survive a fork.
     with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         compiled = pool.map(compile_for, *zip(*work, strict=True))
-        bar = track(compiled, "Compiling", len(work), console=console, transient=True, disable=not console.is_terminal)
+        bar = with_bar("Compiling", compiled, len(work))
         return {(variant.name, target): found for (target, variant), found in zip(work, bar, strict=True)}
 
 
-def as_json(results: Results) -> str:
-    """One line for each variant: on each target registers, shared memory, spilled bytes. Problems apart."""
-    rows: dict[str, dict[str, list[int]]] = collections.defaultdict(dict)
-    for (name, target), compiled in results.items():
-        rows[name][target] = [compiled.registers, compiled.shared, compiled.spilled]
-    head = {
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "triton": triton.__version__,
-        "columns": ["registers a thread", "bytes of shared memory", "bytes spilled"],
-        "problems": {
-            f"{target}: {name}": text for (name, target), it in results.items() if (text := problem(target, it))
-        },
-    }
-    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items())
-    return f'{json.dumps(head, indent=1)[:-2]},\n "kernels": {{\n{lines}\n }}\n}}\n'
-
-
-def print_summary(results: Results) -> None:
-    """The largest figures of each op on each target, and every problem."""
+def summary(results: Results) -> Table:
+    """The largest figures of each op on each target."""
     groups: dict[tuple[str, str], list[Compiled]] = collections.defaultdict(list)
     for (name, target), compiled in results.items():
         groups[name.split()[0], target].append(compiled)
@@ -323,10 +299,7 @@ def print_summary(results: Results) -> None:
         shared, registers = max(it.shared for it in group), max(it.registers for it in group)
         problems = sum(bool(problem(target, it)) for it in group)
         table.add_row(op, target, str(len(group)), f"{shared:,}", str(registers), str(problems))
-    Console().print(table)
-    for (name, target), compiled in results.items():
-        if text := problem(target, compiled):
-            click.echo(f"{target}: {name}: {text}")
+    return table
 
 
 if __name__ == "__main__":

@@ -34,15 +34,13 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from funnel_benchmarks.hbm_traffic import hbm_traffic
+from funnel_benchmarks.sweep import attention_shapes, finish, json_option, table_text, widths, with_bar
 from funnel_engine import FunnelConfig, HeadConfig, ModelConfig, preset
 from funnel_engine.config import layer_steps
-from funnel_engine.output_files import check_writable, write_text
-from funnel_engine.presets import PRESETS
+from funnel_engine.output_files import check_writable
 from funnel_engine.sharding import AXES, abstract_forward
 from funnel_engine.weights import count_parameters, expected_shapes
 from funnel_kernels import Target, pallas_calls
@@ -92,7 +90,7 @@ class Variant(NamedTuple):
     Attributes:
         name: begins with the op.
         lower: lowers it for a device: a kernel with the arrays that it is called with, or a whole forward pass.
-        tile_rows: how many rows of a kernel's longest block are one tile of work; 0 for what is no kernel.
+        tile_rows: how many rows of a kernel's longest block are one tile of work; 0 for what is not a kernel.
         least_bytes: of HBM that a whole forward pass must move.
     """
 
@@ -146,9 +144,7 @@ def attention_variants() -> Iterator[Variant]:
     sizes = splash.BlockSizes(block_q=QUERIES, block_kv=KEYS, block_kv_compute=KEYS // 2)
     anchor = splash.make_splash_mqa_single_device(mask, block_sizes=sizes)
     keys = array(4 * KEYS, HEAD_DIM)
-    configs = [preset(name) for name in PRESETS]
-    shapes = sorted({(c.num_heads, c.num_kv_heads, c.head_dim, c.query_scale, c.softcap or 0.0) for c in configs})
-    for heads, kv_heads, head_dim, scale, softcap in shapes:
+    for heads, kv_heads, head_dim, scale, softcap in attention_shapes():
         function = functools.partial(attention, heads=heads, kv_heads=kv_heads, scale=scale, softcap=softcap or None)
         rows = [array(FORWARD_ROWS, count * head_dim) for count in (heads, kv_heads, kv_heads)]
         bounds = [array(FORWARD_ROWS, dtype=jnp.int32)] * 2
@@ -224,10 +220,6 @@ def kernel(name: str, function: Callable[..., Any], *arrays: Any, tile_rows: int
 
 def array(*shape: int, dtype: Any = DTYPE) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
-
-
-def widths() -> list[int]:
-    return sorted({preset(name).hidden_size for name in PRESETS})
 
 
 # ------------------------------------------------------------------------------------------------------ anchors
@@ -347,7 +339,7 @@ def moved(program: Any) -> int:
 
 
 def least_traffic(config: ModelConfig, funnel: FunnelConfig, rows: int) -> int:
-    """Bytes of HBM that a bfloat16 forward pass of so many packed rows must move.
+    """Bytes of HBM that a bfloat16 forward pass of `rows` packed rows must move.
 
     Every weight of the layers is read once. Each layer writes and reads once what one product or kernel hands to the
     next: the residual stream twice, q, k and v before and after RoPE, what attention makes of them, and gate with up.
@@ -429,7 +421,7 @@ def compile_for(generation: str, part: str, only: tuple[str, ...]) -> Iterator[C
 
 
 @click.command()
-@click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="File to write.")
+@json_option
 @click.option("--only", multiple=True, help="Only variants whose name begins so, e.g. pool_norm.")
 @click.option("--generation", "generations", multiple=True, type=click.Choice(list(TOPOLOGIES)), help="Default: all.")
 def main(json_file: Path | None, only: tuple[str, ...], generations: tuple[str, ...]) -> None:
@@ -438,21 +430,17 @@ def main(json_file: Path | None, only: tuple[str, ...], generations: tuple[str, 
         check_writable(json_file, (".json",))
     if not importlib.util.find_spec("libtpu"):
         raise click.ClickException(INSTALL)
-    console = Console(stderr=True)
     jobs = itertools.product(generations or TOPOLOGIES, PARTS)
     found = itertools.chain.from_iterable(compile_for(generation, part, only or ("",)) for generation, part in jobs)
-    results = list(track(found, "Compiling", console=console, transient=True, disable=not console.is_terminal))
-    if json_file:
-        rows = [result._asdict() for result in results]
-        write_text(json_file, json.dumps({"jax": jax.__version__, "compiled": rows}, indent=1) + "\n")
-    print_summary(results)
-    if any(result.problem for result in results):
-        raise SystemExit(1)
+    results = list(with_bar("Compiling", found))
+    figures = {(result.variant, result.generation): result[2:-1] for result in results}
+    problems = {(result.variant, result.generation): result.problem for result in results}
+    text = functools.partial(table_text, {"jax": jax.__version__}, Compiled._fields[2:-1], figures, problems)
+    finish(json_file, text, [summary(results), comparison(results)], problems)
 
 
-def print_summary(results: list[Compiled]) -> None:
-    """The figures of each op on each generation, kernels beside their anchors, and every problem."""
-    console = Console()
+def summary(results: list[Compiled]) -> Table:
+    """The figures of each op on each generation."""
     groups: dict[tuple[str, str], list[Compiled]] = collections.defaultdict(list)
     for result in results:
         groups[result.variant.split()[0], result.generation].append(result)
@@ -475,18 +463,18 @@ def print_summary(results: list[Compiled]) -> None:
                 if result.hbm_bytes
             ),
         )
-    console.print(table)
+    return table
+
+
+def comparison(results: list[Compiled]) -> Table:
+    """Kernels beside their anchors."""
     table = Table("kernel", "TPU", "bundles a tile", "anchors", "ratio")
     for (name, anchors), generation in itertools.product(COMPARED.items(), TOPOLOGIES):
         found = {r.variant: r for r in results if r.generation == generation and r.tiles}
         if {name, *anchors} <= found.keys():
             bundles, limit = found[name].bundles_per_tile, sum(found[anchor].bundles_per_tile for anchor in anchors)
             table.add_row(name, generation, f"{bundles:,.0f}", f"{limit:,.0f}", f"{bundles / limit:.2f}")
-    if table.row_count:
-        console.print(table)
-    for result in results:
-        if result.problem:
-            click.echo(f"{result.generation}: {result.variant}: {result.problem}")
+    return table
 
 
 def span(cells: Iterable[str]) -> str:

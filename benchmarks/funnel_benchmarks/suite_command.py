@@ -1,34 +1,35 @@
-"""What the commands of all suites share: options, checks of their files, and how a run begins and ends."""
+"""What the commands of all suites share: options, checks of their files, and the run itself."""
 
+import functools
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from rich.console import Console
 
+from funnel_benchmarks.describe import describe_machine
 from funnel_benchmarks.machine import machine_facts
 from funnel_benchmarks.plot_style import render, require_matplotlib
-from funnel_benchmarks.results import Results, Row
+from funnel_benchmarks.report.page import render_page
+from funnel_benchmarks.results import Results
+from funnel_benchmarks.suite import Suite, row_line, terminal_table
 from funnel_engine import ModelConfig
-from funnel_engine.output_files import check_writable, write_bytes
+from funnel_engine.output_files import check_writable, write_bytes, write_text
 from funnel_engine.presets import PRESETS
 from funnel_engine.weights import DTYPES
 from funnel_kernels.errors import ConfigError
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 FILE = click.Path(path_type=Path)
+WIDE = 200  # columns
 PLOT_ENDINGS = (".png", ".svg", ".pdf")
 
 preset_option = click.option(
     "--preset", default="embeddinggemma-300m", show_default=True,
     help=f"Architecture, with random weights: {', '.join(PRESETS)}.",
 )  # fmt: skip
-depth_option = click.option("--depth", type=int, help="Keep only so many of its first layers. Default: all.")
+depth_option = click.option("--depth", type=int, help="Keep only this many of its first layers. Default: all.")
 layer_option = click.option(
     "--layer", type=click.IntRange(min=0),
     help="How many full-length layers come before the 2:1 funnel. Default: a sixth of the layers, at least 1.",
@@ -44,16 +45,36 @@ repeats_option = click.option(
     "--repeats", type=click.IntRange(min=1), default=5, show_default=True,
     help="How often both sides are run in turns, A B B A, for each row.",
 )  # fmt: skip
-json_option = click.option(
-    "--json", "json_file", type=FILE, help="Write all figures here, for programs, after every row."
-)
-resume_option = click.option(
-    "--resume", is_flag=True, help="Keep the rows that the file of --json has, and measure those it lacks."
-)
 
 
-def plot_option(what: str) -> Callable[[Any], Any]:
-    return click.option("--plot", "plot_file", type=FILE, help=f"Draw {what} here; {', '.join(PLOT_ENDINGS)}.")
+def file_options(*, plot: str = "", html: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Adds the options of a run's files. They are checked first; the command gets them as `files`, which `run` takes.
+
+    Args:
+        plot: what `--plot` draws; empty: there is no such option.
+        html: whether there is `--html`.
+    """
+    options = [
+        click.option("--json", type=FILE, help="Write all figures here, for programs, after every row."),
+        click.option("--resume", is_flag=True, help="Keep the rows in the file of --json, and measure those it lacks."),
+    ]
+    if plot:
+        options.append(click.option("--plot", type=FILE, help=f"Draw {plot} here; {', '.join(PLOT_ENDINGS)}."))
+    if html:
+        options.append(click.option("--html", type=FILE, help="Write a report here that opens in any browser."))
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(command)
+        def checked(*arguments: Any, **given: Any) -> Any:
+            files = {name: given.pop(name) for name in ("json", "resume", "plot", "html") if name in given}
+            check_files(**files)
+            return command(*arguments, files=files, **given)
+
+        for option in reversed(options):
+            checked = option(checked)
+        return checked
+
+    return decorate
 
 
 def funnel_place(layer: int | None, config: ModelConfig) -> int:
@@ -64,11 +85,11 @@ def funnel_place(layer: int | None, config: ModelConfig) -> int:
 def check_files(
     *, json: Path | None = None, resume: bool = False, plot: Path | None = None, html: Path | None = None
 ) -> None:
-    """Finds out beforehand which file of a run could not be written after it.
+    """Checks before a run that its files can be written after it.
 
     Raises:
-        InputError: a name that ends otherwise than such files do, or a place where none can be made.
-        ConfigError: a picture without matplotlib, or `--resume` without a file to go on with.
+        InputError: a name with another ending, or a folder that does not exist.
+        ConfigError: a picture without matplotlib, or `--resume` without a file.
     """
     for path, endings in ((json, (".json",)), (plot, PLOT_ENDINGS), (html, (".html",))):
         if path is not None:
@@ -76,37 +97,42 @@ def check_files(
     if plot or html:
         require_matplotlib()
     if resume and json is None:
-        raise ConfigError("--resume goes on with the file of --json; name it")
+        raise ConfigError("--resume adds to the file of --json; name that file")
 
 
-def begin(suite: str, table: ModuleType, options: Row, json_file: Path | None, resume: bool) -> Results:
-    """The results of a run that begins now, after its introduction.
+def run(
+    suite: Suite, *, json: Path | None = None, resume: bool = False, plot: Path | None = None, html: Path | None = None
+) -> None:
+    """Measures a suite: prints each row when it is measured, then tables and findings, and writes all files.
 
-    Args:
-        table: the suite's module with `introduction(content) -> lines` and `row_line(row) -> line`.
+    Exit status 1: a row failed.
     """
-    results = Results(
-        json_file,
-        suite=suite,
-        options=options,
-        machine=machine_facts(),
-        resume=resume,
-        show=table.row_line,
-        console=Console(),
-    )
-    results.tell(*table.introduction(results.content))
-    return results
-
-
-def write_plot(results: Results, file: Path, draw: Callable[..., "Figure"]) -> None:
-    """Writes the picture of all results that a suite's `draw(content, look)` makes, and tells where it is."""
-    write_bytes(file, render(partial(draw, results.content), file.suffix[1:]))
-    results.tell(f"plot    {file}")
-
-
-def end(results: Results) -> None:
-    """Tells where the figures are. Exit status 1 if a row failed."""
+    options = suite.options()
+    results = Results(json, suite=suite.name, options=options, machine=machine_facts(), resume=resume, console=screen())
+    results.show = partial(row_line, suite.section, results.content)
+    section = suite.section(results.content)
+    results.tell(section.title, *(f"{name}: {text}" for name, text in section.facts.items() if text))
+    results.tell(f"Machine: {describe_machine(results.content['machine'])}", "")
+    results.measure_all(suite.cells(results), steps=suite.steps)
+    told, section = section.facts, suite.section(results.content)
+    for table in section.tables:
+        results.console.print("", terminal_table(table))
+    if section.summary:
+        results.tell("", section.summary)
+    results.tell(*(f"{name}: {text}" for name, text in section.facts.items() if text and name not in told))
+    if plot and section.plots:
+        write_bytes(plot, render(section.plots[0].draw, plot.suffix[1:]))
+        results.tell(f"plot    {plot}")
+    if html and results.rows:
+        write_text(html, render_page(section.title, [(results.content, section)]))
+        results.tell(f"report  {html}")
     if results.path is not None and not results.kept:
         results.tell(f"figures {results.path}")
     if results.failed:
         raise SystemExit(1)
+
+
+def screen() -> Console:
+    """Standard output; where it is not a terminal, as wide as a table of many columns."""
+    console = Console()
+    return console if console.is_terminal else Console(width=WIDE)

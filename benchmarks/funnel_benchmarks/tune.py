@@ -2,7 +2,7 @@
 
     python -m funnel_benchmarks.tune
 
-What does not fit the GPU's shared memory is no candidate. Candidates are first compiled in processes side by side, and
+A candidate must fit the GPU's shared memory. Candidates are first compiled in processes side by side, and
 those that spill registers are dropped. The others run on the same random data, are held against the `xla` backend, and
 are timed in turns; the median decides. The table, `funnel_kernels/tuned/DEVICE.json`, is written after each op, width
 and dtype, and keeps the entries that are not measured again. An engine that is loaded afterwards uses it.
@@ -23,14 +23,12 @@ import click
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 
+from funnel_benchmarks.measure import sampler
 from funnel_benchmarks.statistics import Spread, quartiles
-from funnel_engine import preset
+from funnel_benchmarks.sweep import configs, widths, with_bar
 from funnel_engine.devices import local_target
 from funnel_engine.output_files import check_writable, write_text
-from funnel_engine.presets import PRESETS
 from funnel_kernels import Target, attention, pool_norm, recover_norm, triton_calls, tuning
 from funnel_kernels.errors import BackendUnavailable, FunnelError
 from funnel_kernels.target import Unsupported
@@ -84,11 +82,10 @@ class Timing(NamedTuple):
 
 def problems(target: Target) -> Iterator[tuple[tuning.Key, Callable[[], Problem]]]:
     """Attention for every head dim of the presets and both row-wise ops for every width, in both dtypes."""
-    configs = [preset(name) for name in PRESETS]
     for dtype in TOLERANCE:
-        for head_dim in sorted({config.head_dim for config in configs}):
+        for head_dim in sorted({config.head_dim for config in configs()}):
             yield tuning.Key("attention", head_dim, dtype), partial(attention_problem, head_dim, dtype, target)
-        for width in sorted({1 << (config.hidden_size - 1).bit_length() for config in configs}):
+        for width in sorted({1 << (width - 1).bit_length() for width in widths()}):
             yield tuning.Key("pool_norm", width, dtype), partial(pool_problem, width, dtype, target)
             yield tuning.Key("recover_norm", width, dtype), partial(recover_problem, width, dtype, target)
 
@@ -195,11 +192,11 @@ def measure(problem: Problem, advance: Callable[[], object]) -> list[Timing]:
             else:
                 failures.append(Timing(sizes, None, f"is wrong: relative error {error:.1e}"))
         advance()
-    counts = {sizes: calls_per_sample(call) for sizes, call in calls.items()}
+    samplers = {sizes: sampler(call, SAMPLE_SECONDS) for sizes, call in calls.items()}
     samples: dict[Any, list[float]] = {sizes: [] for sizes in calls}
     for _ in range(ROUNDS):
-        for sizes, call in calls.items():
-            samples[sizes].append(seconds_per_call(call, counts[sizes]))
+        for sizes, sample in samplers.items():
+            samples[sizes].append(sample())
     timings = [Timing(sizes, quartiles(taken), "") for sizes, taken in samples.items()]
     return sorted(timings, key=microseconds) + failures
 
@@ -229,20 +226,6 @@ def relative_errors(results: Any, expected: Any) -> list[jax.Array]:
 def relative_error(results: Any, expected: Any) -> float:
     """The largest one; NaN is infinite."""
     return max(float(np.nan_to_num(error, nan=np.inf)) for error in relative_errors(results, expected))
-
-
-def calls_per_sample(call: Callable[[], object]) -> int:
-    seconds_per_call(call, 2)  # warm
-    return max(1, round(SAMPLE_SECONDS / seconds_per_call(call, 2)))
-
-
-def seconds_per_call(call: Callable[[], object], count: int) -> float:
-    """Enqueues `count` calls, which the device runs one after another, and waits for the last."""
-    start = time.perf_counter()
-    for _ in range(count):
-        result = call()
-    jax.block_until_ready(result)
-    return (time.perf_counter() - start) / count
 
 
 def entry(problem: Problem, timings: Sequence[Timing]) -> dict[str, Any]:
@@ -312,10 +295,8 @@ def tune(problem: Problem, file: Path) -> None:
     Raises:
         BackendUnavailable: no candidate runs and is right.
     """
-    console = Console(stderr=True)
     name = " ".join(map(str, problem.key))
-    steps = track(problem.candidates, name, console=console, transient=True, disable=not console.is_terminal)
-    timings = measure(problem, iter(steps).__next__)
+    timings = measure(problem, iter(with_bar(name, problem.candidates)).__next__)
     if not timings[0].seconds:
         raise BackendUnavailable(f"{name}: no candidate runs and is right; the first {timings[0].problem}")
     found = entry(problem, timings)

@@ -4,7 +4,7 @@ On NVIDIA GPUs XLA compares its own and cuBLAS's matrix products while it compil
 records runs of at least five kernels as CUDA graphs (`xla_gpu_enable_command_buffer`). A call through the legacy
 custom-call interface ends such a run. The Triton kernels are called through the typed interface
 (`funnel_kernels.triton_calls`), so a forward pass is one graph.
-`python -m funnel_benchmarks.accelerator --only flags` measures what other options would change.
+`funnel bench all --only flags` measures what other options would change.
 """
 
 import os

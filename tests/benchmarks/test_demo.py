@@ -28,7 +28,7 @@ def test_demo_refuses_a_folder_that_it_has_not_made(tmp_path):
     (tmp_path / "checkpoint").mkdir()
     result = run("demo", "--output", tmp_path)
     assert result.exit_code == 2
-    assert "holds files of yours, which the demo would replace" in result.stderr
+    assert "contains files of yours, which the demo would replace" in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 

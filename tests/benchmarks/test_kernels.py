@@ -21,12 +21,12 @@ from funnel_benchmarks.kernels import command
 from funnel_benchmarks.kernels.allocator import keep_freed_memory
 from funnel_benchmarks.kernels.cases import Case, Sizes, cases
 from funnel_benchmarks.kernels.ceilings import Ceiling, ceilings
-from funnel_benchmarks.kernels.section import section
 from funnel_benchmarks.kernels.suite import Suite, backends_here, bound, cells
-from funnel_benchmarks.kernels.table import row_line
 from funnel_benchmarks.plot_style import LIGHT, styled
 from funnel_benchmarks.results import LeftOut, read_results
+from funnel_benchmarks.suite import row_line
 from funnel_engine import ConfigError
+from funnel_engine.devices import local_target
 from funnel_engine.hugging_face_config import read_model_config
 from funnel_kernels.errors import BackendUnavailable
 from option_grid import no_product, served_or_refused
@@ -73,7 +73,7 @@ def traced_bytes(call, inputs):
 def test_the_bytes_of_a_case_are_those_of_its_arrays(dtype):
     for case in cases(sizes(dtype)):
         if case.bytes:
-            call = case.make("reference")
+            call = case.make(local_target("reference"))
             inputs = 2 if case.name.startswith("project_heads") else 3  # x and weight, without the angles' tables
             assert case.bytes == traced_bytes(call, inputs), case.name
 
@@ -96,7 +96,7 @@ def counted_flops(call):
 def test_the_flops_of_a_product_are_those_of_its_program():
     for case in cases(sizes()):
         if case.name.startswith(("project_heads", "linear", "gated_linear")):
-            assert case.flops == counted_flops(case.make("reference")) > 0, case.name
+            assert case.flops == counted_flops(case.make(local_target("reference"))) > 0, case.name
         elif not case.name.startswith(("attention", "embed")):
             assert case.flops == 0
 
@@ -106,7 +106,7 @@ def test_attention_counts_the_pairs_that_are_seen():
     pairs = 24**2 + 40**2
     assert whole.flops == 4 * 32 * 4 * pairs
     assert strided.flops == 4 * 32 * 4 * pairs // 2
-    lo, hi = (np.asarray(edges) for edges in strided.make("xla").args[3:])
+    lo, hi = (np.asarray(edges) for edges in strided.make(local_target("xla")).args[3:])
     assert lo.tolist() == [0] * 12 + [24] * 20
     assert hi.tolist() == [24] * 12 + [64] * 20
 
@@ -123,7 +123,7 @@ def test_every_case_computes_the_same_on_every_backend():
     for case in cases(sizes()):
         native = case.name.startswith(("linear_add_norm", "attention", "add_norm", "pool_norm", "recover_norm"))
         with served_or_refused("float32", "xla" if native else "cpu"):
-            results = (jax.tree.leaves(case.make(backend)()) for backend in ("cpu", "xla"))
+            results = (jax.tree.leaves(case.make(local_target(backend))()) for backend in ("cpu", "xla"))
             for one, other in zip(*results, strict=True):
                 one, other = (np.asarray(each, np.float64) for each in (one, other))
                 assert np.abs(other).max() > 0.1
@@ -152,7 +152,7 @@ def test_shares_are_of_the_bound_in_the_time(monkeypatch):
     case = Case("case", lambda backend: lambda: None, flops=10**6, bytes=0)
     monkeypatch.setattr("funnel_benchmarks.kernels.suite.cases", lambda sizes: [case])
     monkeypatch.setattr("funnel_benchmarks.kernels.suite.sampler", lambda call, seconds: lambda: 0.004)
-    suite = Suite(sizes=sizes(), backends=("xla",), ceilings=CEILINGS, repeats=2)
+    suite = Suite(model="tiny", sizes=sizes(), backends=("xla",), ceilings=CEILINGS, repeats=2)
     rows = rows_of(suite)
     assert list(rows) == ["ceiling: product", "ceiling: copy", "case; xla"]  # the ceilings come first
     assert rows["ceiling: copy"]["rate"] == pytest.approx(RATES["copy"])
@@ -166,7 +166,7 @@ def test_a_backend_that_is_not_here_is_left_out():
     def refuse(backend):
         raise BackendUnavailable("no such device")
 
-    suite = Suite(sizes=sizes(), backends=("triton",), ceilings=CEILINGS, repeats=1)
+    suite = Suite(model="tiny", sizes=sizes(), backends=("triton",), ceilings=CEILINGS, repeats=1)
     measure = dict(cells(suite))
     with pytest.raises(LeftOut, match=r"attention is not served by backend 'triton'"):
         next(run for name, run in measure.items() if name.startswith("attention"))()
@@ -271,13 +271,13 @@ def test_the_command(quick, tmp_path):
     assert [reason in entry["reason"] for entry in content["left_out"]] == ([True] if reason else [])
     assert json.loads(before)["rows"] == rows[:4]
     for row in rows:
-        assert row["cell"] in row_line(row)
+        assert row_line(Suite.section, content, row).startswith(f"{row['cell']}: ")
 
 
 def test_bad_input(quick, tmp_path):
-    with pytest.raises(ConfigError, match="--resume goes on with the file of --json"):
+    with pytest.raises(ConfigError, match="--resume adds to the file of --json"):
         run("--resume")
-    with pytest.raises(ConfigError, match="a depth of 3 is not to be had: gemma-2b has 2 layers; take from 1 to 2"):
+    with pytest.raises(ConfigError, match="depth 3 is not possible: gemma-2b has 2 layers; take 1 to 2"):
         run("--depth", "3")
     assert run("--backend", "gpu").exit_code == 2
 
@@ -286,15 +286,14 @@ def test_the_section_of_a_result(quick, tmp_path):
     file = tmp_path / "kernels.json"
     run("--depth", "2", "--seq-len", "8", "--repeats", "1", "--json", str(file))
     content = read_results(file)
-    made = section(content)
+    made = Suite.section(content)
     shares = {row["cell"]: row["share"]["median"] for row in content["rows"] if "share" in row}
     whole = [share for cell, share in shares.items() if cell.startswith("embed") and cell.endswith("cpu")]
     assert len(whole) == (0 if no_product("float32") else 1)
     assert all(f"{share:.2f} with cpu" in made.summary for share in whole)
     ceiling_table, table = made.tables
-    assert [row[0].text for row in ceiling_table.rows] == ["product", "copy"]
-    assert [row[1].value for row in table.rows] == list(shares.values())
-    assert all(len(row) == len(each.columns) for each in made.tables for row in each.rows)
+    assert [row[0].text for row in ceiling_table.cells] == ["product", "copy"]
+    assert [row[1].value for row in table.cells] == list(shares.values())
     assert len(made.plots) == 2  # what products bound, and what copies do
     for plot in made.plots:
         with styled(LIGHT):
@@ -326,4 +325,4 @@ def test_the_model_of_the_cases_is_the_one_asked_for():
     assert f"gated_linear, {ROWS} x 64 x (2 x 192)" in names
     assert f"embed, 2 layers, 2 sequences, {ROWS} tokens" in names
     assert len(names) == len(set(names))
-    assert jnp.result_type(cases(sizes())[0].make("xla").args[0]) == jnp.float32
+    assert jnp.result_type(cases(sizes())[0].make(local_target("xla")).args[0]) == jnp.float32

@@ -65,7 +65,8 @@ def run(weights, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(latency, "Engine", RecordingEngine)
         results.measure_all(cells(SUITE, weights, advance=lambda: steps.append(1)))
-    return read_results(path), RecordingEngine.made, len(steps)
+    assert [row["cell"] for row in read_results(path)["rows"]] == [row["cell"] for row in results.rows]
+    return results.content, RecordingEngine.made, len(steps)
 
 
 def test_there_is_a_row_for_every_funnel_on_every_batch(run):

@@ -71,8 +71,8 @@ def test_bench_prints_rows_and_writes_all_files(checkpoint, tmp_path):
     assert len(page.all("article")) == 1
     assert [row[0].split("\n")[0].strip() for row in page.rows[1:]] == names
     lines = result.output.splitlines()
-    assert sum("  3:1 after " in line for line in lines) == 2
-    assert any("0 compilations while timing" in line for line in lines)
+    assert sum(line.startswith("3:1 after ") and ": ratio " in line for line in lines) == 2
+    assert "Compilations while timing: 0" in lines
     assert all(str(output) in result.output for output in outputs)
     assert sorted(tmp_path.iterdir()) == sorted([lengths, *outputs])
 
@@ -82,7 +82,8 @@ def test_bench_defaults_to_even_layers_and_fixed_lengths_and_writes_nothing(chec
     result = run("bench", "latency", "--checkpoint", checkpoint, "--batch", 2, "--seq-len", 8, "--repeats", 1)
     assert result.exit_code == 0, result.output
     assert "2 x 8 tokens" in result.output
-    assert sum("  2:1 after 2; 2 x 8 tokens" in line for line in result.output.splitlines()) == 1  # of 3 layers
+    lines = result.output.splitlines()
+    assert sum(line.startswith("2:1 after 2; 2 x 8 tokens: ") for line in lines) == 1  # of 3 layers
     assert not list(tmp_path.iterdir())
 
 
@@ -97,7 +98,7 @@ def test_resuming_keeps_rows_and_measures_the_missing_ones(checkpoint, tmp_path)
     content = read_results(file)
     assert content["rows"][0] == first["rows"][0]
     assert [row["cell"] for row in content["rows"]] == ["2:1 after 1; 2 x 8 tokens", "2:1 after 2; 2 x 8 tokens"]
-    assert "  2:1 after 1; " not in result.output
+    assert "\n2:1 after 1; " not in result.output
     assert [run["rows"] for run in content["resumed"]] == [1]
     refused = run(*arguments, "--layers", "1,2", "--resume", "--dtype", "float32")
     assert refused.exit_code == 2
@@ -139,11 +140,11 @@ def test_a_sweep_says_what_is_measured(monkeypatch, options, repeats, batches):
     [
         ([], "give one of --preset NAME, --checkpoint FOLDER and --sweep NAME"),
         (["--preset", "gemma-2b", "--checkpoint", "x"], "give one of --preset NAME, --checkpoint FOLDER"),
-        (["--sweep", "gemma-2b", "--preset", "gemma-2b"], "--sweep gemma-2b says itself what is measured; leave --pre"),
-        (["--sweep", "gemma-2b", "--seq-len", "512"], "leave --seq-len out"),
-        (["--sweep", "gemma-7b", "--recovery", "none"], "leave --recovery out"),
+        (["--sweep", "gemma-2b", "--preset", "gemma-2b"], "--sweep gemma-2b decides what is measured; leave out --pre"),
+        (["--sweep", "gemma-2b", "--seq-len", "512"], "leave out --seq-len"),
+        (["--sweep", "gemma-7b", "--recovery", "none"], "leave out --recovery"),
         (["--preset", "gemma-2b", "--quick"], "--quick shortens a sweep; give --sweep gemma-2b or --sweep gemma-7b"),
-        (["--preset", "gemma-2b", "--resume"], "--resume goes on with the file of --json; name it"),
+        (["--preset", "gemma-2b", "--resume"], "--resume adds to the file of --json; name that file"),
         (["--preset", "gemma-2b", "--batch", "1", "--resume", "--json", "old.json"], "old.json is cut short"),
         (["--preset", "gemma-9"], "choose one of gemma-2b"),
         (["--checkpoint", "nowhere"], "nowhere is not a checkpoint"),
@@ -163,8 +164,8 @@ def test_a_sweep_says_what_is_measured(monkeypatch, options, repeats, batches):
 def test_bad_input_is_one_line_with_status_2_before_anything_is_loaded(tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.html").mkdir()
-    (tmp_path / "old.json").write_text('{"schema": 2, "su')
-    monkeypatch.setattr(command, "cells", None)
+    (tmp_path / "old.json").write_text('{"schema": 3, "su')
+    monkeypatch.setattr(suite, "cells", None)
     monkeypatch.setattr(models, "random_array", None)
     result = run("bench", "latency", *arguments)
     assert result.exit_code == 2

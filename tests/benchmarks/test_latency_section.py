@@ -2,13 +2,14 @@
 
 import numpy as np
 
-from funnel_benchmarks.latency.section import section
+from funnel_benchmarks.latency.suite import Suite
 from funnel_benchmarks.plot_style import LIGHT
+from funnel_benchmarks.suite import row_line
 from latency_results import BATCH, LAYERS, make_result, make_row, with_other_rows
 
 
 def test_the_summary_begins_with_the_paper_s_figure_beside_ours():
-    summary = section(make_result()).summary
+    summary = Suite.section(make_result()).summary
     assert summary.startswith(
         "Saved, beside arXiv:2504.02877 (Gemma 2B on a TPU): 44.0 % after layer 2 (paper: 44 %); 2 x 512 tokens. "
     )
@@ -21,29 +22,29 @@ def test_the_summary_begins_with_the_paper_s_figure_beside_ours():
 def test_the_title_tells_results_apart():
     result = make_result()
     title = "Latency with a funnel, and without: <tiny & co>, "
-    assert section(result).title == f"{title}2 x 512 tokens"
+    assert Suite.section(result).title == f"{title}2 x 512 tokens"
     result["options"]["batches"] *= 3
-    assert section(result).title == f"{title}3 batches"
+    assert Suite.section(result).title == f"{title}3 batches"
 
 
 def test_the_paper_is_named_once_for_all_batches():
     ratios = {"a": 0.6, "b": 0.7}
     rows = [make_row((1, 1, 2), ratio, 0.5) | {"batch": BATCH | {"name": name}} for name, ratio in ratios.items()]
-    summary = section(make_result() | {"rows": rows}).summary
+    summary = Suite.section(make_result() | {"rows": rows}).summary
     ours = "40.0 % after layer 2 (paper: 44 %); a. 30.0 % after layer 2 (paper: 44 %); b. "
     assert summary.startswith(f"Saved, beside arXiv:2504.02877 (Gemma 2B on a TPU): {ours}2:1 after 2 saves 40.0 %")
     other = make_result()
     other["options"]["model"]["layers"] = 24
-    assert section(other).summary.startswith("2:1 after 2 saves 44.0 %")
+    assert Suite.section(other).summary.startswith("2:1 after 2 saves 44.0 %")
 
 
 def test_the_table_has_every_figure_of_every_row():
-    (table,) = section(make_result()).tables
-    names = [name for name, _ in table.columns]
+    (table,) = Suite.section(make_result()).tables
+    names = [name for name, _ in table.heads]
     assert names[:7] == ["funnel", "ratio", "ideal", "efficiency", "saving", "latency", "baseline"]
     assert names[7:] == ["tokens/s", "GFLOP/s", "padding", "compiling"]
-    assert [row[0].text for row in table.rows] == [f"2:1 after {layer}" for layer in LAYERS]
-    first = table.rows[0]
+    assert [row[0].text for row in table.cells] == [f"2:1 after {layer}" for layer in LAYERS]
+    first = table.cells[0]
     assert [cell.text for cell in first[1:]] == [
         "0.560", "0.550", "0.982", "44.0", "112.0", "200.0", "9,143", "333.0", "1.3", "1.7",
     ]  # fmt: skip
@@ -57,11 +58,18 @@ def test_the_table_has_every_figure_of_every_row():
     values = [cell.value for cell in first[1:]]
     np.testing.assert_allclose(values, [0.56, 0.55, 0.55 / 0.56, 44, 112, 200, 1024 / 0.112, 333, 1.3, 1.7])
     assert first[0].value is None
-    assert all(len(row) == len(names) for row in table.rows)
+
+
+def test_a_row_is_told_in_one_line_with_the_same_figures():
+    result = make_result()
+    assert row_line(Suite.section, result, result["rows"][0]) == (
+        "2:1 after 2; 2 x 512 tokens: ratio 0.560, ideal 0.550, efficiency 0.982, saving 44.0 %, latency 112.0 ms, "
+        "baseline 200.0 ms, tokens/s 9,143, GFLOP/s 333.0, padding 1.3 %, compiling 1.7 s"
+    )
 
 
 def test_pictures_are_of_the_paper_s_kind_and_of_all_rows():
-    result = section(with_other_rows())
+    result = Suite.section(with_other_rows())
     above, below = (plot.draw(LIGHT) for plot in result.plots)
     assert [len(axes.patches) for axes in above.axes] == [0, 3]
     assert len(below.axes[0].get_yticks()) == 8
@@ -69,7 +77,7 @@ def test_pictures_are_of_the_paper_s_kind_and_of_all_rows():
 
 
 def test_the_circumstances_are_those_of_the_suite():
-    facts = section(make_result()).facts
+    facts = Suite.section(make_result()).facts
     assert facts["Model"].startswith("<tiny & co>: 18 layers of width 512, 69 M parameters (random), bfloat16")
     assert facts["Method"] == "2 times A B B A per row, medians of 4 runs; random token ids, seed 0"
     assert facts["Backend"] == "auto, served by xla"
@@ -79,7 +87,7 @@ def test_the_circumstances_are_those_of_the_suite():
 
 
 def test_of_nothing_measured_there_is_nothing_to_show():
-    empty = section(make_result() | {"rows": []})
+    empty = Suite.section(make_result() | {"rows": []})
     assert (empty.plots, empty.tables) == ([], [])
     assert empty.summary == "Nothing was measured."
     assert "Peak memory" not in empty.facts

@@ -10,11 +10,10 @@ from click.testing import CliRunner
 from funnel_benchmarks import machine
 from funnel_benchmarks.peers import command, hugging_face, sentence_transformers_peer
 from funnel_benchmarks.peers import suite as suite_module
-from funnel_benchmarks.peers.section import section
 from funnel_benchmarks.peers.suite import PEERS, Suite, cells, model_fields
-from funnel_benchmarks.peers.table import row_line
 from funnel_benchmarks.plot_style import LIGHT, styled
 from funnel_benchmarks.results import read_results
+from funnel_benchmarks.suite import Cell, row_line
 from funnel_engine import BackendUnavailable, ConfigError, FunnelConfig, FunnelError, InputError
 from funnel_engine.flops import forward_flops
 from funnel_engine.hugging_face_config import read_model_config
@@ -25,13 +24,15 @@ LENGTHS = {"mixed": np.array([3, 9, 5], np.int32)}
 
 
 @pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
+def tiny(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(suite_module, "model_fields", lambda preset, depth: MODELS["gemma"])
 
 
 def make_suite(folder, **changes):
     options = {
-        "fields": MODELS["gemma"], "lengths": LENGTHS, "peers": ("hugging-face-eager",), "scenarios": ("batch", "one"),
+        "preset": "tiny", "depth": None, "lengths": LENGTHS,
+        "peers": ("hugging-face-eager",), "scenarios": ("batch", "one"),
         "order": "sorted", "batch_size": 2, "repeats": 2, "backend": "xla", "folder": folder,
     }  # fmt: skip
     return Suite(**options | changes)
@@ -50,7 +51,7 @@ def test_models_that_cannot_be_had():
     with pytest.raises(ConfigError, match=r"preset 't5gemma-s' has no peers: there are some for gemma-2b, gemma-7b"):
         model_fields("t5gemma-s", None)
     for depth in (0, 19):
-        with pytest.raises(ConfigError, match=f"a depth of {depth} is not to be had: gemma-2b has 18 layers"):
+        with pytest.raises(ConfigError, match=f"depth {depth} is not possible: gemma-2b has 18 layers"):
             model_fields("gemma-2b", depth)
 
 
@@ -112,7 +113,13 @@ def test_peers_compute_in_the_dtype_that_is_fast_here(fake, monkeypatch, tmp_pat
     monkeypatch.setenv("FUNNEL_CPU_ISA", "avx2")  # is for the engine's kernels
     row = {"cell": "x", **dict(cells(fake))["mixed; batch; hugging-face-eager"]()}
     assert FakePeer.task["dtype"] == fake.options()["peer_dtype"] == dtype
-    assert "500.0 ms against 2,000.0 ms in float32" in row_line(row)  # what the peer says that it takes
+    content = {"options": fake.options(), "rows": [row]}
+    ((_, dtypes, *_),) = Suite.section(content).tables[0].cells
+    assert dtypes == Cell("bfloat16", "float32")  # what the peer says that it takes
+    assert row_line(Suite.section, content, row) == (
+        "x: dtype bfloat16, times as fast 4.00, latency 500.0 ms, peer's 2,000.0 ms, tokens/s 34, peer's 8 tokens/s, "
+        "GFLOP/s 0.0, peer's 0.0 GFLOP/s, apart 0.010"
+    )
 
 
 def test_a_batch_is_one_call_of_ours_and_all_batches_of_the_peer(fake):
@@ -173,16 +180,11 @@ def run(*options):
     return CliRunner().invoke(command.peers, options, catch_exceptions=False)
 
 
-@pytest.fixture
-def tiny(monkeypatch):
-    monkeypatch.setattr(command, "model_fields", lambda preset, depth: MODELS["gemma"])
-
-
 ABSENT = ModuleType("absent_peer")
 
 
 @pytest.mark.slow
-def test_the_command(tiny, tmp_path, monkeypatch):
+def test_the_command(tmp_path, monkeypatch):
     (tmp_path / "absent_peer.py").write_text("def make(task): import no_such_package")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setitem(PEERS, "llama-cpp", (ABSENT, {}))
@@ -206,23 +208,20 @@ def test_the_command(tiny, tmp_path, monkeypatch):
     assert [row["scenario"] for row in rows] == ["batch", "one"]
     assert rows[0] == content["rows"][0]
     assert len(rows[1]["seconds"]["samples"]) == 6
-    for row in rows:
-        assert row["cell"] in row_line(row)
     check_section(read_results(file))
 
 
 def check_section(content):
-    made = section(content)
+    made = Suite.section(content)
     assert made.title.endswith(", 7")
     unsorted = content | {"options": content["options"] | {"order": "unsorted"}}
-    assert section(unsorted).title.endswith(", 7, batches unsorted")
+    assert Suite.section(unsorted).title.endswith(", 7, batches unsorted")
     assert made.facts["Lengths"] == "7: 3 sequences of 7 tokens, 21 in all"
     peer_dtype = content["options"]["peer_dtype"]
     assert f"dtype {peer_dtype}" in made.facts["hugging-face-eager"]
     assert [table.caption for table in made.tables] == ["All sequences", "One sequence after another"]
     for table, row, plot in zip(made.tables, content["rows"], made.plots, strict=True):
-        (cells,) = table.rows
-        assert len(cells) == len(table.columns)
+        (cells,) = table.cells
         assert (cells[1].text, cells[1].below) == ("bfloat16", peer_dtype)
         assert cells[2].value == row["speedup"]["median"]
         assert f"{row['speedup']['median']:.2f} (hugging-face-eager, 7)" in made.summary
@@ -232,8 +231,8 @@ def check_section(content):
         assert (bar.get_gid(), bar.get_width()) == ("marks-bar-0", row["speedup"]["median"])
 
 
-def test_bad_input(tiny, tmp_path):
-    with pytest.raises(ConfigError, match="--resume goes on with the file of --json"):
+def test_bad_input(tmp_path):
+    with pytest.raises(ConfigError, match="--resume adds to the file of --json"):
         run("--resume")
     with pytest.raises(InputError, match=r"lengths 'none' is neither a readable text file nor one of conll"):
         run("--lengths", "none")
@@ -242,16 +241,18 @@ def test_bad_input(tiny, tmp_path):
     with pytest.raises(InputError, match="longest sequence has 999 tokens"):
         run("--lengths", "999")
     file = tmp_path / "peers.json"
-    file.write_text('{"schema": 2')
+    file.write_text('{"schema": 3')
     with pytest.raises(InputError, match="is cut short"):
         run("--lengths", "7", "--json", str(file), "--resume")
-    assert file.read_text() == '{"schema": 2'
+    assert file.read_text() == '{"schema": 3'
     assert run("--peer", "vllm").exit_code == 2
 
 
 def test_options_say_what_the_figures_depend_on(tmp_path):
     options = make_suite(tmp_path, order="unsorted").options()
     assert json.loads(json.dumps(options)) == {
+        "preset": "tiny",
+        "depth": None,
         "dtype": "bfloat16",
         "peer_dtype": "bfloat16" if machine.multiplies_bfloat16() else "float32",
         "lengths": {"mixed": {"sequences": 3, "tokens": 17, "shortest": 3, "median": 5.0, "longest": 9}},

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from funnel_benchmarks.latency.section import section as latency_section
+from funnel_benchmarks.latency.suite import Suite as Latency
 from funnel_benchmarks.plot_style import DARK, LIGHT
 from funnel_benchmarks.report.page import render_page
-from funnel_benchmarks.report.section import Cell, Section, Table
+from funnel_benchmarks.suite import Cell, Section
+from html_page import table_of
 from latency_results import make_result, with_other_rows
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -88,7 +89,7 @@ def other_section() -> Section:
         "<script>alert(1)</script>" * 5,
         "w" * 300,
         [],
-        [Table("caption " * 30, (("name", ""), ("value", ""), *wide), rows)],
+        [table_of("caption " * 30, [("name", ""), ("value", ""), *wide], rows)],
         ("r" * 300,),
         {"f" * 100: "f" * 500, "Fact": "g" * 300},
     )
@@ -97,7 +98,7 @@ def other_section() -> Section:
 @pytest.fixture(scope="module")
 def page() -> str:
     return render_page(
-        "What was measured", [(with_other_rows(), latency_section(with_other_rows())), (make_result(), other_section())]
+        "What was measured", [(with_other_rows(), Latency.section(with_other_rows())), (make_result(), other_section())]
     )
 
 

@@ -3,6 +3,7 @@
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -10,8 +11,8 @@ from click.testing import CliRunner
 import funnel_benchmarks
 from funnel_benchmarks.report import command
 from funnel_benchmarks.report.command import report
-from funnel_benchmarks.report.section import Plot, Section
-from funnel_benchmarks.report.suites import SECTIONS
+from funnel_benchmarks.report.suites import SUITES
+from funnel_benchmarks.suite import Plot, Section
 from funnel_kernels.errors import ConfigError, InputError
 from html_page import Page
 from latency_results import make_result, with_other_rows
@@ -37,16 +38,16 @@ def changed(*path, value=None):
 
 # Files that cannot be shown -> their content, and what is said about them.
 BROKEN = {
-    "cut.json": ('{"schema": 2, "su', "cut.json is cut short or no JSON"),
-    "old.json": (json.dumps(make_result() | {"schema": 1}), "old.json is no result file of schema 2: schema is 1"),
-    "list.json": ("[]", "list.json is no result file of schema 2: it is not an object"),
-    "binary.json": (b"\x80\x81", "binary.json is no result file"),
+    "cut.json": ('{"schema": 3, "su', "cut.json is cut short or is not JSON"),
+    "old.json": (json.dumps(make_result() | {"schema": 2}), "old.json is not a result file of schema 3: schema is 2"),
+    "list.json": ("[]", "list.json is not a result file of schema 3: it is not an object"),
+    "binary.json": (b"\x80\x81", "binary.json is not a result file"),
     "other.json": (
         json.dumps(make_result() | {"suite": "<cpu>"}),
-        "other.json is of suite '<cpu>', which has no place",
+        "other.json is of suite '<cpu>', which the report does not know",
     ),
     **{
-        name: (json.dumps(content), f"{name} does not hold what suite 'latency' writes ({reason}")
+        name: (json.dumps(content), f"{name} does not contain what suite 'latency' writes ({reason}")
         for name, content, reason in (
             ("no-model.json", changed("options", "model"), "KeyError: 'model'"),
             ("no-ratio.json", changed("rows", 0, "ratio"), "KeyError: 'ratio'"),
@@ -80,7 +81,7 @@ def plain(content):
 @pytest.fixture
 def plainly(monkeypatch):
     """Shows all results plainly; of suites in this order."""
-    monkeypatch.setattr(command, "SECTIONS", dict.fromkeys(("late", "latency", "early"), plain))
+    monkeypatch.setattr(command, "SUITES", dict.fromkeys(("late", "latency", "early"), SimpleNamespace(section=plain)))
 
 
 def test_all_results_are_on_one_page_with_the_names_of_their_files(folder, plainly):
@@ -104,7 +105,7 @@ def test_the_page_is_written_where_output_says(folder, plainly, tmp_path_factory
 
 
 def test_files_that_cannot_be_shown_are_a_line_each_and_the_others_are_shown(folder, monkeypatch):
-    monkeypatch.setitem(command.SECTIONS, "plain", plain)
+    monkeypatch.setitem(command.SUITES, "plain", SimpleNamespace(section=plain))
     for name in "ab":
         (folder / f"{name}.json").write_text(json.dumps(make_result() | {"suite": "plain"}))
     for name, (content, _) in BROKEN.items():
@@ -129,10 +130,10 @@ def test_a_picture_that_cannot_be_drawn_leaves_out_its_file_only(folder, monkeyp
 
     broken = Section("title", "summary", [Plot(fail, "described", "caption")], [], (), {})
     sections = iter((broken, plain(make_result())))
-    monkeypatch.setitem(command.SECTIONS, "latency", lambda content: next(sections))
+    monkeypatch.setitem(command.SUITES, "latency", SimpleNamespace(section=lambda content: next(sections)))
     result = run(folder)
     assert result.exit_code == 1
-    assert "a.json does not hold what suite 'latency' writes (RuntimeError: no ink" in result.stderr
+    assert "a.json does not contain what suite 'latency' writes (RuntimeError: no ink" in result.stderr
     assert len(Page((folder / "report.html").read_text()).all("article")) == 1
 
 
@@ -160,7 +161,7 @@ def test_a_folder_without_results_is_refused_and_nothing_is_written(tmp_path):
     ("arguments", "message"),
     [
         (["missing"], "missing is not a directory"),
-        ([".", "--output", "page.txt"], "must end in .html"),
+        ([".", "--output", "page.txt"], "must end in .html or .md"),
         ([".", "--output", "missing/page.html"], "is not a directory; make it first"),
     ],
 )
@@ -178,9 +179,8 @@ def test_without_matplotlib_there_is_one_line_with_the_remedy(folder, monkeypatc
     assert "pip install 'funnel-engine[bench]'" in str(result.exception)
 
 
-def test_every_suite_that_has_a_section_is_in_the_report():
+def test_every_suite_is_in_the_report():
     package = Path(funnel_benchmarks.__file__).parent
-    suites = {path.parent.name for path in package.glob("*/section.py")} - {"report"}
-    assert {name: section.__module__ for name, section in SECTIONS.items()} == {
-        suite: f"funnel_benchmarks.{suite}.section" for suite in suites
-    }
+    suites = {f"funnel_benchmarks.{path.parent.name}.suite" for path in package.glob("*/suite.py")}
+    assert {suite.__module__ for suite in SUITES.values()} >= suites
+    assert all(suite.name == name for name, suite in SUITES.items())

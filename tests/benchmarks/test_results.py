@@ -9,10 +9,12 @@ import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from funnel_benchmarks.json_lines import document
 from funnel_benchmarks.measure import spread
 from funnel_benchmarks.progress import Progress
 from funnel_benchmarks.results import (
@@ -79,6 +81,37 @@ def test_a_file_has_every_field(file):
     assert content["left_out"] == [{"cell": "c", "reason": "no GPU here"}]
     assert content["errors"] == [{"cell": "d", "error": "FunnelError: too hot"}]
     assert read_results(file) == content
+
+
+def test_a_row_is_a_line_of_numbers_of_six_digits(tmp_path):
+    path = tmp_path / "new.json"
+    figure = spread([0.123456789, 12345678.9])
+    results = make(path)
+    results.measure_all([(name, lambda: {"seconds": figure, "flops": 123456789, "share": 2 / 3}) for name in "ab"])
+    lines = path.read_text().splitlines()
+    (first, second) = (index for index, line in enumerate(lines) if line.startswith('{"cell"'))
+    assert (lines[first - 1], second, lines[second + 1]) == ('"rows": [', first + 1, "],")
+    assert len(lines) == len(saved(path)) + 5
+    row = json.loads(lines[second])
+    assert row.pop("took_seconds") >= 0
+    figure = {"low": 3086420.0, "median": 6172840.0, "high": 9259260.0, "samples": [0.123457, 12345700.0]}
+    assert row == {"cell": "b", "seconds": figure, "flops": 123456789, "share": 0.666667}
+    assert results.rows[1]["share"] == 2 / 3
+    assert saved(path) == read_results(path)
+
+
+def test_the_files_of_this_project_can_be_read():
+    folder = Path(__file__).parents[2] / "benchmarks" / "results"
+    files = sorted(folder.glob("*/*.json"))
+    assert files
+    for file in files:
+        content = read_results(file)
+        assert document(content) == file.read_text()
+        assert all(line.count('"cell"') < 2 for line in file.read_text().splitlines())
+    for file in folder.glob("static-*.json"):
+        table = json.loads(file.read_text())
+        for _, targets in table["rows"]:
+            assert {len(figures) for figures in targets.values()} == {len(table["columns"])}
 
 
 def test_a_line_says_when_a_row_has_too_few_samples_to_be_quoted(tmp_path, capsys):
@@ -179,7 +212,7 @@ def test_going_on_without_a_file_begins_one(tmp_path):
 )
 def test_a_file_of_another_kind_is_not_gone_on_with(file, changes, message):
     old = file.read_text()
-    with pytest.raises(InputError, match=rf"old\.json cannot be gone on with: {message}; .* write to another file"):
+    with pytest.raises(InputError, match=rf"old\.json cannot be resumed: {message}; .* write to another file"):
         make(file, resume=True, **changes)
     assert file.read_text() == old
 
@@ -189,7 +222,7 @@ def test_a_file_that_is_cut_short_is_not_gone_on_with(file):
         cut = file.read_text()[:length]
         broken = file.with_name("cut.json")
         broken.write_text(cut)
-        with pytest.raises(InputError, match=r"cut\.json is cut short or no JSON .*measure again, without --resume"):
+        with pytest.raises(InputError, match=r"cut\.json is cut short or is not JSON .*again, without --resume"):
             make(broken, resume=True)
         assert broken.read_text() == cut
 
@@ -321,7 +354,7 @@ ROW = {"cell": "a", "seconds": spread([1.0, 2.0])}
 @pytest.mark.parametrize(
     ("place", "value", "message"),
     [
-        (["schema"], 1, "schema is 1"),
+        (["schema"], 2, "schema is 2"),
         (["schema"], None, "schema is None"),
         (["suite"], 3, "suite is not a text"),
         (["started"], None, "started is not a text"),
@@ -338,19 +371,19 @@ ROW = {"cell": "a", "seconds": spread([1.0, 2.0])}
         (["errors"], [{"cell": "d"}], r"errors\[0\].error is not a text"),
         (["rows", 0, "seconds", "samples"], "1 2", "the samples of seconds of cell 'a' is not a list"),
         (["rows", 0, "seconds", "samples"], [], "seconds of cell 'a' has no samples"),
-        (["rows", 0, "seconds", "samples", 1], "2", "seconds of cell 'a' holds '2', where a number above 0 must be"),
-        (["rows", 0, "seconds", "samples", 1], True, "holds True"),
-        (["rows", 0, "seconds", "samples", 1], -1.0, "holds -1.0"),
-        (["rows", 0, "seconds", "median"], None, "holds None"),
-        (["rows", 0, "peer"], {"inner": {"samples": [0]}}, "peer.inner of cell 'a' holds None"),
-        (["rows", 0, "seconds", "samples", 0], 10**400, "holds 1000"),
-        (["rows", 0, "note"], float("nan"), "it holds NaN"),
-        (["rows", 0, "note"], float("-inf"), "it holds -Infinity"),
+        (["rows", 0, "seconds", "samples", 1], "2", "seconds of cell 'a' contains '2'; it must be a number above 0"),
+        (["rows", 0, "seconds", "samples", 1], True, "contains True"),
+        (["rows", 0, "seconds", "samples", 1], -1.0, "contains -1.0"),
+        (["rows", 0, "seconds", "median"], None, "contains None"),
+        (["rows", 0, "peer"], {"inner": {"samples": [0]}}, "peer.inner of cell 'a' contains None"),
+        (["rows", 0, "seconds", "samples", 0], 10**400, "contains 1000"),
+        (["rows", 0, "note"], float("nan"), "it contains NaN"),
+        (["rows", 0, "note"], float("-inf"), "it contains -Infinity"),
     ],
 )
 def test_a_file_with_wrong_content_is_refused_with_place_and_remedy(file, place, value, message):
     file.write_text(json.dumps(change(saved(file), place, value)))
-    with pytest.raises(InputError, match=rf"old\.json is no result file of schema 2: .*{message}.*measure again"):
+    with pytest.raises(InputError, match=rf"old\.json is not a result file of schema 3: .*{message}.*measure again"):
         read_results(file)
 
 
@@ -358,14 +391,14 @@ def test_a_file_with_wrong_content_is_refused_with_place_and_remedy(file, place,
     ("content", "message"),
     [
         (b"[1]", "it is not an object"),
-        (b'{"schema": 1e999}', "it holds 1e999, which is too large"),
+        (b'{"schema": 1e999}', "it contains 1e999, which is too large"),
         (b"\xff{}", "codec can't decode"),
         (b"[" * 100_000 + b"]" * 100_000, "recursion"),
     ],
 )
 def test_a_file_of_another_form_is_refused(tmp_path, content, message):
     (tmp_path / "odd.json").write_bytes(content)
-    with pytest.raises(InputError, match=rf"odd\.json is no result file of schema 2: .*{message}"):
+    with pytest.raises(InputError, match=rf"odd\.json is not a result file of schema 3: .*{message}"):
         read_results(tmp_path / "odd.json")
 
 

@@ -14,9 +14,8 @@ from funnel_benchmarks.results import Results, read_results
 from funnel_benchmarks.scaling import command
 from funnel_benchmarks.scaling import suite as scaling
 from funnel_benchmarks.scaling.plot import work
-from funnel_benchmarks.scaling.section import section, summary
 from funnel_benchmarks.scaling.slopes import growths
-from funnel_benchmarks.scaling.suite import Suite, cells
+from funnel_benchmarks.scaling.suite import Suite, cells, summary
 from funnel_engine import FunnelConfig, HeadConfig
 from funnel_engine.flops import forward_flops
 from funnel_engine.weights import expected_shapes, random_weights
@@ -191,8 +190,9 @@ def test_a_run_writes_rows_and_ends_with_exponents(resumed):
     begun, output, _, _ = resumed
     assert (begun["suite"], begun["complete"], begun["errors"]) == ("scaling", True, [])
     assert [row["x"] for row in begun["rows"]] == [1, 2, 3]
-    assert all(f"  {row['cell']}  [samples of a side: 2; 10" in output for row in begun["rows"])
-    assert sum(line.startswith("depth ") for line in output.splitlines()) == 2
+    assert all(f"\n{row['cell']}: with funnel " in output for row in begun["rows"])
+    assert output.count("  [samples of a side: 2; 10") == 3
+    assert sum(line.startswith("│ depth  ") for line in output.splitlines()) == 2
     assert all(row["seconds"]["median"] > 0 and len(row["seconds"]["samples"]) == 2 for row in begun["rows"])
 
 
@@ -200,13 +200,13 @@ def test_resuming_keeps_rows_and_measures_the_other_axis(resumed):
     begun, _, content, output = resumed
     assert content["rows"][:3] == begun["rows"]
     assert [(row["axis"], row["x"]) for row in content["rows"][3:]] == [("tokens", 128)]
-    assert not any(f"  {row['cell']}\n" in output for row in begun["rows"])
+    assert not any(f"\n{row['cell']}: " in output for row in begun["rows"])
 
 
 @pytest.mark.parametrize(("look", "columns"), [(LIGHT, 2), (DARK._replace(inches=(4.4, 6.6), titled=False), 1)])
 def test_the_picture_has_a_panel_for_each_axis_with_points_and_work(resumed, look, columns):
     content = resumed[2]
-    (plot,) = section(content).plots
+    (plot,) = Suite.section(content).plots
     with styled(look):
         figure = plot.draw(look)
         figure.draw_without_rendering()
@@ -235,12 +235,11 @@ def test_the_work_of_threads_is_divided_among_them(resumed):
 
 def test_the_section_has_exponents_and_all_figures(resumed):
     content = resumed[2]
-    exponents, rows = section(content).tables
-    assert [(row[0].text, row[0].below) for row in exponents.rows] == [("depth", "with funnel"), ("depth", "no funnel")]
-    assert [row[0].text for row in rows.rows] == [f"{row['axis']} {row['x']}" for row in content["rows"]]
-    for table in (exponents, rows):
-        assert {len(row) for row in table.rows} == {len(table.columns)}
-    first, cells_of_first = content["rows"][0], rows.rows[0]
+    exponents, rows = Suite.section(content).tables
+    names = [(row[0].text, row[0].below) for row in exponents.cells]
+    assert names == [("depth", "with funnel"), ("depth", "no funnel")]
+    assert [row[0].text for row in rows.cells] == [f"{row['axis']} {row['x']}" for row in content["rows"]]
+    first, cells_of_first = content["rows"][0], rows.cells[0]
     assert cells_of_first[0].below == "2 x 8 tokens, 1 layers"
     assert cells_of_first[1].value == pytest.approx(1e3 * first["seconds"]["median"])
     assert cells_of_first[6].value == first["peak_memory_bytes"]["process"]
@@ -258,7 +257,7 @@ def test_the_summary_names_what_grows_faster_than_its_work(resumed):
         "power 2.00 of the size, its work with 1.00."
     )
     assert summary(rows[:2], []) == "2 sizes were measured, too few along one axis for an exponent."
-    nothing = section(content | {"rows": []})
+    nothing = Suite.section(content | {"rows": []})
     assert (nothing.summary, nothing.plots, nothing.tables) == ("Nothing was measured.", [], [])
 
 
@@ -266,9 +265,9 @@ def test_the_summary_names_what_grows_faster_than_its_work(resumed):
     ("arguments", "error", "message"),
     [
         (["--preset", "gemma-9"], ConfigError, "choose one of gemma-2b"),
-        (["--depth", "25"], ConfigError, "has 24 layers; take from 1 to 24"),
+        (["--depth", "25"], ConfigError, "has 24 layers; take 1 to 24"),
         (["--layer", "24"], ConfigError, "after layer 23 at the latest"),
-        (["--resume"], ConfigError, "--resume goes on with the file of --json; name it"),
+        (["--resume"], ConfigError, "--resume adds to the file of --json; name that file"),
         (["--json", "out.txt"], InputError, "must end in .json"),
         (["--plot", "out.gif"], InputError, "must end in .png"),
     ],

@@ -10,8 +10,8 @@ from funnel_benchmarks.measure import spread
 from funnel_benchmarks.plot_style import DARK, LIGHT, styled
 from funnel_benchmarks.results import figures, read_results
 from funnel_benchmarks.serve import command
-from funnel_benchmarks.serve.section import section
-from funnel_benchmarks.serve.table import row_line
+from funnel_benchmarks.serve.suite import Suite
+from funnel_benchmarks.suite import row_line
 from funnel_kernels.errors import ConfigError, InputError
 from tiny_models import CONFIG
 
@@ -49,26 +49,29 @@ def test_a_run_writes_every_cell_and_prints_a_line_for_each(run):
     for row in online:
         assert len(row["latency"]["samples"]) == 12
         assert 0 < row["busy"] <= 1
-        assert f"  {row['cell']}\n" in output
+        assert f"\n{row['cell']}: arrivals/s " in output
     assert [name for row in content["rows"] for name, _ in figures(row)].count("latency") == len(online)
 
 
-def test_a_line_tells_how_long_the_next_ones_will_take():
+def test_a_line_tells_how_long_the_next_ones_will_take(run):
     row = {"baseline_seconds": spread([100.0]), "baseline_requests_per_second": 10.0, "requests_per_second": 20.0}
-    assert row_line(row | {"cell": "conll: offline"}) == (
-        "conll: offline: 10.0 requests/s without a funnel, 20.0 with it; 50, 80, 95 % of these take 200 s, 125 s, "
-        "105 s, and 100 s, 62 s, 53 s"
+    row |= {"cell": "conll: offline", "lengths": "conll"}
+    assert row_line(Suite.section, run[0], row) == (
+        "conll: offline: with funnel 20.0 requests/s, without 10.0 requests/s, ratio 2.00, rows take 200, 125, 105; "
+        "100, 62, 53 s"
     )
+    heads = dict(Suite.section(run[0] | {"rows": [row]}).tables[0].heads)
+    assert heads["rows take"] == "s, at 50, 80, 95 % without; with"
 
 
 def test_resuming_measures_no_row_again(run):
     content, _, resumed, output = run
     assert resumed["rows"] == content["rows"]
-    assert not any(f"  {row['cell']}\n" in output for row in content["rows"])
+    assert not any(f"\n{row['cell']}: " in output for row in content["rows"])
 
 
 def figure_of(content, look):
-    (plot,) = section(content).plots
+    (plot,) = Suite.section(content).plots
     with styled(look):
         return plot.draw(look)
 
@@ -103,24 +106,23 @@ def test_the_section_says_what_both_engines_do_at_one_rate(run):
         if (row.get("share"), row.get("share_of")) == (80, "no funnel"):
             row["arrivals_per_second"] = 32.0
             row["p99"] = 0.5 if row["engine"] == "no funnel" else 0.125
-    said = section(content)
+    said = Suite.section(content)
     assert said.summary == (
         "mine.txt: 60.0 requests a second with the funnel, 40.0 without; at 32.0 arrivals a second p99 of 12 is 125 ms "
         "with it, 500 ms without."
     )
     rates, latencies = said.tables
-    assert [cell.text for cell in rates.rows[0]] == ["mine.txt", "60.0", "40.0", "1.50"]
+    assert [cell.text for cell in rates.cells[0][:4]] == ["mine.txt", "60.0", "40.0", "1.50"]
     assert len(latencies.rows) == len(content["rows"]) - 1
-    assert ("p99 of 12", "ms") in latencies.columns
-    assert {len(row) for row in latencies.rows} == {len(latencies.columns)}
-    assert "32.0" in [row[1].text for row in latencies.rows]
+    assert ("p99 of 12", "ms") in latencies.heads
+    assert "32.0" in [row[1].text for row in latencies.cells]
 
 
 def test_of_nothing_the_section_says_so(run):
     content = run[0] | {"rows": []}
-    said = section(content)
+    said = Suite.section(content)
     assert (said.summary, said.plots, said.tables) == ("Nothing was measured.", [], [])
-    only_offline = section(content | {"rows": run[0]["rows"][:1]})
+    only_offline = Suite.section(content | {"rows": run[0]["rows"][:1]})
     assert only_offline.plots == []
     assert "arrivals" not in only_offline.summary
 
@@ -129,11 +131,11 @@ def test_of_nothing_the_section_says_so(run):
     ("arguments", "error", "message"),
     [
         (["--preset", "gemma-9"], ConfigError, "choose one of gemma-2b"),
-        (["--depth", "25"], ConfigError, "has 24 layers; take from 1 to 24"),
+        (["--depth", "25"], ConfigError, "has 24 layers; take 1 to 24"),
         (["--depth", "4", "--layer", "4"], ConfigError, "after layer 3 at the latest"),
         (["--lengths", "novels"], InputError, "conll, sst2"),
         (["--max-batch-tokens", "100"], InputError, "a batch holds only 100; raise --max-batch-tokens"),
-        (["--resume"], ConfigError, "--resume goes on with the file of --json; name it"),
+        (["--resume"], ConfigError, "--resume adds to the file of --json; name that file"),
         (["--json", "out.txt"], InputError, "must end in .json"),
         (["--plot", "out.gif"], InputError, "must end in .png"),
     ],

@@ -135,9 +135,12 @@ def test_the_anchors_do_the_work_that_they_stand_for():
 # -------------------------------------------------------------------------------------------- real compilation
 
 
+PATHS = os.pathsep.join(filter(None, (str(Path(sys.prefix) / "lowering"), os.environ.get("PYTHONPATH"))))
+
+
 def run_python(*arguments):
     """Runs Python where libtpu can be found: `make test` puts it into a folder beside the packages."""
-    environment = os.environ | static_tpu.ENVIRONMENT | {"PYTHONPATH": str(Path(sys.prefix) / "lowering")}
+    environment = os.environ | static_tpu.ENVIRONMENT | {"PYTHONPATH": PATHS}
     return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -154,9 +157,11 @@ def test_a_kernel_of_each_op_compiles(tmp_path, name, least_bundles, uses_matrix
     file = tmp_path / "static.json"
     done = run_python("-m", "funnel_benchmarks.static_tpu", "--only", name, "--generation", "v5e", "--json", str(file))
     assert done.returncode == 0, done.stdout + done.stderr
-    (result,) = (Compiled(**fields) for fields in json.loads(file.read_text())["compiled"])
-    assert result.variant.startswith(name)
-    assert (result.generation, result.problem) == ("v5e", "")
+    written = json.loads(file.read_text())
+    assert written["problems"] == []
+    ((variant, figures),) = written["rows"]
+    assert variant.startswith(name)
+    result = Compiled(variant, "v5e", **dict(zip(written["columns"], figures["v5e"], strict=True)))
     assert least_bundles < result.bundles < 10_000
     assert 2**20 < result.vmem < 16 * 2**20
     assert (result.matrix_share > 0) == uses_matrix_unit
@@ -296,7 +301,10 @@ for variant in (v for op in static_tpu.PARTS["kernels"] for v in op() if "anchor
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("generation", static_tpu.TOPOLOGIES)
+@pytest.mark.parametrize(
+    "generation",  # by default each memory and number of cores: v6e has those of v5e, v5p shares each with another
+    [pytest.param(each, marks=[pytest.mark.grid] * (each in ("v5p", "v6e"))) for each in static_tpu.TOPOLOGIES],
+)
 def test_the_kernels_of_common_models_compile_and_nothing_is_moved_around_them(generation):
     presets = ("gemma-2b", "gemma2-2b", "gemma3-1b", "embeddinggemma-300m")
     done = run_python("-c", COMPILE, generation, *presets)

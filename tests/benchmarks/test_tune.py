@@ -18,11 +18,14 @@ from funnel_kernels.errors import BackendUnavailable
 from option_grid import target
 
 H100 = target("triton")
+ROW_CANDIDATES = tune.row_candidates
 
 
 @pytest.fixture
 def small(monkeypatch):
-    """Problems that Triton's interpreter runs in a second."""
+    """A GPU that Triton's interpreter stands for, and problems that it runs in a second."""
+    monkeypatch.setattr(tune, "local_target", lambda backend: H100)
+    monkeypatch.setattr(tune, "row_candidates", lambda width: ROW_CANDIDATES(width)[::8])
     monkeypatch.setattr(tune, "TOKENS", 32)
     monkeypatch.setattr(tune, "LENGTH", 16)
     monkeypatch.setattr(tune, "ROWS", 64)
@@ -154,7 +157,7 @@ def test_an_entry_replaces_the_one_with_its_key_and_keeps_the_others(tmp_path):
 
 
 def test_every_preset_and_dtype_has_its_problems_with_candidates():
-    keys = [key for key, _ in tune.problems()]
+    keys = [key for key, _ in tune.problems(H100)]
     assert len(set(keys)) == len(keys)
     assert {key.width for key in keys if key.op == "attention"} == {64, 128, 256}
     for key in keys:

@@ -1,16 +1,15 @@
 """The command `funnel bench kernels`."""
 
-from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
 
 from funnel_benchmarks import suite_command
-from funnel_benchmarks.kernels import table
 from funnel_benchmarks.kernels.allocator import keep_freed_memory
 from funnel_benchmarks.kernels.cases import Sizes
 from funnel_benchmarks.kernels.ceilings import ceilings
-from funnel_benchmarks.kernels.suite import Suite, backends_here, cells
+from funnel_benchmarks.kernels.suite import Suite, backends_here
 from funnel_benchmarks.memory import check_memory
 from funnel_benchmarks.models import preset_model
 from funnel_kernels import BACKENDS
@@ -27,8 +26,7 @@ from funnel_kernels import BACKENDS
     help="Only this one; can be given several times. Default: what runs on this machine, but for the reference.",
 )  # fmt: skip
 @suite_command.repeats_option
-@suite_command.json_option
-@suite_command.resume_option
+@suite_command.file_options()
 def kernels(
     preset: str,
     depth: int,
@@ -37,8 +35,7 @@ def kernels(
     dtype: str,
     backends: tuple[str, ...],
     repeats: int,
-    json_file: Path | None,
-    resume: bool,
+    files: dict[str, Any],
 ) -> None:
     """Measure every op on every backend against what this machine can do at best.
 
@@ -47,13 +44,12 @@ def kernels(
 
     Example: funnel bench kernels --preset embeddinggemma-300m --seq-len 256 --batch 32 --json kernels.json
     """
-    suite_command.check_files(json=json_file, resume=resume)
     keep_freed_memory()
     model = preset_model(preset, dtype, depth)
     check_memory(model.config, model.head, dtype, seq_len * batch)
     sizes = Sizes(model.config, np.full(batch, seq_len, np.int32), dtype)
     with ceilings(dtype) as measured:
-        suite = Suite(sizes=sizes, backends=backends or backends_here(), ceilings=measured, repeats=repeats)
-        results = suite_command.begin("kernels", table, {"model": model.name, **suite.options()}, json_file, resume)
-        results.measure_all(cells(suite))
-    suite_command.end(results)
+        suite = Suite(
+            model=model.name, sizes=sizes, backends=backends or backends_here(), ceilings=measured, repeats=repeats
+        )
+        suite_command.run(suite, **files)

@@ -6,8 +6,9 @@ can be. Share and ceiling of a row come from samples taken in turns (A B B A), s
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -15,34 +16,70 @@ import numpy as np
 from funnel_benchmarks.kernels.cases import Case, Sizes, cases
 from funnel_benchmarks.kernels.ceilings import SAMPLE_SECONDS, Ceiling
 from funnel_benchmarks.measure import alone, in_turns, sampler, spread
-from funnel_benchmarks.results import Cell, LeftOut, Row
+from funnel_benchmarks.plot_style import Look, whiskers
+from funnel_benchmarks.results import LeftOut, Measurement, Results, Row
 from funnel_benchmarks.statistics import quartiles
+from funnel_benchmarks.suite import Cell, Column, Plot, Section, Table, field, number
+from funnel_benchmarks.suite import Suite as BaseSuite
 from funnel_engine.devices import local_target
 from funnel_kernels.errors import BackendUnavailable
 from funnel_kernels.target import AUTO
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Suite:
+class Suite(BaseSuite):
     """What is measured.
 
     Attributes:
+        model: whose sizes they are, in words.
         backends: names in `funnel_kernels.BACKENDS`.
         ceilings: of products, and of copies.
         repeats: how often A B B A is run.
     """
 
+    model: str
     sizes: Sizes
     backends: tuple[str, ...]
     ceilings: tuple[Ceiling, Ceiling]
     repeats: int
 
+    name = "kernels"
+
     def options(self) -> Row:
         """Everything that a cell depends on beside its own name, as the head of a result file."""
-        return {"dtype": self.sizes.dtype, "lengths": self.sizes.lengths.tolist(), "repeats": self.repeats}
+        lengths = self.sizes.lengths.tolist()
+        return {"model": self.model, "dtype": self.sizes.dtype, "lengths": lengths, "repeats": self.repeats}
+
+    def cells(self, results: Results) -> Iterator[Measurement]:
+        return cells(self)
+
+    @classmethod
+    def section(cls, content: Row) -> Section:
+        """The share of this machine's ceilings that each op reaches."""
+        options = content["options"]
+        measured = [row for row in content["rows"] if "share" not in row]
+        rows = [row for row in content["rows"] if "share" in row]
+        lengths = options["lengths"]
+        return Section(
+            title=f"Kernels: {options['model']}",
+            facts={
+                "Sizes": f"of {options['model']}; {len(lengths)} x {lengths[0]} tokens, {options['dtype']}",
+                "Repeats": f"{options['repeats']} times A B B A",
+            },
+            tables=[
+                *([Table("Ceilings", CEILING_COLUMNS, measured)] if measured else []),
+                *([Table("Ops", COLUMNS, rows)] if rows else []),
+            ],
+            plots=[plot(rows, bound) for bound in ("product", "copy") if any(row["bound"] == bound for row in rows)],
+            summary=summary(rows),
+            reading=READING,
+        )
 
 
-def cells(suite: Suite) -> Iterator[Cell]:
+def cells(suite: Suite) -> Iterator[Measurement]:
     """The cells of a suite: a row for each ceiling, then one for each case and backend.
 
     A ceiling's row has `seconds` with samples, `work`, `rate` (FLOP/s or bytes/s) and `about`. A case's row has:
@@ -102,6 +139,92 @@ def bound(case: Case, ceilings: tuple[Ceiling, Ceiling]) -> tuple[Ceiling, int]:
 
 
 def backends_here() -> tuple[str, ...]:
-    """Those that can run on this machine's device, but for the reference, which is no backend for speed."""
+    """Those that can run on this machine's device, but for the reference, which is not a backend for speed."""
     platform = {"gpu": "triton", "cuda": "triton", "tpu": "tpu"}.get(jax.default_backend(), "cpu")
     return tuple(name for name in AUTO if name in (platform, "xla"))
+
+
+READING = (
+    "The ceilings are what this machine can do at best: a large matrix product by the best library there is, with its "
+    "weight laid out beforehand, and a copy of memory that no cache holds, in bytes read and written.",
+    "Share is the time that an op's work takes at the rate of the ceiling that bounds it, over the time that it does "
+    "take: 1 means as fast as can be. Its samples and the ceiling's took turns (A B B A); the range is that of the "
+    "quartiles. Above 1 an op runs at a better rate than the ceiling, because its arrays stay in a cache, or by noise.",
+    "Each op is a program of its own. On a CPU its result lies in memory that has been used before, as inside a model. "
+    "Row-wise ops have so many rows that no cache holds them. embed is a whole forward pass, from token ids on "
+    "the host to vectors on the host.",
+)
+CEILING_COLUMNS = (
+    Column("ceiling", lambda row: row["cell"].removeprefix("ceiling: ")),
+    Column("what", lambda row: row["about"]),
+    Column("rate", field("rate", ",.1f", 1e-9), note="GFLOP/s or GB/s"),
+)
+
+
+def rate(name: str) -> Callable[[Row], Cell | None]:
+    """The cell of billions a second; empty where a case has no such work."""
+    return lambda row: number(row[name], ",.1f", 1e-9) if row[name] else None
+
+
+COLUMNS = (
+    Column("op", lambda row: Cell(row["case"], row["backend"]), note="and backend"),
+    Column("share", field("share", ".2f"), note="quartiles"),
+    Column("bound by", lambda row: row["bound"]),
+    Column("time", lambda row: number(row["seconds"]["median"], ",.2f", 1e3), "ms"),
+    Column("GFLOP/s", rate("flops_per_second")),
+    Column("GB/s", rate("bytes_per_second")),
+)
+
+
+def share(row: Row) -> str:
+    return f"{row['share']['median']:.2f}"
+
+
+def summary(rows: list[Row]) -> str:
+    """The whole forward pass by each backend, if it is there."""
+    whole = [f"{share(row)} with {row['backend']}" for row in rows if row["case"].startswith("embed")]
+    return f"A whole forward pass reaches {' and '.join(whole)} of the rate of a bare matrix product." if whole else ""
+
+
+def plot(rows: list[Row], bound: str) -> Plot:
+    mine = [row for row in rows if row["bound"] == bound]
+    words = "; ".join(f"{row['cell']}: {share(row)}" for row in mine)
+    ceiling = {"product": "a large matrix product", "copy": "a copy of memory"}[bound]
+    return Plot(
+        draw=lambda look: draw(mine, look),
+        described=f"Share of the rate of {ceiling} that each op reaches: {words}.",
+        caption=f"Share of the rate of {ceiling}, with quartiles; the dashed line is that ceiling.",
+    )
+
+
+def draw(rows: list[Row], look: Look) -> "Figure":
+    """A dot for each op and backend, with whiskers, and a line at 1."""
+    from matplotlib.figure import Figure  # an optional dependency that takes a second
+
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    backends = list(dict.fromkeys(row["backend"] for row in rows))
+    figure = Figure(figsize=(look.inches[0], 1.3 + 0.55 * len(cases)), layout="constrained")
+    axes = figure.subplots()
+    for index, backend in enumerate(backends):
+        mine = [row for row in rows if row["backend"] == backend]
+        median, errors = whiskers(row["share"] for row in mine)
+        marks = axes.errorbar(
+            median, [cases.index(row["case"]) + 0.18 * (index - (len(backends) - 1) / 2) for row in mine],
+            xerr=errors, label=backend, linestyle="none", capsize=3, markersize=7,
+            marker="osD^v"[index % 5], color=(look.measured, look.ideal, look.ink)[index % 3],
+        )  # fmt: skip
+        marks.lines[0].set_gid(f"marks-{backend}")
+    axes.axvline(1.0, color=look.ink, linewidth=1, linestyle="--", gid="marks-ceiling")
+    axes.set_yticks(range(len(cases)), [label(case) for case in cases])
+    axes.invert_yaxis()
+    axes.set_xlim(left=0)
+    axes.set_xlabel("share of the ceiling")
+    if len(backends) > 1:
+        figure.legend(loc="outside upper right", ncols=len(backends))
+    return figure
+
+
+def label(case: str) -> str:
+    """The name of a case in two lines: the op, and its sizes."""
+    op, _, sizes = case.rpartition(", ")
+    return f"{op}\n{sizes}"

@@ -1,6 +1,7 @@
 """The command `funnel bench latency`."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -9,21 +10,16 @@ from click.core import ParameterSource
 from funnel_benchmarks import suite_command
 from funnel_benchmarks.funnels import NO_FUNNEL
 from funnel_benchmarks.inputs import SEED
-from funnel_benchmarks.latency import table
 from funnel_benchmarks.latency.layers import even_layers, parse_layers
-from funnel_benchmarks.latency.plot import draw
-from funnel_benchmarks.latency.section import section
-from funnel_benchmarks.latency.suite import Batch, Suite, cells
+from funnel_benchmarks.latency.suite import Batch, Suite
 from funnel_benchmarks.latency.sweeps import LENGTHS, QUICK_TOKENS, SWEEPS, TOKENS, sweep_batches, sweep_funnels
 from funnel_benchmarks.lengths import PRESETS as LENGTH_PRESETS
 from funnel_benchmarks.lengths import describe as describe_lengths
 from funnel_benchmarks.lengths import draw as draw_lengths
 from funnel_benchmarks.memory import check_memory
 from funnel_benchmarks.models import Model, checkpoint_model, preset_model
-from funnel_benchmarks.report.page import render_page
 from funnel_engine import FunnelConfig
 from funnel_engine.config import RECOVERIES
-from funnel_engine.output_files import write_text
 from funnel_engine.presets import PRESETS
 from funnel_engine.weights import DTYPES
 from funnel_kernels.errors import ConfigError
@@ -83,10 +79,7 @@ DECIDED = {
     "--repeats", type=click.IntRange(min=1),
     help=f"How often baseline, funnel, funnel, baseline are run for each row. Default: {REPEATS}, or 1 if --quick.",
 )  # fmt: skip
-@suite_command.json_option
-@suite_command.resume_option
-@suite_command.plot_option("the rows like the first")
-@click.option("--html", "html_file", type=suite_command.FILE, help="Write a report here that opens in any browser.")
+@suite_command.file_options(plot="the rows like the first", html=True)
 @click.pass_context
 def latency(
     context: click.Context,
@@ -104,10 +97,7 @@ def latency(
     dtype: str | None,
     backend: str,
     repeats: int | None,
-    json_file: Path | None,
-    resume: bool,
-    plot_file: Path | None,
-    html_file: Path | None,
+    files: dict[str, Any],
 ) -> None:
     """Measure how much time a funnel saves.
 
@@ -116,11 +106,10 @@ def latency(
 
     Example: funnel bench latency --preset gemma-2b --batch 4 --layers 2,8,14 --json gemma.json --html gemma.html
     """
-    suite_command.check_files(json=json_file, resume=resume, plot=plot_file, html=html_file)
     if sweep is not None:
         for name, option in DECIDED.items():
             if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-                raise ConfigError(f"--sweep {sweep} says itself what is measured; leave {option} out")
+                raise ConfigError(f"--sweep {sweep} decides what is measured; leave out {option}")
         model = preset_model(sweep, dtype)
         funnels, batches = sweep_funnels(model.config.num_layers), sweep_batches(quick)
     elif quick:
@@ -140,7 +129,7 @@ def latency(
         model=model, funnels=funnels, batches=batches, backend=backend,
         repeats=repeats or (1 if quick else REPEATS),
     )  # fmt: skip
-    measure(suite, json_file, resume=resume, plot_file=plot_file, html_file=html_file)
+    measure(suite, **files)
 
 
 def choose_model(preset_name: str | None, checkpoint: Path | None, dtype: str | None) -> Model:
@@ -151,19 +140,8 @@ def choose_model(preset_name: str | None, checkpoint: Path | None, dtype: str | 
     raise ConfigError("give one of --preset NAME, --checkpoint FOLDER and --sweep NAME, to say which model is measured")
 
 
-def measure(
-    suite: Suite, json_file: Path | None, *, resume: bool, plot_file: Path | None, html_file: Path | None
-) -> None:
-    """Runs the suite, prints each row when it is there, writes the files, and ends the program if a row failed."""
+def measure(suite: Suite, **files: Any) -> None:
+    """Runs the suite, if its model and batches fit in memory."""
     model, rows = suite.model, max(suite.rows(NO_FUNNEL, batch) for batch in suite.batches)
     check_memory(model.config, model.head, model.dtype, rows)
-    results = suite_command.begin("latency", table, suite.options(), json_file, resume)
-    weights = model.load(suite.backend)
-    results.measure_all(cells(suite, weights, advance=lambda: results.advance()), steps=1 + suite.repeats)
-    results.tell(*table.conclusion(results.content))
-    if plot_file and results.rows:
-        suite_command.write_plot(results, plot_file, draw)
-    if html_file and results.rows:
-        write_text(html_file, render_page("What a funnel saves", [(results.content, section(results.content))]))
-        results.tell(f"report  {html_file}")
-    suite_command.end(results)
+    suite_command.run(suite, **files)

@@ -23,7 +23,7 @@ def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
         if word == DOTS:
             continue
         if not word.isdecimal() or len(word) > 9:
-            raise ConfigError(f"--layers {text!r}: {word!r} is no number of layers; write e.g. 2,8,14 or 2,4,...,16")
+            raise ConfigError(f"--layers {text!r}: {word!r} is not a number of layers; write e.g. 2,8,14 or 2,4,...,16")
         if int(word) >= num_layers:
             raise ConfigError(
                 f"--layers {text!r} asks for a funnel after {int(word)} layers, but the model has {num_layers}; "

@@ -12,14 +12,21 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
+import numpy as np
+
+from funnel_benchmarks.describe import describe_backend, describe_model
 from funnel_benchmarks.funnels import NO_FUNNEL, check_funnel, funnel_facts, funnel_name
 from funnel_benchmarks.inputs import SEED, random_inputs
+from funnel_benchmarks.latency.paper import PAPER, beside_paper
+from funnel_benchmarks.latency.plot import describe_kind, draw, draw_efficiency, series
 from funnel_benchmarks.lengths import length_facts
 from funnel_benchmarks.machine import peak_memory_gb
 from funnel_benchmarks.measure import in_turns, spread
 from funnel_benchmarks.models import Model
-from funnel_benchmarks.results import Cell, Row
+from funnel_benchmarks.results import Measurement, Results, Row
 from funnel_benchmarks.statistics import quartiles, ratio
+from funnel_benchmarks.suite import Cell, Column, Plot, Section, Table, field
+from funnel_benchmarks.suite import Suite as BaseSuite
 from funnel_engine import Engine, FunnelConfig
 from funnel_engine.config import check_positive
 from funnel_engine.flops import forward_flops, ideal_ratio
@@ -57,7 +64,7 @@ class Batch:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Suite:
+class Suite(BaseSuite):
     """What is measured: a cell for every funnel on every batch.
 
     Attributes:
@@ -73,6 +80,8 @@ class Suite:
     batches: tuple[Batch, ...]
     backend: str
     repeats: int
+
+    name = "latency"
 
     def __post_init__(self) -> None:
         check_backend(self.backend)
@@ -102,8 +111,32 @@ class Suite:
             "seed": SEED,
         }
 
+    @property
+    def steps(self) -> int:
+        return 1 + self.repeats
 
-def cells(suite: Suite, weights: Mapping[str, Any], *, advance: Callable[[], object] = lambda: None) -> Iterator[Cell]:
+    def cells(self, results: Results) -> Iterator[Measurement]:
+        weights = self.model.load(self.backend)
+        return cells(self, weights, advance=lambda: results.advance())
+
+    @classmethod
+    def section(cls, content: Row) -> Section:
+        """Saving against ideal and paper, the efficiency of every row, and all figures."""
+        rows, batches = content["rows"], content["options"]["batches"]
+        lengths = batches[0]["name"] if len(batches) == 1 else f"{len(batches)} batches"
+        return Section(
+            title=f"Latency with a funnel, and without: {content['options']['model']['name']}, {lengths}",
+            facts=facts(content),
+            tables=[Table("", COLUMNS, rows)] if rows else [],
+            plots=plots(content) if rows else [],
+            summary=summary(content),
+            reading=READING,
+        )
+
+
+def cells(
+    suite: Suite, weights: Mapping[str, Any], *, advance: Callable[[], object] = lambda: None
+) -> Iterator[Measurement]:
     """The cells of a suite. A row has, beside what `Results` puts there:
 
         funnel              its `name`, and all its options
@@ -131,7 +164,7 @@ def measure(calls: "Calls", funnel: FunnelConfig, advance: Callable[[], object])
     """Measures one cell.
 
     Raises:
-        FunnelError: something was compiled while timing, so that the samples are no latencies.
+        FunnelError: something was compiled while timing, so that the samples are not latencies.
     """
     suite, lengths = calls.suite, calls.batch.lengths
     baseline, time_baseline = calls.baseline
@@ -195,3 +228,101 @@ def engine_facts(engine: Engine, prefix: str) -> dict[str, float]:
     stats = engine.stats()
     waste = stats["padding_rows"] / (stats["padding_rows"] + stats["tokens"])
     return {f"{prefix}padding_waste": waste, f"{prefix}compile_seconds": stats["compile_seconds"]}
+
+
+READING = (
+    "2:1 after L means: L full-length layers, then each pair of neighbouring token vectors is pooled into one, and "
+    "all later layers work on the shorter sequence. The earlier the funnel, the more work it saves.",
+    "Ratio is the median latency with the funnel over the median latency of the same engine without it; 0.6 means "
+    "that 40 % of the time is saved. Both ran in turns on the same inputs, so each row has a baseline of its own. "
+    "Whiskers and ranges are quartiles; those of the ratio are the least and greatest that both latencies' quartiles "
+    "allow.",
+    "Ideal is the ratio of the floating-point operations: what the ratio would be if pooling, bookkeeping and memory "
+    "traffic were free and smaller matrix products ran at the same rate. Efficiency is ideal over measured; 1 means "
+    "that the funnel saves all that it can, and more than 1 that the rest runs better on fewer rows, or noise.",
+    "Latency is from token ids on the host to vectors on the host. Turning text into tokens is not in it, nor is "
+    "compiling, which is done once beforehand.",
+)
+COLUMNS = (
+    Column("funnel", lambda row: Cell(row["funnel"]["name"], row["batch"]["name"]), note="and batch"),
+    Column("ratio", field("ratio", ".3f"), note="range"),
+    Column("ideal", field("ideal_ratio", ".3f"), note="ratio"),
+    Column("efficiency", field("efficiency", ".3f"), note="ideal / ratio"),
+    Column("saving", field("saving_percent", ".1f"), "%"),
+    Column("latency", field("seconds", ",.1f", 1e3), "ms", "quartiles"),
+    Column("baseline", field("baseline_seconds", ",.1f", 1e3), "ms", "quartiles"),
+    Column("tokens/s", field("tokens_per_second", ",.0f")),
+    Column("GFLOP/s", field("flops_per_second", ",.1f", 1e-9)),
+    Column("padding", field("padding_waste", ".1f", 100), "%"),
+    Column("compiling", field("compile_seconds", ".1f"), "s"),
+)
+
+
+def summary(content: Row) -> str:
+    rows = content["rows"]
+    if not rows:
+        return "Nothing was measured."
+    best = max(rows, key=lambda row: row["saving_percent"])
+    efficiencies = [row["efficiency"] for row in rows]
+    known = [line.removeprefix(f"saved, beside {PAPER}: ") for line in beside_paper(content)]
+    sentences = (
+        *([f"Saved, beside {PAPER}: {'. '.join(known)}"] if known else []),
+        f"{best['funnel']['name']} saves {best['saving_percent']:.1f} % of the latency ({best['batch']['name']}), "
+        f"where {100 * (1 - best['ideal_ratio']):.1f} % would be ideal",
+        f"Efficiency over all {len(rows)} rows: median {np.median(efficiencies):.2f}, from {min(efficiencies):.2f} to "
+        f"{max(efficiencies):.2f}",
+    )
+    return "".join(f"{sentence}. " for sentence in sentences).rstrip()
+
+
+def plots(content: Row) -> list[Plot]:
+    kind = describe_kind(series(content["rows"])[0])
+    return [
+        Plot(
+            partial(draw, content),
+            f"Latency ratio and saving over the place of the funnel ({kind}); the table has the same figures.",
+            f"Latency and saving over the place of the funnel: {kind}",
+        ),
+        Plot(
+            partial(draw_efficiency, content),
+            "Efficiency of every funnel on every batch; the table has the same figures.",
+            "Efficiency of all that was measured: ideal ratio / measured ratio",
+        ),
+    ]
+
+
+def facts(content: Row) -> dict[str, str]:
+    """How it was measured."""
+    options, rows = content["options"], content["rows"]
+    model = options["model"]
+    named = {
+        "Model": describe_model(model),
+        "Shape": f"{model['family']}, MLP {model['intermediate_size']:,}, {model['heads']} heads of "
+        f"{model['head_dim']}, {model['kv_heads']} key/value heads",
+        "Weights": model["weights"],
+        "Batches": "; ".join(f"{batch['name']}, median {batch['median']:g}" for batch in options["batches"]),
+        "Method": f"{options['repeats']} times {options['order']} per row, medians of {2 * options['repeats']} runs; "
+        f"random token ids, seed {options['seed']}",
+        "Compilations while timing": "0",
+        "Backend": describe_backend(options),
+    }
+    if rows:
+        waste = max(row["baseline_padding_waste"] for row in rows)
+        named |= {
+            "Padding without a funnel": f"at most {100 * waste:.1f} % of rows",
+            "Compiling beforehand": f"{compile_seconds(rows):.1f} s in all",
+            "Peak memory": describe_peak(rows),
+        }
+    return named
+
+
+def compile_seconds(rows: list[Row]) -> float:
+    """Of all programs; those without a funnel were compiled once for each batch."""
+    baselines = {row["batch"]["name"]: row["baseline_compile_seconds"] for row in rows}
+    return sum(baselines.values()) + sum(row["compile_seconds"] for row in rows)
+
+
+def describe_peak(rows: list[Row]) -> str:
+    """The most memory that was in use while any row was measured."""
+    owners = {owner: max(row["peak_memory_gb"].get(owner, 0) for row in rows) for owner in rows[-1]["peak_memory_gb"]}
+    return ", ".join(f"{owner} {peak:.2f} GB" for owner, peak in owners.items())

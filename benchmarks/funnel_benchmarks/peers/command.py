@@ -2,6 +2,7 @@
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -11,9 +12,8 @@ from funnel_benchmarks.inputs import SEED
 from funnel_benchmarks.lengths import PRESETS as LENGTH_PRESETS
 from funnel_benchmarks.lengths import draw
 from funnel_benchmarks.memory import check_memory
-from funnel_benchmarks.peers import table
 from funnel_benchmarks.peers.batches import ORDERS
-from funnel_benchmarks.peers.suite import PEERS, SCENARIOS, Suite, cells, model_fields
+from funnel_benchmarks.peers.suite import PEERS, SCENARIOS, Suite
 from funnel_engine import HeadConfig
 from funnel_engine.packing import Ints
 from funnel_kernels.errors import InputError
@@ -27,7 +27,7 @@ LENGTHS = ("conll", "qnli", "passage")
 @click.option(
     "--lengths", multiple=True, default=LENGTHS, show_default=True,
     help="A data set whose lengths of sequences are imitated, a file with one length a line, or a number: all "
-    f"sequences have so many tokens. Can be given several times. Data sets: {', '.join(LENGTH_PRESETS)}.",
+    f"sequences have this many tokens. Can be given several times. Data sets: {', '.join(LENGTH_PRESETS)}.",
 )  # fmt: skip
 @click.option(
     "--sequences", type=click.IntRange(1, 2**20), default=64, show_default=True, help="For each of --lengths."
@@ -49,8 +49,7 @@ LENGTHS = ("conll", "qnli", "passage")
 )
 @suite_command.backend_option
 @suite_command.repeats_option
-@suite_command.json_option
-@suite_command.resume_option
+@suite_command.file_options()
 def peers(
     preset: str,
     depth: int | None,
@@ -62,8 +61,7 @@ def peers(
     batch_size: int,
     backend: str,
     repeats: int,
-    json_file: Path | None,
-    resume: bool,
+    files: dict[str, Any],
 ) -> None:
     """Compare the engine with what else runs such a model, on the same weights and inputs.
 
@@ -72,20 +70,16 @@ def peers(
 
     Example: funnel bench peers --lengths conll --lengths 256 --peer hugging-face-compiled --json peers.json
     """
-    suite_command.check_files(json=json_file, resume=resume)
     with tempfile.TemporaryDirectory() as folder:
         suite = Suite(
-            fields=model_fields(preset, depth),
+            preset=preset, depth=depth,
             lengths={name: draw_lengths(name, sequences) for name in lengths},
             peers=peers, scenarios=scenarios, order=order, batch_size=batch_size, repeats=repeats, backend=backend,
             folder=Path(folder),
         )  # fmt: skip
         rows = max(int(drawn.sum()) for drawn in suite.lengths.values())
         check_memory(suite.config, HeadConfig(), suite.dtype, rows)
-        options = {"preset": preset, "depth": depth, **suite.options()}
-        results = suite_command.begin("peers", table, options, json_file, resume)
-        results.measure_all(cells(suite))
-    suite_command.end(results)
+        suite_command.run(suite, **files)
 
 
 def draw_lengths(name: str, sequences: int) -> Ints:

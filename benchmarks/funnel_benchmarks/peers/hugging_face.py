@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from funnel_benchmarks.accelerator.hugging_face import ATTENTIONS, attention_without_mask
+from funnel_benchmarks.device.hugging_face import ATTENTIONS, attention_without_mask
 from funnel_benchmarks.peers.batches import embedding
 
 WITHOUT_MASK = ATTENTIONS[0]

@@ -23,7 +23,7 @@ COMMANDS = {"llama_cpp": "pip install llama-cpp-python, which compiles llama.cpp
 def main() -> None:
     module, result_file = sys.argv[1:]
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # what libraries print is not an answer
     task = json.loads(sys.stdin.readline())
     try:
         call, facts = importlib.import_module(module).make(task)

@@ -13,7 +13,7 @@ from funnel_benchmarks.random_checkpoint import write_random_model
 from funnel_benchmarks.results import LeftOut
 from funnel_engine.presets import Fields
 
-WIDENING = 4  # the first dense layer makes rows so many times as wide, the second takes it back
+WIDENING = 4  # the first dense layer makes rows this many times as wide, the second takes it back
 
 
 def write_sentence_model(directory: Path, fields: Fields) -> None:

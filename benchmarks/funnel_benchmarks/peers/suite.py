@@ -1,7 +1,7 @@
 """The peers suite: `Engine.embed` against other engines with the same weights and token ids.
 
 Each peer sleeps in a process of its own until it is asked for a call, so ours and its calls alternate, A B B A. Before
-anything is timed both results are compared: a peer that computes something else is no peer. Both begin with token ids
+anything is timed both results are compared: a peer that computes something else is not timed. Both begin with token ids
 on the host (sentence-transformers with texts, and then so does ours) and end with vectors on the host.
 
 There are two scenarios: "batch" embeds all sequences in one call of ours, and in the peer's batches; "one" embeds one
@@ -9,11 +9,12 @@ sequence after another, whose latencies are the samples.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -32,9 +33,12 @@ from funnel_benchmarks.peers import (
 from funnel_benchmarks.peers.batches import in_order, make_batches
 from funnel_benchmarks.peers.peer import Peer
 from funnel_benchmarks.peers.sentence_model import text_of, write_sentence_model
+from funnel_benchmarks.plot_style import Look, whiskers
 from funnel_benchmarks.random_checkpoint import ARCHITECTURES, DTYPE, write_random_model
-from funnel_benchmarks.results import Cell, Row
+from funnel_benchmarks.results import Measurement, Results, Row
 from funnel_benchmarks.statistics import interleave, quartiles
+from funnel_benchmarks.suite import Cell, Column, Plot, Section, Table, field, number
+from funnel_benchmarks.suite import Suite as BaseSuite
 from funnel_engine import Engine, FunnelConfig, ModelConfig, convert
 from funnel_engine.flops import forward_flops
 from funnel_engine.hugging_face_config import read_model_config
@@ -42,6 +46,9 @@ from funnel_engine.packing import Ints
 from funnel_engine.presets import PRESETS, Fields
 from funnel_kernels.errors import ConfigError, FunnelError, InputError
 from funnel_kernels.target import check_backend
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PEERS: dict[str, tuple[ModuleType, Row]] = {
     **{f"hugging-face-{mode}": (hugging_face, {"mode": mode}) for mode in hugging_face.MODES},
@@ -74,11 +81,11 @@ def model_fields(preset: str, depth: int | None) -> Fields:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Suite:
+class Suite(BaseSuite):
     """What is measured: a cell for every batch of sequences, scenario and peer.
 
     Attributes:
-        fields: of the model's `config.json`.
+        preset, depth: the model, as `model_fields` takes them.
         lengths: tokens of each sequence [B], by name.
         peers, scenarios: names in `PEERS` and `SCENARIOS`.
         order, batch_size: of the peers' batches, see `make_batches`.
@@ -91,7 +98,8 @@ class Suite:
         InputError: a sequence that is longer than the model was made for.
     """
 
-    fields: Fields
+    preset: str
+    depth: int | None
     lengths: Mapping[str, Ints]
     peers: tuple[str, ...]
     scenarios: tuple[str, ...]
@@ -102,6 +110,7 @@ class Suite:
     folder: Path
     engines: dict[Path, Engine] = dataclasses.field(default_factory=dict)
 
+    name = "peers"
     dtype = DTYPE
 
     def __post_init__(self) -> None:
@@ -121,9 +130,16 @@ class Suite:
     def config(self) -> ModelConfig:
         return read_model_config(self.fields)
 
+    @functools.cached_property
+    def fields(self) -> Fields:
+        """The model's `config.json`."""
+        return model_fields(self.preset, self.depth)
+
     def options(self) -> Row:
         """Everything that a cell depends on beside its own name, as the head of a result file."""
         return {
+            "preset": self.preset,
+            "depth": self.depth,
             "dtype": self.dtype,
             "peer_dtype": self.peer_dtype,
             "lengths": {
@@ -135,6 +151,36 @@ class Suite:
             "backend": self.backend,
             "seed": SEED,
         }
+
+    def cells(self, results: Results) -> Iterator[Measurement]:
+        return cells(self)
+
+    @classmethod
+    def section(cls, content: Row) -> Section:
+        """How many times as fast the engine is as each peer, by lengths of sequences."""
+        rows, options = content["rows"], content["options"]
+        shown = [scenario for scenario in SCENARIOS if any(row["scenario"] == scenario for row in rows)]
+        versions = {row["peer"]: ", ".join(f"{name} {value}" for name, value in row["facts"].items()) for row in rows}
+        order = "" if options["order"] == "sorted" else f", batches {options['order']}"
+        layers = "all" if options["depth"] is None else options["depth"]
+        model = (
+            f"{options['preset']}, {layers} layers, {options['dtype']}, random weights; backend {options['backend']}"
+        )
+        return Section(
+            title=f"Against other engines: {options['preset']}, {', '.join(options['lengths'])}{order}",
+            facts={
+                "Model": model,
+                "Lengths": "; ".join(describe_lengths(name, facts) for name, facts in options["lengths"].items()),
+                "Peers' batches": f"at most {options['batch_size']} sequences, {options['order']} by length",
+                "Repeats": f"{options['repeats']} times A B B A",
+                "Compiling": "each peer compiles first, which takes up to minutes",
+                **versions,
+            },
+            tables=[table(rows, scenario, options["dtype"]) for scenario in shown],
+            plots=[plot(rows, scenario) for scenario in shown],
+            summary="; ".join(summary(rows, scenario) for scenario in shown),
+            reading=READING,
+        )
 
     def source(self, peer: str) -> Path:
         """The folder that a peer reads, made when first asked for."""
@@ -153,7 +199,7 @@ class Suite:
         return self.engines[source]
 
 
-def cells(suite: Suite) -> Iterator[Cell]:
+def cells(suite: Suite) -> Iterator[Measurement]:
     """The cells of a suite. A row has, beside what `Results` puts there:
 
     peer, scenario, lengths     names
@@ -238,14 +284,119 @@ def check_same(ours: np.ndarray, theirs: np.ndarray) -> float:
     """The greatest relative difference of two results [B, D], by rows: |ours - theirs| / |theirs|.
 
     Raises:
-        FunnelError: it is more than `TOLERANCE`, so that their time is no measure of ours.
+        FunnelError: it is more than `TOLERANCE`, so that their times cannot be compared.
     """
     if ours.shape != theirs.shape:
         raise FunnelError(f"the peer's result is {theirs.shape} where ours is {ours.shape}: it computes something else")
     apart = np.linalg.norm(np.float64(ours) - np.float64(theirs), axis=1) / np.linalg.norm(np.float64(theirs), axis=1)
     if not (worst := float(apart.max())) <= TOLERANCE:
         raise FunnelError(
-            f"the results differ by {worst:.3g} of their size, where {TOLERANCE:g} may be: the peer, or the engine, "
-            "computes something else"
+            f"the results differ by {worst:.3g} of their size, more than the limit of {TOLERANCE:g}: the peer, or the "
+            "engine, computes something else"
         )
     return worst
+
+
+TITLES = {"batch": "all sequences", "one": "one sequence after another"}
+READING = (
+    "Both sides have the same random weights and inputs, and begin with token ids on the host "
+    "(sentence-transformers with texts, and then so does the engine) and end with vectors on the host. They take "
+    "turns, A B B A, the peer in a process of its own that sleeps in between. Times as fast is the median of the "
+    "ratios of calls made side by side, with their quartiles; below 1 the peer is faster.",
+    "All sequences: one call of ours, which packs them; the peer gets padded batches, but for llama.cpp, which packs "
+    "too. A peer computes in bfloat16 where the processor multiplies it and in float32 elsewhere, but for ONNX Runtime "
+    "(always float32) and llama.cpp (always bfloat16). Work on padding is not counted as useful. One sequence after "
+    "another: latencies of single sequences, p50 and p90 over all of them.",
+    "Apart is the greatest relative difference between a vector of ours and the peer's: rounding to bfloat16 in other "
+    "places. A peer that is further apart than 0.05 computes something else, and is not timed.",
+)
+
+
+def milliseconds(name: str) -> Callable[[Row], Cell]:
+    """The cell of a median, or of a number, of seconds."""
+
+    def cell(row: Row) -> Cell:
+        seconds = row[name]
+        return number(seconds["median"] if isinstance(seconds, dict) else seconds, ",.1f", 1e3)
+
+    return cell
+
+
+APART = Column("apart", field("difference", ".3f"), note="relative")
+COLUMNS = {
+    "batch": (
+        Column("latency", milliseconds("seconds"), "ms"),
+        Column("peer's", milliseconds("peer_seconds"), "ms"),
+        Column("tokens/s", field("tokens_per_second", ",.0f")),
+        Column("peer's", field("peer_tokens_per_second", ",.0f"), "tokens/s"),
+        Column("GFLOP/s", field("flops_per_second", ",.1f", 1e-9), note="useful"),
+        Column("peer's", field("peer_flops_per_second", ",.1f", 1e-9), "GFLOP/s"),
+        APART,
+    ),
+    "one": (
+        Column("p50", milliseconds("seconds"), "ms"),
+        Column("peer's p50", milliseconds("peer_seconds"), "ms"),
+        Column("p90", milliseconds("p90"), "ms"),
+        Column("peer's p90", milliseconds("peer_p90"), "ms"),
+        APART,
+    ),
+}
+
+
+def table(rows: list[Row], scenario: str, dtype: str) -> Table:
+    """The rows of a scenario; `dtype` is ours."""
+    columns = (
+        Column("peer", lambda row: Cell(row["peer"], row["lengths"]), note="and lengths"),
+        Column("dtype", lambda row: Cell(dtype, row["facts"]["dtype"]), note="peer's below"),
+        Column("times as fast", field("speedup", ".2f"), note="quartiles"),
+        *COLUMNS[scenario],
+    )
+    return Table(TITLES[scenario].capitalize(), columns, [row for row in rows if row["scenario"] == scenario])
+
+
+def describe_lengths(name: str, facts: Row) -> str:
+    span = f"{facts['shortest']} to {facts['longest']}" if facts["shortest"] < facts["longest"] else facts["longest"]
+    return f"{name}: {facts['sequences']} sequences of {span} tokens, {facts['tokens']:,} in all"
+
+
+def summary(rows: list[Row], scenario: str) -> str:
+    """Between which factors ours lies, over all peers and lengths of a scenario."""
+    factors = {row["speedup"]["median"]: row for row in rows if row["scenario"] == scenario}
+    least, most = factors[min(factors)], factors[max(factors)]
+    ends = " to ".join(
+        f"{row['speedup']['median']:.2f} ({row['peer']}, {row['lengths']})"
+        for row in (least, most)[: 1 + (least is not most)]
+    )
+    return f"{TITLES[scenario].capitalize()}: {ends} times as fast as the peer"
+
+
+def plot(rows: list[Row], scenario: str) -> Plot:
+    mine = [row for row in rows if row["scenario"] == scenario]
+    words = "; ".join(f"{row['peer']}, {row['lengths']}: {row['speedup']['median']:.2f}" for row in mine)
+    return Plot(
+        draw=lambda look: draw(mine, look),
+        described=f"How many times as fast the engine is, {TITLES[scenario]}: {words}.",
+        caption=f"{TITLES[scenario].capitalize()}: how many times as fast the engine is as each peer, with quartiles.",
+    )
+
+
+def draw(rows: list[Row], look: Look) -> "Figure":
+    """A bar for each peer and kind of lengths, from 0; a line where both are as fast."""
+    from matplotlib.figure import Figure  # an optional dependency that takes a second
+
+    names = [f"{row['peer']}\n{row['lengths']}" for row in rows]
+    median, errors = whiskers(row["speedup"] for row in rows)
+    figure = Figure(figsize=(look.inches[0], 1.1 + 0.48 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    bars = axes.barh(names, median, xerr=errors, color=look.measured, ecolor=look.ink, capsize=3, height=0.6)
+    for place, (row, bar) in enumerate(zip(rows, bars, strict=True)):
+        bar.set_gid(f"marks-bar-{place}")
+        text, end = f"{row['speedup']['median']:.2f}", row["speedup"]["high"]
+        axes.annotate(text, (end, place), xytext=(6, 0), textcoords="offset points", va="center")
+    axes.axvline(1.0, color=look.ideal, linewidth=1.5, linestyle="--", gid="marks-equal")
+    axes.invert_yaxis()
+    axes.margins(x=0.16)
+    axes.set_xlim(left=0)
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel("times as fast as the peer")
+    return figure

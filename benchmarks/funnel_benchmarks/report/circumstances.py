@@ -5,7 +5,7 @@ from typing import Any
 
 from funnel_benchmarks.results import ENOUGH_SAMPLES, Row, differences, fewest_samples
 
-# Facts about the machine that stand in lines of their own; the others are versions.
+# Facts about the machine that have lines of their own; the others are versions.
 DEVICES, SYSTEM, REVISION = "devices", "platform", "revision"
 PROCESSOR = ("cpu", "kernel_instruction_set", "cores", "memory_gb")
 INSTRUCTIONS = "instruction_sets"
@@ -25,7 +25,7 @@ def circumstances(content: Row) -> Iterator[Fact]:
     yield "Revision", [shown(machine.get(REVISION))]
     yield "Samples of each side", [samples(content)]
     yield "Started", [content["started"]]
-    yield "Gone on", [gone_on(machine, run) for run in content["resumed"]]
+    yield "Resumed", [resumed(machine, run) for run in content["resumed"]]
     yield "Left out", [f"{entry['cell']}: {entry['reason']}" for entry in content["left_out"]]
     yield "Failed", [f"{entry['cell']}: {entry['error']}" for entry in content["errors"]]
     yield "Wrong results", [row["cell"] for row in wrong(content)]
@@ -76,8 +76,8 @@ def processor(machine: Row) -> str:
     return ", ".join(form.format(shown(machine[name])) for name, form in forms if machine.get(name) is not None)
 
 
-def gone_on(first: Row, run: Row) -> str:
-    """When a later run went on with the file, and what was different about its machine."""
+def resumed(first: Row, run: Row) -> str:
+    """When a later run added to the file, and what was different about its machine."""
     changes = [
         f"{name} {shown(now) or 'unknown'} instead of {shown(then) or 'unknown'}"
         for name, then, now in differences(first, run["machine"])

@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 from funnel_benchmarks.report.circumstances import circumstances, repeated, warning, where_and_when
 from funnel_benchmarks.report.picture import picture
-from funnel_benchmarks.report.section import Section
 from funnel_benchmarks.report.style import SCRIPT, STYLE
 from funnel_benchmarks.report.table import html_table
 from funnel_benchmarks.results import Row
+from funnel_benchmarks.suite import Section
 
 SCRIPT_HASH = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
 POLICY = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{SCRIPT_HASH}'; base-uri 'none'"

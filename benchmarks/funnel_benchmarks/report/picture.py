@@ -7,8 +7,8 @@ from typing import Any
 from xml.etree import ElementTree
 
 from funnel_benchmarks.plot_style import LIGHT, Look, styled
-from funnel_benchmarks.report.section import Plot
 from funnel_benchmarks.report.style import colours
+from funnel_benchmarks.suite import Plot
 
 WIDE = LIGHT._replace(titled=False)
 NARROW = WIDE._replace(inches=(4.4, 6.6))  # for a telephone

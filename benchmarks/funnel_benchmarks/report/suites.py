@@ -1,20 +1,12 @@
-"""Which suites have a place in the report, in its order."""
+"""The suites that write result files, in the order of the report."""
 
-from collections.abc import Callable
+from funnel_benchmarks.device.parts import PARTS
+from funnel_benchmarks.kernels.suite import Suite as Kernels
+from funnel_benchmarks.latency.suite import Suite as Latency
+from funnel_benchmarks.peers.suite import Suite as Peers
+from funnel_benchmarks.scaling.suite import Suite as Scaling
+from funnel_benchmarks.serve.suite import Suite as Serve
+from funnel_benchmarks.suite import Suite
 
-from funnel_benchmarks.kernels.section import section as kernels
-from funnel_benchmarks.latency.section import section as latency
-from funnel_benchmarks.peers.section import section as peers
-from funnel_benchmarks.report.section import Section
-from funnel_benchmarks.results import Row
-from funnel_benchmarks.scaling.section import section as scaling
-from funnel_benchmarks.serve.section import section as serve
-
-# The `suite` of a result file -> what says in the report what such a file holds.
-SECTIONS: dict[str, Callable[[Row], Section]] = {
-    "latency": latency,
-    "kernels": kernels,
-    "peers": peers,
-    "serve": serve,
-    "scaling": scaling,
-}
+ALL: tuple[type[Suite], ...] = (Latency, Kernels, Peers, Serve, Scaling, *PARTS.values())
+SUITES = {suite.name: suite for suite in ALL}  # by the `suite` of a result file

@@ -2,20 +2,13 @@
 
 from html import escape
 
-from funnel_benchmarks.report.section import Cell, Table
+from funnel_benchmarks.suite import Cell, Table
 
 
 def html_table(table: Table) -> str:
-    """The table in a box of its own, which scrolls where the page is too narrow for it.
-
-    Raises:
-        ValueError: a row has not as many cells as the table has columns.
-    """
-    head = "".join(heading(*column) for column in table.columns)
-    for row in table.rows:
-        if len(row) != len(table.columns):
-            raise ValueError(f"a row of {len(row)} cells in a table of {len(table.columns)} columns")
-    body = "\n".join(f"<tr>{''.join(map(html_cell, row))}</tr>" for row in table.rows)
+    """The table in a box of its own, which scrolls where the page is too narrow for it."""
+    head = "".join(heading(*column) for column in table.heads)
+    body = "\n".join(f"<tr>{''.join(map(html_cell, cells))}</tr>" for cells in table.cells)
     caption = f"<figcaption>{escape(table.caption)}</figcaption>\n" if table.caption else ""
     label = escape(table.caption or "figures")
     return (

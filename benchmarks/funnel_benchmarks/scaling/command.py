@@ -1,16 +1,14 @@
 """The command `funnel bench scaling`."""
 
-from pathlib import Path
+from typing import Any
 
 import click
 
 from funnel_benchmarks import suite_command
 from funnel_benchmarks.memory import check_memory
 from funnel_benchmarks.models import preset_model
-from funnel_benchmarks.scaling import table
 from funnel_benchmarks.scaling.axes import AXES, SHORTEST
-from funnel_benchmarks.scaling.plot import draw
-from funnel_benchmarks.scaling.suite import Suite, cells
+from funnel_benchmarks.scaling.suite import Suite
 
 
 @click.command()
@@ -29,9 +27,7 @@ from funnel_benchmarks.scaling.suite import Suite, cells
 @suite_command.dtype_option
 @suite_command.backend_option
 @suite_command.repeats_option
-@suite_command.json_option
-@suite_command.resume_option
-@suite_command.plot_option("latency over size")
+@suite_command.file_options(plot="latency over size")
 def scaling(
     preset: str,
     depth: int | None,
@@ -41,9 +37,7 @@ def scaling(
     dtype: str,
     backend: str,
     repeats: int,
-    json_file: Path | None,
-    resume: bool,
-    plot_file: Path | None,
+    files: dict[str, Any],
 ) -> None:
     """Measure how latency and memory grow with the size of the work, with a funnel and without.
 
@@ -52,15 +46,8 @@ def scaling(
 
     Example: funnel bench scaling --axis tokens --axis depth --json scaling.json --plot scaling.png
     """
-    suite_command.check_files(json=json_file, resume=resume, plot=plot_file)
     model = preset_model(preset, dtype, depth)
     place = suite_command.funnel_place(layer, model.config)
     suite = Suite(model=model, axes=axes, layer=place, most_tokens=most_tokens, backend=backend, repeats=repeats)
     check_memory(model.config, model.head, model.dtype, SHORTEST)  # larger batches are left out one by one
-    results = suite_command.begin("scaling", table, suite.options(), json_file, resume)
-    weights = model.load(backend)
-    results.measure_all(cells(suite, weights, advance=lambda: results.advance()), steps=1 + repeats)
-    results.tell(*table.conclusion(results.content))
-    if plot_file and results.rows:
-        suite_command.write_plot(results, plot_file, draw)
-    suite_command.end(results)
+    suite_command.run(suite, **files)

@@ -14,15 +14,20 @@ from typing import Any
 
 import jax
 
+from funnel_benchmarks.describe import describe_backend, describe_model
 from funnel_benchmarks.funnels import NO_FUNNEL, check_funnel, funnel_facts, funnel_name
 from funnel_benchmarks.inputs import SEED, random_inputs
 from funnel_benchmarks.machine import usable_cores
 from funnel_benchmarks.measure import Sample, in_turns, spread
 from funnel_benchmarks.memory import activation_bytes, available_bytes
 from funnel_benchmarks.models import Model
-from funnel_benchmarks.results import Cell, LeftOut, Row
+from funnel_benchmarks.results import LeftOut, Measurement, Results, Row
 from funnel_benchmarks.scaling.axes import AXES, Point, points
 from funnel_benchmarks.scaling.peak_memory import watched_memory
+from funnel_benchmarks.scaling.plot import draw
+from funnel_benchmarks.scaling.slopes import Growth, Slope, growths
+from funnel_benchmarks.suite import Cell, Column, Plot, Section, Table, field, number
+from funnel_benchmarks.suite import Suite as BaseSuite
 from funnel_engine import Engine, FunnelConfig
 from funnel_engine.config import check_positive
 from funnel_engine.flops import forward_flops
@@ -32,7 +37,7 @@ from funnel_kernels.target import check_backend
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Suite:
+class Suite(BaseSuite):
     """What is measured.
 
     Attributes:
@@ -52,6 +57,8 @@ class Suite:
     backend: str
     repeats: int
 
+    name = "scaling"
+
     def __post_init__(self) -> None:
         check_backend(self.backend)
         check_positive("repeats", self.repeats)
@@ -63,7 +70,7 @@ class Suite:
         return [point for axis in AXES if axis in self.axes for point in points(axis, **sizes)]
 
     def funnel(self, layers: int) -> FunnelConfig:
-        """The funnel of a model of so many layers; every place has at least one layer after it."""
+        """The funnel of a model of `layers` layers; every place has at least one layer after it."""
         place = round(self.layer * layers / self.model.config.num_layers)
         return FunnelConfig.after(min(place, layers - 1))
 
@@ -81,8 +88,36 @@ class Suite:
             "seed": SEED,
         }
 
+    @property
+    def steps(self) -> int:
+        return 1 + self.repeats
 
-def cells(suite: Suite, weights: Mapping[str, Any], *, advance: Callable[[], object] = lambda: None) -> Iterator[Cell]:
+    def cells(self, results: Results) -> Iterator[Measurement]:
+        weights = self.model.load(self.backend)
+        return cells(self, weights, advance=lambda: results.advance())
+
+    @classmethod
+    def section(cls, content: Row) -> Section:
+        """How each cost grows beside its work, and all figures."""
+        rows, grown = content["rows"], list(growths(content["rows"]))
+        described = "Latency over each size, a panel for each axis; the table has the same figures."
+        caption = "Latency with quartiles over each size, and the work scaled to the last point"
+        return Section(
+            title=f"How latency grows: {content['options']['model']['name']}",
+            facts=facts(content["options"]),
+            tables=[
+                *([Table("Exponents", SLOPES, grown)] if grown else []),
+                *([Table("All figures", COLUMNS, rows)] if rows else []),
+            ],
+            plots=[Plot(partial(draw, content), described, caption)] if rows else [],
+            summary=summary(rows, grown),
+            reading=READING,
+        )
+
+
+def cells(
+    suite: Suite, weights: Mapping[str, Any], *, advance: Callable[[], object] = lambda: None
+) -> Iterator[Measurement]:
     """The cells of a suite. A row has, beside what `Results` puts there:
 
         axis, x             what grows, and how large it is here; see `axes.AXES`
@@ -187,3 +222,98 @@ def prepare(suite: Suite, weights: Mapping[str, Any], point: Point, funnel: Funn
     timed()  # compiles
     timed()  # touches all memory once more before it counts
     return timed
+
+
+FLAG = "the cost grows faster than its work"
+READING = (
+    "One size grows at a time: tokens of one sequence; sequences in the batch; layers, with the funnel in proportion; "
+    "sequences among the same number of tokens. Both engines ran in turns. A broken line is the work, the "
+    "floating-point operations, scaled to pass through the last measured point: points above it further to the left "
+    "are time that is not spent on the work, such as the cost of a call.",
+    "An exponent p says that a quantity grows as the p-th power of another; it is fitted by least squares on "
+    "logarithms of medians, and its range is the 95 % confidence interval (Student's t). A cost that grows faster than "
+    "its work is one whose exponent over the work has all of its interval above 1.",
+    "Threads: the same batch with as many threads for an engine; the line is the work of each thread. Engines: two "
+    "calls, by one engine one after the other, or by two at once from two threads.",
+    "Memory is the most that was resident while both engines were timed, weights and programs included, and below it "
+    "what was resident when timing began; on a device it is the most in use since the program began.",
+)
+
+
+def exponent(name: str) -> Callable[[Growth], Cell]:
+    """The cell of a slope of a growth, with its interval."""
+
+    def cell(growth: Growth) -> Cell:
+        slope: Slope = getattr(growth, name)
+        return Cell(f"{slope.exponent:.2f}", f"{slope.low:.2f} \u2013 {slope.high:.2f}", slope.exponent)
+
+    return cell
+
+
+def peak_bytes(row: Row) -> int | None:
+    """Of the device if it keeps count, else of the process; None if neither is known."""
+    peaks: dict[str, int] = row["peak_memory_bytes"]
+    return peaks.get("device", peaks.get("process"))
+
+
+def memory(row: Row) -> Cell | None:
+    peak, before = peak_bytes(row), row["peak_memory_bytes"].get("before")
+    if peak is None:
+        return None
+    return Cell(f"{peak / 1e9:.2f}", "" if before is None else f"{before / 1e9:.2f}", peak)
+
+
+def size(row: Row) -> Cell:
+    return Cell(f"{row['axis']} {row['x']}", f"{row['sequences']} x {row['tokens']} tokens, {row['layers']} layers")
+
+
+def ratio(row: Row) -> Cell:
+    return number(row["seconds"]["median"] / row["baseline_seconds"]["median"], ".3f")
+
+
+SLOPES = (
+    Column("axis", lambda growth: Cell(growth.axis, growth.engine), note="and engine"),
+    Column("latency", exponent("seconds"), note="exponent of the size"),
+    Column("work", exponent("work"), note="exponent of the size"),
+    Column("latency over work", exponent("seconds_over_work"), note="exponent"),
+    Column("verdict", lambda growth: FLAG if growth.flagged else ""),
+)
+COLUMNS = (
+    Column("size", size, note="and batch"),
+    Column("with funnel", field("seconds", ",.1f", 1e3), "ms", "quartiles"),
+    Column("work", field("flops", ",.1f", 1e-9), "GFLOP"),
+    Column("without", field("baseline_seconds", ",.1f", 1e3), "ms", "quartiles"),
+    Column("work", field("baseline_flops", ",.1f", 1e-9), "GFLOP"),
+    Column("ratio", ratio, note="with / without"),
+    Column("memory", memory, "GB", "and before"),
+)
+
+
+def summary(rows: list[Row], grown: list[Growth]) -> str:
+    if not rows:
+        return "Nothing was measured."
+    if not grown:
+        return f"{len(rows)} sizes were measured, too few along one axis for an exponent."
+    faster = [f"{growth.axis} ({growth.engine})" for growth in grown if growth.flagged]
+    verdict = (
+        f"A cost grows faster than its work along {', '.join(faster)}" if faster else f"Nowhere is it sure that {FLAG}"
+    )
+    slopes = "; ".join(
+        f"{growth.axis}: latency grows with the power {growth.seconds.exponent:.2f} of the size, its work with "
+        f"{growth.work.exponent:.2f}"
+        for growth in grown
+        if growth.engine == "with funnel"
+    )
+    return f"{verdict}. With the funnel, {slopes}."
+
+
+def facts(options: Row) -> dict[str, str]:
+    runs = f"medians of {2 * options['repeats']} runs; random token ids, seed {options['seed']}"
+    return {
+        "Model": describe_model(options["model"]),
+        "Funnel": options["funnel"]["name"],
+        "Axes": "; ".join(f"{axis}: {text}" for axis, text in AXES.items()),
+        "Method": f"{options['repeats']} times {options['order']} per row, {runs}",
+        "Compilations while timing": "0",
+        "Backend": describe_backend(options),
+    }

@@ -1,6 +1,6 @@
 """The command `funnel bench serve`."""
 
-from pathlib import Path
+from typing import Any
 
 import click
 
@@ -8,9 +8,7 @@ from funnel_benchmarks import suite_command
 from funnel_benchmarks.lengths import PRESETS as LENGTH_PRESETS
 from funnel_benchmarks.memory import check_memory
 from funnel_benchmarks.models import preset_model
-from funnel_benchmarks.serve import table
-from funnel_benchmarks.serve.plot import draw, online_rows
-from funnel_benchmarks.serve.suite import Suite, cells
+from funnel_benchmarks.serve.suite import Suite
 from funnel_engine import FunnelConfig
 
 LENGTHS = ("conll", "agnews", "passage")
@@ -36,9 +34,7 @@ LENGTHS = ("conll", "agnews", "passage")
 )  # fmt: skip
 @suite_command.dtype_option
 @suite_command.backend_option
-@suite_command.json_option
-@suite_command.resume_option
-@suite_command.plot_option("latency over rate")
+@suite_command.file_options(plot="latency over rate")
 def serve(
     preset: str,
     depth: int | None,
@@ -48,9 +44,7 @@ def serve(
     max_batch_tokens: int,
     dtype: str,
     backend: str,
-    json_file: Path | None,
-    resume: bool,
-    plot_file: Path | None,
+    files: dict[str, Any],
 ) -> None:
     """Measure latencies of requests that arrive by chance, with a funnel and without.
 
@@ -60,7 +54,6 @@ def serve(
 
     Example: funnel bench serve --lengths conll --requests 10000 --json serve.json --plot serve.png
     """
-    suite_command.check_files(json=json_file, resume=resume, plot=plot_file)
     model = preset_model(preset, dtype, depth)
     place = suite_command.funnel_place(layer, model.config)
     suite = Suite(
@@ -68,8 +61,4 @@ def serve(
         max_batch_tokens=max_batch_tokens, backend=backend,
     )  # fmt: skip
     check_memory(model.config, model.head, model.dtype, max_batch_tokens)
-    results = suite_command.begin("serve", table, suite.options(), json_file, resume)
-    results.measure_all(cells(suite, model.load(backend), results.rows))
-    if plot_file and online_rows(results.content):
-        suite_command.write_plot(results, plot_file, draw)
-    suite_command.end(results)
+    suite_command.run(suite, **files)

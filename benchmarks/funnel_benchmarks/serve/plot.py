@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from funnel_benchmarks.describe import describe_machine, describe_model
 from funnel_benchmarks.plot_style import LIGHT, Look, entitle, logarithmic_heights
 from funnel_benchmarks.results import Row
-from funnel_benchmarks.serve.suite import BASELINE, offline_name, offline_rates
+from funnel_benchmarks.serve.names import BASELINE, offline_name, offline_rates, online_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -13,11 +13,6 @@ if TYPE_CHECKING:
 
 PANEL_INCHES = 2.6  # high
 TOP_INCHES = 1.2  # for title and legend
-
-
-def online_rows(content: Row) -> list[Row]:
-    """The rows of requests that arrived by chance; the others are offline rates."""
-    return [row for row in content["rows"] if "latency" in row]
 
 
 def draw(content: Row, look: Look = LIGHT) -> "Figure":

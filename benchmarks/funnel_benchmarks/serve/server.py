@@ -48,7 +48,7 @@ def serve(
         budget: what a batch holds.
         embed: runs requests `first ... stop - 1` as one batch.
         clock: seconds since any moment.
-        sleep: waits for so many seconds, or a little less or more.
+        sleep: waits for about this number of seconds.
     """
     ends = np.cumsum(sizes, dtype=np.int64)
     latencies, batches, busy = np.empty(len(arrivals)), [], 0.0

@@ -13,13 +13,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from funnel_benchmarks.describe import describe_backend, describe_model
 from funnel_benchmarks.funnels import NO_FUNNEL, check_funnel, funnel_facts, funnel_name
 from funnel_benchmarks.measure import compiling_nothing, in_turns, spread
 from funnel_benchmarks.models import Model
-from funnel_benchmarks.results import Cell, LeftOut, Row
+from funnel_benchmarks.results import LeftOut, Measurement, Results, Row
+from funnel_benchmarks.serve.names import BASELINE, offline_name, offline_rates, online_name, online_rows
+from funnel_benchmarks.serve.plot import draw
 from funnel_benchmarks.serve.requests import ARRIVALS_SEED, IDS_SEED, LENGTHS_SEED, Requests, poisson_arrivals
 from funnel_benchmarks.serve.server import Served, serve
 from funnel_benchmarks.statistics import quartiles
+from funnel_benchmarks.suite import Cell, Column, Plot, Section, Table, field, number
+from funnel_benchmarks.suite import Suite as BaseSuite
 from funnel_engine import Engine, FunnelConfig
 from funnel_engine.packing import make_plan
 from funnel_kernels.errors import ConfigError, InputError
@@ -27,7 +32,6 @@ from funnel_kernels.target import check_backend
 
 SHARES = (50, 80, 95)  # per cent of an offline rate
 NEAR = 0.02  # rates that differ by less are one
-BASELINE = "no funnel"
 
 
 class Engines(NamedTuple):
@@ -38,7 +42,7 @@ class Engines(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Suite:
+class Suite(BaseSuite):
     """What is measured.
 
     Attributes:
@@ -58,6 +62,8 @@ class Suite:
     count: int
     max_batch_tokens: int
     backend: str
+
+    name = "serve"
 
     def __post_init__(self) -> None:
         check_backend(self.backend)
@@ -101,8 +107,28 @@ class Suite:
             "seeds": {"lengths": LENGTHS_SEED, "ids": IDS_SEED, "arrivals": ARRIVALS_SEED},
         }
 
+    def cells(self, results: Results) -> Iterator[Measurement]:
+        return cells(self, self.model.load(self.backend), results.rows)
 
-def cells(suite: Suite, weights: Mapping[str, Any], rows: list[Row]) -> Iterator[Cell]:
+    @classmethod
+    def section(cls, content: Row) -> Section:
+        """Latencies at a common rate, offline rates, and all figures."""
+        online, options = online_rows(content), content["options"]
+        offline = [row for row in content["rows"] if "latency" not in row]
+        return Section(
+            title=f"Requests that arrive by chance: {options['model']['name']}",
+            facts=facts(options),
+            tables=[
+                *([Table("Offline rates", OFFLINE_COLUMNS, offline)] if offline else []),
+                *([online_table(online, options["requests"])] if online else []),
+            ],
+            plots=[plot(content)] if online else [],
+            summary=summary(offline, online),
+            reading=READING,
+        )
+
+
+def cells(suite: Suite, weights: Mapping[str, Any], rows: list[Row]) -> Iterator[Measurement]:
     """The cells of a suite. A row of an offline rate has, beside what `Results` puts there:
 
         lengths             of which requests
@@ -139,14 +165,6 @@ def cells(suite: Suite, weights: Mapping[str, Any], rows: list[Row]) -> Iterator
         ]:
             name = online_name(kind.name, engine, owner, share)
             yield name, partial(online, suite, engines, kind, engine, owner, share, rows)
-
-
-def offline_name(kind: str) -> str:
-    return f"{kind}: offline"
-
-
-def online_name(kind: str, engine: str, owner: str, share: int) -> str:
-    return f"{kind}: {engine} at {share} % of the rate of {owner}"
 
 
 def warm_engine(suite: Suite, weights: Mapping[str, Any], funnel: FunnelConfig) -> Engine:
@@ -187,11 +205,6 @@ def offline(suite: Suite, engines: Callable[[], Engines], kind: Requests) -> Row
         "requests_per_second": suite.count / quartiles(samples).median,
         "baseline_requests_per_second": suite.count / quartiles(baseline_samples).median,
     }
-
-
-def offline_rates(offline_row: Row) -> tuple[float, float]:
-    """Requests a second without a funnel and with it."""
-    return offline_row["baseline_requests_per_second"], offline_row["requests_per_second"]
 
 
 def online(
@@ -236,3 +249,107 @@ def online(
         "busy": served.busy / served.seconds,
         "compilations": 0,
     }
+
+
+HEADLINE_SHARE = 80  # per cent of the rate without a funnel
+READING = (
+    "Each request is one sequence. Requests arrive as a Poisson process: at random times that were drawn beforehand "
+    "and do not wait for the engine (an open loop). One loop serves them: it embeds what waits, in order of arrival, "
+    "as much at once as a batch holds, and goes on with what has arrived by then. Latency is from a request's arrival "
+    "to its vector, so waiting counts. Both engines see the same requests at the same times.",
+    "The offline rate is that of all requests being there from the beginning, in full batches (two runs of each "
+    "engine, in the order A B B A). Rates of arrival are shares of it; dotted lines in the picture stand at both. Near "
+    "its offline rate an engine's queue grows long, and a small difference in speed becomes a large one in latency.",
+    "A percentile of n latencies is only as good as n: above p99 of 1000 lie ten requests, which tend to have waited "
+    "in the same queue. Mean batches say how much an engine found waiting each time; busy is the share of time that "
+    "it worked.",
+)
+
+
+def row_times(row: Row) -> str:
+    """The seconds that each row of requests will take: at the shares of the rate without a funnel, then with it."""
+    count = row["baseline_seconds"]["median"] * row["baseline_requests_per_second"]
+    rates = offline_rates(row)
+    return "; ".join(", ".join(f"{100 * count / (share * rate):,.0f}" for share in SHARES) for rate in rates)
+
+
+OFFLINE_COLUMNS = (
+    Column("requests", lambda row: row["lengths"]),
+    Column("with funnel", field("requests_per_second", ",.1f"), "requests/s"),
+    Column("without", field("baseline_requests_per_second", ",.1f"), "requests/s"),
+    Column("ratio", lambda row: number(offline_rates(row)[1] / offline_rates(row)[0], ".2f"), note="with / without"),
+    Column("rows take", row_times, "s", f"at {', '.join(map(str, SHARES))} % without; with"),
+)
+
+
+def online_table(rows: list[Row], requests: int) -> Table:
+    def share(row: Row) -> Cell:
+        rate = row["arrivals_per_second"]
+        return Cell(f"{rate:,.1f}", f"{row['share']} % of {row['share_of']}", rate)
+
+    def quarter(row: Row) -> Cell:
+        low, high = (1e3 * row["latency"][name] for name in ("low", "high"))
+        return Cell(f"{low:,.1f} \u2013 {high:,.1f}", value=low)
+
+    columns = (
+        Column("engine", lambda row: Cell(row["engine"], row["lengths"]), note="and requests"),
+        Column("arrivals/s", share, note="share of a rate"),
+        Column("p50", field("p50", ",.1f", 1e3), "ms"),
+        Column("p90", field("p90", ",.1f", 1e3), "ms"),
+        Column(f"p99 of {requests}", field("p99", ",.1f", 1e3), "ms"),
+        Column("quartiles", quarter, "ms"),
+        Column("batch", lambda row: number(row["mean_batch"]["sequences"], ",.1f"), "sequences"),
+        Column("batch", lambda row: number(row["mean_batch"]["tokens"], ",.0f"), "tokens"),
+        Column("busy", field("busy", ".0f", 100), "%"),
+    )
+    return Table("Requests that arrive by chance", columns, rows)
+
+
+def plot(content: Row) -> Plot:
+    requests = content["options"]["requests"]
+    return Plot(
+        partial(draw, content),
+        "Median and 99th percentile of latency over the rate of arrivals, a panel for each kind of requests; the table "
+        "has the same figures.",
+        f"Median latency (solid) and p99 of {requests} (dashed) over the rate of arrivals; dotted: offline rates",
+    )
+
+
+def summary(offline: list[Row], online: list[Row]) -> str:
+    """For each kind of requests what both engines do at one rate, and what they can do at most."""
+    if not offline:
+        return "Nothing was measured."
+    return " ".join(
+        kind_summary(row, [each for each in online if each["lengths"] == row["lengths"]]) for row in offline
+    )
+
+
+def kind_summary(offline: Row, online: list[Row]) -> str:
+    without, funneled = offline_rates(offline)
+    text = f"{offline['lengths']}: {funneled:,.1f} requests a second with the funnel, {without:,.1f} without"
+    rate = offline["lengths"], HEADLINE_SHARE, BASELINE
+    common = [row for row in online if (row["lengths"], row["share"], row["share_of"]) == rate]
+    if len(common) == 2:
+        baseline, funnel = sorted(common, key=lambda row: row["engine"] != BASELINE)
+        text += (
+            f"; at {baseline['arrivals_per_second']:,.1f} arrivals a second p99 of {baseline['requests']} is "
+            f"{1e3 * funnel['p99']:,.0f} ms with it, {1e3 * baseline['p99']:,.0f} ms without"
+        )
+    return f"{text}."
+
+
+def facts(options: Row) -> dict[str, str]:
+    return {
+        "Model": describe_model(options["model"]),
+        "Funnel": options["funnel"]["name"],
+        "Requests": f"{options['requests']} of each kind; {'; '.join(map(describe_lengths, options['lengths']))}",
+        "Batches": f"at most {options['max_batch_tokens']} tokens",
+        "Time": "programs compile first, for up to minutes; a row takes the number of requests over their rate",
+        "Seeds": ", ".join(f"{name} {seed}" for name, seed in options["seeds"].items()),
+        "Compilations while timing": "0",
+        "Backend": describe_backend(options),
+    }
+
+
+def describe_lengths(facts: Row) -> str:
+    return f"{facts['source']}: {facts['shortest']} to {facts['longest']} tokens, median {facts['median']:g}"

@@ -1,27 +1,17 @@
-"""`funnel_benchmarks.accelerator`: report and plots, from tables as a run on a GPU leaves them."""
+"""The report of a run on a device, from tables as a run on a GPU leaves them."""
 
 import copy
 import json
-import sys
 
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 
-from funnel_benchmarks.accelerator.__main__ import main
-from funnel_benchmarks.accelerator.parts import PARTS
-from funnel_benchmarks.accelerator.plots import PLOTS, render
-from funnel_benchmarks.accelerator.report import (
-    COLUMNS,
-    NOTES,
-    TITLES,
-    file_name,
-    read_tables,
-    suite_name,
-    write_plots,
-    write_report,
-)
+from funnel_benchmarks.device.parts import PARTS
+from funnel_benchmarks.plot_style import render
+from funnel_benchmarks.report.command import report
+from funnel_benchmarks.report.markdown import write_markdown
 from funnel_benchmarks.results import SCHEMA
-from funnel_engine import InputError
 
 
 def seconds(median, width=0.01):
@@ -91,7 +81,7 @@ ROWS = {
     ],
     "engine": [
         {"cell": "128 x 512 tokens", "seconds": seconds(0.5), "flops": 10**14, "tokens_per_second": 131072.0,
-         "tflops_per_second": 546.0, "compile_seconds": 31.0, "goal": 0.65},
+         "tflops_per_second": 546.0, "matrix_share": 0.7, "compile_seconds": 31.0, "goal": 0.65},
     ],
     "funnel": [
         funnel(batch, layer, ideal + 0.02, ideal)
@@ -121,10 +111,10 @@ ROWS = {
 
 
 def table(part):
+    options = {"small": False, "seed": 7, "backend": "auto", "served_by": {"attention": "triton"}}
     return {
-        "schema": SCHEMA, "suite": suite_name(part), "started": "2030-01-02T03:04:05Z", "resumed": [],
-        "options": {"small": False, "seed": 7, "backend": "auto"}, "command": "python -m x --out y",
-        "served_by": {"attention": "triton"},
+        "schema": SCHEMA, "suite": PARTS[part].name, "started": "2030-01-02T03:04:05Z", "resumed": [],
+        "options": options,
         "machine": {"devices": ["Some GPU"], "jax": "0.11.2", "driver": None, "platform_version": "a\nb"},
         "complete": True, "rows": copy.deepcopy(ROWS[part]), "left_out": [], "errors": [],
     }  # fmt: skip
@@ -134,51 +124,57 @@ def table(part):
 def folder(tmp_path):
     """What a whole run leaves, less the report."""
     for part in PARTS:
-        (tmp_path / file_name(part)).write_text(json.dumps(table(part)))
+        (tmp_path / f"{part}.json").write_text(json.dumps(table(part)))
     return tmp_path
 
 
-def section(text, title):
-    return text.split(f"## {title}\n")[1].split("\n## ")[0]
+def section(text, part):
+    return text.split(f"## {PARTS[part].title}\n")[1].split("\n## ")[0]
 
 
-def report(folder):
-    return write_report(folder, read_tables(folder, PARTS))
+def made(folder):
+    return write_markdown([folder / f"{part}.json" for part in PARTS], folder / "report.md")
 
 
-def test_every_part_has_a_section_with_its_figures(folder, capsys):
-    assert main(["--out", str(folder), "--report"]) == 0
-    text = (folder / "report.md").read_text()
-    assert text in capsys.readouterr().out
-    for part, title in TITLES.items():
-        assert NOTES[part] in section(text, title)
-    rates = section(text, TITLES["attention"])
+def plots():
+    """Each part with a plot, and the plot."""
+    return {part: plot for part, suite in PARTS.items() for plot in suite.section(table(part)).plots}
+
+
+def test_every_part_has_a_section_with_its_figures(folder):
+    output = folder / "all.md"
+    result = CliRunner().invoke(report, [str(folder), "--output", str(output)])
+    assert (result.exit_code, result.output) == (0, f"{output}: {len(PARTS)} of {len(PARTS)} results\n")
+    text = output.read_text()
+    for part, suite in PARTS.items():
+        assert suite.note in section(text, part)
+    rates = section(text, "attention")
     assert (
-        "| 8/1 heads, 512 tokens | 1.905 (1.886 - 1.924) | 525.0 | cuDNN | 520.0 | 1.010 (goal 0.9: reached) |" in rates
-    )
+        "| 8/1 heads, 512 tokens | 1.905 (1.886 \u2013 1.924) | 525.0 | cuDNN | 520.0 | 1.010 (goal 0.9: reached) |"
+    ) in rates
     assert (
-        "| 16/16 heads, 16384 tokens | 1.587 (1.571 - 1.603) | 630.0 | cuDNN | NotImplementedError: refused | - |"
-        in rates
-    )
-    assert "| 546.0 | 0.700 (goal 0.65: reached) |" in section(text, TITLES["engine"])  # of 780
-    assert "| 0.580 (0.560 - 0.600) | 0.560 | 0.966 (goal 0.97: missed) |" in section(text, TITLES["funnel"])
-    assert "| 54.3 | 3,680 | 4,000 | 0.920 (goal 0.85: reached) |" in section(text, TITLES["rows"])
-    assert "| 1.400 (goal 1.2: reached) | torch 2.11.0 |" in section(text, TITLES["peer"])
-    assert "show_9` | 18 | 9.000 | 1.8 |" in section(text, TITLES["latency"])
-    assert "driver: not there" in text
-    assert "platform_version: a b" in text
+        "| 16/16 heads, 16384 tokens | 1.587 (1.571 \u2013 1.603) | 630.0 | cuDNN | NotImplementedError: refused |  |"
+    ) in rates
+    assert "| 546.0 | 0.700 (goal 0.65: reached) |" in section(text, "engine")
+    assert "| 0.580 (0.560 \u2013 0.600) | 0.560 | 0.966 (goal 0.97: missed) |" in section(text, "funnel")
+    assert "| 3,680 | 4,000 | 0.920 (goal 0.85: reached) |" in section(text, "rows")
+    assert "| 1.400 (goal 1.2: reached) | torch 2.11.0 |" in section(text, "peer")
+    assert "show_9 | 18 | 9.000 | 1.8 |" in section(text, "latency")
+    assert "platform_version a b" in text
+    assert "- attention: triton\n" in text
 
 
 def test_wrong_results_are_counted_and_named(folder):
-    text = report(folder)
+    text = made(folder)
     assert "- 3 wrong results, 0 measurements failed, 0 left out" in text
-    check = section(text, TITLES["check"])
+    check = section(text, "check")
     assert "| attention | bfloat16, default | 2 | 4.00e-03 | 0.01 | 0 |" in check
     assert "| pool_norm | float32, highest | 1 | 3.00e-05 | 1e-05 | 1 |" in check
-    assert "- WRONG: pool_norm: odd sizes: error 3.00e-05 (limit 1e-05)\n" in check
-    assert "- WRONG: recover_norm: odd sizes: error 1.00e-07 (limit 1e-05), another result the second time" in check
     assert "| recover_norm | float32, highest | 2 | inf | 1e-05 | 2 |" in check
-    assert "- WRONG: not finite: error inf (limit 1e-05), not finite" in check
+    wrong = check.split("**Wrong results**")[1]
+    assert "| pool_norm: odd sizes | 3.00e-05 | 1e-05 | yes | yes |" in wrong
+    assert "| recover_norm: odd sizes | 1.00e-07 | 1e-05 | no | yes |" in wrong
+    assert "| not finite | inf | 1e-05 | yes | no |" in wrong
 
 
 def test_what_failed_was_left_out_or_stopped_is_named(folder):
@@ -186,77 +182,69 @@ def test_what_failed_was_left_out_or_stopped_is_named(folder):
     changed["left_out"] = [{"cell": "sdpa", "reason": "torch is not installed"}]
     changed["errors"] = [{"cell": "flash", "error": "RuntimeError: no | memory"}]
     (folder / "peer.json").write_text(json.dumps(changed))
-    text = report(folder)
+    text = made(folder)
     assert "1 measurements failed, 1 left out" in text
-    assert "- stopped before the end of: peer" in text
-    peers = section(text, TITLES["peer"])
+    assert "- stopped before the end of: device peer" in text
+    peers = section(text, "peer")
     assert "- Left out: sdpa: torch is not installed" in peers
-    assert "- FAILED: flash: RuntimeError: no | memory" in peers
+    assert "- Failed: flash: RuntimeError: no | memory" in peers
 
 
 def test_without_the_ceilings_the_engine_has_no_share_of_them(folder):
-    (folder / "ceilings.json").unlink()
-    assert "| 546.0 | - | 31.0 |" in section(report(folder), TITLES["engine"])
+    changed = table("engine")
+    del changed["rows"][0]["matrix_share"]
+    (folder / "engine.json").write_text(json.dumps(changed))
+    assert "| 546.0 |  | 31.0 |" in section(made(folder), "engine")
 
 
-def test_two_runs_are_told_apart(folder):
-    (folder / "flags.json").write_text(
-        json.dumps(table("flags") | {"options": {"small": False, "seed": 8, "backend": "auto"}})
-    )
-    circumstances = report(folder).split("## Circumstances")[1]
-    assert "flags (2030-01-02T03:04:05Z):\n\n- command: `python -m x --out y`\n- seed 8" in circumstances
-    assert circumstances.count("- command:") == 2
+def test_every_part_tells_its_own_circumstances(folder):
+    changed = table("flags")
+    changed["options"]["seed"] = 8
+    (folder / "flags.json").write_text(json.dumps(changed))
+    text = made(folder)
+    assert "- Seed: 8\n" in section(text, "flags")
+    assert text.count("- Seed: 7\n") == len(PARTS) - 1
 
 
 def test_every_plot_is_drawn_and_shown(folder):
-    tables = read_tables(folder, PARTS)
-    write_plots(folder, tables)
-    text = write_report(folder, tables)
-    for file in PLOTS:
-        with Image.open(folder / file) as picture:
+    text = made(folder)
+    assert set(plots()) == {"attention", "rows", "funnel", "latency"}
+    for part in plots():
+        with Image.open(folder / f"{part}.png") as picture:
             assert picture.format == "PNG"
             assert min(picture.size) > 400
-        assert f"]({file})" in text
+        assert f"]({part}.png)" in section(text, part)
 
 
-def test_a_plot_follows_its_figures(folder):
+@pytest.mark.parametrize("part", ["attention", "rows", "funnel", "latency"])
+def test_a_plot_follows_its_figures(part):
     """The picture changes with the numbers that it shows, and with nothing else."""
-    for file, (part, _, figure) in PLOTS.items():
-        original, changed = table(part), table(part)
-        assert render(figure, original) == render(figure, table(part))
-        for row in changed["rows"]:
-            for key in ("tflops_per_second", "share", "efficiency", "ratio"):
-                if isinstance(row.get(key), (int, float)):
-                    row[key] *= 0.8
-            for total in row.get("most_expensive", []):
-                total["milliseconds"] /= 2
-        assert render(figure, changed) != render(figure, original), file
+
+    def drawn(content):
+        (plot,) = PARTS[part].section(content).plots
+        return render(plot.draw, "png")
+
+    original, changed = table(part), table(part)
+    assert drawn(original) == drawn(table(part))
+    for row in changed["rows"]:
+        for key in ("tflops_per_second", "share", "efficiency", "ratio"):
+            if isinstance(row.get(key), (int, float)):
+                row[key] *= 0.8
+        for total in row.get("most_expensive", []):
+            total["milliseconds"] /= 2
+    assert drawn(changed) != drawn(original)
 
 
 def test_without_matplotlib_the_report_says_so_and_no_old_plot_stays(folder, monkeypatch):
     (folder / "rows.png").write_bytes(b"old")
-    monkeypatch.setitem(sys.modules, "matplotlib", None)  # importing it raises ImportError
-    tables = read_tables(folder, PARTS)
-    write_plots(folder, tables)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    text = made(folder)
     assert not list(folder.glob("*.png"))
-    assert write_report(folder, tables).count("(needs matplotlib)") == len(PLOTS)
+    assert text.count("(needs matplotlib)") == len(plots())
 
 
 def test_empty_tables_make_a_report_without_plots(folder):
     for part in PARTS:
         (folder / f"{part}.json").write_text(json.dumps(table(part) | {"rows": []}))
-    assert main(["--out", str(folder), "--report"]) == 0
+    assert "Right or wrong" in made(folder)
     assert not list(folder.glob("*.png"))
-
-
-def test_a_file_of_another_part_is_refused(folder):
-    (folder / "rows.json").write_text(json.dumps(table("flags")))
-    with pytest.raises(
-        InputError, match=r"rows\.json is of suite 'accelerator flags', not 'accelerator rows'; remove it"
-    ):
-        read_tables(folder, PARTS)
-
-
-def test_every_part_has_a_title_a_note_and_columns():
-    assert set(TITLES) == set(NOTES) == set(PARTS)
-    assert set(COLUMNS) | {"check", "engine"} == set(PARTS)

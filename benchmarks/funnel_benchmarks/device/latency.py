@@ -10,23 +10,26 @@ from typing import Any
 
 import numpy as np
 
-from funnel_benchmarks.accelerator.bench import Bench
-from funnel_benchmarks.accelerator.device_profile import (
+from funnel_benchmarks.device import plots
+from funnel_benchmarks.device.bench import Bench
+from funnel_benchmarks.device.device_profile import (
     Kernel,
     busy_nanoseconds,
     most_expensive,
     profile,
 )
+from funnel_benchmarks.device.part import CELL, MILLISECONDS, Part, against_goal
 from funnel_benchmarks.measure import alone, sampler, spread
-from funnel_benchmarks.results import Cell, LeftOut, Row
+from funnel_benchmarks.results import LeftOut, Measurement, Row
 from funnel_benchmarks.statistics import quartiles
+from funnel_benchmarks.suite import Column, Plot, Table, field
 
 GOAL = 0.9  # of the time of a call
 SHOWN = 10  # kernels
 PROFILES = 5
 
 
-def cells(bench: Bench) -> Iterator[Cell]:
+def cells(bench: Bench) -> Iterator[Measurement]:
     one, (sequences, tokens) = bench.sizes.one, bench.sizes.batches[0]
     yield f"one sequence of {one} tokens", partial(wall_time, bench)
     yield f"device busy, one sequence of {one} tokens", partial(busy_share, bench)
@@ -71,3 +74,36 @@ def profiled(call: Callable[[], Any]) -> list[Kernel]:
     if not ran:
         raise LeftOut("the profile has no plane of a device: JAX does not tell here when the device works")
     return ran
+
+
+class Latency(Part):
+    name = "device latency"
+    title = "One short sequence, and where the time goes"
+    note = (
+        "Busy: the share of a call's time, from ids on the host to vectors on the host, in which a kernel runs. The "
+        "kernels' times are from a profile, in which XLA replays no CUDA graphs; the call's time is without one."
+    )
+    columns = (
+        CELL,
+        MILLISECONDS,
+        Column("busy", against_goal("busy_share")),
+        Column("kernels", field("kernels", ",d")),
+    )
+    measurements = staticmethod(cells)
+
+    @classmethod
+    def tables(cls, rows: list[Row]) -> list[Table]:
+        columns = (
+            Column("kernel", lambda total: total["name"]),
+            Column("runs", field("runs", ",d")),
+            Column("time", field("milliseconds", ",.3f"), "ms"),
+            Column("share", field("share", ".1f", 100), "%", "of all kernels"),
+        )
+        profiled = [row for row in rows if "most_expensive" in row]
+        return super().tables(rows) + [Table(row["cell"], columns, row["most_expensive"]) for row in profiled]
+
+    @classmethod
+    def plots(cls, content: Row) -> list[Plot]:
+        caption = "The most expensive kernels of a full batch"
+        drawn = Plot(partial(plots.kernels, content), f"{caption}; the table has the same figures.", caption)
+        return [drawn] if any("most_expensive" in row for row in content["rows"]) else []

@@ -9,10 +9,11 @@ from typing import Any
 
 import jax
 
-from funnel_benchmarks.accelerator.bench import Bench
+from funnel_benchmarks.device.bench import Bench
+from funnel_benchmarks.device.part import CELL, MILLISECONDS, RATIO, WITHOUT, Part
 from funnel_benchmarks.funnels import NO_FUNNEL
 from funnel_benchmarks.measure import Call, in_turns, spread
-from funnel_benchmarks.results import Cell, LeftOut, Row
+from funnel_benchmarks.results import LeftOut, Measurement, Row
 from funnel_benchmarks.statistics import quartiles, ratio
 from funnel_engine.model import forward
 from funnel_engine.packing import pack
@@ -30,7 +31,7 @@ CANDIDATES: tuple[Options, ...] = (
 )
 
 
-def cells(bench: Bench) -> Iterator[Cell]:
+def cells(bench: Bench) -> Iterator[Measurement]:
     compiled = functools.cache(functools.partial(compiler, bench))  # traced once, when the first cell is measured
     own = compiler_options("gpu")
     for candidate in [own, *(other for other in CANDIDATES if other != own)]:
@@ -64,3 +65,11 @@ def measure(bench: Bench, compiled: Callable[[], Any], candidate: Options) -> Ro
         "baseline_seconds": spread(baseline),
         "ratio": ratio(quartiles(samples), quartiles(baseline))._asdict(),
     }
+
+
+class Flags(Part):
+    name = "device flags"
+    title = "Compiler options"
+    note = "The forward pass alone, against no options at all; a ratio below 1 means that the options help."
+    columns = (CELL, MILLISECONDS, WITHOUT, RATIO)
+    measurements = staticmethod(cells)

@@ -5,18 +5,21 @@ from functools import partial
 
 import numpy as np
 
-from funnel_benchmarks.accelerator.bench import Bench
+from funnel_benchmarks.device import plots
+from funnel_benchmarks.device.bench import Bench
+from funnel_benchmarks.device.part import CELL, MILLISECONDS, RATIO, WITHOUT, Part, against_goal
 from funnel_benchmarks.funnels import NO_FUNNEL
 from funnel_benchmarks.measure import in_turns, spread
-from funnel_benchmarks.results import Cell, Row
+from funnel_benchmarks.results import Measurement, Row
 from funnel_benchmarks.statistics import quartiles, ratio
+from funnel_benchmarks.suite import Column, Plot, field
 from funnel_engine import FunnelConfig
 from funnel_engine.flops import ideal_ratio
 
 GOAL = 0.97  # ideal ratio over measured ratio
 
 
-def cells(bench: Bench) -> Iterator[Cell]:
+def cells(bench: Bench) -> Iterator[Measurement]:
     for layer in bench.sizes.funnel_layers:  # both batches of a layer run in one compiled program
         for sequences, tokens in bench.sizes.batches:
             name = f"{sequences} x {tokens} tokens, after layer {layer}"
@@ -39,3 +42,27 @@ def measure(bench: Bench, sequences: int, tokens: int, layer: int) -> Row:
         "efficiency": ideal / measured.median,
         "goal": GOAL,
     }
+
+
+class Funnel(Part):
+    name = "device funnel"
+    title = "Funnels"
+    note = (
+        "The same engine with the funnel and without it, in turns. Efficiency is the ideal ratio of operations over "
+        "the measured ratio of times."
+    )
+    columns = (
+        CELL,
+        MILLISECONDS,
+        WITHOUT,
+        RATIO,
+        Column("ideal", field("ideal_ratio", ".3f")),
+        Column("efficiency", against_goal("efficiency")),
+    )
+    measurements = staticmethod(cells)
+
+    @classmethod
+    def plots(cls, content: Row) -> list[Plot]:
+        caption = "Latency ratio over the place of the funnel, measured and ideal"
+        drawn = Plot(partial(plots.funnel, content), f"{caption}; the table has the same figures.", caption)
+        return [drawn] if content["rows"] else []

@@ -12,13 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from funnel_benchmarks.accelerator import layouts
-from funnel_benchmarks.accelerator.bench import Bench
-from funnel_benchmarks.accelerator.layouts import Layout
+from funnel_benchmarks.device import layouts, plots
+from funnel_benchmarks.device.bench import Bench
+from funnel_benchmarks.device.layouts import Layout
+from funnel_benchmarks.device.part import CELL, MILLISECONDS, Part, against_goal
 from funnel_benchmarks.lengths import draw
 from funnel_benchmarks.measure import alone, in_turns, spread
-from funnel_benchmarks.results import Cell, Row, error_text
+from funnel_benchmarks.results import Measurement, Row, error_text
 from funnel_benchmarks.statistics import quartiles
+from funnel_benchmarks.suite import Column, Plot, field
 from funnel_engine.packing import Ints
 from funnel_kernels import Target, attention
 from funnel_kernels.errors import FunnelError
@@ -35,14 +37,14 @@ class Work(NamedTuple):
     arrays: tuple[jax.Array, ...]  # q [Nq, heads * d], k, v [Nk, kv_heads * d]
 
 
-def cells(bench: Bench) -> Iterator[Cell]:
+def cells(bench: Bench) -> Iterator[Measurement]:
     sizes = bench.sizes
     shared, longest, mean = sizes.attention_heads[0], sizes.attention_lengths[-1], sizes.attention_lengths[0]
     for heads, kv_heads in sizes.attention_heads:
         for length in sizes.attention_lengths:
             yield f"{heads}/{kv_heads} heads, {length} tokens", partial(against_cudnn, bench, heads, kv_heads, length)
 
-    def variant(name: str, layout: Layout, dense_length: int) -> Cell:
+    def variant(name: str, layout: Layout, dense_length: int) -> Measurement:
         return name, partial(against_dense, bench, *shared, layout, dense_length)
 
     for length in sizes.strided_lengths:
@@ -148,3 +150,25 @@ def check_same(ours: jax.Array, theirs: jax.Array) -> None:
 def relative_difference(a: jax.Array, b: jax.Array) -> jax.Array:
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     return jnp.linalg.norm(a - b) / jnp.linalg.norm(b)
+
+
+class Attention(Part):
+    name = "device attention"
+    title = "Attention"
+    note = "Useful operations: 4 x head dim for each query-key pair that a query head sees."
+    columns = (
+        CELL,
+        MILLISECONDS,
+        Column("TFLOP/s", field("tflops_per_second", ",.1f")),
+        Column("against", lambda row: row["peer"]),
+        Column("its TFLOP/s", lambda row: row.get("peer_error") or field("peer_tflops_per_second", ",.1f")(row)),
+        Column("share", against_goal("share")),
+    )
+    measurements = staticmethod(cells)
+
+    @classmethod
+    def plots(cls, content: Row) -> list[Plot]:
+        if not any(row["kind"] == "dense" for row in content["rows"]):
+            return []
+        caption = "Rates of attention over the length of a sequence"
+        return [Plot(partial(plots.attention, content), f"{caption}; the table has the same figures.", caption)]

@@ -6,18 +6,20 @@ Both batches have the same number of tokens, which is a bucket's size: what roun
 from collections.abc import Iterator
 from functools import partial
 
-from funnel_benchmarks.accelerator.bench import Bench
-from funnel_benchmarks.accelerator.layouts import up_to
+from funnel_benchmarks.device.bench import Bench
+from funnel_benchmarks.device.layouts import up_to
+from funnel_benchmarks.device.part import CELL, Part, against_goal
 from funnel_benchmarks.lengths import draw
 from funnel_benchmarks.measure import in_turns, spread
-from funnel_benchmarks.results import Cell, Row
+from funnel_benchmarks.results import Measurement, Row
 from funnel_benchmarks.statistics import quartiles
+from funnel_benchmarks.suite import Column, field
 
 NAMES = ("conll", "passage")
 GOAL = 0.85  # of the equal lengths' rate
 
 
-def cells(bench: Bench) -> Iterator[Cell]:
+def cells(bench: Bench) -> Iterator[Measurement]:
     for name in NAMES:
         yield name, partial(measure, bench, name)
 
@@ -38,3 +40,18 @@ def measure(bench: Bench, name: str) -> Row:
         "share": rates[0] / rates[1],
         "goal": GOAL,
     }
+
+
+class Ragged(Part):
+    name = "device ragged"
+    title = "Ragged sequences"
+    note = "Both batches have the same number of tokens, which is a bucket's size."
+    columns = (
+        CELL,
+        Column("sequences", field("sequences", ",d")),
+        Column("tokens", field("tokens", ",d")),
+        Column("tokens/s", field("tokens_per_second", ",.0f")),
+        Column("equal lengths", field("equal_tokens_per_second", ",.0f"), "tokens/s"),
+        Column("share", against_goal("share")),
+    )
+    measurements = staticmethod(cells)

@@ -7,12 +7,14 @@ from typing import Any
 
 import jax
 
-from funnel_benchmarks.accelerator.bench import Bench
-from funnel_benchmarks.accelerator.layouts import filled
+from funnel_benchmarks.device.bench import Bench
+from funnel_benchmarks.device.layouts import filled
+from funnel_benchmarks.device.part import CELL, MILLISECONDS, Part, against_goal
 from funnel_benchmarks.funnels import NO_FUNNEL
 from funnel_benchmarks.measure import alone, in_turns, spread
-from funnel_benchmarks.results import Cell, Row
+from funnel_benchmarks.results import Measurement, Row
 from funnel_benchmarks.statistics import quartiles
+from funnel_benchmarks.suite import Column, field
 from funnel_engine.flops import forward_flops
 from funnel_engine.model import forward
 from funnel_engine.packing import Ints, pack
@@ -21,7 +23,7 @@ from funnel_engine.xla_options import compiler_options
 CEILING_GOAL = 0.65  # of the rate of a large matrix product
 
 
-def cells(bench: Bench) -> Iterator[Cell]:
+def cells(bench: Bench) -> Iterator[Measurement]:
     sequences, tokens = bench.sizes.batches[0]
     yield f"{sequences} x {tokens} tokens", partial(measure, bench)
     compiled = functools.cache(partial(compiler, bench))  # when the first cell is measured
@@ -68,9 +70,31 @@ def on_device(bench: Bench, lengths: Ints) -> Any:
 def figures(bench: Bench, lengths: Ints, samples: list[float]) -> Row:
     median = quartiles(samples).median
     flops = forward_flops(bench.sizes.config, NO_FUNNEL, lengths)
-    return {
+    rate = flops / median / 1e12
+    row: Row = {
         "seconds": spread(samples),
         "flops": flops,
         "tokens_per_second": int(lengths.sum()) / median,
-        "tflops_per_second": flops / median / 1e12,
+        "tflops_per_second": rate,
     }
+    return row if bench.matrix_rate is None else row | {"matrix_share": rate / bench.matrix_rate}
+
+
+class WholeEngine(Part):
+    name = "device engine"
+    title = "The engine without a funnel"
+    note = (
+        "`Engine.embed`, from token ids on the host to vectors on the host; the forward pass, from ids on the device. "
+        "Operations of matrix products and attention only, and of tokens only. The matrix rate is that of the "
+        "ceilings, if they were measured into the same folder."
+    )
+    columns = (
+        CELL,
+        MILLISECONDS,
+        Column("tokens/s", field("tokens_per_second", ",.0f")),
+        Column("TFLOP/s", field("tflops_per_second", ",.1f")),
+        Column("share", against_goal("matrix_share"), note="of the matrix rate"),
+        Column("compiling", field("compile_seconds", ",.1f"), "s"),
+        Column("of the time", field("of_full", ".3f"), note="of a full bucket"),
+    )
+    measurements = staticmethod(cells)

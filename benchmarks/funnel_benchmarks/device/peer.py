@@ -12,18 +12,20 @@ from pathlib import Path
 
 import jax
 
-from funnel_benchmarks.accelerator import hugging_face
-from funnel_benchmarks.accelerator.bench import DTYPE, Bench
+from funnel_benchmarks.device import hugging_face
+from funnel_benchmarks.device.bench import DTYPE, Bench
+from funnel_benchmarks.device.part import CELL, Part, against_goal
 from funnel_benchmarks.measure import alone, spread
-from funnel_benchmarks.results import Cell, LeftOut, Row
+from funnel_benchmarks.results import LeftOut, Measurement, Row
 from funnel_benchmarks.statistics import quartiles, ratio
+from funnel_benchmarks.suite import Column, field
 from funnel_kernels.errors import FunnelError
 
 GOAL = 1.2  # times the peer's throughput
 DEVICES = {"gpu": "cuda", "cpu": "cpu"}  # JAX's name -> PyTorch's
 
 
-def cells(bench: Bench) -> Iterator[Cell]:
+def cells(bench: Bench) -> Iterator[Measurement]:
     for attention in hugging_face.ATTENTIONS:
         yield f"Hugging Face Gemma, torch.compile, {attention}", partial(measure, bench, attention)
 
@@ -81,3 +83,22 @@ def run_peer(bench: Bench, attention: str, device: str) -> Row:
     if "left_out" in answer:
         raise LeftOut(answer["left_out"])
     return answer
+
+
+class Peer(Part):
+    name = "device peer"
+    title = "Hugging Face Gemma"
+    note = (
+        "The same architecture and batch, random weights, each in its own process; ours right before and after. Ours "
+        "starts from token ids on the host, the peer from ids on the device."
+    )
+    columns = (
+        CELL,
+        Column("ours", field("seconds", ",.3f", 1e3), "ms", "quartiles"),
+        Column("theirs", field("peer_seconds", ",.3f", 1e3), "ms", "quartiles"),
+        Column("ours", field("tokens_per_second", ",.0f"), "tokens/s"),
+        Column("theirs", field("peer_tokens_per_second", ",.0f"), "tokens/s"),
+        Column("times as fast", against_goal("speedup")),
+        Column("versions", lambda row: ", ".join(f"{name} {version}" for name, version in row["versions"].items())),
+    )
+    measurements = staticmethod(cells)

@@ -6,6 +6,7 @@ writes shows, and the two must agree to the bit. All options at small shapes are
 
 import itertools
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,10 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from funnel_benchmarks.accelerator import layouts, oracle
-from funnel_benchmarks.accelerator.bench import Bench
-from funnel_benchmarks.accelerator.layouts import Window
-from funnel_benchmarks.results import Cell, Row
+from funnel_benchmarks.device import layouts, oracle
+from funnel_benchmarks.device.bench import Bench
+from funnel_benchmarks.device.layouts import Window
+from funnel_benchmarks.device.part import Part
+from funnel_benchmarks.results import Measurement, Row
+from funnel_benchmarks.suite import Column, Table, field
 from funnel_kernels import attention, pool_norm, recover_norm
 from funnel_kernels.errors import InputError
 from funnel_kernels.pool_norm import POOLS
@@ -78,14 +81,14 @@ ATTENTION_CASES = (
 ROW_CASES = (RowCase(2, 1001, 1152), RowCase(3, 333, 2048))
 
 
-def cells(bench: Bench) -> Iterator[Cell]:
+def cells(bench: Bench) -> Iterator[Measurement]:
     return itertools.islice(all_cells(bench), 0, None, bench.sizes.check_step)
 
 
-def all_cells(bench: Bench) -> Iterator[Cell]:
+def all_cells(bench: Bench) -> Iterator[Measurement]:
     numbers = itertools.count()  # every cell has random numbers of its own
 
-    def cell(name: str, kind: Kind, check: Callable[[Kind, np.random.Generator], Row]) -> Cell:
+    def cell(name: str, kind: Kind, check: Callable[[Kind, np.random.Generator], Row]) -> Measurement:
         generator = np.random.default_rng([bench.seed, next(numbers)])
         return f"{name}, {kind.dtype}, precision {kind.precision}", partial(check, kind, generator)
 
@@ -187,5 +190,45 @@ def widened(array: np.ndarray | None) -> np.ndarray | None:
 def relative_error(result: np.ndarray, expected: np.ndarray) -> float:
     """||result - expected|| / ||expected||; NaN if anything is NaN, which no limit lets pass."""
     if result.shape != expected.shape:
-        raise InputError(f"the result has shape {result.shape} where {expected.shape} is right")
+        raise InputError(f"the result has shape {result.shape} but it must be {expected.shape}")
     return float(np.linalg.norm(result.astype(np.float64) - expected) / np.linalg.norm(expected))
+
+
+class Check(Part):
+    name = "device check"
+    title = "Right or wrong"
+    note = (
+        "Relative error ||result - float64|| / ||float64|| over the whole result; each run twice, bit for bit, into "
+        "memory that was full of NaN before."
+    )
+    columns = (
+        Column("op", lambda group: group[0]["op"]),
+        Column("dtype, precision", lambda group: f"{group[0]['dtype']}, {group[0]['precision']}"),
+        Column("checks", lambda group: str(len(group))),
+        Column("worst error", lambda group: f"{max(map(error_of, group)):.2e}"),
+        Column("limit", lambda group: f"{group[0]['limit']:g}"),
+        Column("wrong", lambda group: str(sum(not row["passed"] for row in group))),
+    )
+    measurements = staticmethod(cells)
+
+    @classmethod
+    def tables(cls, rows: list[Row]) -> list[Table]:
+        """A line for each op, dtype and precision; every wrong result."""
+        groups: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
+        for row in rows:
+            groups[row["op"], row["dtype"], row["precision"]].append(row)
+        wrong = [row for row in rows if not row["passed"]]
+        columns = (
+            Column("check", lambda row: row["cell"]),
+            Column("error", lambda row: f"{error_of(row):.2e}"),
+            Column("limit", field("limit", "g")),
+            Column("same bits twice", lambda row: "yes" if row["same_bits_twice"] else "no"),
+            Column("finite", lambda row: "yes" if row["finite"] else "no"),
+        )
+        tables = [Table("", cls.columns, list(groups.values()))] if rows else []
+        return [*tables, Table("Wrong results", columns, wrong)] if wrong else tables
+
+
+def error_of(row: Row) -> float:
+    """The error of a check; JSON has no number for one that is not finite."""
+    return math.inf if row["error"] is None else float(row["error"])

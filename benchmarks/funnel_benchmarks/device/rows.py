@@ -10,10 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from funnel_benchmarks.accelerator.bench import Bench
+from funnel_benchmarks.device import plots
+from funnel_benchmarks.device.bench import Bench
+from funnel_benchmarks.device.part import CELL, Part, against_goal
 from funnel_benchmarks.measure import in_turns, spread
-from funnel_benchmarks.results import Cell, Row
+from funnel_benchmarks.results import Measurement, Row
 from funnel_benchmarks.statistics import quartiles
+from funnel_benchmarks.suite import Column, Plot, field
 from funnel_kernels import pool_norm, recover_norm
 from funnel_kernels.recover_norm import MODES
 
@@ -22,7 +25,7 @@ EPS = 1e-6
 GOAL = 0.85  # of the copy's bandwidth
 
 
-def cells(bench: Bench) -> Iterator[Cell]:
+def cells(bench: Bench) -> Iterator[Measurement]:
     for width in bench.sizes.widths:
         for stride in STRIDES:
             yield f"pool_norm max, stride {stride}, width {width}", partial(measure_pool_norm, bench, width, stride)
@@ -82,3 +85,23 @@ def against_copy(
         "share": rates[0] / rates[1],
         "goal": GOAL,
     }
+
+
+class Rows(Part):
+    name = "device rows"
+    title = "Pooling and recovery"
+    note = "Bandwidth counts each byte read and written once; the copy reads and writes as many in all."
+    columns = (
+        CELL,
+        Column("time", field("seconds", ",.1f", 1e6), "us", "quartiles"),
+        Column("GB/s", field("gb_per_second", ",.0f")),
+        Column("copy", field("copy_gb_per_second", ",.0f"), "GB/s"),
+        Column("share", against_goal("share")),
+    )
+    measurements = staticmethod(cells)
+
+    @classmethod
+    def plots(cls, content: Row) -> list[Plot]:
+        caption = "Bandwidth of each row-wise op as a share of a copy's"
+        drawn = Plot(partial(plots.rows, content), f"{caption}; the table has the same figures.", caption)
+        return [drawn] if content["rows"] else []

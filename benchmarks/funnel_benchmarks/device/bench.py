@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from funnel_benchmarks.accelerator.clock import Clock
-from funnel_benchmarks.accelerator.sizes import Sizes
+from funnel_benchmarks.device.clock import Clock
+from funnel_benchmarks.device.sizes import Sizes
 from funnel_benchmarks.funnels import NO_FUNNEL
 from funnel_benchmarks.inputs import random_inputs
 from funnel_benchmarks.measure import Call, Sample, sampler
@@ -29,6 +29,7 @@ class Bench:
 
     Attributes:
         seed: of all random data.
+        matrix_rate: TFLOP/s of a large product, if they are known.
         engines: by funnel; they share weights and compiled programs, and are made when first asked for.
     """
 
@@ -36,6 +37,7 @@ class Bench:
     backend: str
     seed: int
     clock: Clock
+    matrix_rate: float | None = None
     engines: dict[FunnelConfig, Engine] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property

@@ -4,11 +4,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
-from funnel_benchmarks.results import Cell, LeftOut, Row
+from funnel_benchmarks.results import LeftOut, Measurement, Row
 
 
 class Clock:
-    """Runs out after so many minutes. A cell that has begun is finished; none begins after it."""
+    """Runs out after `minutes`. A cell that has begun is finished; none begins after it."""
 
     def __init__(self, minutes: float, start: float):
         self.end = start + 60 * minutes  # as time.monotonic() counts
@@ -16,7 +16,7 @@ class Clock:
     def seconds_left(self) -> float:
         return max(0.0, self.end - time.monotonic())
 
-    def within(self, cells: Iterable[Cell]) -> Iterator[Cell]:
+    def within(self, cells: Iterable[Measurement]) -> Iterator[Measurement]:
         """The same cells, which are left out if their turn comes too late."""
         for name, measure in cells:
             yield name, partial(self.measure, measure)

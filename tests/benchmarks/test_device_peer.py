@@ -1,4 +1,4 @@
-"""`funnel_benchmarks.accelerator`: the peer that runs in a process of its own."""
+"""`funnel_benchmarks.device`: the peer that runs in a process of its own."""
 
 import json
 import subprocess
@@ -7,11 +7,10 @@ import time
 
 import pytest
 
-from funnel_benchmarks.accelerator import hugging_face
-from funnel_benchmarks.accelerator.bench import Bench
-from funnel_benchmarks.accelerator.clock import Clock
-from funnel_benchmarks.accelerator.parts import peer
-from funnel_benchmarks.accelerator.sizes import SMALL
+from funnel_benchmarks.device import hugging_face, peer
+from funnel_benchmarks.device.bench import Bench
+from funnel_benchmarks.device.clock import Clock
+from funnel_benchmarks.device.sizes import SMALL
 from funnel_benchmarks.results import LeftOut
 from funnel_engine import FunnelError
 

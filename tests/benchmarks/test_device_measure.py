@@ -1,4 +1,4 @@
-"""`funnel_benchmarks.accelerator`: timing, profiles, layouts, the oracle, what checks catch, what figures count."""
+"""`funnel_benchmarks.device`: timing, profiles, layouts, the oracle, what checks catch, what figures count."""
 
 import time
 
@@ -8,21 +8,21 @@ import numpy as np
 import pytest
 from jax.profiler import ProfileData
 
-from funnel_benchmarks.accelerator import layouts, oracle
-from funnel_benchmarks.accelerator.bench import Bench
-from funnel_benchmarks.accelerator.clock import Clock
-from funnel_benchmarks.accelerator.device_profile import (
+from funnel_benchmarks.device import attention, check, engine, flags, latency, layouts, oracle, rows
+from funnel_benchmarks.device.bench import Bench
+from funnel_benchmarks.device.clock import Clock
+from funnel_benchmarks.device.device_profile import (
     Kernel,
     busy_nanoseconds,
     kernels,
     most_expensive,
     profile,
 )
-from funnel_benchmarks.accelerator.parts import attention, check, engine, flags, latency, rows
-from funnel_benchmarks.accelerator.sizes import SMALL
+from funnel_benchmarks.device.sizes import SMALL
 from funnel_benchmarks.funnels import NO_FUNNEL
 from funnel_benchmarks.results import LeftOut
 from funnel_engine import FunnelError
+from funnel_engine.devices import local_target
 from funnel_engine.flops import forward_flops
 from funnel_kernels import attention as attention_op
 from funnel_kernels import pool_norm, recover_norm
@@ -196,7 +196,7 @@ def test_the_oracle_of_attention_is_the_specification(heads, kv_heads, softcap):
     wide = [array.astype(np.float64) for array in (q, k, v)]
     agree(
         oracle.attention(*wide, layout.lo, layout.hi, **options),
-        attention_op(q, k, v, layout.lo, layout.hi, **options, backend="reference"),
+        attention_op(q, k, v, layout.lo, layout.hi, **options, target=local_target("reference")),
     )
 
 
@@ -208,7 +208,7 @@ def test_the_oracle_of_pool_norm_is_the_specification(pool, stride):
     options = {"stride": stride, "pool": pool, "eps": 1e-3}
     agree(
         oracle.pool_norm(x.astype(np.float64), real, weight.astype(np.float64), **options),
-        pool_norm(x, real, weight, **options, backend="reference"),
+        pool_norm(x, real, weight, **options, target=local_target("reference")),
     )
 
 
@@ -219,7 +219,10 @@ def test_the_oracle_of_recover_norm_is_the_specification(mode, site):
     full = None if mode == "tile" else full
     options = {"stride": 3, "mode": mode, "site": site, "eps": 1e-3}
     wide = [array if array is None else array.astype(np.float64) for array in (short, full, weight)]
-    agree(oracle.recover_norm(*wide, **options), recover_norm(short, full, weight, **options, backend="reference"))
+    agree(
+        oracle.recover_norm(*wide, **options),
+        recover_norm(short, full, weight, **options, target=local_target("reference")),
+    )
 
 
 # What a check catches.
@@ -267,7 +270,7 @@ def test_memory_is_full_of_nan_before_each_of_the_two_runs(monkeypatch):
 
 
 def test_a_result_of_another_shape_is_an_error():
-    with pytest.raises(FunnelError, match=r"the result has shape \(3,\) where \(4,\) is right"):
+    with pytest.raises(FunnelError, match=r"the result has shape \(3,\) but it must be \(4,\)"):
         check.relative_error(np.ones(3), np.ones(4))
 
 

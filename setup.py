@@ -19,8 +19,13 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 # libfunnel lies in the package and is found from there. A wheel has no symbolic links, so its file has no version.
-LIBFUNNEL = ("-DFUNNEL_KERNELS=OFF", "-DFUNNEL_C_API=ON", "-DFUNNEL_DEFAULT_PYTHON=", "-DCMAKE_INSTALL_LIBDIR=lib",
-             "-DCMAKE_PLATFORM_NO_VERSIONED_SONAME=ON")  # fmt: skip
+LIBFUNNEL = (
+    "-DFUNNEL_KERNELS=OFF",
+    "-DFUNNEL_C_API=ON",
+    "-DFUNNEL_DEFAULT_PYTHON=",
+    "-DCMAKE_INSTALL_LIBDIR=lib",
+    "-DCMAKE_PLATFORM_NO_VERSIONED_SONAME=ON",
+)
 
 
 class CleanBuild(build):

@@ -31,9 +31,12 @@ class Comparison(NamedTuple):
 @click.argument("first", metavar="A.json", type=FILE)
 @click.argument("second", metavar="B.json", type=FILE)
 @click.option(
-    "--threshold", type=float, default=0.05, show_default=True,
+    "--threshold",
+    type=float,
+    default=0.05,
+    show_default=True,
     help="The relative difference that matters; 0.05 is five per cent.",
-)  # fmt: skip
+)
 def compare(first: Path, second: Path, threshold: float) -> None:
     """Compare two results of the same suite, figure by figure: is B slower than A?
 

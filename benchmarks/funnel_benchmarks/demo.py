@@ -21,9 +21,12 @@ SEQUENCES, TOKENS, REPEATS = 2, 512, 5
 
 @click.command()
 @click.option(
-    "--output", type=click.Path(path_type=Path), default=Path("demo"), show_default=True,
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("demo"),
+    show_default=True,
     help="Folder for everything the demo makes.",
-)  # fmt: skip
+)
 def demo(output: Path) -> None:
     """Make a small model, run it with and without a funnel, and show the difference.
 

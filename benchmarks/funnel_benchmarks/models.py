@@ -12,9 +12,9 @@ from rich.progress import track
 
 from funnel_benchmarks.results import Row
 from funnel_engine import FunnelConfig, HeadConfig, ModelConfig, preset
-from funnel_engine.backends import served_by
 from funnel_engine.checkpoints.native import read_checkpoint
 from funnel_engine.devices import local_target, to_device
+from funnel_engine.served_by import served_by
 from funnel_engine.weights import check_dtype, count_parameters, expected_shapes, random_array
 from funnel_kernels.errors import ConfigError
 

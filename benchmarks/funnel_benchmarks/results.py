@@ -38,9 +38,16 @@ from funnel_kernels.errors import FunnelError, InputError
 SCHEMA = 3
 SAME_MACHINE = ("cpu", "kernel_instruction_set", "cores", "devices")  # facts that may not change within a file
 FIELDS: dict[str, type] = {
-    "suite": str, "started": str, "options": dict, "machine": dict, "resumed": list, "complete": bool, "rows": list,
-    "left_out": list, "errors": list,
-}  # fmt: skip
+    "suite": str,
+    "started": str,
+    "options": dict,
+    "machine": dict,
+    "resumed": list,
+    "complete": bool,
+    "rows": list,
+    "left_out": list,
+    "errors": list,
+}
 ENOUGH_SAMPLES = 10  # of each side, for a figure that is quoted
 LARGEST = 1e300  # of the numbers in a figure
 REST = "the rest of the suite"  # names a cell that has no name, because naming it failed

@@ -26,25 +26,34 @@ WIDE = 200  # columns
 PLOT_ENDINGS = (".png", ".svg", ".pdf")
 
 preset_option = click.option(
-    "--preset", default="embeddinggemma-300m", show_default=True,
+    "--preset",
+    default="embeddinggemma-300m",
+    show_default=True,
     help=f"Architecture, with random weights: {', '.join(PRESETS)}.",
-)  # fmt: skip
+)
 depth_option = click.option("--depth", type=int, help="Keep only this many of its first layers. Default: all.")
 layer_option = click.option(
-    "--layer", type=click.IntRange(min=0),
+    "--layer",
+    type=click.IntRange(min=0),
     help="How many full-length layers come before the 2:1 funnel. Default: a sixth of the layers, at least 1.",
-)  # fmt: skip
+)
 dtype_option = click.option(
-    "--dtype", type=click.Choice(list(DTYPES)), default="bfloat16", show_default=True,
+    "--dtype",
+    type=click.Choice(list(DTYPES)),
+    default="bfloat16",
+    show_default=True,
     help="Of weights and activations.",
-)  # fmt: skip
+)
 backend_option = click.option(
     "--backend", default="auto", show_default=True, help="What runs the engine's kernels; see `funnel doctor`."
 )
 repeats_option = click.option(
-    "--repeats", type=click.IntRange(min=1), default=5, show_default=True,
+    "--repeats",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
     help="How often both sides are run in turns, A B B A, for each row.",
-)  # fmt: skip
+)
 
 
 def file_options(*, plot: str = "", html: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -18,7 +18,6 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from funnel_engine.backends import served_by
 from funnel_engine.checkpoints.convert import convert as convert_checkpoint
 from funnel_engine.checkpoints.formats import FORMATS
 from funnel_engine.config import ATTENTIONS, FunnelConfig
@@ -29,6 +28,7 @@ from funnel_engine.inspection import inspect_checkpoint
 from funnel_engine.jax_settings import default_device, device_name
 from funnel_engine.output_files import check_writable, write_bytes
 from funnel_engine.presets import preset
+from funnel_engine.served_by import served_by
 from funnel_engine.weights import DTYPES
 from funnel_kernels import BACKENDS, native_calls
 from funnel_kernels.errors import ConfigError, FunnelError, InputError

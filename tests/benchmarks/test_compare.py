@@ -48,8 +48,11 @@ def test_each_figure_has_its_verdict(before, tmp_path):
     assert lines[-1] == "1 slower, 1 faster, 1 unclear, 1 same; threshold 5 %"
     verdicts = dict(line.split(": seconds ") for line in lines if ": seconds" in line)
     assert {name: text.split()[-1] for name, text in verdicts.items()} == {
-        "slow": "slower", "fast": "faster", "even": "same", "noisy": "unclear",
-    }  # fmt: skip
+        "slow": "slower",
+        "fast": "faster",
+        "even": "same",
+        "noisy": "unclear",
+    }
     (slow, *_) = compare_results(read_results(before), read_results(after), 0.05)
     medians = [np.median(samples("slow", factor, seed)) for factor, seed in ((1.0, 1), (1.5, 2))]
     assert (slow.first, slow.second) == pytest.approx(tuple(medians), rel=1e-5)

@@ -77,8 +77,11 @@ def test_every_part_runs_where_only_jax_click_and_rich_are_installed(tmp_path):
     environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), *(str(REPOSITORY / root) for root in ROOTS)])
     ran = subprocess.run(
         command(out, "--small", "--backend", "xla", "--seed", "11"),
-        env=environment, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     tables = {part: read(out, part) for part in PARTS}
     for part, table in tables.items():
@@ -89,9 +92,17 @@ def test_every_part_runs_where_only_jax_click_and_rich_are_installed(tmp_path):
         assert set(table["options"]["served_by"].values()) == {"xla"}
     measured = {part: len(table["rows"]) for part, table in tables.items()}
     assert measured == {
-        "check": 11, "ceilings": 2, "attention": 11, "rows": 10, "engine": 3, "funnel": 4, "peer": 0, "latency": 1,
-        "ragged": 2, "flags": 0,
-    }  # fmt: skip
+        "check": 11,
+        "ceilings": 2,
+        "attention": 11,
+        "rows": 10,
+        "engine": 3,
+        "funnel": 4,
+        "peer": 0,
+        "latency": 1,
+        "ragged": 2,
+        "flags": 0,
+    }
     assert {entry["reason"] for entry in tables["peer"]["left_out"]} == {"torch is not installed"}
     assert {entry["reason"] for entry in tables["flags"]["left_out"]} == {"not a GPU: JAX runs on cpu"}
     assert all(row["peer_error"] for row in tables["attention"]["rows"] if row["kind"] == "dense")
@@ -112,8 +123,11 @@ def test_only_some_parts_run_and_others_stay(tmp_path):
     assert f"archive {tmp_path / 'results.tar.gz'}\n" in result.output
     assert read(tmp_path, "ceilings") == first
     assert {file.name for file in tmp_path.iterdir()} == {
-        "ceilings.json", "latency.json", "report.md", "results.tar.gz",
-    }  # fmt: skip
+        "ceilings.json",
+        "latency.json",
+        "report.md",
+        "results.tar.gz",
+    }
     with tarfile.open(tmp_path / "results.tar.gz") as archive:
         assert archive.getnames() == ["ceilings.json", "latency.json", "report.md"]
     report = (tmp_path / "report.md").read_text()
@@ -226,9 +240,15 @@ def test_a_wrong_result_fails_the_run(tmp_path, monkeypatch):
 
 
 WRONG = {
-    "op": "attention", "dtype": "float32", "precision": "highest", "error": 1.0, "limit": 1e-5,
-    "same_bits_twice": True, "finite": True, "passed": False,
-}  # fmt: skip
+    "op": "attention",
+    "dtype": "float32",
+    "precision": "highest",
+    "error": 1.0,
+    "limit": 1e-5,
+    "same_bits_twice": True,
+    "finite": True,
+    "passed": False,
+}
 
 
 MEASURED = re.compile(r"^(.*): time [0-9.,]+ us, ")
@@ -237,7 +257,7 @@ MEASURED = re.compile(r"^(.*): time [0-9.,]+ us, ")
 def test_a_killed_run_keeps_what_it_has_measured(tmp_path):
     process = subprocess.Popen(
         command(tmp_path, "--small", "--backend", "xla", "--only", "rows"), stdout=subprocess.PIPE, text=True
-    )  # fmt: skip
+    )
     with process, contextlib.closing(process.stdout) as output:
         rows = list(itertools.islice((line for line in output if MEASURED.search(line)), 2))
         process.send_signal(signal.SIGKILL)
@@ -250,7 +270,7 @@ def test_a_killed_run_keeps_what_it_has_measured(tmp_path):
 def test_a_terminated_run_packs_what_it_has_measured(tmp_path):
     process = subprocess.Popen(
         command(tmp_path, "--small", "--backend", "xla", "--only", "rows"), stdout=subprocess.PIPE, text=True
-    )  # fmt: skip
+    )
     with process, contextlib.closing(process.stdout) as output:
         next(line for line in output if MEASURED.search(line))
         process.terminate()

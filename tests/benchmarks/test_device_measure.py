@@ -83,8 +83,10 @@ def read(text):
 
 def test_kernels_are_what_ran_on_the_streams_of_a_device():
     assert sorted(read(SPACE)) == [
-        ("MemcpyD2D", 2000.0, 5000.0), ("loop_fusion", 6000.0, 10000.0), ("loop_fusion_3", 1000.0, 3000.0)
-    ]  # fmt: skip
+        ("MemcpyD2D", 2000.0, 5000.0),
+        ("loop_fusion", 6000.0, 10000.0),
+        ("loop_fusion_3", 1000.0, 3000.0),
+    ]
 
 
 def test_a_tpu_has_its_operations_on_one_line():

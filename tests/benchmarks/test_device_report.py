@@ -20,10 +20,18 @@ def seconds(median, width=0.01):
 
 def dense(heads, kv_heads, length, ours, theirs):
     row = {
-        "cell": f"{heads}/{kv_heads} heads, {length} tokens", "kind": "dense", "heads": heads, "kv_heads": kv_heads,
-        "length": length, "flops": 10**12, "seconds": seconds(1 / ours), "tflops_per_second": ours, "peer": "cuDNN",
-        "goal": 0.9, "took_seconds": 1.0,
-    }  # fmt: skip
+        "cell": f"{heads}/{kv_heads} heads, {length} tokens",
+        "kind": "dense",
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "length": length,
+        "flops": 10**12,
+        "seconds": seconds(1 / ours),
+        "tflops_per_second": ours,
+        "peer": "cuDNN",
+        "goal": 0.9,
+        "took_seconds": 1.0,
+    }
     if theirs is None:
         return row | {"peer_error": "NotImplementedError: refused"}
     return row | {"peer_seconds": seconds(1 / theirs), "peer_tflops_per_second": theirs, "share": ours / theirs}
@@ -31,18 +39,32 @@ def dense(heads, kv_heads, length, ours, theirs):
 
 def row_op(cell, share):
     return {
-        "cell": cell, "bytes_read_and_written": 2 * 10**8, "input_sets": 5, "seconds": seconds(5e-5 / share),
-        "copy_seconds": seconds(5e-5), "gb_per_second": 4000 * share, "copy_gb_per_second": 4000.0,
-        "share": share, "goal": 0.85, "took_seconds": 1.0,
-    }  # fmt: skip
+        "cell": cell,
+        "bytes_read_and_written": 2 * 10**8,
+        "input_sets": 5,
+        "seconds": seconds(5e-5 / share),
+        "copy_seconds": seconds(5e-5),
+        "gb_per_second": 4000 * share,
+        "copy_gb_per_second": 4000.0,
+        "share": share,
+        "goal": 0.85,
+        "took_seconds": 1.0,
+    }
 
 
 def funnel(batch, layer, ratio, ideal):
     return {
-        "cell": f"{batch} tokens, after layer {layer}", "batch": batch, "layer": layer, "seconds": seconds(ratio / 2),
-        "baseline_seconds": seconds(0.5), "ratio": {"low": ratio - 0.02, "median": ratio, "high": ratio + 0.02},
-        "ideal_ratio": ideal, "efficiency": ideal / ratio, "goal": 0.97, "took_seconds": 1.0,
-    }  # fmt: skip
+        "cell": f"{batch} tokens, after layer {layer}",
+        "batch": batch,
+        "layer": layer,
+        "seconds": seconds(ratio / 2),
+        "baseline_seconds": seconds(0.5),
+        "ratio": {"low": ratio - 0.02, "median": ratio, "high": ratio + 0.02},
+        "ideal_ratio": ideal,
+        "efficiency": ideal / ratio,
+        "goal": 0.97,
+        "took_seconds": 1.0,
+    }
 
 
 def checked(op, dtype, precision, error, limit, **facts):
@@ -52,9 +74,14 @@ def checked(op, dtype, precision, error, limit, **facts):
 
 
 KERNELS = [
-    {"name": f"gemm_fusion_dot_general_with_a_name_far_longer_than_a_plot_can_show_{i}", "runs": 18,
-     "milliseconds": 90.0 - 9 * i, "share": 0.18 - 0.018 * i} for i in range(10)
-]  # fmt: skip
+    {
+        "name": f"gemm_fusion_dot_general_with_a_name_far_longer_than_a_plot_can_show_{i}",
+        "runs": 18,
+        "milliseconds": 90.0 - 9 * i,
+        "share": 0.18 - 0.018 * i,
+    }
+    for i in range(10)
+]
 
 ROWS = {
     "check": [
@@ -74,50 +101,105 @@ ROWS = {
         dense(8, 1, 2048, 500.0, 540.0) | {"cell": "queries on stride 2", "kind": "variant", "peer": "own dense"},
     ],
     "rows": [
-        *(row_op(f"pool_norm max, stride {stride}, width {width}", 0.9 + 0.01 * stride)
-          for width in (768, 2048) for stride in (2, 4)),
-        *(row_op(f"recover_norm {mode}, stride {stride}, width {width}", 0.7 + 0.1 * stride)
-          for width in (768, 2048) for stride in (2, 4) for mode in ("tile", "sum", "mean", "max")),
+        *(
+            row_op(f"pool_norm max, stride {stride}, width {width}", 0.9 + 0.01 * stride)
+            for width in (768, 2048)
+            for stride in (2, 4)
+        ),
+        *(
+            row_op(f"recover_norm {mode}, stride {stride}, width {width}", 0.7 + 0.1 * stride)
+            for width in (768, 2048)
+            for stride in (2, 4)
+            for mode in ("tile", "sum", "mean", "max")
+        ),
     ],
     "engine": [
-        {"cell": "128 x 512 tokens", "seconds": seconds(0.5), "flops": 10**14, "tokens_per_second": 131072.0,
-         "tflops_per_second": 546.0, "matrix_share": 0.7, "compile_seconds": 31.0, "goal": 0.65},
+        {
+            "cell": "128 x 512 tokens",
+            "seconds": seconds(0.5),
+            "flops": 10**14,
+            "tokens_per_second": 131072.0,
+            "tflops_per_second": 546.0,
+            "matrix_share": 0.7,
+            "compile_seconds": 31.0,
+            "goal": 0.65,
+        },
     ],
     "funnel": [
         funnel(batch, layer, ideal + 0.02, ideal)
-        for batch in ("128 x 512", "8 x 8192") for layer, ideal in ((2, 0.56), (8, 0.72), (14, 0.89))
+        for batch in ("128 x 512", "8 x 8192")
+        for layer, ideal in ((2, 0.56), (8, 0.72), (14, 0.89))
     ],
     "peer": [
-        {"cell": "Hugging Face Gemma", "attention": "sdpa", "versions": {"torch": "2.11.0"}, "seconds": seconds(0.5),
-         "peer_seconds": seconds(0.7), "tokens_per_second": 131072.0, "peer_tokens_per_second": 93623.0,
-         "speedup": {"low": 1.3, "median": 1.4, "high": 1.5}, "goal": 1.2},
+        {
+            "cell": "Hugging Face Gemma",
+            "attention": "sdpa",
+            "versions": {"torch": "2.11.0"},
+            "seconds": seconds(0.5),
+            "peer_seconds": seconds(0.7),
+            "tokens_per_second": 131072.0,
+            "peer_tokens_per_second": 93623.0,
+            "speedup": {"low": 1.3, "median": 1.4, "high": 1.5},
+            "goal": 1.2,
+        },
     ],
     "latency": [
         {"cell": "one sequence of 128 tokens", "seconds": seconds(4e-3)},
-        {"cell": "device busy", "seconds": seconds(3.2e-3), "busy_share": 0.95, "busy_milliseconds": 3.0,
-         "kernels": 300, "goal": 0.9},
-        {"cell": "where the time goes", "seconds": seconds(0.5), "busy_share": 0.99, "busy_milliseconds": 495.0,
-         "kernels": 400, "most_expensive": KERNELS},
+        {
+            "cell": "device busy",
+            "seconds": seconds(3.2e-3),
+            "busy_share": 0.95,
+            "busy_milliseconds": 3.0,
+            "kernels": 300,
+            "goal": 0.9,
+        },
+        {
+            "cell": "where the time goes",
+            "seconds": seconds(0.5),
+            "busy_share": 0.99,
+            "busy_milliseconds": 495.0,
+            "kernels": 400,
+            "most_expensive": KERNELS,
+        },
     ],
     "ragged": [
-        {"cell": "conll", "sequences": 3000, "tokens": 65536, "seconds": seconds(0.6), "equal_seconds": seconds(0.5),
-         "tokens_per_second": 109226.0, "equal_tokens_per_second": 131072.0, "share": 0.833, "goal": 0.85},
+        {
+            "cell": "conll",
+            "sequences": 3000,
+            "tokens": 65536,
+            "seconds": seconds(0.6),
+            "equal_seconds": seconds(0.5),
+            "tokens_per_second": 109226.0,
+            "equal_tokens_per_second": 131072.0,
+            "share": 0.833,
+            "goal": 0.85,
+        },
     ],
     "flags": [
-        {"cell": "xla_gpu_some_flag=True", "seconds": seconds(0.49), "baseline_seconds": seconds(0.5),
-         "ratio": {"low": 0.96, "median": 0.98, "high": 1.0}},
+        {
+            "cell": "xla_gpu_some_flag=True",
+            "seconds": seconds(0.49),
+            "baseline_seconds": seconds(0.5),
+            "ratio": {"low": 0.96, "median": 0.98, "high": 1.0},
+        },
     ],
-}  # fmt: skip
+}
 
 
 def table(part):
     options = {"small": False, "seed": 7, "backend": "auto", "served_by": {"attention": "triton"}}
     return {
-        "schema": SCHEMA, "suite": PARTS[part].name, "started": "2030-01-02T03:04:05Z", "resumed": [],
+        "schema": SCHEMA,
+        "suite": PARTS[part].name,
+        "started": "2030-01-02T03:04:05Z",
+        "resumed": [],
         "options": options,
         "machine": {"devices": ["Some GPU"], "jax": "0.11.2", "driver": None, "platform_version": "a\nb"},
-        "complete": True, "rows": copy.deepcopy(ROWS[part]), "left_out": [], "errors": [],
-    }  # fmt: skip
+        "complete": True,
+        "rows": copy.deepcopy(ROWS[part]),
+        "left_out": [],
+        "errors": [],
+    }
 
 
 @pytest.fixture

@@ -33,12 +33,20 @@ from option_grid import no_product, served_or_refused
 
 CONFIG = read_model_config(
     {
-        "model_type": "gemma3_text", "vocab_size": 96, "hidden_size": 64, "intermediate_size": 192,
-        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
-        "query_pre_attn_scalar": 32, "sliding_window": 64, "max_position_embeddings": 128,
+        "model_type": "gemma3_text",
+        "vocab_size": 96,
+        "hidden_size": 64,
+        "intermediate_size": 192,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "query_pre_attn_scalar": 32,
+        "sliding_window": 64,
+        "max_position_embeddings": 128,
         "use_bidirectional_attention": True,
     }
-)  # fmt: skip
+)
 LENGTHS = np.array([24, 40], np.int32)
 ROWS = 64
 RATES = {"product": 1e9, "copy": 1e8}  # of the ceilings in these tests

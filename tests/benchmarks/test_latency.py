@@ -143,9 +143,14 @@ def test_the_head_says_what_was_measured(run):
     options = run[0]["options"]
     assert options["model"].items() >= {"name": "tiny", "weights": "random", "dtype": "float32", "layers": 3}.items()
     assert options["batches"][0] == {
-        "name": "3 sequences of 3 to 8 tokens, 16 in all: by hand", "source": "by hand",
-        "sequences": 3, "tokens": 16, "shortest": 3, "median": 5.0, "longest": 8,
-    }  # fmt: skip
+        "name": "3 sequences of 3 to 8 tokens, 16 in all: by hand",
+        "source": "by hand",
+        "sequences": 3,
+        "tokens": 16,
+        "shortest": 3,
+        "median": 5.0,
+        "longest": 8,
+    }
     assert [batch["name"] for batch in options["batches"]] == [row["batch"]["name"] for row in run[0]["rows"][::2]]
     assert (options["repeats"], options["order"], options["backend"]) == (REPEATS, "A B B A", "auto")
     assert options["served_by"] == ("cpu, xla" if no_product("float32") else "cpu")

@@ -50,10 +50,33 @@ def test_bench_prints_rows_and_writes_all_files(checkpoint, tmp_path):
     lengths = tmp_path / "lengths.txt"
     lengths.write_text("9\n4\n")
     result = run(
-        "bench", "latency", "--checkpoint", checkpoint, "--batch", 5, "--lengths", lengths, "--layers", "1,2",
-        "--stride", 3, "--recovery", "mean_last", "--pool", "mean", "--dtype", "float32", "--repeats", 1,
-        "--json", outputs[0], "--plot", outputs[1], "--html", outputs[2],
-    )  # fmt: skip
+        "bench",
+        "latency",
+        "--checkpoint",
+        checkpoint,
+        "--batch",
+        5,
+        "--lengths",
+        lengths,
+        "--layers",
+        "1,2",
+        "--stride",
+        3,
+        "--recovery",
+        "mean_last",
+        "--pool",
+        "mean",
+        "--dtype",
+        "float32",
+        "--repeats",
+        1,
+        "--json",
+        outputs[0],
+        "--plot",
+        outputs[1],
+        "--html",
+        outputs[2],
+    )
     assert result.exit_code == 0, result.output
     written = read_results(outputs[0])
     assert (written["suite"], written["complete"]) == ("latency", True)
@@ -113,9 +136,23 @@ def test_rows_that_fail_are_exit_status_1_and_nothing_is_drawn_of_none(checkpoin
     monkeypatch.setattr(suite, "measure", failing)
     outputs = [tmp_path / f"out.{ending}" for ending in ("json", "png", "html")]
     result = run(
-        "bench", "latency", "--checkpoint", checkpoint, "--batch", 2, "--seq-len", 8, "--layers", "1,2",
-        "--json", outputs[0], "--plot", outputs[1], "--html", outputs[2],
-    )  # fmt: skip
+        "bench",
+        "latency",
+        "--checkpoint",
+        checkpoint,
+        "--batch",
+        2,
+        "--seq-len",
+        8,
+        "--layers",
+        "1,2",
+        "--json",
+        outputs[0],
+        "--plot",
+        outputs[1],
+        "--html",
+        outputs[2],
+    )
     assert result.exit_code == 1
     assert "2:1 after 1; 2 x 8 tokens: FAILED: FunnelError: too hot" in result.output
     assert len(read_results(outputs[0])["errors"]) == 2

@@ -46,8 +46,17 @@ def test_the_table_has_every_figure_of_every_row():
     assert [row[0].text for row in table.cells] == [f"2:1 after {layer}" for layer in LAYERS]
     first = table.cells[0]
     assert [cell.text for cell in first[1:]] == [
-        "0.560", "0.550", "0.982", "44.0", "112.0", "200.0", "9,143", "333.0", "1.3", "1.7",
-    ]  # fmt: skip
+        "0.560",
+        "0.550",
+        "0.982",
+        "44.0",
+        "112.0",
+        "200.0",
+        "9,143",
+        "333.0",
+        "1.3",
+        "1.7",
+    ]
     below = {name: cell.below for name, cell in zip(names, first, strict=True) if cell.below}
     assert below == {
         "funnel": "2 x 512 tokens",

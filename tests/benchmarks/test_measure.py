@@ -60,8 +60,11 @@ def test_compiling_while_timing_is_an_error():
 
 def test_a_spread_holds_quartiles_and_samples():
     assert measure.spread([4.0, 1.0, 2.0, 3.0, 5.0]) == {
-        "low": 2.0, "median": 3.0, "high": 4.0, "samples": [4.0, 1.0, 2.0, 3.0, 5.0]
-    }  # fmt: skip
+        "low": 2.0,
+        "median": 3.0,
+        "high": 4.0,
+        "samples": [4.0, 1.0, 2.0, 3.0, 5.0],
+    }
 
 
 def test_compilations_are_counted_wherever_they_happen():

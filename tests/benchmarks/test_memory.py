@@ -16,9 +16,15 @@ from funnel_engine.weights import DTYPES, expected_shapes, nest
 from funnel_kernels.errors import InputError
 
 CONFIG = dataclasses.replace(
-    preset("gemma-2b"), vocab_size=50, hidden_size=96, intermediate_size=640, num_heads=6, head_dim=32,
-    layer_types=("full",) * 2, attention="bidirectional",
-)  # fmt: skip
+    preset("gemma-2b"),
+    vocab_size=50,
+    hidden_size=96,
+    intermediate_size=640,
+    num_heads=6,
+    head_dim=32,
+    layer_types=("full",) * 2,
+    attention="bidirectional",
+)
 
 
 def compiled_bytes(rows: int, dtype: str) -> int:

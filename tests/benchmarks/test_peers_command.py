@@ -31,10 +31,17 @@ def tiny(monkeypatch):
 
 def make_suite(folder, **changes):
     options = {
-        "preset": "tiny", "depth": None, "lengths": LENGTHS,
-        "peers": ("hugging-face-eager",), "scenarios": ("batch", "one"),
-        "order": "sorted", "batch_size": 2, "repeats": 2, "backend": "xla", "folder": folder,
-    }  # fmt: skip
+        "preset": "tiny",
+        "depth": None,
+        "lengths": LENGTHS,
+        "peers": ("hugging-face-eager",),
+        "scenarios": ("batch", "one"),
+        "order": "sorted",
+        "batch_size": 2,
+        "repeats": 2,
+        "backend": "xla",
+        "folder": folder,
+    }
     return Suite(**options | changes)
 
 

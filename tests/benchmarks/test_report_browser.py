@@ -70,9 +70,15 @@ def browse(tmp_path, page: str, *styles: str) -> tuple[list[dict[str, Any]], lis
     file = tmp_path / "frames.html"
     file.write_text(f'<!DOCTYPE html><meta charset="utf-8"><body>{frames}<script>{LOOK}</script></body>')
     options = (
-        "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--virtual-time-budget=5000",
-        "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom",
-    )  # fmt: skip
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--virtual-time-budget=5000",
+        "--enable-logging=stderr",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--dump-dom",
+    )
     command, home = [browser, *options, file.as_uri()], {"HOME": str(tmp_path)}
     run = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True, env=home)
     (found,) = re.findall("<body>(.*)</body>", run.stdout, re.S)
@@ -161,5 +167,8 @@ def test_a_click_sorts_and_another_turns_the_order_around(browsed):
         assert by_value[0] == ["-1", "3", "20", "-", "-"]
         assert value_back[0] == ["20", "3", "-1", "-", "-"]
         assert [state[1][:2] for state in each["sorted"]] == [
-            ["ascending", None], ["descending", None], [None, "ascending"], [None, "descending"],
-        ]  # fmt: skip
+            ["ascending", None],
+            ["descending", None],
+            [None, "ascending"],
+            [None, "descending"],
+        ]

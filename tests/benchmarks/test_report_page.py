@@ -74,9 +74,19 @@ def test_every_part_of_a_section_is_there_in_its_order(page):
     assert page.text.strip().startswith("All <of> it")
     kernels = page.text[page.text.index("\nA title\ncpu") :]
     parts = (
-        "A title", "Imaginary 9000", "Summary of A title", "caption: A title", "table: A title", "unit A title",
-        "below A title", "How to read this", "Read A title", "Circumstances", "fact of A title", "Versions",
-    )  # fmt: skip
+        "A title",
+        "Imaginary 9000",
+        "Summary of A title",
+        "caption: A title",
+        "table: A title",
+        "unit A title",
+        "below A title",
+        "How to read this",
+        "Read A title",
+        "Circumstances",
+        "fact of A title",
+        "Versions",
+    )
     places = [kernels.index(part) for part in parts]
     assert places == sorted(places)
 
@@ -163,15 +173,19 @@ def test_circumstances_tell_machine_versions_times_and_what_is_missing():
     content["rows"][1]["passed"] = False
     page = page_of((content | {"complete": False}, make_section()))
     for fact in (
-        "Devicescpu", "ProcessorImaginary 9000, 2 cores\n", "SystemLinux\n", "Revisionabc-dirty\n",
+        "Devicescpu",
+        "ProcessorImaginary 9000, 2 cores\n",
+        "SystemLinux\n",
+        "Revisionabc-dirty\n",
         "Versionspython 3.11.7, jax 0.10.2, jaxlib 0.10.2, numpy 2.4.6, driver 570\n",
         "Started2026-01-02T03:04:05Z\n",
         "Resumed2026-02-03T04:05:06Z, with jax 0.11.0 instead of 0.10.2",
         "2026-03-03T04:05:06Z, with numpy unknown instead of 2.4.6\n",
-        "Left outc1: no roomc2: no time\n", "Failedc3: ValueError: broke\n",
+        "Left outc1: no roomc2: no time\n",
+        "Failedc3: ValueError: broke\n",
         "Wrong results2:1 after 8; 2 x 512 tokens\n",
         "Not everything is here: the run was stopped before its end; failed: 1; wrong results: 1; left out: 2.",
-    ):  # fmt: skip
+    ):
         assert fact in page.text
     repeated = {"cell": "c4", "reason": "as another", "same_as": content["rows"][0]["cell"]}
     page = page_of((content | {"left_out": [*content["left_out"], repeated]}, make_section()))

@@ -82,9 +82,13 @@ def test_the_interval_holds_the_true_exponent_as_often_as_it_says():
 
 def row(axis, x, seconds, work):
     return {
-        "axis": axis, "x": x, "seconds": spread([seconds] * 3), "baseline_seconds": spread([2 * seconds] * 3),
-        "flops": work, "baseline_flops": 2 * work,
-    }  # fmt: skip
+        "axis": axis,
+        "x": x,
+        "seconds": spread([seconds] * 3),
+        "baseline_seconds": spread([2 * seconds] * 3),
+        "flops": work,
+        "baseline_flops": 2 * work,
+    }
 
 
 def power_law(axis, seconds, work, sizes=(1, 2, 4, 8)):

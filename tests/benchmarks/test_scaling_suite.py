@@ -248,10 +248,11 @@ def test_the_section_has_exponents_and_all_figures(resumed):
 def test_the_summary_names_what_grows_faster_than_its_work(resumed):
     content = resumed[2]
     rows = [
-        row | {"flops": 10**6 * row["x"], "baseline_flops": 10**6 * row["x"]}
+        row
+        | {"flops": 10**6 * row["x"], "baseline_flops": 10**6 * row["x"]}
         | {"seconds": {"median": float(row["x"] ** 2)}, "baseline_seconds": {"median": float(row["x"])}}
         for row in content["rows"][:3]
-    ]  # fmt: skip
+    ]
     assert summary(rows, list(growths(rows))) == (
         "A cost grows faster than its work along depth (with funnel). With the funnel, depth: latency grows with the "
         "power 2.00 of the size, its work with 1.00."

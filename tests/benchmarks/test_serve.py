@@ -83,10 +83,13 @@ def test_requests_are_taken_as_an_engine_wants_them(tmp_path):
     assert len(set(all_ids.tolist())) > 10
     assert all_ids.max() < 50
     assert requests.facts() == {
-        "name": "mine.txt", "source": "file mine.txt", "tokens": int(requests.lengths.sum()),
-        "shortest": int(requests.lengths.min()), "median": float(np.median(requests.lengths)),
+        "name": "mine.txt",
+        "source": "file mine.txt",
+        "tokens": int(requests.lengths.sum()),
+        "shortest": int(requests.lengths.min()),
+        "median": float(np.median(requests.lengths)),
         "longest": int(requests.lengths.max()),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize(

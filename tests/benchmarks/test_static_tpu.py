@@ -74,8 +74,13 @@ def test_the_figures_of_a_dump(tmp_path):
     write_dump(tmp_path, "fusion-pool_norm.1", SCHEDULE.replace("278", "2"))
     write_dump(tmp_path, "pool_norm_1", SCHEDULE.replace("278", "3"))
     assert static_tpu.read_dump(tmp_path, "pool_norm.1", tile_rows=256) == {
-        "vmem": 0x9000 + 0xC0000, "bundles": 278, "tiles": 2.0, "matrix_share": 0.5, "spills": 3, "loops": (10, 20),
-    }  # fmt: skip
+        "vmem": 0x9000 + 0xC0000,
+        "bundles": 278,
+        "tiles": 2.0,
+        "matrix_share": 0.5,
+        "spills": 3,
+        "loops": (10, 20),
+    }
 
 
 class Unreadable:
@@ -93,9 +98,14 @@ def test_a_program_that_cannot_be_printed_has_a_kernel_but_no_traffic():
 
 def test_the_least_traffic_of_a_small_model():
     config = dataclasses.replace(
-        preset("gemma-2b"), layer_types=("full", "full"), hidden_size=10, num_heads=2, num_kv_heads=1, head_dim=4,
+        preset("gemma-2b"),
+        layer_types=("full", "full"),
+        hidden_size=10,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=4,
         intermediate_size=7,
-    )  # fmt: skip
+    )
     weights = 2 * (10 + 16 * 10 + 10 * 8 + 10 + 14 * 10 + 10 * 7)
     activations = 2 * 10 + 2 * 16 + 8 + 14  # residual stream, q, k and v before and after RoPE, attention, gate and up
     for funnel, rows in ((FunnelConfig(), 100 + 100), (FunnelConfig.after(1), 100 + 50)):

@@ -62,9 +62,18 @@ def test_a_run_tells_circumstances_rows_tables_and_findings_in_this_order(tmp_pa
     run(Made(row, row), json=tmp_path / "out.json")
     output = capsys.readouterr().out
     parts = (
-        "Heights\n", "Count: 2\n", "Machine: ", "cell 0: height 300.0 cm\n", "cell 1: height 300.0 cm\n", "cm, of it",
-        "│ cell 0", "│ cell 1", "Measured: 2.\n", "Tallest: 3 m\n", f"figures {tmp_path / 'out.json'}\n",
-    )  # fmt: skip
+        "Heights\n",
+        "Count: 2\n",
+        "Machine: ",
+        "cell 0: height 300.0 cm\n",
+        "cell 1: height 300.0 cm\n",
+        "cm, of it",
+        "│ cell 0",
+        "│ cell 1",
+        "Measured: 2.\n",
+        "Tallest: 3 m\n",
+        f"figures {tmp_path / 'out.json'}\n",
+    )
     places = [output.index(part) for part in parts]
     assert places == sorted(places)
     assert output.count("Count: 2") == 1
@@ -95,8 +104,11 @@ def test_a_plot_is_of_all_results_in_the_format_of_its_name(tmp_path, capsys):
 def test_the_same_table_in_markdown():
     section = Made.section({"options": {"count": 2}, "rows": [{"cell": "a|b"} | row(), {"cell": "c"}]})
     assert markdown_table(section.tables[0]).splitlines() == [
-        "| row | height (cm, of it) |", "| --- | --- |", "| a\\|b | 300.0 |", "| c |  |",
-    ]  # fmt: skip
+        "| row | height (cm, of it) |",
+        "| --- | --- |",
+        "| a\\|b | 300.0 |",
+        "| c |  |",
+    ]
     table = section.tables[0]
     table = table._replace(caption="All", columns=(*table.columns, Column("x", lambda row: Cell("1", "0 to 2"))))
     assert markdown_table(table).startswith("**All**\n\n| row | height (cm, of it) | x |")

@@ -36,10 +36,14 @@ def small(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: tune.attention_problem(32, "float32", H100), lambda: tune.pool_problem(512, "float32", H100),
-             lambda: tune.recover_problem(512, "float32", H100)],
+    "make",
+    [
+        lambda: tune.attention_problem(32, "float32", H100),
+        lambda: tune.pool_problem(512, "float32", H100),
+        lambda: tune.recover_problem(512, "float32", H100),
+    ],
     ids=["attention", "pool_norm", "recover_norm"],
-)  # fmt: skip
+)
 def test_every_candidate_of_a_problem_is_timed_and_the_fastest_comes_first(small, make):
     problem, advanced = make(), []
     timings = tune.measure(problem, lambda: advanced.append(1))

@@ -25,9 +25,7 @@ def sizes(tmp_path):
 
 @pytest.mark.parametrize(("core", "shared"), [("512K", "4096K"), ("1280K", "30720K"), ("2048K", "65536K")])
 def test_the_caches_of_a_machine(sizes, core, shared):
-    found = sizes(
-        ("1", "Data", "32K"), ("1", "Instruction", "48K"), ("2", "Unified", core), ("3", "Unified", shared)
-    )  # fmt: skip
+    found = sizes(("1", "Data", "32K"), ("1", "Instruction", "48K"), ("2", "Unified", core), ("3", "Unified", shared))
     assert found == {"core": int(core[:-1]) * KB, "shared": int(shared[:-1]) * KB}
 
 

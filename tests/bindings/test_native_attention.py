@@ -146,9 +146,12 @@ Q, K = np.ones((5, 24), np.float32), np.ones((7, 8), np.float32)
 LO, HI = np.zeros(5, np.int32), np.full(5, 7, np.int32)
 VALID = {"q": Q, "k": K, "v": 3 * K, "lo": LO, "hi": HI, "out": jax.ShapeDtypeStruct((5, 24), jnp.float32)}
 ATTRIBUTES = {
-    "heads": np.int64(6), "kv_heads": np.int64(2), "scale": np.float32(0.5), "softcap": np.float32(0),
+    "heads": np.int64(6),
+    "kv_heads": np.int64(2),
+    "scale": np.float32(0.5),
+    "softcap": np.float32(0),
     "threads": np.int64(0),
-}  # fmt: skip
+}
 
 
 def call(**changed):

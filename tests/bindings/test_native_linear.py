@@ -276,9 +276,12 @@ BAD_HEADS = {
 
 def call_heads(outs, norms=(), table=TABLE, packed=PACKED_HEADS, **attributes):
     attributes = {
-        "heads": np.array([2, 1]), "plain_heads": np.int64(1), "head_dim": np.int64(64), "eps": np.float32(1e-6),
+        "heads": np.array([2, 1]),
+        "plain_heads": np.int64(1),
+        "head_dim": np.int64(64),
+        "eps": np.float32(1e-6),
         "threads": np.int64(0),
-    } | attributes  # fmt: skip
+    } | attributes
     arrays = (X, packed, table, table, *norms)
     return jax.block_until_ready(jax.ffi.ffi_call("funnel_project_heads", outs)(*arrays, **attributes))
 

@@ -26,9 +26,19 @@ def sanitized(tmp_path_factory):
     package = folder / "funnel_native"
     shutil.copytree(ROOT / "bindings" / "funnel_native", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     configure = [
-        "cmake", "-S", ROOT, "-B", folder / "build", "-G", "Ninja", "-DFUNNEL_SANITIZE=ON", "-DCMAKE_BUILD_TYPE=None",
-        "-DCMAKE_CXX_FLAGS=-O0", f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={package}",
-    ]  # fmt: skip
+        "cmake",
+        "-S",
+        ROOT,
+        "-B",
+        folder / "build",
+        "-G",
+        "Ninja",
+        "-DFUNNEL_SANITIZE=ON",
+        "-DCMAKE_BUILD_TYPE=None",
+        "-DCMAKE_CXX_FLAGS=-O0",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={package}",
+    ]
     for command in (configure, ["cmake", "--build", folder / "build"]):
         subprocess.run(command, check=True, capture_output=True, text=True)
     return folder

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from funnel_engine import FunnelConfig, HeadConfig
-from funnel_engine.backends import served_by
 from funnel_engine.devices import local_target
 from funnel_engine.programs import ProgramKey
+from funnel_engine.served_by import served_by
 from option_grid import no_product
 from tiny_models import CONFIG, make_engine
 

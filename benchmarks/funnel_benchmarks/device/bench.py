@@ -56,9 +56,13 @@ class Bench:
     def engine(self, funnel: FunnelConfig = NO_FUNNEL) -> Engine:
         if funnel not in self.engines:
             self.engines[funnel] = Engine(
-                self.sizes.config, HeadConfig(), self.weights,
-                funnel=funnel, backend=self.backend, max_batch_tokens=self.sizes.tokens,
-            )  # fmt: skip
+                self.sizes.config,
+                HeadConfig(),
+                self.weights,
+                funnel=funnel,
+                backend=self.backend,
+                max_batch_tokens=self.sizes.tokens,
+            )
         return self.engines[funnel]
 
     def inputs(self, lengths: Ints) -> tuple[Ints, Ints]:

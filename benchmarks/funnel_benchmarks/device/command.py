@@ -35,12 +35,15 @@ def device_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
         click.option("--seed", type=click.IntRange(min=0), help="Of all random data. Default: another one every time."),
         click.option(
-            "--minutes", type=float, default=9.0, show_default=True,
+            "--minutes",
+            type=float,
+            default=9.0,
+            show_default=True,
             help="No measurement begins after this time; one that has begun is finished.",
         ),
         click.option("--small", is_flag=True, help="Sizes for a rehearsal on a CPU."),
         suite_command.backend_option,
-    ):  # fmt: skip
+    ):
         command = option(command)
     return command
 

@@ -9,7 +9,7 @@ from funnel_benchmarks.device.sizes import SMALL
 from funnel_benchmarks.results import Measurement, Results, Row
 from funnel_benchmarks.suite import Cell, Column, Plot, Section, Suite, Table, field
 from funnel_engine import FunnelConfig
-from funnel_engine.backends import served_by
+from funnel_engine.served_by import served_by
 
 CELL = Column("what", lambda row: row["cell"])
 MILLISECONDS = Column("time", field("seconds", ",.3f", 1e3), "ms", "quartiles")

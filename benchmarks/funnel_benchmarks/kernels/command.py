@@ -22,9 +22,12 @@ from funnel_kernels import BACKENDS
 @click.option("--batch", type=click.IntRange(1, 2**20), default=2, show_default=True, help="Sequences in the batch.")
 @suite_command.dtype_option
 @click.option(
-    "--backend", "backends", multiple=True, type=click.Choice(list(BACKENDS)),
+    "--backend",
+    "backends",
+    multiple=True,
+    type=click.Choice(list(BACKENDS)),
     help="Only this one; can be given several times. Default: what runs on this machine, but for the reference.",
-)  # fmt: skip
+)
 @suite_command.repeats_option
 @suite_command.file_options()
 def kernels(

@@ -209,10 +209,16 @@ def draw(rows: list[Row], look: Look) -> "Figure":
         mine = [row for row in rows if row["backend"] == backend]
         median, errors = whiskers(row["share"] for row in mine)
         marks = axes.errorbar(
-            median, [cases.index(row["case"]) + 0.18 * (index - (len(backends) - 1) / 2) for row in mine],
-            xerr=errors, label=backend, linestyle="none", capsize=3, markersize=7,
-            marker="osD^v"[index % 5], color=(look.measured, look.ideal, look.ink)[index % 3],
-        )  # fmt: skip
+            median,
+            [cases.index(row["case"]) + 0.18 * (index - (len(backends) - 1) / 2) for row in mine],
+            xerr=errors,
+            label=backend,
+            linestyle="none",
+            capsize=3,
+            markersize=7,
+            marker="osD^v"[index % 5],
+            color=(look.measured, look.ideal, look.ink)[index % 3],
+        )
         marks.lines[0].set_gid(f"marks-{backend}")
     axes.axvline(1.0, color=look.ink, linewidth=1, linestyle="--", gid="marks-ceiling")
     axes.set_yticks(range(len(cases)), [label(case) for case in cases])

@@ -28,9 +28,16 @@ from funnel_kernels.pool_norm import POOLS
 REPEATS = 10
 # What a sweep decides, by the names of the command's parameters.
 DECIDED = {
-    "preset_name": "--preset", "checkpoint": "--checkpoint", "seq_len": "--seq-len", "batch": "--batch",
-    "lengths": "--lengths", "layers": "--layers", "stride": "--stride", "pool": "--pool", "recovery": "--recovery",
-}  # fmt: skip
+    "preset_name": "--preset",
+    "checkpoint": "--checkpoint",
+    "seq_len": "--seq-len",
+    "batch": "--batch",
+    "lengths": "--lengths",
+    "layers": "--layers",
+    "stride": "--stride",
+    "pool": "--pool",
+    "recovery": "--recovery",
+}
 
 
 @click.command()
@@ -66,9 +73,12 @@ DECIDED = {
 @click.option("--stride", type=int, default=2, show_default=True, help="Tokens that are pooled into one.")
 @click.option("--pool", type=click.Choice(POOLS), default="max", show_default=True, help="How they are pooled.")
 @click.option(
-    "--recovery", type=click.Choice(["none", *RECOVERIES]), default="none", show_default=True,
+    "--recovery",
+    type=click.Choice(["none", *RECOVERIES]),
+    default="none",
+    show_default=True,
     help="How each token gets a row of its own again at the end.",
-)  # fmt: skip
+)
 @click.option(
     "--dtype",
     type=click.Choice(list(DTYPES)),
@@ -76,9 +86,10 @@ DECIDED = {
 )
 @suite_command.backend_option
 @click.option(
-    "--repeats", type=click.IntRange(min=1),
+    "--repeats",
+    type=click.IntRange(min=1),
     help=f"How often baseline, funnel, funnel, baseline are run for each row. Default: {REPEATS}, or 1 if --quick.",
-)  # fmt: skip
+)
 @suite_command.file_options(plot="the rows like the first", html=True)
 @click.pass_context
 def latency(
@@ -126,9 +137,12 @@ def latency(
         else:
             batches = (Batch(draw_lengths(lengths, batch, SEED), describe_lengths(lengths)),)
     suite = Suite(
-        model=model, funnels=funnels, batches=batches, backend=backend,
+        model=model,
+        funnels=funnels,
+        batches=batches,
+        backend=backend,
         repeats=repeats or (1 if quick else REPEATS),
-    )  # fmt: skip
+    )
     measure(suite, **files)
 
 

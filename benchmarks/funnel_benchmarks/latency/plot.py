@@ -71,9 +71,15 @@ def draw(content: Row, look: Look = LIGHT) -> "Figure":
     for layer, bar in zip(layers, bars, strict=True):
         bar.set_gid(f"marks-saving-{layer}")
     (ideal_marks,) = below.plot(
-        layers, ideal_savings, label="ideal (FLOPs)",
-        color=look.ideal, linestyle="none", marker="D", markersize=7, markeredgecolor=look.paper,
-    )  # fmt: skip
+        layers,
+        ideal_savings,
+        label="ideal (FLOPs)",
+        color=look.ideal,
+        linestyle="none",
+        marker="D",
+        markersize=7,
+        markeredgecolor=look.paper,
+    )
     ideal_marks.set_gid("marks-ideal-saving")
     for layer, saving, ideal in zip(layers, savings, ideal_savings, strict=True):
         top = layer, max(saving, ideal, 0)
@@ -112,10 +118,17 @@ def draw_efficiency(content: Row, look: Look = LIGHT) -> "Figure":
             for bound in ("high", "median", "low")
         )
         points, _, _ = axes.errorbar(
-            middle, places, xerr=(middle - low, high - middle), label="\n".join(textwrap.wrap(batch, 40)),
-            color=look.measured, linestyle="none", marker=marker, capsize=3, linewidth=1,
+            middle,
+            places,
+            xerr=(middle - low, high - middle),
+            label="\n".join(textwrap.wrap(batch, 40)),
+            color=look.measured,
+            linestyle="none",
+            marker=marker,
+            capsize=3,
+            linewidth=1,
             markerfacecolor=look.measured if filled else look.paper,
-        )  # fmt: skip
+        )
         points.set_gid(f"marks-efficiency-{index}")
     axes.set_yticks(range(len(funnels)), ["\n".join(label) for label in labels])
     axes.set_ylim(len(funnels) - 0.4, -0.6)

@@ -209,9 +209,13 @@ class Calls:
         """An engine whose one bucket is compiled, and the call that times it once."""
         suite, inputs = self.suite, self.inputs
         engine = Engine(
-            suite.model.config, suite.model.head, self.weights,
-            funnel=funnel, backend=suite.backend, max_batch_tokens=suite.rows(funnel, self.batch),
-        )  # fmt: skip
+            suite.model.config,
+            suite.model.head,
+            self.weights,
+            funnel=funnel,
+            backend=suite.backend,
+            max_batch_tokens=suite.rows(funnel, self.batch),
+        )
 
         def timed() -> float:
             start = time.perf_counter()

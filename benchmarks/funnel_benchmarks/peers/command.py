@@ -25,25 +25,39 @@ LENGTHS = ("conll", "qnli", "passage")
 @click.option("--preset", default="embeddinggemma-300m", show_default=True, help="Architecture, with random weights.")
 @suite_command.depth_option
 @click.option(
-    "--lengths", multiple=True, default=LENGTHS, show_default=True,
+    "--lengths",
+    multiple=True,
+    default=LENGTHS,
+    show_default=True,
     help="A data set whose lengths of sequences are imitated, a file with one length a line, or a number: all "
     f"sequences have this many tokens. Can be given several times. Data sets: {', '.join(LENGTH_PRESETS)}.",
-)  # fmt: skip
+)
 @click.option(
     "--sequences", type=click.IntRange(1, 2**20), default=64, show_default=True, help="For each of --lengths."
 )
 @click.option(
-    "--peer", "peers", multiple=True, type=click.Choice(list(PEERS)), default=list(PEERS),
+    "--peer",
+    "peers",
+    multiple=True,
+    type=click.Choice(list(PEERS)),
+    default=list(PEERS),
     help="Only this one; can be given several times. Default: all.",
-)  # fmt: skip
+)
 @click.option(
-    "--scenario", "scenarios", multiple=True, type=click.Choice(SCENARIOS), default=SCENARIOS,
+    "--scenario",
+    "scenarios",
+    multiple=True,
+    type=click.Choice(SCENARIOS),
+    default=SCENARIOS,
     help="Only this one: all sequences in one call, or one after another. Default: both.",
-)  # fmt: skip
+)
 @click.option(
-    "--order", type=click.Choice(ORDERS), default="sorted", show_default=True,
+    "--order",
+    type=click.Choice(ORDERS),
+    default="sorted",
+    show_default=True,
     help="Of the sequences in the peers' batches: the longest first, or as they come.",
-)  # fmt: skip
+)
 @click.option(
     "--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Most sequences in a peer's batch."
 )
@@ -72,11 +86,17 @@ def peers(
     """
     with tempfile.TemporaryDirectory() as folder:
         suite = Suite(
-            preset=preset, depth=depth,
+            preset=preset,
+            depth=depth,
             lengths={name: draw_lengths(name, sequences) for name in lengths},
-            peers=peers, scenarios=scenarios, order=order, batch_size=batch_size, repeats=repeats, backend=backend,
+            peers=peers,
+            scenarios=scenarios,
+            order=order,
+            batch_size=batch_size,
+            repeats=repeats,
+            backend=backend,
             folder=Path(folder),
-        )  # fmt: skip
+        )
         rows = max(int(drawn.sum()) for drawn in suite.lengths.values())
         check_memory(suite.config, HeadConfig(), suite.dtype, rows)
         suite_command.run(suite, **files)

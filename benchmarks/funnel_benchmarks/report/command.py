@@ -22,9 +22,11 @@ REPORT = "report.html"
 @click.command()
 @click.argument("folder", metavar="DIR", type=FILE)
 @click.option(
-    "--output", type=FILE, metavar="FILE",
+    "--output",
+    type=FILE,
+    metavar="FILE",
     help=f"Where the page goes: FILE.html, or FILE.md with pictures beside it. Default: DIR/{REPORT}.",
-)  # fmt: skip
+)
 def report(folder: Path, output: Path | None) -> None:
     """Show all results of a folder on one HTML page, which opens in any browser and needs no network; or in Markdown.
 

@@ -16,14 +16,21 @@ from funnel_benchmarks.scaling.suite import Suite
 @suite_command.depth_option
 @suite_command.layer_option
 @click.option(
-    "--axis", "axes", multiple=True, type=click.Choice(list(AXES)), default=list(AXES),
+    "--axis",
+    "axes",
+    multiple=True,
+    type=click.Choice(list(AXES)),
+    default=list(AXES),
     help="Only this one; can be given several times. "
     f"{'; '.join(f'{axis}: {text}' for axis, text in AXES.items())}. Default: all.",
-)  # fmt: skip
+)
 @click.option(
-    "--most-tokens", type=click.IntRange(SHORTEST, 2**20), default=16384, show_default=True,
+    "--most-tokens",
+    type=click.IntRange(SHORTEST, 2**20),
+    default=16384,
+    show_default=True,
     help="Of the largest batch.",
-)  # fmt: skip
+)
 @suite_command.dtype_option
 @suite_command.backend_option
 @suite_command.repeats_option

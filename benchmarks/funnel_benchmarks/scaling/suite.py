@@ -196,12 +196,16 @@ def prepare(suite: Suite, weights: Mapping[str, Any], point: Point, funnel: Funn
     names = expected_shapes(model.config, model.head)
     engines = [
         Engine(
-            model.config, model.head, {name: weights[name] for name in names},
-            funnel=funnel, backend=suite.backend, threads=point.threads,
+            model.config,
+            model.head,
+            {name: weights[name] for name in names},
+            funnel=funnel,
+            backend=suite.backend,
+            threads=point.threads,
             max_batch_tokens=int(make_plan(model.config, funnel).rows_needed(lengths).sum()),
         )
         for _ in range(point.engines)
-    ]  # fmt: skip
+    ]
     inputs = random_inputs(model.config.vocab_size, lengths)
 
     def run(engine: Engine) -> None:

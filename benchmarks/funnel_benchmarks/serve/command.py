@@ -19,19 +19,28 @@ LENGTHS = ("conll", "agnews", "passage")
 @suite_command.depth_option
 @suite_command.layer_option
 @click.option(
-    "--lengths", multiple=True, default=LENGTHS, show_default=True,
+    "--lengths",
+    multiple=True,
+    default=LENGTHS,
+    show_default=True,
     help="A data set whose lengths of sequences are imitated, or a file with one length a line. Can be given several "
     f"times. Data sets: {', '.join(LENGTH_PRESETS)}.",
-)  # fmt: skip
+)
 @click.option(
-    "--requests", type=click.IntRange(1, 2**20), default=1000, show_default=True,
+    "--requests",
+    type=click.IntRange(1, 2**20),
+    default=1000,
+    show_default=True,
     help="For each line of the result. A p99 that is precise needs 10000.",
-)  # fmt: skip
+)
 @click.option(
-    "--max-batch-tokens", type=click.IntRange(1, 2**24), default=4096, show_default=True,
+    "--max-batch-tokens",
+    type=click.IntRange(1, 2**24),
+    default=4096,
+    show_default=True,
     help="What a batch holds. A batch takes no more than what waits, so this bounds only how long a burst is on its "
     "way at once; the default is enough for matrix products to run at full rate.",
-)  # fmt: skip
+)
 @suite_command.dtype_option
 @suite_command.backend_option
 @suite_command.file_options(plot="latency over rate")
@@ -57,8 +66,12 @@ def serve(
     model = preset_model(preset, dtype, depth)
     place = suite_command.funnel_place(layer, model.config)
     suite = Suite(
-        model=model, funnel=FunnelConfig.after(place), sources=lengths, count=requests,
-        max_batch_tokens=max_batch_tokens, backend=backend,
-    )  # fmt: skip
+        model=model,
+        funnel=FunnelConfig.after(place),
+        sources=lengths,
+        count=requests,
+        max_batch_tokens=max_batch_tokens,
+        backend=backend,
+    )
     check_memory(model.config, model.head, model.dtype, max_batch_tokens)
     suite_command.run(suite, **files)

@@ -46,9 +46,14 @@ def draw_panel(axes: "Axes", content: Row, kind: str, gid: str, look: Look) -> N
         rates = [row["arrivals_per_second"] for row in rows]
         for percentile, style, of in (("p50", "-", ""), ("p99", "--", f" of {requests}")):
             (line,) = axes.plot(
-                rates, [1e3 * row[percentile] for row in rows],
-                color=colour, linestyle=style, marker=marker, markersize=5, label=f"{engine}, {percentile}{of}",
-            )  # fmt: skip
+                rates,
+                [1e3 * row[percentile] for row in rows],
+                color=colour,
+                linestyle=style,
+                marker=marker,
+                markersize=5,
+                label=f"{engine}, {percentile}{of}",
+            )
             line.set_gid(f"{gid}-{name}-{percentile}")
         for rate in offline[index : index + 1]:
             axes.axvline(rate, color=colour, linestyle=":").set_gid(f"{gid}-{name}-offline")

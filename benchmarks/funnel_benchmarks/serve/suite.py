@@ -170,9 +170,13 @@ def cells(suite: Suite, weights: Mapping[str, Any], rows: list[Row]) -> Iterator
 def warm_engine(suite: Suite, weights: Mapping[str, Any], funnel: FunnelConfig) -> Engine:
     """An engine with all of its programs compiled, and the largest run once, which touches all memory."""
     engine = Engine(
-        suite.model.config, suite.model.head, weights,
-        funnel=funnel, backend=suite.backend, max_batch_tokens=suite.max_batch_tokens,
-    )  # fmt: skip
+        suite.model.config,
+        suite.model.head,
+        weights,
+        funnel=funnel,
+        backend=suite.backend,
+        max_batch_tokens=suite.max_batch_tokens,
+    )
     engine.warmup()
     kind = suite.kinds[0]
     fitting = np.cumsum(suite.sizes(kind, funnel)) <= suite.max_batch_tokens

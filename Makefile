@@ -13,7 +13,7 @@ PYTEST_OPTIONS := -n 2 --dist worksteal -p no:benchmark -rs -m '$(MARKERS)'
 # What is different on processors without bfloat16 products, or without AVX-512: simulated before the whole run.
 OLDER_CPUS := -k 'not (reference- or xla- or triton or tpu)' tests/bindings/test_native_linear.py \
 	tests/kernels/test_linear.py tests/kernels/test_attention.py tests/kernels/test_add_norm.py \
-	tests/engine/test_threads.py tests/engine/test_weights.py \
+	tests/kernels/test_mlp.py tests/engine/test_served_by.py tests/engine/test_threads.py tests/engine/test_weights.py \
 	tests/engine/test_model.py::test_every_backend_gives_what_the_reference_gives
 
 .PHONY: demo test lint docs bench wheel clean

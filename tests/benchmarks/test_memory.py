@@ -13,7 +13,7 @@ from funnel_engine.model import forward
 from funnel_engine.packing import make_plan, pack
 from funnel_engine.presets import preset
 from funnel_engine.weights import DTYPES, expected_shapes, nest
-from funnel_kernels.errors import InputError
+from funnel_kernels import InputError, Target
 
 CONFIG = dataclasses.replace(
     preset("gemma-2b"),
@@ -33,7 +33,7 @@ def compiled_bytes(rows: int, dtype: str) -> int:
     flat = expected_shapes(CONFIG, HeadConfig()).items()
     params = nest({name: jax.ShapeDtypeStruct(shape, DTYPES[dtype]) for name, shape in flat}, CONFIG, funnel)
     batch = pack(plan, np.zeros(rows, np.int32), np.array([0, rows // 2, rows], np.int32), rows)
-    lowered = jax.jit(partial(forward, config=CONFIG, funnel=funnel)).lower(params, batch)
+    lowered = jax.jit(partial(forward, config=CONFIG, funnel=funnel, target=Target())).lower(params, batch)
     return lowered.compile().memory_analysis().temp_size_in_bytes
 
 

@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import click
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from funnel_benchmarks.results import SAME_MACHINE, Row, differences, figures, read_results
 from funnel_benchmarks.statistics import Spread, ratio_of_medians
-from funnel_benchmarks.suite_command import FILE
+from funnel_benchmarks.suite_command import FILE, screen
 from funnel_kernels.errors import ConfigError, InputError
 
 STYLES = {"slower": "red", "faster": "green", "unclear": "yellow", "same": ""}
@@ -49,7 +48,7 @@ def compare(first: Path, second: Path, threshold: float) -> None:
     if not 0 <= threshold < 1:
         raise ConfigError(f"--threshold {threshold} must be at least 0 and below 1; 0.05 is five per cent")
     before, after = read_results(first), read_results(second)
-    console = Console()
+    console = screen()
     for line in [*circumstances(before, after), *left_over(before, after)]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     compared = compare_results(before, after, threshold)

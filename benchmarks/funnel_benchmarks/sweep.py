@@ -15,6 +15,7 @@ from rich.progress import track
 from rich.table import Table
 
 from funnel_benchmarks.json_lines import document, rounded
+from funnel_benchmarks.suite_command import screen
 from funnel_engine import ModelConfig, preset
 from funnel_engine.output_files import write_text
 from funnel_engine.presets import PRESETS
@@ -74,7 +75,7 @@ def finish(
         write_text(json_file, text())
     for table in tables:
         if table.row_count:
-            Console().print(table)
+            screen().print(table)
     named = {place: problem for place, problem in problems.items() if problem}
     for (variant, target), problem in named.items():
         click.echo(f"{target}: {variant}: {problem}")

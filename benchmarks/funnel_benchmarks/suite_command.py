@@ -60,7 +60,7 @@ def file_options(*, plot: str = "", html: bool = False) -> Callable[[Callable[..
     """Adds the options of a run's files. They are checked first; the command gets them as `files`, which `run` takes.
 
     Args:
-        plot: what `--plot` draws; empty: there is no such option.
+        plot: what `--plot` draws; empty: the command does not have the option.
         html: whether there is `--html`.
     """
     options = [

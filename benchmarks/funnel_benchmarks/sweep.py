@@ -69,7 +69,7 @@ def finish(
     """Writes the file, prints tables and every problem. Exit status 1: a target for which problems are fatal has one.
 
     Args:
-        problems: an empty text is no problem.
+        problems: by variant and target; an empty text means that there is none.
     """
     if json_file:
         write_text(json_file, text())

@@ -1,7 +1,7 @@
 """Where a program runs and with which kernels: one frozen value that every op gets."""
 
 import dataclasses
-from collections import defaultdict
+import threading
 from typing import Any, NamedTuple
 
 import jax
@@ -42,16 +42,25 @@ class Served(NamedTuple):
 class Record:
     """Which backends serve the ops of a program. Ops write into it while the program is traced, see `Target.record`.
 
-    Attributes:
-        served: for each op by name, the distinct answers.
+    Several threads may trace programs while another one reads.
     """
 
     def __init__(self) -> None:
-        self.served: dict[str, list[Served]] = defaultdict(list)
+        self._served: dict[str, tuple[Served, ...]] = {}
+        self._lock = threading.Lock()
 
     def add(self, op: str, served: Served) -> None:
-        if served not in self.served[op]:
-            self.served[op].append(served)
+        """Adds an answer for an op, unless it is known."""
+        with self._lock:
+            known = self._served.get(op, ())
+            if served not in known:
+                self._served[op] = (*known, served)
+
+    @property
+    def served(self) -> dict[str, tuple[Served, ...]]:
+        """For each op by name, the distinct answers so far."""
+        with self._lock:
+            return dict(self._served)
 
     def facts(self) -> dict[str, str]:
         """The answers for each op as text for people, e.g. {"attention": "cpu"}."""

@@ -68,7 +68,7 @@ def test_a_mesh_has_products_and_norms_of_their_own():
 
 def test_a_head_that_runs_an_op_is_in_it_too():
     engine = make_engine(HeadConfig(pooling="attention", pooler=True), backend="reference")
-    engine.programs.record.served.clear()
+    engine.programs.record._served.clear()
     engine.programs._trace(ProgramKey("embed", engine.buckets[0], 1))
     assert engine.programs.record.facts() == {"attention": "reference"}
 

@@ -82,7 +82,7 @@ def test_a_named_backend_that_refuses_is_not_replaced(make_op):
 def test_auto_takes_the_next_backend_after_a_refusal(make_op):
     op, target = make_op("triton", "xla", triton_gpu=refuse, xla=serve), Target(platform="gpu", record=Record())
     assert op(3, target=target) == ((3,), {"target": target})
-    assert target.record.served["made"] == [Served("xla", (("triton", "odd widths are not supported"),))]
+    assert target.record.served["made"] == (Served("xla", (("triton", "odd widths are not supported"),)),)
     with pytest.raises(BackendUnavailable, match=r"triton: odd widths .*; xla: odd widths"):
         make_op("triton", "xla", triton_gpu=refuse, xla=refuse)(target=target)
 
@@ -158,6 +158,20 @@ def test_a_record_has_every_op_that_a_program_runs_and_each_answer_once():
 
     jax.eval_shape(program, x)
     assert target.record.facts() == dict.fromkeys(("add_norm", "attention", "pool_norm", "recover_norm"), "xla")
+
+
+def test_a_record_can_be_read_while_a_program_is_traced():
+    """`describe` may be called while other threads compile: here the reading itself meets a new answer."""
+    record = Record()
+
+    class Answer(str):
+        def __str__(self):
+            record.add(f"op after {len(record.served)}", Served("xla"))
+            return super().__str__()
+
+    record.add("attention", Answer("cpu"))
+    assert record.facts() == {"attention": "cpu"}
+    assert record.facts() == {"attention": "cpu", "op after 1": "xla"}
 
 
 def test_every_error_of_the_project_is_a_funnel_error():

@@ -93,7 +93,8 @@ def all_parts(out: Path, only: str | None, **options: Any) -> None:
     results.tar.gz, which contains them all, at the end. A run that is terminated keeps and packs what it has measured.
     Exit status 1: a result was wrong, or a measurement failed.
 
-    Where the project is not installed: PYTHONPATH=kernels:engine:benchmarks python -m funnel_benchmarks.bench all ...
+    Where the project is not installed, set PYTHONPATH=bindings:kernels:engine:benchmarks and run
+    python -m funnel_benchmarks.bench all ...
 
     Example: funnel bench all --out results --minutes 4 --only check,ceilings,attention
     """
@@ -128,7 +129,7 @@ def chosen_parts(only: str | None) -> list[str]:
     """The parts to run, in the order of `PARTS`.
 
     Raises:
-        ConfigError: there is no such part.
+        ConfigError: a part does not exist.
     """
     if only is None:
         return list(PARTS)

@@ -2,7 +2,8 @@
 
 The ceilings are measured first. A case's bound is the time that its work takes at their rates: of its products, or of
 its bytes, whichever is longer. Its *share* is that of the bound in the measured time; 1 means as fast as this machine
-can be. Share and ceiling of a row come from samples taken in turns (A B B A), so that a machine's moods cancel.
+can be. Share and ceiling of a row come from samples taken in turns (A B B A), so that changes of the machine's speed
+cancel.
 """
 
 import dataclasses
@@ -151,7 +152,7 @@ READING = (
     "take: 1 means as fast as can be. Its samples and the ceiling's took turns (A B B A); the range is that of the "
     "quartiles. Above 1 an op runs at a better rate than the ceiling, because its arrays stay in a cache, or by noise.",
     "Each op is a program of its own. On a CPU its result lies in memory that has been used before, as inside a model. "
-    "Row-wise ops have so many rows that no cache holds them. embed is a whole forward pass, from token ids on "
+    "Row-wise ops have more rows than a cache holds. embed is a whole forward pass, from token ids on "
     "the host to vectors on the host.",
 )
 CEILING_COLUMNS = (

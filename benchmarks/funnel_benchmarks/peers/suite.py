@@ -94,7 +94,7 @@ class Suite(BaseSuite):
         engines: by the folder of their weights.
 
     Raises:
-        BackendUnavailable: there is no such backend.
+        BackendUnavailable: the backend does not exist.
         InputError: a sequence that is longer than the model was made for.
     """
 

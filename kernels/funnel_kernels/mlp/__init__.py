@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from funnel_kernels.linear import Weight, gated_linear, linear_add_norm
+from funnel_kernels.shapes import Rows
 from funnel_kernels.target import Target
 
 HIDDEN_PER_BLOCK = 2**24  # elements between the two products in one block of rows on a CPU
-
-Rows = tuple[jax.Array, jax.Array]  # [N, D] each
 
 
 def mlp(
@@ -24,7 +23,7 @@ def mlp(
     eps: float,
     axis: str | None = None,
     target: Target,
-) -> Rows:  # [N, D] each, dtype of x
+) -> tuple[Rows, Rows]:  # [N, D] each, dtype of x
     """`x + down(gelu(gate(normed)) * up(normed))`, and Gemma's RMSNorm of the sum.
 
     These are the ops `gated_linear` and `linear_add_norm`. The hidden rows between them are many times wider than `x`.
@@ -45,7 +44,7 @@ def mlp(
         BackendUnavailable: the backend does not support this call.
     """
 
-    def block(x: jax.Array, normed: jax.Array) -> Rows:
+    def block(x: Rows, normed: Rows) -> tuple[Rows, Rows]:
         hidden = gated_linear(normed, gate_up, target=target)
         return linear_add_norm(
             hidden, down, x, norm_weight, update_weight=update_weight, eps=eps, axis=axis, target=target
@@ -60,7 +59,7 @@ def rows_per_block(hidden: int) -> int:
     return max(1, HIDDEN_PER_BLOCK // hidden)
 
 
-def in_blocks(function: Callable[..., Rows], most_rows: int, x: jax.Array, normed: jax.Array) -> Rows:
+def in_blocks(function: Callable[..., tuple[Rows, Rows]], most_rows: int, x: Rows, normed: Rows) -> tuple[Rows, Rows]:
     """Applies a function to the rows of both arrays, in blocks of near-equal size, one after another."""
     rows = x.shape[0]
     blocks = -(-rows // most_rows)
@@ -68,7 +67,7 @@ def in_blocks(function: Callable[..., Rows], most_rows: int, x: jax.Array, norme
         return function(x, normed)
     size = -(-rows // blocks)
 
-    def update(block: jax.Array, arrays: Rows) -> Rows:
+    def update(block: jax.Array, arrays: tuple[Rows, Rows]) -> tuple[Rows, Rows]:
         rows_of_block = (jax.lax.dynamic_slice_in_dim(array, block * size, size) for array in arrays)
         x, normed = (
             jax.lax.dynamic_update_slice_in_dim(array, new, block * size, axis=0)

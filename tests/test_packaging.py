@@ -17,7 +17,7 @@ from funnel_benchmarks import c_api
 from funnel_benchmarks.random_checkpoint import write_random_model
 from funnel_engine import Engine, FunnelConfig, convert
 
-PACKAGES = ("funnel_benchmarks", "funnel_engine", "funnel_kernels", "funnel_native")
+PACKAGES = ("funnel_benchmarks", "funnel_engine", "funnel_kernels", "funnel_native", "funnel_training")
 LINKS = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 NO_COMPILER = {"CXX": "/bin/false", "CC": "/bin/false"}
 
@@ -84,13 +84,13 @@ def test_the_source_distribution_has_what_the_readme_uses(unpacked):
 
 
 @pytest.mark.slow
-def test_the_wheel_ships_four_packages_and_nothing_else(wheel, unpacked):
+def test_the_wheel_ships_five_packages_and_nothing_else(wheel, unpacked):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         libraries = {name: archive.read(name) for name in names if name.endswith(".so")}
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == set(PACKAGES)
-    folders = [unpacked / folder for folder in ("bindings", "kernels", "engine", "benchmarks")]
+    folders = [unpacked / folder for folder in ("bindings", "kernels", "engine", "training", "benchmarks")]
     modules = {str(file.relative_to(folder)) for folder in folders for file in folder.glob("funnel_*/**/*.py")}
     assert {name for name in names if name.endswith(".py")} == modules
     assert {f"{package}/py.typed" for package in PACKAGES} <= names

@@ -5,6 +5,7 @@ Differences between model families are data here, so `model.forward` has one cod
 
 import dataclasses
 import math
+import re
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -189,6 +190,51 @@ class FunnelConfig:
         """One funnel after `layers` full-length layers: `after(6)` has strides `(1, 1, 1, 1, 1, 1, 2)`."""
         return cls(strides=(1,) * check_integer("layers", layers, least=0) + (stride,), **options)
 
+    @classmethod
+    def parse(cls, text: str) -> "FunnelConfig":
+        """The funnel of a short form, e.g. "6:2" or "2:2,8:2/mean/keep_first/mean_last"; "none" is no funnel.
+
+        `layer:stride` pairs come first. Options follow after slashes, in any order: a pool, a position, a recovery,
+        "keep_first", "pool_query_only" and "after_norm". "first" is the pool: the position "first" is the default.
+
+        Raises:
+            ConfigError: the text is not a short form, or the funnel is not possible.
+        """
+        if text == "none":
+            return cls()
+        pairs, *words = text.split("/")
+        strides: list[int] = []
+        for pair in pairs.split(","):
+            if (numbers := SHORT_PAIR.fullmatch(pair)) is None:
+                raise ConfigError(
+                    f"funnel {text!r}: {pair!r} must be LAYER:STRIDE, e.g. 6:2 for pairs of rows after layer 6; "
+                    "options follow after a slash, e.g. 6:2/mean"
+                )
+            layer, stride = map(int, numbers.groups())
+            if layer < len(strides):
+                raise ConfigError(f"funnel {text!r}: layers must ascend, but {layer} comes after {len(strides) - 1}")
+            strides += [1] * (layer - len(strides)) + [stride]
+        options: dict[str, Any] = {}
+        for word in words:
+            name, value = SHORT_OPTIONS.get(word, (word, None))
+            if value is None:
+                raise ConfigError(f"funnel {text!r}: {word!r} is unknown; options are {', '.join(SHORT_OPTIONS)}")
+            if name in options:
+                raise ConfigError(f"funnel {text!r}: {word!r} gives {name} a second time; give it once")
+            options[name] = value
+        return cls(tuple(strides), **options)
+
+    def __str__(self) -> str:
+        """The short form, which `parse` reads: places, and every option that is not the default."""
+        places = ",".join(f"{layer}:{stride}" for layer, stride in enumerate(self.strides) if stride > 1)
+        default = FunnelConfig()
+        words = [
+            word
+            for word, (name, value) in SHORT_OPTIONS.items()
+            if getattr(self, name) == value != getattr(default, name)
+        ]
+        return "/".join([places, *words]) if places else "none"
+
     @property
     def total_stride(self) -> int:
         """Tokens per row after the last layer, which is the product of the strides."""
@@ -206,6 +252,18 @@ class FunnelConfig:
     def lead(self) -> int:
         """Rows of padding before each sequence, so that the first token is alone in its window (`keep_first`)."""
         return self.total_stride - 1 if self.keep_first else 0
+
+
+# The words of a funnel's short form, and the field and value that each one is for.
+SHORT_OPTIONS: dict[str, tuple[str, Any]] = {
+    **{pool: ("pool", pool) for pool in POOLS},
+    **{position: ("positions", position) for position in POSITIONS if position != "first"},
+    "keep_first": ("keep_first", True),
+    "pool_query_only": ("pool_query_only", True),
+    **{recovery: ("recovery", recovery) for recovery in RECOVERIES},
+    "after_norm": ("recovery_site", "after_norm"),
+}
+SHORT_PAIR = re.compile(r"([0-9]{1,4}):([0-9]{1,9})")  # no model has 10,000 layers
 
 
 class LayerStep(NamedTuple):

@@ -116,6 +116,57 @@ def test_equal_funnels_are_equal_and_hash_alike():
     assert hash(FunnelConfig([1, 2])) == hash(FunnelConfig((1, 2)))
 
 
+@pytest.mark.parametrize(
+    ("text", "funnel"),
+    [
+        ("none", FunnelConfig()),
+        ("6:2", FunnelConfig.after(6)),
+        ("0:3/mean", FunnelConfig((3,), pool="mean")),
+        ("2:2,8:4/first/last", FunnelConfig((1, 1, 2, 1, 1, 1, 1, 1, 4), pool="first", positions="last")),
+        (
+            "1:2/mean/mid/keep_first/pool_query_only/mean_last/after_norm",
+            FunnelConfig(
+                (1, 2),
+                pool="mean",
+                positions="mid",
+                keep_first=True,
+                pool_query_only=True,
+                recovery="mean_last",
+                recovery_site="after_norm",
+            ),
+        ),
+    ],
+)
+def test_the_short_form_is_read_and_written(text, funnel):
+    assert FunnelConfig.parse(text) == funnel
+    assert str(funnel) == text
+
+
+def test_the_options_of_a_short_form_come_in_any_order_and_a_default_may_be_given():
+    assert FunnelConfig.parse("1:2/tile/max") == FunnelConfig((1, 2), recovery="tile")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "'' must be LAYER:STRIDE"),
+        ("6", "'6' must be LAYER:STRIDE"),
+        ("6:2,", "'' must be LAYER:STRIDE"),
+        ("-1:2", "'-1:2' must be LAYER:STRIDE"),
+        ("6:" + "9" * 5000, "must be LAYER:STRIDE"),
+        ("99999:2", "must be LAYER:STRIDE"),
+        ("6:2,6:2", "layers must ascend, but 6 comes after 6"),
+        ("6:0", r"strides\[6\]=0"),
+        ("6:2/average", "'average' is unknown; options are max, mean"),
+        ("6:2/mean/max", "'max' gives pool a second time"),
+        ("6:1/tile", "needs a funnel"),
+    ],
+)
+def test_a_short_form_that_is_wrong_is_refused(text, message):
+    with pytest.raises(ConfigError, match=message):
+        FunnelConfig.parse(text)
+
+
 @pytest.mark.parametrize("stride", [0, -1, 2.0, "2", None, True, math.nan])
 def test_a_stride_must_be_a_positive_integer(stride):
     with pytest.raises(ConfigError, match=r"strides\[1\]=.* must be an integer of at least 1"):

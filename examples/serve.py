@@ -1,6 +1,6 @@
 """An embedding server in one file: HTTP from the standard library, and one batch for the requests of all clients.
 
-    python examples/serve.py embeddinggemma-engine --after 12
+    python examples/serve.py embeddinggemma-engine --funnel 12:2/mean
     curl localhost:8000/embed -d '{"texts": ["a text", "another one"]}'
 
 POST /embed answers {"vectors": [[...], ...]}, or {"error": "..."} with a status: 400 for a request that cannot be run,
@@ -126,11 +126,10 @@ def make_server(engine: Engine, port: int) -> ThreadingHTTPServer:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Serve the vectors of a checkpoint over HTTP.")
     parser.add_argument("checkpoint", help="a folder that `funnel convert` has made")
-    parser.add_argument("--after", type=int, help="full-length layers before a 2:1 funnel; default: no funnel")
+    parser.add_argument("--funnel", type=FunnelConfig.parse, help="for example 12:2/mean; default: the checkpoint's")
     parser.add_argument("--port", type=int, default=8000)
     options = parser.parse_args()
-    funnel = FunnelConfig() if options.after is None else FunnelConfig.after(options.after, pool="mean")
-    engine = Engine.load(options.checkpoint, funnel=funnel, max_batch_tokens=BATCH_TOKENS)
+    engine = Engine.load(options.checkpoint, funnel=options.funnel, max_batch_tokens=BATCH_TOKENS)
     engine.warmup()
     with make_server(engine, options.port) as server:
         print(f"ready on http://127.0.0.1:{server.server_port}", flush=True)

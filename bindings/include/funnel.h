@@ -76,7 +76,8 @@ typedef struct funnel_options {
                              which already runs, or else that of the environment which the library is installed in
                              or was built for. An interpreter that runs cannot be exchanged: another value is refused */
   const char* options;    /* JSON object, or NULL for the defaults: the keyword arguments of Python's Engine.load by
-                             name, except path and mesh. "funnel" is itself an object with the fields of FunnelConfig.
+                             name, except path and mesh. "funnel" is a short form such as "6:2/mean", or an object with
+                             the fields of FunnelConfig; without it, the checkpoint's own is used.
                              An empty string is not JSON. For example
                              {"backend": "xla", "max_batch_tokens": 4096, "funnel": {"strides": [1, 1, 2]}} */
 } funnel_options;

@@ -71,7 +71,9 @@ def read_options(text: bytes) -> dict[str, Any]:
         remedy = 'give an object such as {"backend": "xla"}, or NULL for the defaults'
         raise ConfigError(f"options are not JSON: {error}; {remedy}") from None
     check_names("options", options, ENGINE_OPTIONS)
-    if "funnel" in options:
+    if isinstance(options.get("funnel"), str):
+        options["funnel"] = FunnelConfig.parse(options["funnel"])
+    elif options.get("funnel") is not None:
         check_names("funnel", options["funnel"], FUNNEL_OPTIONS)
         options["funnel"] = FunnelConfig(**options["funnel"])
     return options

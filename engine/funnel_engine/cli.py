@@ -22,7 +22,7 @@ from funnel_engine.checkpoints.convert import convert as convert_checkpoint
 from funnel_engine.checkpoints.formats import FORMATS
 from funnel_engine.config import ATTENTIONS, FunnelConfig
 from funnel_engine.devices import local_target
-from funnel_engine.engine import Engine, describe_funnel
+from funnel_engine.engine import Engine
 from funnel_engine.inputs import TooLong
 from funnel_engine.inspection import inspect_checkpoint
 from funnel_engine.jax_settings import default_device, device_name
@@ -31,8 +31,7 @@ from funnel_engine.presets import preset
 from funnel_engine.served_by import served_by
 from funnel_engine.weights import DTYPES
 from funnel_kernels import BACKENDS, native_calls
-from funnel_kernels.errors import ConfigError, FunnelError, InputError
-from funnel_kernels.pool_norm import POOLS
+from funnel_kernels.errors import FunnelError, InputError
 
 COMMANDS = "funnel_engine.commands"  # the entry-point group of further commands
 TEXTS_PER_CALL = 1024
@@ -84,23 +83,14 @@ def main() -> None:
     """
 
 
-def funnel_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds the options that describe one funnel; `make_funnel` reads them."""
-    for option in (
-        click.option("--pool", type=click.Choice(POOLS), help="How rows are pooled. Default: max."),
-        click.option("--stride", type=int, help="Number of tokens pooled into one row. Default: 2."),
-        click.option("--after", type=int, help="Number of full-length layers before the funnel. Default: no funnel."),
-    ):
-        command = option(command)
-    return command
-
-
-def make_funnel(after: int | None, stride: int | None, pool: str | None) -> FunnelConfig:
-    if after is not None:
-        return FunnelConfig.after(after, stride=2 if stride is None else stride, pool=pool or "max")
-    if stride is not None or pool is not None:
-        raise ConfigError("--stride and --pool need a funnel; give its position with --after")
-    return FunnelConfig()
+def funnel_option(default: str) -> Callable[..., Any]:
+    """The option that describes one funnel."""
+    return click.option(
+        "--funnel",
+        type=FunnelConfig.parse,
+        metavar="LAYER:STRIDE[/OPTION]",
+        help=f"E.g. 6:2/mean: after layer 6, the mean of each two rows; none: no funnel. Default: {default}.",
+    )
 
 
 format_option = click.option(
@@ -124,6 +114,7 @@ sliding_window_option = click.option(
 @click.option("--overwrite", is_flag=True, help="Replace DESTINATION if it exists.")
 @format_option
 @sliding_window_option
+@funnel_option("that of the source, if it is a converted checkpoint")
 @click.option("--allow-nonfinite", is_flag=True, help="Accept weights that are NaN or infinite.")
 def convert(
     source: Path,
@@ -132,6 +123,7 @@ def convert(
     overwrite: bool,
     form: str | None,
     sliding_window: int | None,
+    funnel: FunnelConfig | None,
     allow_nonfinite: bool,
 ) -> None:
     """Convert a Gemma checkpoint for the engine.
@@ -145,6 +137,7 @@ def convert(
         destination,
         dtype=dtype,
         overwrite=overwrite,
+        funnel=funnel,
         format=form,
         sliding_window=sliding_window,
         allow_nonfinite=allow_nonfinite,
@@ -161,7 +154,7 @@ def convert(
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 @format_option
 @sliding_window_option
-@funnel_options
+@funnel_option("that of the checkpoint")
 def inspect(
     checkpoint: Path,
     seq_len: int,
@@ -169,18 +162,15 @@ def inspect(
     as_json: bool,
     form: str | None,
     sliding_window: int | None,
-    after: int | None,
-    stride: int | None,
-    pool: str | None,
+    funnel: FunnelConfig | None,
 ) -> None:
     """Show the contents and the problems of a CHECKPOINT, converted or not, and what a funnel would save.
 
     The weights are not loaded. If there are problems, the exit status is 2. If there are none, `funnel convert` accepts
-    the checkpoint, or the engine if it is already converted. Example: funnel inspect gemma-2b --after 2
+    the checkpoint, or the engine if it is already converted. Example: funnel inspect gemma-2b --funnel 2:2
     """
-    funnel = make_funnel(after, stride, pool)
     facts = inspect_checkpoint(checkpoint, form, sliding_window, funnel=funnel, seq_len=seq_len, verify=verify)
-    print_facts(facts | {"funnel": describe_funnel(funnel)}, as_json)
+    print_facts(facts, as_json)
     if facts["problems"]:
         raise SystemExit(2)
 
@@ -225,7 +215,7 @@ def doctor(as_json: bool) -> None:
 @click.option("--normalize/--no-normalize", default=True, show_default=True, help="Scale vectors to length 1.")
 @click.option("--attention", type=click.Choice(ATTENTIONS), help="Kind of attention. Default: that of the checkpoint.")
 @click.option("--backend", default="auto", show_default=True, help=f"One of auto, {', '.join(BACKENDS)}.")
-@funnel_options
+@funnel_option("that of the checkpoint")
 def embed(
     checkpoint: Path,
     texts: str,
@@ -236,15 +226,13 @@ def embed(
     normalize: bool,
     attention: str | None,
     backend: str,
-    after: int | None,
-    stride: int | None,
-    pool: str | None,
+    funnel: FunnelConfig | None,
 ) -> None:
     """Compute one vector for each line of TEXTS (a UTF-8 file, or - for standard input).
 
     All lines are checked before the first vector is computed.
 
-    Example: funnel embed my-gemma sentences.txt --after 2 -o vectors.npy
+    Example: funnel embed my-gemma sentences.txt --funnel 6:2/mean -o vectors.npy
     """
     check_writable(output, (".npy", ".jsonl"))
     lines = read_lines(texts)
@@ -253,7 +241,7 @@ def embed(
             raise InputError(f"line {number} of the texts is empty; each line must contain one text")
     if not lines:
         raise InputError("the file has no texts; give one text per line")
-    engine = Engine.load(checkpoint, funnel=make_funnel(after, stride, pool), backend=backend, attention=attention)
+    engine = Engine.load(checkpoint, funnel=funnel, backend=backend, attention=attention)
     calls = []
     for start in show_progress(range(0, len(lines), TEXTS_PER_CALL), "Reading"):
         part = lines[start : start + TEXTS_PER_CALL]

@@ -340,6 +340,16 @@ def check_option(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ConfigError(f"{name}={value!r} is unknown; choose one of {', '.join(choices)}")
 
 
+def check_funnel(funnel: Any) -> FunnelConfig:
+    """Raises `ConfigError` unless `funnel` is a `FunnelConfig`."""
+    if not isinstance(funnel, FunnelConfig):
+        raise ConfigError(
+            f"funnel={funnel!r} must be a FunnelConfig; FunnelConfig() means no funnel, and FunnelConfig.parse reads "
+            "the short form, e.g. '6:2/mean'"
+        )
+    return funnel
+
+
 def set_field(instance: Any, name: str, value: Any) -> None:
     """Sets a field of a frozen dataclass; only its own `__post_init__` may do this."""
     object.__setattr__(instance, name, value)

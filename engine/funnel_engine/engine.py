@@ -1,6 +1,7 @@
 """The engine: a loaded model, its compiled programs, and the calls that a serving process makes."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from os import PathLike
@@ -11,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from funnel_engine.checkpoints.native import read_checkpoint
-from funnel_engine.config import FunnelConfig, ModelConfig, check_flag, check_integer, check_positive
+from funnel_engine.config import FunnelConfig, ModelConfig, check_flag, check_funnel, check_integer, check_positive
 from funnel_engine.devices import Devices, OneDevice
 from funnel_engine.flops import ideal_ratio
 from funnel_engine.heads import Head, HeadConfig, SentenceVectors, SequenceLogits, TokenLogits, head_shapes
@@ -59,6 +60,7 @@ class Engine:
         dtype: str | None = None,
         mesh: Mesh | None = None,
         threads: int | None = None,
+        intended_funnel: FunnelConfig | None = None,
     ):
         """Puts the weights on the device, or on the devices of a mesh. Most callers want `Engine.load`.
 
@@ -78,6 +80,8 @@ class Engine:
                 "data" run a batch each. None runs on JAX's default device.
             threads: number of threads of the kernels for CPUs, see `threads.py`; None takes OMP_NUM_THREADS, or else
                 all cores of the process.
+            intended_funnel: the funnel that the weights are meant for, which `describe` names if it is another one;
+                None if there is none.
 
         Raises:
             ConfigError: options contradict the model or each other, or the mesh does not divide the model.
@@ -87,8 +91,7 @@ class Engine:
         max_batch_tokens = check_positive("max_batch_tokens", max_batch_tokens)
         if max_batch_tokens > MAX_BATCH_TOKENS:
             raise ConfigError(f"max_batch_tokens={max_batch_tokens} must be at most {MAX_BATCH_TOKENS} (2**24)")
-        if not isinstance(funnel, FunnelConfig):
-            raise ConfigError(f"funnel={funnel!r} must be a FunnelConfig; FunnelConfig() means no funnel")
+        check_funnel(funnel)
         if dtype is not None:
             dtype = check_dtype(dtype)
         check_backend(backend)
@@ -105,6 +108,7 @@ class Engine:
         if compilation_cache is not None:
             use_compilation_cache(compilation_cache)
         self.config, self.head, self.funnel = config, head, funnel
+        self.intended_funnel = funnel if intended_funnel is None else intended_funnel
         self.tokenizer, self.text = tokenizer, text
         self.max_length = min(config.max_positions, text.max_tokens or max_batch_tokens, max_batch_tokens)
         self.buckets = row_buckets(self.plan, max_batch_tokens)
@@ -130,7 +134,7 @@ class Engine:
         cls,
         path: str | PathLike[str],
         *,
-        funnel: FunnelConfig = FunnelConfig(),
+        funnel: FunnelConfig | None = None,
         backend: str = "auto",
         dtype: str | None = None,
         attention: str | None = None,
@@ -145,6 +149,8 @@ class Engine:
 
         Args:
             path: its directory.
+            funnel: None takes the checkpoint's own, see `convert`; `FunnelConfig()` is no funnel. A warning is given if
+                the checkpoint has one and this is another.
             dtype: "bfloat16" or "float32"; None keeps the checkpoint's.
             attention: "bidirectional" or "causal"; None keeps the checkpoint's.
             pooling: how `embed` pools, see `HeadConfig`; None keeps the checkpoint's.
@@ -162,6 +168,15 @@ class Engine:
             config = dataclasses.replace(config, attention=attention)
         if pooling is not None:
             head = dataclasses.replace(head, pooling=pooling)
+        own = checkpoint.manifest.funnel
+        if funnel is None:
+            funnel = own
+        elif check_funnel(funnel) != own != FunnelConfig():
+            warnings.warn(
+                f"{path} is meant for the funnel {own}, but it is loaded with {funnel}; its results may be worse. "
+                "Leave funnel out to use its own",
+                stacklevel=2,
+            )
         return cls(
             config,
             head,
@@ -175,6 +190,7 @@ class Engine:
             dtype=dtype,
             mesh=mesh,
             threads=threads,
+            intended_funnel=own,
         )
 
     def token_ids(self, inputs: Any, *, prompt_name: str | None = None, truncate: bool = False) -> Ragged:
@@ -311,10 +327,12 @@ class Engine:
         dtype = str(self.params["embedding"].dtype)
         if not self.programs.record.served:
             self.programs.trace(self.buckets[0])
+        is_another = self.intended_funnel not in (self.funnel, FunnelConfig())
         facts = {
             "model": f"{config.family}, {config.num_layers} layers of width {config.hidden_size}, "
             f"{config.attention} attention, {dtype}",
             "funnel": f"{describe_funnel(self.funnel)}; ideal latency ratio at {lengths[0]} tokens {ratio:.3f}",
+            **({"meant for": f"the funnel {self.intended_funnel}"} if is_another else {}),
             "head": f"pooling {self.head.pooling}, {len(self.head.dense)} dense layers, "
             f"task {self.head.task or 'none'}",
             **self.programs.record.facts(),

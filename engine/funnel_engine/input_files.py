@@ -105,7 +105,8 @@ def decode(kind: Any, value: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         return None if value is None else decode(arguments[0], value, where)
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
+        annotations = typing.get_type_hints(kind)
+        hints = {field.name: annotations[field.name] for field in dataclasses.fields(kind)}
         check_type(dict, value, where)
         for problem, names in (
             ("lacks", hints.keys() - value.keys()),

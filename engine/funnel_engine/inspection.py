@@ -1,5 +1,6 @@
 """Facts about a checkpoint, converted or not, for people and programs. The weights are not read."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ def inspect_checkpoint(
     form: str | None = None,
     sliding_window: int | None = None,
     *,
-    funnel: FunnelConfig = FunnelConfig(),
+    funnel: FunnelConfig | None = None,
     seq_len: int = 512,
     verify: bool = False,
 ) -> Facts:
@@ -29,7 +30,8 @@ def inspect_checkpoint(
 
     Args:
         form, sliding_window: as `format` and `sliding_window` of `convert`.
-        funnel, seq_len: the funnel and the number of tokens per sequence for the costs.
+        funnel: the funnel for the costs; None takes the checkpoint's own.
+        seq_len: the number of tokens per sequence for the costs.
         verify: compare the files of a converted checkpoint with its hashes; this reads all files.
 
     Returns:
@@ -44,7 +46,11 @@ def inspect_checkpoint(
         model = read_source(path, form, sliding_window)
         if verify:
             check_hashes(path, form)
-        return {"format": form, "problems": []} | describe(model) | costs(model, funnel, seq_len)
+        return (
+            {"format": form, "problems": []}
+            | describe(model)
+            | costs(model, model.funnel if funnel is None else funnel, seq_len)
+        )
     except FunnelError as error:
         return {"format": form, "problems": [line.strip() for line in str(error).splitlines()]}
 
@@ -89,6 +95,8 @@ def describe(model: SourceModel) -> Facts:
             for dense in head.dense
         ],
         "similarity": head.similarity,
+        "intended_funnel": str(model.funnel),
+        "training": None if model.training is None else dataclasses.asdict(model.training),
         "task": head.task,
         "labels": list(head.labels),
         "tokenizer": model.tokenizer_file.name if model.tokenizer_file else None,
@@ -101,9 +109,10 @@ def describe(model: SourceModel) -> Facts:
 
 
 def costs(model: SourceModel, funnel: FunnelConfig, seq_len: int) -> Facts:
-    """The FLOPs per token without a funnel, and the ratio of FLOPs with and without it."""
+    """The FLOPs per token without a funnel, and the ratio of FLOPs with this funnel and without it."""
     lengths = np.array([seq_len], np.int32)
     return {
+        "funnel": str(funnel),
         "seq_len": seq_len,
         "gflops_per_token": forward_flops(model.config, FunnelConfig(), lengths) / seq_len / 1e9,
         "ideal_ratio": ideal_ratio(model.config, funnel, lengths),

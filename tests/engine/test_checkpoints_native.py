@@ -1,5 +1,6 @@
 """Our own format: what is written is what is read, and a damaged or foreign directory is refused."""
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -14,10 +15,13 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 import hugging_face_models as models
-from funnel_engine import Engine
+from funnel_engine import ConfigError, Engine, FunnelConfig
 from funnel_engine.checkpoints import native
-from funnel_engine.checkpoints.convert import convert
+from funnel_engine.checkpoints.convert import convert, prepare_destination, save
 from funnel_engine.checkpoints.native import read_checkpoint
+from funnel_engine.checkpoints.source import Agreement, TrainingRecord
+from funnel_engine.checkpoints.tensors import ArrayTensor
+from funnel_engine.inspection import inspect_checkpoint
 from funnel_engine.weights import count_parameters, expected_shapes
 from funnel_kernels import CheckpointError
 from tiny_models import make_tokenizer
@@ -62,7 +66,7 @@ def edit(checkpoint: Path, path: str, value: Any) -> None:
 def test_manifest_says_what_is_there(checkpoint):
     found, fields = read_checkpoint(checkpoint), manifest(checkpoint)
     shapes = expected_shapes(found.config, found.head)
-    assert fields["version"] == 2
+    assert fields["version"] == 3
     assert fields["tensors"] == len(found.weights) == len(shapes)
     assert fields["parameters"] == sum(array.size for array in found.weights.values()) == count_parameters(shapes)
     assert fields["config"]["softcap"] == 1.7
@@ -108,6 +112,18 @@ def test_what_is_no_checkpoint(tmp_path, checkpoint):
         ("version", 1, "version 1"),
         ("version", "absent", "version None"),
         ("version", "1", "version '1'"),
+        ("version", 4, "version 4; this engine reads versions 2 to 3"),
+        ("version", 3.0, "version 3.0"),
+        ("version", True, "version True"),
+        ("funnel", "absent", "lacks 'funnel'"),
+        ("funnel", None, "funnel is None"),
+        ("funnel", "1:2", "funnel is '1:2'"),
+        ("funnel/strides", [1, 0], "strides[1]=0"),
+        ("funnel/strides", [1, 1, 1, 1, 2], "the funnel has 5 strides but the model has only 3 layers"),
+        ("funnel/pool", "median", "pool='median'"),
+        ("funnel/keep_first", 1, "keep_first is 1"),
+        ("training", {}, "training lacks"),
+        ("training", "distill", "training is 'distill'"),
         ("config", "absent", "lacks 'config'"),
         ("config", [], "config is"),
         ("config/head_dim", "absent", "lacks 'head_dim'"),
@@ -159,6 +175,53 @@ def test_manifest_that_cannot_be(checkpoint, path, value, reason):
         read_checkpoint(checkpoint)
     assert reason in str(error.value)
     assert str(checkpoint) in str(error.value)
+
+
+RECORD = TrainingRecord(
+    method="distill",
+    source="0" * 64,
+    data="f" * 64,
+    loss="cosine",
+    steps=300,
+    agreement=Agreement(0.85, 0.82, 0.88),
+    versions={"jax": "0.10.2"},
+)
+
+
+def train(checkpoint: Path, changes: dict[str, np.ndarray], new: Path) -> None:
+    """Writes the checkpoint with other weights, as training does."""
+    model = native.read_source(checkpoint)
+    weights = {name: ArrayTensor.of(name, array, checkpoint) for name, array in changes.items()}
+    model = dataclasses.replace(model, weights=model.weights | weights, funnel=FunnelConfig.after(1), training=RECORD)
+    save(model, prepare_destination(new, checkpoint, False), "float32")
+
+
+def test_a_trained_checkpoint_is_read_and_converted_with_its_funnel_and_record(checkpoint, tmp_path):
+    old = read_checkpoint(checkpoint)
+    changed = {"final_norm": np.asarray(old.weights["final_norm"]) + 1, "layers.1.down": -old.weights["layers.1.down"]}
+    train(checkpoint, changed, tmp_path / "trained")
+    convert(tmp_path / "trained", tmp_path / "again", dtype="float32")
+    for path in (tmp_path / "trained", tmp_path / "again"):
+        found = read_checkpoint(path, verify=True)
+        assert found.manifest.funnel == FunnelConfig.after(1)
+        assert found.manifest.training == RECORD
+        for name, array in old.weights.items():
+            np.testing.assert_array_equal(found.weights[name], changed.get(name, array))
+    assert inspect_checkpoint(tmp_path / "again")["training"]["agreement"] == RECORD.agreement
+    with pytest.raises(
+        ConfigError, match="was trained for the funnel 1:2; another one, none, cannot be stored with it"
+    ):
+        convert(tmp_path / "again", tmp_path / "other", funnel=FunnelConfig())
+    with pytest.raises(CheckpointError, match=r"tensor final_norm in .* contains NaN"):
+        train(checkpoint, {"final_norm": np.full(48, np.nan, np.float32)}, tmp_path / "broken")
+    assert not (tmp_path / "broken").exists()
+
+
+def test_version_2_is_read_and_has_no_funnel(checkpoint):
+    for path, value in (("version", 2), ("funnel", "absent"), ("training", "absent")):
+        edit(checkpoint, path, value)
+    assert read_checkpoint(checkpoint).manifest.funnel == FunnelConfig()
+    assert Engine.load(checkpoint, max_batch_tokens=64).funnel == FunnelConfig()
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", "[" * 100_000, '{"version": 1, "version": 1}'])

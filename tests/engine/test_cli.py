@@ -1,7 +1,9 @@
 """The `funnel` command as a user meets it: results, help, and one line with exit status 2 for every mistake."""
 
+import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -54,10 +56,11 @@ def test_help_lists_every_command_with_a_line():
 
 
 def test_inspect_for_people_and_for_programs(folder):
-    text = run("inspect", folder / "model", "--after", 1)
+    text = run("inspect", folder / "model", "--funnel", "1:2")
     assert text.exit_code == 0
-    assert "2:1 before layer 1; max pooling" in text.output
-    facts = json.loads(run("inspect", folder / "model", "--after", 1, "--seq-len", 30, "--json").stdout)
+    assert re.search(r"^funnel +1:2$", text.output, re.MULTILINE)
+    assert re.search(r"^intended_funnel +none$", text.output, re.MULTILINE)
+    facts = json.loads(run("inspect", folder / "model", "--funnel", "1:2", "--seq-len", 30, "--json").stdout)
     assert facts["family"] == "gemma2"
     assert (facts["layers"], facts["hidden_size"], facts["vocab_size"]) == (3, 48, 101)
     assert (facts["format"], facts["problems"], facts["dtype"]) == ("funnel", [], "float32")
@@ -99,7 +102,7 @@ def test_inspect_says_what_is_wrong(folder, tmp_path, damage):
         shutil.rmtree(source)
         reason = "does not exist"
     elif damage == "funnel":
-        options, reason = ["--after", 7], "8 strides but the model has only 3 layers"
+        options, reason = ["--funnel", "7:2"], "8 strides but the model has only 3 layers"
     else:
         options, reason = ["--format", "funnel"], "not a checkpoint of this engine"
     result = run("inspect", source, *options, "--json")
@@ -150,7 +153,7 @@ def test_doctor_says_what_serves_each_op():
 @pytest.mark.parametrize("suffix", [".npy", ".jsonl"])
 def test_embed_writes_what_the_engine_computes(folder, tmp_path, suffix):
     output = tmp_path / f"vectors{suffix}"
-    result = run("embed", folder / "model", folder / "texts.txt", "-o", output, "--after", 1, "--stride", 3)
+    result = run("embed", folder / "model", folder / "texts.txt", "-o", output, "--funnel", "1:3")
     assert result.exit_code == 0, result.output
     assert "Wrote 4 vectors of size 48" in result.output
     if suffix == ".npy":
@@ -262,19 +265,19 @@ def test_mistakes_are_one_line_and_status_2(folder, tmp_path):
     assert_refused(run("convert", tmp_path / "nothing", tmp_path / "new"), "does not exist")
     assert_refused(run("embed", folder / "source", texts, "-o", output), "not a checkpoint of this engine", "convert")
     assert_refused(run("embed", model, texts, "-o", tmp_path / "v.txt"), "must end in .npy or .jsonl")
-    assert_refused(run("embed", model, texts, "-o", output, "--stride", 0, "--after", 1), "stride", "at least 1")
+    assert_refused(run("embed", model, texts, "-o", output, "--funnel", "1:0"), "strides[1]=0", "at least 1")
     assert_refused(run("embed", model, "-o", output, input="a\n\nb\n"), "line 2 of the texts is empty")
     assert_refused(run("embed", model, "-o", output, input=""), "the file has no texts; give one text per line")
     assert_refused(run("embed", model, texts, "-o", output, "--prompt-name", "query"), "'query' is unknown")
     assert_refused(run("embed", model, texts, "-o", output, "--backend", "cuda"), "does not exist in this build")
     assert_refused(run("embed", model, texts, "-o", tmp_path / "no" / "v.npy"), "is not a directory; make it first")
-    assert_refused(run("embed", model, texts, "-o", output, "--pool", "mean"), "need a funnel", "--after")
+    assert_refused(run("embed", model, texts, "-o", output, "--funnel", "mean"), "must be LAYER:STRIDE, e.g. 6:2")
     assert_refused(run("embed", model, "-o", output, input=b"caf\xe9\n"), "line 1 of the texts is not UTF-8", "byte 4")
     assert not list(tmp_path.iterdir())
 
 
 def test_unknown_options_are_status_2(folder):
-    assert run("embed", folder / "model", "--pool", "median").exit_code == 2
+    assert run("embed", folder / "model", "--pool", "mean").exit_code == 2
     assert run("nonsense").exit_code == 2
 
 
@@ -287,3 +290,18 @@ def test_an_interrupt_ends_the_process_at_once(folder, tmp_path, monkeypatch):
     result = run("embed", folder / "model", folder / "texts.txt", "-o", tmp_path / "v.npy")
     assert (result.exit_code, result.stderr) == (130, "Interrupted\n")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_funnel_is_stored_and_used(folder, tmp_path):
+    model, texts = tmp_path / "model", folder / "texts.txt"
+    assert run("convert", folder / "model", model, "--funnel", "1:2/mean", "--dtype", "float32").exit_code == 0
+    facts = json.loads(run("inspect", model, "--json").stdout)
+    assert facts["intended_funnel"] == facts["funnel"] == "1:2/mean"
+    assert facts["ideal_ratio"] < 1
+    assert json.loads(run("inspect", model, "--funnel", "none", "--json").stdout)["ideal_ratio"] == 1
+    for options in ([], ["--funnel", "none"]):
+        with pytest.warns(UserWarning, match="meant for the funnel 1:2/mean") if options else contextlib.nullcontext():
+            assert run("embed", model, texts, "-o", tmp_path / "v.npy", *options).exit_code == 0
+        funnel = FunnelConfig() if options else FunnelConfig.after(1, pool="mean")
+        expected = Engine.load(folder / "model", funnel=funnel).embed(texts.read_text().splitlines())
+        np.testing.assert_allclose(np.load(tmp_path / "v.npy"), expected, atol=1e-5)

@@ -1,11 +1,14 @@
 """What `Engine.load` makes of a checkpoint: dtype, attention, pooling, tokenizer, and weights used in place."""
 
+import re
+import warnings
+
 import jax
 import numpy as np
 import pytest
 import transformers
 
-from funnel_engine import CheckpointError, ConfigError, Engine, InputError, convert
+from funnel_engine import CheckpointError, ConfigError, Engine, FunnelConfig, InputError, convert
 from hugging_face_models import build, gemma3
 from tiny_models import make_tokenizer
 
@@ -99,3 +102,47 @@ def test_without_a_tokenizer_ids_still_work(folder, tmp_path):
     with pytest.raises(InputError, match="this checkpoint has no tokenizer, so it takes token ids only"):
         engine.embed("a small funnel")
     np.testing.assert_array_equal(engine.embed(IDS), Engine.load(folder / "float32", max_batch_tokens=64).embed(IDS))
+
+
+FUNNEL = FunnelConfig.after(1, pool="mean", recovery="mean_last")
+
+
+@pytest.fixture(scope="module")
+def funneled(folder):
+    convert(folder / "float32", folder / "funneled", dtype="float32", funnel=FUNNEL)
+    return folder / "funneled"
+
+
+def test_the_checkpoints_funnel_is_used(folder, funneled):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        own = Engine.load(funneled, max_batch_tokens=64)
+        asked = Engine.load(folder / "float32", funnel=FUNNEL, max_batch_tokens=64)
+        same = Engine.load(funneled, funnel=FUNNEL, max_batch_tokens=64)
+    assert own.funnel == FUNNEL
+    np.testing.assert_array_equal(own.embed(IDS), asked.embed(IDS))
+    assert own.describe() == asked.describe() == same.describe()
+    assert "meant for" not in own.describe()
+
+
+@pytest.mark.parametrize("funnel", [FunnelConfig(), FunnelConfig.after(2)], ids=str)
+def test_another_funnel_is_warned_of_and_described(folder, funneled, funnel):
+    with pytest.warns(UserWarning, match=f"is meant for the funnel {FUNNEL}, but it is loaded with {funnel}") as caught:
+        other = Engine.load(funneled, funnel=funnel, max_batch_tokens=64)
+    assert caught[0].filename == __file__
+    plain = Engine.load(folder / "float32", funnel=funnel, max_batch_tokens=64)
+    np.testing.assert_array_equal(other.embed(IDS), plain.embed(IDS))
+    assert re.findall("^meant for +(.*)$", other.describe(), re.MULTILINE) == [f"the funnel {FUNNEL}"]
+
+
+def test_a_funnel_is_a_funnel_config(folder):
+    with pytest.raises(ConfigError, match=r"funnel='1:2' must be a FunnelConfig; .* FunnelConfig.parse reads"):
+        Engine.load(folder / "float32", funnel="1:2")
+    with pytest.raises(ConfigError, match="funnel='1:2' must be a FunnelConfig"):
+        convert(folder / "float32", folder / "new", funnel="1:2")
+
+
+def test_a_funnel_that_does_not_fit_is_not_stored(folder):
+    with pytest.raises(ConfigError, match="the funnel has 10 strides but the model has only"):
+        convert(folder / "source", folder / "new", funnel=FunnelConfig.after(9))
+    assert not (folder / "new").exists()

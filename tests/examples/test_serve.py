@@ -131,7 +131,7 @@ def test_the_command_loads_a_checkpoint_and_serves_it(serve, tmp_path, monkeypat
 
     monkeypatch.setattr(serve, "make_server", remember)
     monkeypatch.setattr(serve, "BATCH_TOKENS", 64)  # fewer buckets to compile
-    monkeypatch.setattr(sys, "argv", ["serve.py", str(tmp_path / "checkpoint"), "--after", "1", "--port", "0"])
+    monkeypatch.setattr(sys, "argv", ["serve.py", str(tmp_path / "checkpoint"), "--funnel", "1:2/mean", "--port", "0"])
     thread = threading.Thread(target=serve.main, daemon=True)
     thread.start()
     server = made.get(timeout=240)

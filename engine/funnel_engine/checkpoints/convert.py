@@ -1,6 +1,7 @@
 """Converts a checkpoint to our own format. A destination that exists is always complete."""
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import glob
@@ -14,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from funnel_engine.checkpoints.formats import read_source
 from funnel_engine.checkpoints.native import MANIFEST, synchronize, write_checkpoint
-from funnel_engine.config import check_flag
+from funnel_engine.checkpoints.source import SourceModel
+from funnel_engine.config import FunnelConfig, check_flag, check_funnel, layer_steps
 from funnel_engine.input_files import is_file, to_path
 from funnel_engine.weights import DTYPES, check_dtype, count_parameters, expected_shapes
-from funnel_kernels.errors import CheckpointError
+from funnel_kernels.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -29,6 +31,7 @@ def convert(
     *,
     dtype: Any = "bfloat16",
     overwrite: bool = False,
+    funnel: FunnelConfig | None = None,
     format: str | None = None,
     sliding_window: int | None = None,
     allow_nonfinite: bool = False,
@@ -44,6 +47,8 @@ def convert(
         destination: the directory to make.
         dtype: the dtype to which the weights are rounded: "bfloat16" or "float32", or the NumPy or JAX dtype.
         overwrite: replace `destination` if it is a checkpoint. The old one is kept until the new one is complete.
+        funnel: the funnel that `Engine.load` will use if it is given none. None keeps the source's, which only a
+            converted checkpoint has.
         format: the format of the source, a key of `formats.FORMATS`; None detects it from the content.
         sliding_window: replaces the value in the source's config, if an old save wrote a wrong one.
         allow_nonfinite: accept weights that are NaN or infinite.
@@ -51,16 +56,55 @@ def convert(
     Raises:
         CheckpointError: the source is missing, damaged or not supported, or the destination exists or cannot be
             written.
-        ConfigError: the dtype or the format is unknown, or an option has a wrong type.
+        ConfigError: the dtype or the format is unknown, an option has a wrong type, the funnel does not fit the model,
+            or the source was trained for another funnel.
     """
     dtype = check_dtype(dtype)
     overwrite, allow_nonfinite = check_flag("overwrite", overwrite), check_flag("allow_nonfinite", allow_nonfinite)
     source, destination = to_path(source), to_path(destination)
+    destination = prepare_destination(destination, source, overwrite)
+    model = read_source(source, format, sliding_window)
+    if funnel is not None:
+        model = with_funnel(model, check_funnel(funnel))
+    save(model, destination, dtype, overwrite=overwrite, allow_nonfinite=allow_nonfinite)
+
+
+def with_funnel(model: SourceModel, funnel: FunnelConfig) -> SourceModel:
+    """The model, to be run with `funnel` by default.
+
+    Raises:
+        ConfigError: the funnel does not fit the model, or the model was trained for another one.
+    """
+    layer_steps(model.config, funnel)
+    if model.training is not None and funnel != model.funnel:
+        raise ConfigError(
+            f"{model.directory} was trained for the funnel {model.funnel}; another one, {funnel}, cannot be stored "
+            "with it. Give it to Engine.load, or convert the checkpoint that training began with"
+        )
+    return dataclasses.replace(model, funnel=funnel)
+
+
+def prepare_destination(destination: Path, source: Path, overwrite: bool) -> Path:
+    """The resolved path of a checkpoint that will be written, after a check that it may be.
+
+    Raises:
+        CheckpointError: the destination exists, overlaps the source, or cannot be written.
+    """
     with writing(destination):
         destination = destination.resolve()
         remove_leftovers(destination)
         check_destination(destination, source.resolve(), overwrite)
-    model = read_source(source, format, sliding_window)
+    return destination
+
+
+def save(
+    model: SourceModel, destination: Path, dtype: str, *, overwrite: bool = False, allow_nonfinite: bool = False
+) -> None:
+    """Writes a model as a checkpoint at a path from `prepare_destination`, where it appears when it is complete.
+
+    Raises:
+        CheckpointError: the model cannot be read, a weight is not finite, or the destination cannot be written.
+    """
     size = count_parameters(expected_shapes(model.config, model.head)) * DTYPES[dtype].itemsize
     with writing(destination):
         free = shutil.disk_usage(destination.parent).free

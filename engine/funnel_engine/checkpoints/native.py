@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 
 from funnel_engine.checkpoints.safetensors_file import StoredTensor, map_tensors, read_header, write_tensors
-from funnel_engine.checkpoints.source import SourceModel
+from funnel_engine.checkpoints.source import SourceModel, TrainingRecord
 from funnel_engine.checkpoints.tensors import Part, Rows, assemble, check_tensors, join_shards
-from funnel_engine.config import ModelConfig
+from funnel_engine.config import FunnelConfig, ModelConfig, layer_steps
 from funnel_engine.heads import HeadConfig
 from funnel_engine.input_files import (
     check_file,
@@ -41,7 +41,9 @@ from funnel_engine.text import TextConfig
 from funnel_engine.weights import DTYPES, Shapes, count_parameters, expected_shapes
 from funnel_kernels.errors import CheckpointError
 
-VERSION = 2
+VERSION = 3
+# The fields that a version added to the one before it, and what they mean where they are missing.
+ADDED = {3: {"funnel": dataclasses.asdict(FunnelConfig()) | {"strides": []}, "training": None}}
 MANIFEST = "funnel.json"
 SHARD_BYTES = 4_900_000_000  # bytes of tensors in a file; with its header it stays below 5 GB
 
@@ -73,6 +75,8 @@ class Manifest:
 
     Attributes:
         dtype: the dtype of every tensor, "bfloat16" or "float32".
+        funnel: the funnel that the model is meant to run with; `Engine.load` uses it.
+        training: how the weights were trained for this funnel; None if they were not.
         tensors, parameters: their numbers, for people; the required tensors follow from `config` and `head`.
         text: how texts are prepared.
         tokenizer: file name of the tokenizer, or None.
@@ -83,6 +87,8 @@ class Manifest:
     config: ModelConfig
     head: HeadConfig
     text: TextConfig
+    funnel: FunnelConfig
+    training: TrainingRecord | None
     dtype: str
     tensors: int
     parameters: int
@@ -169,13 +175,18 @@ def open_checkpoint(directory: Path) -> tuple[Manifest, dict[str, Path]]:
 def read_manifest(path: Path) -> Manifest:
     fields = read_json(path)
     version = fields.get("version")
-    if version != VERSION:
+    readable = range(min(ADDED) - 1, VERSION + 1)
+    if type(version) is not int or version not in readable:
         raise CheckpointError(
-            f"{path} has version {version!r}; this engine reads version {VERSION}. Convert the source again"
+            f"{path} has version {version!r}; this engine reads versions {readable[0]} to {readable[-1]}. Convert the "
+            "source again"
         )
+    for added in range(version + 1, VERSION + 1):
+        fields = ADDED[added] | fields
     with reading(path):
         manifest: Manifest = decode(Manifest, fields, str(path))
         expected_shapes(manifest.config, manifest.head)
+        layer_steps(manifest.config, manifest.funnel)
     if manifest.dtype not in DTYPES:
         raise CheckpointError(
             f"{path}: dtype is {manifest.dtype!r}; it must be {' or '.join(DTYPES)}. Convert the source again"
@@ -243,6 +254,8 @@ def read_source(directory: Path, sliding_window: int | None = None) -> SourceMod
         text=manifest.text,
         tokenizer_file=files[manifest.tokenizer] if manifest.tokenizer else None,
         directory=directory,
+        funnel=manifest.funnel,
+        training=manifest.training,
     )
 
 
@@ -287,6 +300,8 @@ def write_checkpoint(
         config=model.config,
         head=model.head,
         text=model.text,
+        funnel=model.funnel,
+        training=model.training,
         dtype=dtype,
         tensors=len(shapes),
         parameters=count_parameters(shapes),

@@ -3,11 +3,48 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from funnel_engine.checkpoints.tensors import Rows
-from funnel_engine.config import ModelConfig
+from funnel_engine.config import FunnelConfig, ModelConfig
 from funnel_engine.heads import HeadConfig
 from funnel_engine.text import TextConfig
+
+
+class Agreement(NamedTuple):
+    """The share of the ten nearest texts that two models agree on, on texts held out of training.
+
+    Attributes:
+        mean: the mean over the texts, from 0 to 1.
+        low, high: its 95 % confidence interval.
+    """
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingRecord:
+    """How the weights of a checkpoint were trained for its funnel.
+
+    Attributes:
+        method: the command, e.g. "distill".
+        source: SHA-256 of the manifest of the checkpoint that training began with.
+        data: SHA-256 of the training data.
+        loss: the loss function, and which weights were trained.
+        steps: number of optimizer steps.
+        agreement: with the checkpoint that training began with, unfunneled; None if it was not measured.
+        versions: of the packages that computed it, by name.
+    """
+
+    method: str
+    source: str
+    data: str
+    loss: str
+    steps: int
+    agreement: Agreement | None
+    versions: dict[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +57,8 @@ class SourceModel:
         dropped: how many tensors are left out because an encoder does not need them, by the rule for leaving them out.
         tokenizer_file: tokenizer.json, or a SentencePiece model; None if there is no tokenizer.
         directory: the folder of the source.
+        funnel: the funnel that the model is meant to run with.
+        training: how it was trained for this funnel; None if it was not.
     """
 
     format: str
@@ -30,6 +69,8 @@ class SourceModel:
     text: TextConfig
     tokenizer_file: Path | None
     directory: Path
+    funnel: FunnelConfig = FunnelConfig()
+    training: TrainingRecord | None = None
 
     @property
     def files(self) -> list[Path]:

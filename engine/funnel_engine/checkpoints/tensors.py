@@ -5,6 +5,7 @@ The reader of a format lists, for each of our weights, the `Part`s of source ten
 """
 
 import collections
+import dataclasses
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
@@ -182,6 +183,35 @@ class Rows(NamedTuple):
         view = self.tensor.read(at, 0, rows).transpose(axes)
         for start, stop in row_blocks(view.shape):
             yield np.ascontiguousarray(view[start:stop])
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayTensor:
+    """A tensor in memory, e.g. one that was trained.
+
+    Attributes:
+        path: the checkpoint that training began with.
+    """
+
+    path: Path
+    name: str
+    array: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    @property
+    def dtype(self) -> str:
+        return self.array.dtype.name
+
+    def read(self, at: tuple[int, ...], start: int, stop: int) -> np.ndarray:
+        return self.array[at][start:stop]
+
+    @classmethod
+    def of(cls, name: str, array: np.ndarray, path: Path) -> tuple[Rows, ...]:
+        """One of our weights that consists of an array."""
+        return (Rows(cls(path, name, array), Part(name, array.shape)),)
 
 
 def row_blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:

@@ -33,6 +33,15 @@ def test_options_reach_the_engine(library, checkpoints):
     library.close(handle)
 
 
+def test_a_funnel_may_be_a_short_form(library, checkpoints):
+    handle = library.open(checkpoints["plain"], json.dumps({"max_batch_tokens": 16, "funnel": "1:2/mean"}))
+    engine = Engine.load(checkpoints["plain"], funnel=FunnelConfig((1, 2), pool="mean"), max_batch_tokens=16)
+    np.testing.assert_array_equal(library.embed(handle), engine.embed((IDS, OFFSETS)))
+    library.close(handle)
+    with refusal("CONFIG: funnel '1-2': '1-2' must be LAYER:STRIDE"):
+        library.open(checkpoints["plain"], json.dumps({"funnel": "1-2"}))
+
+
 @pytest.mark.parametrize("size", [0, 8, 12, 23, 33, 40, 2**64 - 1])
 def test_unknown_struct_sizes(library, plain, checkpoints, size):
     with refusal(rf"INVALID_ARGUMENT: funnel_options.struct_size is {size}, .* 32 here"):

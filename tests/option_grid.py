@@ -87,13 +87,20 @@ def over_the_grid(op: str, backends: Iterable[str] = BACKENDS) -> pytest.MarkDec
 
 def cases_of(op: str, backend: str) -> Iterator[tuple[str, Any, bool]]:
     """The name of each case of a backend, the case, and whether it runs by default: if a value of an option is new."""
+    cases = (SIMULATED if backend == "tpu" else CASES)[op]
+    served = {name: case for name, case in cases.items() if not refuses(op, backend, case)}
+    new = {name for name, _, is_new in with_new_values(served) if is_new}
+    for name, case in cases.items():
+        yield name, case, backend not in ("triton", "tpu") or name in new
+
+
+def with_new_values(cases: Mapping[str, Any]) -> Iterator[tuple[str, Any, bool]]:
+    """The name of each case, the case, and whether it has a value of an option that no case before it has."""
     seen: set[tuple[str, str]] = set()
-    for name, case in (SIMULATED if backend == "tpu" else CASES)[op].items():
+    for name, case in cases.items():
         values = {(field, str(value)) for field, value in dataclasses.asdict(case).items()}
-        is_served = not refuses(op, backend, case)
-        yield name, case, backend not in ("triton", "tpu") or (is_served and not values <= seen)
-        if is_served:
-            seen |= values
+        yield name, case, not values <= seen
+        seen |= values
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:

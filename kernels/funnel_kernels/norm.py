@@ -13,9 +13,19 @@ def rms_norm(
 
     Everything is float32, also the result: the caller casts once, after the weight is applied.
     """
-    x = x.astype(jnp.float32)
+    x = widened(x)
     inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
-    return x * inverse_rms * (1.0 + weight.astype(jnp.float32))
+    return x * inverse_rms * (1.0 + widened(weight))
+
+
+def sum_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """The dtype of sums and norms: float32. Derivatives are checked in float64, which stays float64."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def widened(x: jax.Array) -> jax.Array:
+    """`x` in the dtype of sums and norms."""
+    return x.astype(sum_dtype(x.dtype))
 
 
 def rounded(

@@ -31,6 +31,8 @@ def attention(
     `scale * q . k`, then `softcap * tanh(scores / softcap)` if a softcap is given (Gemma 2, arXiv:2408.00118), then
     the mask, then a float32 softmax. A row whose interval is empty gets 0.
 
+    Backends "xla" and "reference" have reverse-mode derivatives by q, k and v, here as in every op.
+
     Args:
         q, k, v: float32 or bfloat16, all of one dtype, finite in every row. The heads of a row are side by side.
         lo, hi: int32, `0 <= lo` and `hi <= Nk`. An interval with `lo >= hi` is empty.

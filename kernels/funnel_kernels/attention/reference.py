@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from funnel_kernels.norm import widened
 from funnel_kernels.shapes import Bounds, Heads
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -21,9 +22,9 @@ def attention(
     softcap: float | None,
 ) -> Heads:
     rows, keys, head_dim = q.shape[0], k.shape[0], q.shape[1] // heads
-    q_heads = q.astype(jnp.float32).reshape(rows, kv_heads, heads // kv_heads, head_dim)
-    k_heads = k.astype(jnp.float32).reshape(keys, kv_heads, head_dim)
-    v_heads = v.astype(jnp.float32).reshape(keys, kv_heads, head_dim)
+    q_heads = widened(q).reshape(rows, kv_heads, heads // kv_heads, head_dim)
+    k_heads = widened(k).reshape(keys, kv_heads, head_dim)
+    v_heads = widened(v).reshape(keys, kv_heads, head_dim)
 
     scores = scale * jnp.einsum("qhgd,khd->hgqk", q_heads, k_heads, precision=HIGHEST)
     if softcap is not None:

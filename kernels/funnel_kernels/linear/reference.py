@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from funnel_kernels.add_norm import reference as add_norm
 from funnel_kernels.linear.packed import PackedWeight, Weight
-from funnel_kernels.norm import rms_norm
+from funnel_kernels.norm import rms_norm, widened
 from funnel_kernels.shapes import Angles, Heads, Rows, Vector
 from funnel_kernels.target import Unsupported
 
@@ -15,7 +15,7 @@ HIGHEST = jax.lax.Precision.HIGHEST
 def linear(x: Rows, weight: Weight, add: Rows | None) -> Rows:
     if isinstance(weight, PackedWeight):
         raise Unsupported("the weight is packed for backend 'cpu'; give the plain weight")
-    product = jnp.matmul(x.astype(jnp.float32), weight.astype(jnp.float32).T, precision=HIGHEST)
+    product = jnp.matmul(widened(x), widened(weight).T, precision=HIGHEST)
     return product if add is None else (add + product).astype(add.dtype)
 
 

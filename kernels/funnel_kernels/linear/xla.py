@@ -9,28 +9,28 @@ import jax.numpy as jnp
 
 from funnel_kernels.add_norm import add_norm
 from funnel_kernels.linear.packed import PackedWeight, Weight
-from funnel_kernels.norm import rms_norm
+from funnel_kernels.norm import rms_norm, sum_dtype, widened
 from funnel_kernels.shapes import Angles, Heads, Rows, Vector
 from funnel_kernels.target import Target, Unsupported
 
 
 def linear(x: Rows, weight: Weight, add: Rows | None, *, target: Target) -> Rows:
     if add is None:
-        return project(x, weight, jnp.float32)
+        return project(x, weight, sum_dtype(x.dtype))
     # On a CPU the float32 sum is rounded once. An accelerator's compiler would remove that rounding and keep the
     # residual stream in float32 from layer to layer, which doubles the memory traffic and breaks the promised dtype. So
     # there the product is rounded and then the sum, as in transformers. If XLA fuses both into one cuBLASLt call, only
     # the sum is rounded.
-    product = project(x, weight, jnp.float32 if target.platform == "cpu" else x.dtype)
+    product = project(x, weight, sum_dtype(x.dtype) if target.platform == "cpu" else x.dtype)
     return (add + product).astype(add.dtype)
 
 
 def gated_linear(x: Rows, weight: Weight, *, target: Target) -> Rows:
     # On a CPU float32 costs nothing. An accelerator writes gate and up, the largest arrays, to memory and reads them
     # again, so there they are rounded to the dtype of the activations, as in transformers.
-    product = project(x, weight, jnp.float32 if target.platform == "cpu" else x.dtype)
+    product = project(x, weight, sum_dtype(x.dtype) if target.platform == "cpu" else x.dtype)
     # Split before the cast: otherwise XLA writes the whole array as float32.
-    gate, up = (half.astype(jnp.float32) for half in jnp.split(product, 2, axis=1))
+    gate, up = (widened(half) for half in jnp.split(product, 2, axis=1))
     return (jax.nn.gelu(gate, approximate=True) * up).astype(x.dtype)
 
 
@@ -45,12 +45,12 @@ def linear_add_norm(
     target: Target,
 ) -> tuple[Rows, Rows]:
     if target.platform == "cpu":  # `add_norm` computes the sum in float32
-        product = project(x, weight, jnp.float32)
+        product = project(x, weight, sum_dtype(x.dtype))
         return add_norm(add, product, norm_weight, update_weight=update_weight, eps=eps, target=target)
     if update_weight is None:
         total = linear(x, weight, add, target=target)
     else:
-        total = add + rms_norm(project(x, weight, jnp.float32), update_weight, eps).astype(add.dtype)
+        total = add + rms_norm(project(x, weight, sum_dtype(x.dtype)), update_weight, eps).astype(add.dtype)
     return add_norm(total, None, norm_weight, eps=eps, target=target)
 
 
@@ -66,7 +66,7 @@ def project_heads(
     eps: float,
     target: Target,
 ) -> tuple[Heads, ...]:
-    product = project(x, weight, jnp.float32)
+    product = project(x, weight, sum_dtype(x.dtype))
     return finish_heads(product, cos, sin, norms, x.dtype, heads=heads, plain_heads=plain_heads, eps=eps, target=target)
 
 

@@ -26,7 +26,8 @@ def pool_norm(
 
     Only the real rows of a window count, each once: "max" is their elementwise, signed maximum, "mean" is their mean in
     float32, "first" is the first of them. A window without real rows becomes 0. The norm reads the pooled row in
-    float32, before it is rounded to the dtype of `x`.
+    float32, before it is rounded to the dtype of `x`. In the derivative, rows that share a maximum share its gradient
+    in equal parts.
 
     Args:
         x: float32 or bfloat16, the residual stream.

@@ -2,12 +2,12 @@
 
 import jax.numpy as jnp
 
-from funnel_kernels.norm import rms_norm
+from funnel_kernels.norm import rms_norm, widened
 from funnel_kernels.shapes import Mask, Rows, Vector
 
 
 def pool_norm(x: Rows, real: Mask, weight: Vector, *, stride: int, pool: str, eps: float) -> tuple[Rows, Rows]:
-    windows = x.reshape(-1, stride, x.shape[1]).astype(jnp.float32)
+    windows = widened(x).reshape(-1, stride, x.shape[1])
     is_real = real.reshape(-1, stride, 1)
     if pool == "max":
         pooled = jnp.where(is_real, windows, -jnp.inf).max(axis=1)

@@ -27,7 +27,7 @@ def recover_norm(
 
     Full-length row `j` gets short row `j // stride`. The combination and the norm are float32. With site "before_norm"
     the combined rows are normalised; with "after_norm" both operands are normalised with the same weight and then
-    combined.
+    combined. In the derivative of a maximum, operands that are equal share the gradient in equal parts.
 
     Args:
         short: float32 or bfloat16, the residual stream after the last layer.

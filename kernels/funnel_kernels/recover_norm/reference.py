@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from funnel_kernels.norm import rms_norm
+from funnel_kernels.norm import rms_norm, widened
 from funnel_kernels.shapes import Rows, Vector
 
 
@@ -23,7 +23,7 @@ def tile(short: Rows, stride: int) -> Rows:
 
 
 def combine(tiled: Rows, full: Rows, mode: str) -> Rows:  # float32
-    tiled = tiled.astype(jnp.float32)
+    tiled = widened(tiled)
     if mode == "max":
         return jnp.maximum(tiled, full)
     return (tiled + full) * (0.5 if mode == "mean" else 1.0)

@@ -73,7 +73,7 @@ def served_or_refused(dtype: str, backend: str = "cpu") -> Iterator[None]:
 def over_the_grid(op: str, backends: Iterable[str] = BACKENDS) -> pytest.MarkDecorator:
     """Parametrises a test of an op by `backend` and `case`: each backend gets the cases of its part of the grid.
 
-    Interpreted kernels are slow: of their cases some run by default, in which every value of every option occurs.
+    Of some backends' cases some run by default, in which every value of every option occurs, see `cases_of`.
     """
     return pytest.mark.parametrize(
         ("backend", "case"),
@@ -86,12 +86,16 @@ def over_the_grid(op: str, backends: Iterable[str] = BACKENDS) -> pytest.MarkDec
 
 
 def cases_of(op: str, backend: str) -> Iterator[tuple[str, Any, bool]]:
-    """The name of each case of a backend, the case, and whether it runs by default: if a value of an option is new."""
+    """The name of each case of a backend, the case, and whether it runs by default.
+
+    The reference and the C++ kernels run all of them. Interpreters are slow, and XLA compiles each case for longer than
+    it runs: there a case runs by default if a value of one of its options is new.
+    """
     cases = (SIMULATED if backend == "tpu" else CASES)[op]
     served = {name: case for name, case in cases.items() if not refuses(op, backend, case)}
     new = {name for name, _, is_new in with_new_values(served) if is_new}
     for name, case in cases.items():
-        yield name, case, backend not in ("triton", "tpu") or name in new
+        yield name, case, backend in ("reference", "cpu") or name in new
 
 
 def with_new_values(cases: Mapping[str, Any]) -> Iterator[tuple[str, Any, bool]]:

@@ -19,7 +19,7 @@ def test_every_value_of_every_option_is_simulated(op):
     assert len(SIMULATED[op]) <= len(CASES[op]) / 3
 
 
-@pytest.mark.parametrize("backend", ["triton", "tpu"])
+@pytest.mark.parametrize("backend", ["xla", "triton", "tpu"])
 @pytest.mark.parametrize("op", SIMULATED)
 def test_every_value_of_every_option_is_in_the_default_run(op, backend):
     cases = list(cases_of(op, backend))
@@ -29,6 +29,6 @@ def test_every_value_of_every_option_is_in_the_default_run(op, backend):
 
 
 @pytest.mark.parametrize("op", CASES)
-@pytest.mark.parametrize("backend", ["reference", "xla", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_other_backends_get_the_whole_grid_by_default(op, backend):
     assert [case for _, case, is_default in cases_of(op, backend) if is_default] == list(CASES[op].values())

@@ -4,13 +4,11 @@ Differences between model families are data here, so `model.forward` has one cod
 """
 
 import dataclasses
-import math
 import re
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from funnel_kernels.errors import ConfigError, FunnelError
+from funnel_engine.checks import check_flag, check_integer, check_number, check_option, check_positive
+from funnel_kernels.errors import ConfigError
 from funnel_kernels.pool_norm import POOLS
 from funnel_kernels.recover_norm import SITES
 
@@ -298,46 +296,6 @@ def layer_steps(config: ModelConfig, funnel: FunnelConfig) -> list[LayerStep]:
         stride *= pool
         steps.append(LayerStep(layer_type, pool, stride, key_stride))
     return steps
-
-
-# Checks of arguments. Each one returns a plain Python value, so that NumPy values are accepted too.
-
-
-def check_integer(
-    name: str, value: Any, *, least: int, most: int | None = None, error: type[FunnelError] = ConfigError
-) -> int:
-    """Raises `error` unless `value` is an integer within the limits. A bool is not an integer here."""
-    is_integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if not is_integer or value < least or (most is not None and value > most):
-        limits = f"of at least {least}" if most is None else f"from {least} to {most}"
-        raise error(f"{name}={value!r} must be an integer {limits}")
-    return int(value)
-
-
-def check_positive(name: str, value: Any) -> int:
-    """Raises `ConfigError` unless `value` is an integer of at least 1."""
-    return check_integer(name, value, least=1)
-
-
-def check_number(name: str, value: Any) -> float:
-    """Raises `ConfigError` unless `value` is a finite number greater than 0."""
-    is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    if not is_number or not 0 < value < math.inf:
-        raise ConfigError(f"{name}={value!r} must be a finite number greater than 0")
-    return float(value)
-
-
-def check_flag(name: str, value: Any, *, error: type[FunnelError] = ConfigError) -> bool:
-    """Raises `error` unless `value` is True or False."""
-    if not isinstance(value, (bool, np.bool_)):
-        raise error(f"{name}={value!r} must be True or False")
-    return bool(value)
-
-
-def check_option(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Raises `ConfigError` unless `value` is one of `choices`."""
-    if not isinstance(value, str) or value not in choices:
-        raise ConfigError(f"{name}={value!r} is unknown; choose one of {', '.join(choices)}")
 
 
 def check_funnel(funnel: Any) -> FunnelConfig:

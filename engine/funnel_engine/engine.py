@@ -12,7 +12,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from funnel_engine.checkpoints.native import read_checkpoint
-from funnel_engine.config import FunnelConfig, ModelConfig, check_flag, check_funnel, check_integer, check_positive
+from funnel_engine.checks import check_flag, check_integer
+from funnel_engine.config import FunnelConfig, ModelConfig, check_funnel
 from funnel_engine.devices import Devices, OneDevice
 from funnel_engine.flops import ideal_ratio
 from funnel_engine.heads import Head, HeadConfig, SentenceVectors, SequenceLogits, TokenLogits, head_shapes
@@ -88,9 +89,7 @@ class Engine:
             CheckpointError: weights are missing or unknown, or have a wrong shape or dtype.
             BackendUnavailable: the backend is not available here, or does not support this model.
         """
-        max_batch_tokens = check_positive("max_batch_tokens", max_batch_tokens)
-        if max_batch_tokens > MAX_BATCH_TOKENS:
-            raise ConfigError(f"max_batch_tokens={max_batch_tokens} must be at most {MAX_BATCH_TOKENS} (2**24)")
+        max_batch_tokens = check_integer("max_batch_tokens", max_batch_tokens, least=1, most=MAX_BATCH_TOKENS)
         check_funnel(funnel)
         if dtype is not None:
             dtype = check_dtype(dtype)

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from funnel_engine.config import check_flag, check_option, check_positive, set_field
+from funnel_engine.checks import check_flag, check_option, check_positive
+from funnel_engine.config import set_field
 from funnel_engine.inputs import Ragged
 from funnel_engine.packing import Ints, Plan, Spans
 from funnel_kernels import Target, attention

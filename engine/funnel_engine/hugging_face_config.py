@@ -4,10 +4,11 @@ Field names and defaults are those of the configuration classes of transformers 
 `Gemma3TextConfig`, `T5GemmaModuleConfig`). A config file does not contain fields that have the class default.
 """
 
-import sys
 from typing import Any
 
+from funnel_engine.checks import check_flag, check_integer, check_number
 from funnel_engine.config import ModelConfig, Rope, Window
+from funnel_engine.messages import shorten
 from funnel_kernels.errors import ConfigError
 
 COMMON = {
@@ -95,14 +96,14 @@ def read_model_config(config: dict[str, Any], sliding_window: int | None = None)
         num_kv_heads=integer(fields, "num_key_value_heads"),
         head_dim=head_dim,
         layer_types=layer_types,
-        query_scale=positive("query_pre_attn_scalar", scalar) ** -0.5,
+        query_scale=scalar**-0.5,
         attention="bidirectional" if is_bidirectional(family, fields) else "causal",
         max_positions=integer(fields, "max_position_embeddings"),
         full_rope=full_rope,
         sliding_rope=sliding_rope,
         causal_window=causal_window,
         bidirectional_window=bidirectional_window,
-        softcap=None if softcap is None else positive("attn_logit_softcapping", softcap),
+        softcap=None if softcap is None else check_number("attn_logit_softcapping", softcap),
         post_norms=family != "gemma",
         qk_norm=family == "gemma3_text",
         norm_eps=number(fields, "rms_norm_eps"),
@@ -160,8 +161,7 @@ def refuse_unsupported(family: str, fields: dict[str, Any]) -> None:
     if activation not in (ACTIVATIONS if family == "gemma" else ACTIVATIONS[:1]):
         raise ConfigError(f"activation {shorten(activation)} is not supported; it must be Gemma's {ACTIVATIONS[0]!r}")
     for name in ("use_bidirectional_attention", "is_causal"):
-        if not isinstance(fields.get(name, False), bool):
-            raise ConfigError(f"{name}={shorten(fields[name])} in the config must be true or false")
+        check_flag(name, fields.get(name, False))
     if fields.get("attention_bias"):
         raise ConfigError("attention_bias=true is not supported; no published Gemma has biases in its attention")
 
@@ -237,38 +237,20 @@ def read_ropes(family: str, fields: dict[str, Any]) -> tuple[Rope, Rope]:
 
 def read_rope(parameters: dict[str, Any]) -> Rope:
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
-    theta = positive("rope_theta", number(parameters, "rope_theta"))
+    theta = number(parameters, "rope_theta")
     if parameters.get("partial_rotary_factor") not in (None, 1):
         factor = shorten(parameters["partial_rotary_factor"])
         raise ConfigError(f"partial_rotary_factor={factor} is not supported; Gemma rotates whole heads")
     if kind == "default":
         return Rope(theta)
     if kind == "linear":
-        return Rope(theta, positive("RoPE factor", number(parameters, "factor")))
+        return Rope(theta, check_number("RoPE factor", parameters.get("factor")))
     raise ConfigError(f"RoPE type {shorten(kind)} is not supported; it must be 'default' or 'linear'")
 
 
 def integer(fields: dict[str, Any], name: str, *, least: int = 1, most: int = 2**31 - 1) -> int:
-    value = fields.get(name)
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise ConfigError(f"{name}={shorten(value)} in the config must be an integer from {least} to {most}")
-    return value
+    return check_integer(name, fields.get(name), least=least, most=most)
 
 
 def number(fields: dict[str, Any], name: str) -> float:
-    value = fields.get(name)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
-        raise ConfigError(f"{name}={shorten(value)} in the config must be a finite number")
-    return float(value)
-
-
-def positive(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= sys.float_info.max:
-        raise ConfigError(f"{name}={shorten(value)} in the config must be a finite number above 0")
-    return float(value)
-
-
-def shorten(value: Any) -> str:
-    """A value for a message, in at most about 80 characters; a file can contain values of any length."""
-    large = isinstance(value, int) and abs(value) > 2**64
-    return f"an integer of {value.bit_length()} bits" if large else f"{value!r:.80}"
+    return check_number(name, fields.get(name))

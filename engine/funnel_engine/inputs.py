@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from funnel_engine.packing import Ints
@@ -187,6 +188,11 @@ def to_array(name: str, value: Any) -> np.ndarray:
         return np.asarray(value)
     except ValueError:  # nested lists of unequal lengths
         raise InputError(f"{name} is not a flat sequence of token ids") from None
+    except jax.errors.TracerArrayConversionError:
+        raise InputError(
+            f"{name} is traced by jax.jit or another transformation of JAX, so it has no values; call the engine "
+            "outside of the transformed function"
+        ) from None
     except Exception as error:  # raised by the array's library, e.g. because the array is on an accelerator
         raise InputError(
             f"{name}, of type {type(value).__name__}, cannot be read as a NumPy array ({error!s:.200}); copy it to the "

@@ -97,7 +97,7 @@ def default_device() -> jax.Device:
 
     Raises:
         BackendUnavailable: JAX does not start.
-        ConfigError: the device is on another platform than the one that JAX runs on.
+        ConfigError: the device is on another platform than the one that JAX runs on, or JAX traces a function.
     """
     try:
         jax.devices()
@@ -109,7 +109,13 @@ def default_device() -> jax.Device:
             "JAX_PLATFORMS=cpu"
         ) from error
     with default_settings():
-        (device,) = jax.device_put(0).devices()
+        array = jax.device_put(0)
+    if isinstance(array, jax.core.Tracer):
+        raise ConfigError(
+            "an engine cannot be made inside jax.jit or another transformation of JAX; make it outside, and call it "
+            "outside too"
+        )
+    (device,) = array.devices()
     if device.platform != jax.default_backend():
         raise ConfigError(
             f"JAX's default device is {device_name(device)}, but JAX runs on {jax.default_backend()}; "

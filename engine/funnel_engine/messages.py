@@ -1,6 +1,7 @@
-"""Lists in error messages: the first ten entries, and the number of further ones."""
+"""Values and lists in error messages. Files and requests may contain values of any length, and any number of them."""
 
 from collections.abc import Iterable
+from typing import Any
 
 MAX_ENTRIES = 10  # a broken checkpoint can have thousands
 
@@ -18,3 +19,9 @@ def quote(names: Iterable[str]) -> str:
     names = list(names)
     more = f" and {len(names) - MAX_ENTRIES:,} more" if len(names) > MAX_ENTRIES else ""
     return ", ".join(f"{name!r:.80}" for name in names[:MAX_ENTRIES]) + more
+
+
+def shorten(value: Any) -> str:
+    """A value in at most about 80 characters."""
+    large = isinstance(value, int) and abs(value) > 2**64
+    return f"an integer of {value.bit_length()} bits" if large else f"{value!r:.80}"

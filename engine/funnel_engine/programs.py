@@ -79,7 +79,6 @@ class Programs:
         self.record = Record()
         self.compiled: dict[ProgramKey, Future[Program]] = {}
         self._target = dataclasses.replace(devices.target, record=self.record)
-        self._traced: dict[ProgramKey, jax.stages.Traced] = {}
         self._counters = dict.fromkeys(COUNTERS, 0) | {"compile_seconds": 0.0}
         self._lock = threading.Lock()  # guards what is compiled and the counters
         self._is_warm = False
@@ -156,12 +155,14 @@ class Programs:
     def trace(self, rows: int) -> None:
         """Traces the encoder and each head for one bucket, so that the record contains the backends of their ops.
 
+        Nothing is kept but the record: to trace takes a tenth of a second, and the bucket may never be compiled.
+
         Raises:
             BackendUnavailable: the backend does not support one of the ops.
         """
         for key in {key.name: key for key in self.keys(rows)}.values():
             with jax.default_device(self.devices.device):
-                self._traced[key] = self._trace(key)
+                self._trace(key)
 
     def count(self, **counts: float) -> None:
         """Adds to the counters of these names."""
@@ -175,9 +176,8 @@ class Programs:
             return dict(self._counters)
 
     def _compile(self, key: ProgramKey) -> Program:
-        traced = self._traced.pop(key, None) or self._trace(key)
         options = compiler_options(self._target.platform, self._target.threads)
-        return self.devices.thread_safe(traced.lower().compile(options))
+        return self.devices.thread_safe(self._trace(key).lower().compile(options))
 
     def _trace(self, key: ProgramKey) -> jax.stages.Traced:
         """The traced program for a group of batches."""

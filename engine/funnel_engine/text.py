@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from funnel_engine import input_files
-from funnel_engine.config import check_positive
+from funnel_engine.checks import check_positive
 from funnel_engine.messages import abbreviate
 from funnel_kernels.errors import CheckpointError, ConfigError, FunnelError, InputError
 

@@ -7,7 +7,7 @@ whole process off some cores, start it with `taskset`.
 
 import os
 
-from funnel_engine.config import check_integer
+from funnel_engine.checks import check_integer
 from funnel_kernels.errors import ConfigError
 
 VARIABLE = "OMP_NUM_THREADS"

@@ -61,7 +61,16 @@ def warn_without_kernels() -> None:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     except ImportError as error:
-        warnings.warn(f"models run without the kernels for CPUs, several times slower: {error}", stacklevel=4)
+        reason = f"models run without the kernels for CPUs, several times slower: {error}"
+        warnings.warn(reason, stacklevel=users_stacklevel())
+
+
+def users_stacklevel() -> int:
+    """The `stacklevel` with which a warning of the caller names the user's line: the first outside of our packages."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals["__name__"].partition(".")[0] in ("funnel_engine", "funnel_kernels"):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def instruction_set() -> str | None:

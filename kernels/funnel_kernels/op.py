@@ -43,34 +43,43 @@ class Op(Generic[Result]):
         Raises:
             BackendUnavailable: no candidate serves it; the message contains the reason of each.
         """
-        refusals: dict[str, str] = {}
+        unavailable: dict[str, str] = {}  # no kernel of these backends can run on the target
+        refusals: dict[str, str] = {}  # these backends do not serve this call
         for backend in target.candidates:
+            if reason := problem(backend, target):
+                unavailable[backend] = reason
+                continue
+            server, implementation = self.implementation(backend, target)
             try:
-                server, implementation = self.implementation(backend, target)
                 result: Result = implementation(*arrays, **options)
             except Unsupported as refusal:
                 refusals[backend] = str(refusal)
                 continue
             if target.record is not None:
-                target.record.add(self.name, Served(server, tuple(refusals.items())))
+                target.record.add(self.name, Served(server, tuple(refusals.items())), unavailable)
             return result
-        reasons = "; ".join(f"{backend}: {reason}" for backend, reason in refusals.items())
+        reasons = "; ".join(f"{backend}: {reason}" for backend, reason in (unavailable | refusals).items())
         raise BackendUnavailable(
             f"{self.name} is not served by backend {target.backend!r}: {reasons}; choose one of {', '.join(KNOWN)}"
         )
 
     def implementation(self, backend: str, target: Target) -> tuple[str, Callable[..., Any]]:
-        """The function that a backend runs, and the backend whose function it is.
+        """The function that a backend runs, and before it the backend whose function it is.
 
-        The second is "xla" if `backend` has no kernel for the op.
-
-        Raises:
-            Unsupported: the kernels of the backend cannot run on the target.
+        That is "xla" if `backend` has no kernel for the op.
         """
-        if check := CHECKS.get(backend):
-            check(target)
         server = backend if backend in (*self.kernels, "reference") else "xla"
         if server not in self.kernels:
             return server, getattr(importlib.import_module(f"{self.folder}.reference"), self.name)
         function = getattr(importlib.import_module(f"{self.folder}.{MODULES[server]}"), self.name)
         return server, partial(function, target=target)
+
+
+def problem(backend: str, target: Target) -> str | None:
+    """Why no kernel of a backend can run on the target; None if they can."""
+    try:
+        if check := CHECKS.get(backend):
+            check(target)
+    except Unsupported as refusal:
+        return str(refusal)
+    return None

@@ -2,6 +2,7 @@
 
 import dataclasses
 import threading
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +31,7 @@ class Unsupported(Exception):
 
 
 class Served(NamedTuple):
-    """The backend that served a call of an op, and the reasons of the backends that refused it before."""
+    """The backend that served a call of an op, and the reasons of the better backends that refused this very call."""
 
     backend: str
     refusals: tuple[tuple[str, str], ...] = ()
@@ -47,14 +48,16 @@ class Record:
 
     def __init__(self) -> None:
         self._served: dict[str, tuple[Served, ...]] = {}
+        self._unavailable: dict[str, str] = {}
         self._lock = threading.Lock()
 
-    def add(self, op: str, served: Served) -> None:
-        """Adds an answer for an op, unless it is known."""
+    def add(self, op: str, served: Served, unavailable: Mapping[str, str] | None = None) -> None:
+        """Adds an answer for an op, unless it is known, and the better backends of which no kernel can run at all."""
         with self._lock:
             known = self._served.get(op, ())
             if served not in known:
                 self._served[op] = (*known, served)
+            self._unavailable |= unavailable or {}
 
     @property
     def served(self) -> dict[str, tuple[Served, ...]]:
@@ -62,9 +65,16 @@ class Record:
         with self._lock:
             return dict(self._served)
 
+    @property
+    def unavailable(self) -> dict[str, str]:
+        """The backends that would be better and cannot run here, with the reason of each."""
+        with self._lock:
+            return dict(self._unavailable)
+
     def facts(self) -> dict[str, str]:
-        """The answers for each op as text for people, e.g. {"attention": "cpu"}."""
-        return {op: "; also ".join(map(str, answers)) for op, answers in self.served.items()}
+        """The answers for each op as text for people, e.g. {"attention": "cpu"}; then why no better backend runs."""
+        answers = {op: "; also ".join(map(str, answers)) for op, answers in self.served.items()}
+        return answers | {f"not {backend}": reason for backend, reason in self.unavailable.items()}
 
     def backends(self) -> list[str]:
         """The backends that serve at least one op, in alphabetical order."""

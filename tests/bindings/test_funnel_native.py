@@ -9,13 +9,17 @@ import warnings
 from pathlib import Path
 
 import pytest
+import transformers
 from click.testing import CliRunner
 
 import funnel_native
+from funnel_engine import Engine, HeadConfig, convert
 from funnel_engine.cli import main
+from funnel_engine.weights import random_weights
 from funnel_kernels import BackendUnavailable, Target, native_calls
 from funnel_kernels.target import Unsupported
-from tiny_models import make_engine
+from hugging_face_models import build, gemma
+from tiny_models import CONFIG, make_engine
 
 CACHES = (
     funnel_native.problem,
@@ -73,16 +77,28 @@ def test_without_them_an_engine_warns_once_in_a_process(unbuilt, monkeypatch):
         make_engine()
 
 
+def test_the_warning_names_the_line_that_made_the_engine(unbuilt, tmp_path):
+    build(transformers.GemmaModel, gemma()).save_pretrained(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "model")
+    weights = random_weights(CONFIG, HeadConfig(), "float32", seed=7)
+    for make in (lambda: Engine(CONFIG, HeadConfig(), weights), lambda: Engine.load(tmp_path / "model")):
+        native_calls.warn_without_kernels.cache_clear()
+        with pytest.warns(UserWarning, match="without the kernels for CPUs") as caught:
+            make()
+        assert [(found.filename, found.lineno) for found in caught] == [(__file__, make.__code__.co_firstlineno)]
+
+
 @pytest.mark.filterwarnings("ignore:models run without the kernels")
 def test_without_them_auto_runs_on_xla_and_doctor_says_why(unbuilt):
     engine = make_engine()
     assert engine.embed([[1, 2, 3]]).shape == (1, 24)
     for line in ("project_heads", "attention", "gated_linear", "linear_add_norm", "add_norm"):
-        assert re.search(f"^{line} +xla;", engine.describe(), re.MULTILINE)
+        assert re.search(f"^{line} +xla$", engine.describe(), re.MULTILINE)
     with pytest.raises(BackendUnavailable, match="cpu: the compiled module was not built"):
         make_engine(backend="cpu")
     facts = json.loads(CliRunner().invoke(main, ["doctor", "--json"]).output)
-    assert "not cpu: the compiled module was not built" in facts["attention"]
+    assert facts["attention"] == "xla"
+    assert facts["not cpu"].startswith("the compiled module was not built")
 
 
 def test_onednn_is_missing(forgetful, monkeypatch):

@@ -290,9 +290,9 @@ def test_bad_options():
             BackendUnavailable, match=f"is not served by backend '{backend}': {backend}: JAX runs on cpu"
         ):
             make_engine(backend=backend)
-    with pytest.raises(ConfigError, match="max_batch_tokens=0 must be an integer of at least 1"):
+    with pytest.raises(ConfigError, match="max_batch_tokens=0 must be an integer from 1 to 16777216"):
         make_engine(max_batch_tokens=0)
-    with pytest.raises(ConfigError, match="max_batch_tokens=2147483648 must be at most 16777216"):
+    with pytest.raises(ConfigError, match="max_batch_tokens=2147483648 must be an integer from 1 to 16777216"):
         make_engine(max_batch_tokens=2**31)
     with pytest.raises(ConfigError, match="funnel=2 must be a FunnelConfig"):
         make_engine(funnel=2)

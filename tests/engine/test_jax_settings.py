@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from funnel_engine import BackendUnavailable, ConfigError, Engine, FunnelConfig, HeadConfig
+from funnel_engine import BackendUnavailable, ConfigError, Engine, FunnelConfig, HeadConfig, InputError
 from funnel_engine.jax_settings import REFUSED, SETTINGS, default_device
 from tiny_models import make_engine, random_ids
 
@@ -128,6 +128,14 @@ def test_a_default_device_of_another_platform_is_refused(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     with pytest.raises(ConfigError, match="JAX's default device is cpu:0, but JAX runs on gpu; set JAX_PLATFORMS=cpu"):
         make_engine()
+
+
+def test_an_engine_is_made_and_called_outside_of_traced_functions():
+    with pytest.raises(ConfigError, match=r"an engine cannot be made inside jax\.jit .*; make it outside"):
+        jax.jit(lambda: make_engine().embed(IDS))()
+    engine = make_engine()
+    with pytest.raises(InputError, match=r"the array of inputs is traced by jax\.jit .*; call the engine outside of"):
+        jax.jit(engine.embed)(np.array([IDS[0]]))
 
 
 def test_a_platform_that_does_not_start(monkeypatch):

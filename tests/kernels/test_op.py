@@ -87,6 +87,18 @@ def test_auto_takes_the_next_backend_after_a_refusal(make_op):
         make_op("triton", "xla", triton_gpu=refuse, xla=refuse)(target=target)
 
 
+def test_a_backend_that_cannot_run_at_all_is_said_once_and_not_for_each_op(make_op):
+    target = Target(record=Record())
+    make_op("triton", "xla", xla=serve)(target=target)
+    make_op("triton", "tpu", "xla", pallas_tpu=refuse, xla=serve)(target=target)
+    assert target.record.served["made"] == (Served("xla"), Served("xla", (("tpu", "odd widths are not supported"),)))
+    assert target.record.unavailable == {"triton": "there is no GPU"}
+    assert target.record.facts() == {
+        "made": "xla; also xla; not tpu: odd widths are not supported",
+        "not triton": "there is no GPU",
+    }
+
+
 def test_an_op_that_a_backend_has_no_kernel_for_is_xlas_and_said_to_be(make_op):
     """Whether it is named or not; but only where the backend could run."""
     op = make_op("xla", xla=serve)

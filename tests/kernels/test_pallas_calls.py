@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from funnel_kernels import BackendUnavailable, Record, Target, attention, pallas_calls
-from funnel_kernels.target import Unsupported
+from funnel_kernels.target import Served, Unsupported
 
 
 @pytest.mark.parametrize(
@@ -47,6 +47,5 @@ def test_a_device_without_kernels_is_named_and_auto_goes_on(platform, kind, take
         attention(x, x, x, bounds, bounds, heads=1, kv_heads=1, scale=1.0, target=target)
     auto = dataclasses.replace(target, backend="auto")
     attention(x, x, x, bounds, bounds, heads=1, kv_heads=1, scale=1.0, target=auto)
-    ((backend, refusals),) = target.record.served["attention"]
-    assert backend == taken
-    assert dict(refusals)["tpu"].startswith(f"JAX runs on {platform}" if platform != "tpu" else kind)
+    assert target.record.served["attention"] == (Served(taken),)
+    assert target.record.unavailable["tpu"].startswith(f"JAX runs on {platform}" if platform != "tpu" else kind)

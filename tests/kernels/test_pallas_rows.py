@@ -14,9 +14,15 @@ TPU = Target("tpu", "tpu", "TPU v4", interpret=True)
 
 
 def served(op, cases):
-    """Every eleventh case, most of them such as the simulated TPU does not run."""
-    kept = dict([(name, case) for name, case in cases.items() if not refuses(op, "tpu", case)][5::11])
-    return pytest.mark.parametrize("case", kept.values(), ids=kept.keys())
+    """Every eleventh case, most of them such as the simulated TPU does not run; every third of these by default."""
+    kept = [(name, case) for name, case in cases.items() if not refuses(op, "tpu", case)][5::11]
+    return pytest.mark.parametrize(
+        "case",
+        [
+            pytest.param(case, id=name, marks=() if index % 3 == 0 else pytest.mark.grid)
+            for index, (name, case) in enumerate(kept)
+        ],
+    )
 
 
 def assert_same(function, case):

@@ -28,7 +28,7 @@ from funnel_benchmarks.statistics import quartiles, ratio
 from funnel_benchmarks.suite import Cell, Column, Plot, Section, Table, field
 from funnel_benchmarks.suite import Suite as BaseSuite
 from funnel_engine import Engine, FunnelConfig
-from funnel_engine.config import check_positive
+from funnel_engine.checks import check_positive
 from funnel_engine.flops import forward_flops, ideal_ratio
 from funnel_engine.packing import Ints, make_plan
 from funnel_kernels.errors import InputError

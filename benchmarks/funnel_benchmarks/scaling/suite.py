@@ -29,7 +29,7 @@ from funnel_benchmarks.scaling.slopes import Growth, Slope, growths
 from funnel_benchmarks.suite import Cell, Column, Plot, Section, Table, field, number
 from funnel_benchmarks.suite import Suite as BaseSuite
 from funnel_engine import Engine, FunnelConfig
-from funnel_engine.config import check_positive
+from funnel_engine.checks import check_positive
 from funnel_engine.flops import forward_flops
 from funnel_engine.packing import make_plan
 from funnel_engine.weights import expected_shapes

@@ -9,7 +9,7 @@ import numpy as np
 from funnel_benchmarks.inputs import random_inputs
 from funnel_benchmarks.lengths import PRESETS, describe, draw, length_facts
 from funnel_benchmarks.results import Row
-from funnel_engine.config import check_positive
+from funnel_engine.checks import check_positive
 from funnel_engine.packing import Ints
 
 # Of independent random numbers: lengths, ids and times of arrival have nothing to do with each other.

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from funnel_engine.checkpoints.formats import read_source
 from funnel_engine.checkpoints.native import MANIFEST, synchronize, write_checkpoint
 from funnel_engine.checkpoints.source import SourceModel
-from funnel_engine.config import FunnelConfig, check_flag, check_funnel, layer_steps
+from funnel_engine.checks import check_flag
+from funnel_engine.config import FunnelConfig, check_funnel, layer_steps
 from funnel_engine.input_files import is_file, to_path
 from funnel_engine.weights import DTYPES, check_dtype, count_parameters, expected_shapes
 from funnel_kernels.errors import CheckpointError, ConfigError

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from funnel_engine.checkpoints import gemma_pytorch, hugging_face, keras_hub, native, orbax
 from funnel_engine.checkpoints.foreign import describe_unknown
 from funnel_engine.checkpoints.source import SourceModel
-from funnel_engine.config import check_option
+from funnel_engine.checks import check_option
 from funnel_engine.input_files import check_file, is_file, reading, to_path
 from funnel_kernels.errors import CheckpointError
 

@@ -19,8 +19,8 @@
 namespace funnel {
 namespace {
 
-constexpr int64_t kLeastTileRows = 24;  // smaller tiles would not keep the vector units busy
-constexpr int64_t kTilesPerThread = 4;  // at least, unless tiles become too small, so that threads finish together
+constexpr int64_t kLeastTileRows = 24;       // smaller tiles would not keep the vector units busy
+constexpr int64_t kLeastTilesPerThread = 4;  // unless tiles become too small; so that threads finish together
 constexpr int64_t kMostLanes = 16;
 constexpr int64_t kMostKeys = int64_t{1} << 29;  // which have at most twice as many places, and one step more
 constexpr int64_t kPlacesPacked = 4 * kKeyStep;  // at once
@@ -33,7 +33,7 @@ int64_t tile_rows(const Attention& call, int64_t threads) {
   const int64_t group = call.heads / call.kv_heads;
   int64_t rows = std::max<int64_t>(1, most_tile_rows() / group);
   while (rows * group >= 2 * kLeastTileRows &&
-         (call.rows + rows - 1) / rows * call.kv_heads < kTilesPerThread * threads) {
+         (call.rows + rows - 1) / rows * call.kv_heads < kLeastTilesPerThread * threads) {
     rows /= 2;
   }
   return rows;

@@ -71,13 +71,13 @@ def attention(
     head_dim = q.shape[1] // heads
     if head_dim > WIDEST:
         raise Unsupported(f"heads are {head_dim} wide; the kernel supports at most {WIDEST}")
-    padded_dim = round_up(
-        head_dim
-    )  # a head must fill whole registers; only the smallest T5Gemma models have narrower ones
+    padded_dim = round_up(head_dim)  # a head must fill whole registers; only the smallest T5Gemmas have narrower ones
     if padded_dim > head_dim:
         q, k, v = (pad_heads(x, head_dim, padded_dim) for x in (q, k, v))
     sizes = sizes or rule(pallas_calls.generation(target), q.dtype, heads // kv_heads * padded_dim)
-    out = launch(q, k, v, lo, hi, heads, kv_heads, scale, softcap, sizes, target)
+    out = launch(
+        q, k, v, lo, hi, heads=heads, kv_heads=kv_heads, scale=scale, softcap=softcap, sizes=sizes, target=target
+    )
     return out if padded_dim == head_dim else out.reshape(-1, heads, padded_dim)[..., :head_dim].reshape(len(lo), -1)
 
 
@@ -102,6 +102,7 @@ def launch(
     v: Heads,
     lo: Bounds,
     hi: Bounds,
+    *,
     heads: int,
     kv_heads: int,
     scale: float,
@@ -109,6 +110,7 @@ def launch(
     sizes: Sizes,
     target: Target,
 ) -> Heads:
+    """The call of the kernel. The width of a head must be a multiple of `LANES`."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
 

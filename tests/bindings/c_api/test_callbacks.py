@@ -75,7 +75,7 @@ def test_threads_log_one_at_a_time(library, plain):
 
 
 def test_progress_of_a_warmup(library, checkpoints):
-    handle, told = library.open(checkpoints["plain"], '{"max_batch_tokens": 256}'), []
+    handle, told = library.open(checkpoints["plain"], '{"max_batch_tokens": 24}'), []
 
     def stop_at_second(done, total, user):
         told.append((done, total))
@@ -93,7 +93,7 @@ def test_progress_of_a_warmup(library, checkpoints):
 
 
 def test_a_warmup_of_chosen_buckets(library, checkpoints):
-    handle = library.open(checkpoints["plain"], '{"max_batch_tokens": 256}')
+    handle = library.open(checkpoints["plain"], '{"max_batch_tokens": 24}')
     library.warmup(handle, [12, 16])
     few = library.stats(handle)["compilations"]
     library.embed(handle)

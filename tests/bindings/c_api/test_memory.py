@@ -33,7 +33,7 @@ def engines_alive() -> list[Engine]:
     return [item for item in gc.get_objects() if type(item) is Engine]
 
 
-def test_a_thousand_calls_keep_nothing(library, classifier, tagger, texts):
+def test_hundreds_of_calls_keep_nothing(library, classifier, tagger, texts):
     """Calls of every kind, those that fail too."""
     bad = IDS.copy()
     bad[3] = -1
@@ -61,11 +61,11 @@ def test_a_thousand_calls_keep_nothing(library, classifier, tagger, texts):
         "an error of an argument": lambda: refused(lambda: library.embed(classifier, count=0, out=vectors)),
         "an error of opening": lambda: refused(lambda: library.open("/nowhere")),
     }
-    limits = np.array([250, 250, 16_000])  # less than one block, one reference or one allocation (32 bytes) a call
+    limits = np.array([100, 100, 6400])  # less than one block, one reference or one allocation (32 bytes) a call
     for name, call in calls.items():
-        for _ in range(4):  # Python and JAX fill caches of their own during the first thousand calls; a leak goes on
+        for _ in range(8):  # Python and JAX fill caches of their own during the first thousand calls; a leak goes on
             before = in_use(shared)
-            for _ in range(1000):
+            for _ in range(400):
                 call()
             kept = in_use(shared) - before
             if (kept <= limits).all():

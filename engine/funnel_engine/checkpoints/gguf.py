@@ -1,0 +1,285 @@
+"""Reads GGUF files of llama.cpp: Gemma 1, 2, 3 and EmbeddingGemma; one file, or all parts of a split one.
+
+Weights are dequantized to float32 piece by piece. llama.cpp stores norms as `1 + weight`, and no rows are permuted. It
+does not store what follows from the architecture; the rules are those of its `src/models/gemma*.cpp`:
+
+- Scores are scaled by `head_dim ** -0.5`. The 27B models, known by their number of layers, have the width per head
+  instead of `head_dim`.
+- "gemma-embedding" is a bidirectional Gemma 3. The others are causal; "gemma" can be bidirectional too.
+
+A key of the architecture that is not listed here is refused, because it could change the result.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from funnel_engine.checkpoints.gguf_file import MAGIC, TYPES, GGUFTensor, Header, check_types, read_header
+from funnel_engine.checkpoints.gguf_tokenizer import MODEL, SENTENCEPIECE, rebuild_tokenizer
+from funnel_engine.checkpoints.source import SourceModel
+from funnel_engine.checkpoints.tensors import Part, Parts, assemble, drop_by_name, join_shards
+from funnel_engine.checkpoints.tokenizer_files import find_tokenizer
+from funnel_engine.config import ModelConfig
+from funnel_engine.heads import DenseConfig, HeadConfig, head_shapes
+from funnel_engine.hugging_face_config import read_model_config
+from funnel_engine.input_files import decode, file_in, is_file, reading
+from funnel_engine.messages import quote
+from funnel_engine.presets import preset
+from funnel_engine.text import TextConfig
+from funnel_engine.weights import expected_shapes
+from funnel_kernels.errors import CheckpointError
+
+SUFFIX = ".gguf"
+PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")  # a part of a split file
+ARCHITECTURES = {"gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3_text", "gemma-embedding": "gemma3_text"}
+LAYERS_27B = {"gemma2": 46, "gemma3": 62}
+POOLINGS = {0: "mean", 1: "mean", 2: "first", 3: "last"}  # 0 is none; then `embed` takes the mean, as without a head
+# Keys of the header after the name of the architecture -> the field of a Hugging Face config.
+SIZES = {
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "block_count": "num_hidden_layers",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+}
+# Our names -> llama.cpp's, without ".weight". Our weight contains the rows of several tensors one after another.
+OUTER = {"embedding": "token_embd", "final_norm": "output_norm"}
+LAYER = {
+    "attention_input_norm": ("attn_norm",),
+    "qkv": ("attn_q", "attn_k", "attn_v"),
+    "query_norm": ("attn_q_norm",),
+    "key_norm": ("attn_k_norm",),
+    "attention_output": ("attn_output",),
+    "attention_output_norm": ("post_attention_norm",),
+    "mlp_input_norm": ("ffn_norm",),
+    "gate_up": ("ffn_gate", "ffn_up"),
+    "down": ("ffn_down",),
+    "mlp_output_norm": ("post_ffw_norm",),
+}
+DENSE = ("dense_2", "dense_3")  # after EmbeddingGemma's mean
+DROPPED = drop_by_name(("output.weight",))  # the output table of a language model, if it is not the embedding's
+
+
+def matches(path: Path) -> bool:
+    """Whether `path` is a GGUF file, or a folder with GGUF files and without safetensors."""
+    if path.is_dir():
+        return any(path.glob(f"*{SUFFIX}")) and not any(path.glob("*.safetensors"))
+    return is_file(path) and first_bytes(path) == MAGIC
+
+
+def first_bytes(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(len(MAGIC))
+
+
+def read_gguf(path: Path, sliding_window: int | None = None) -> SourceModel:
+    """Reads a model without the values of its tensors.
+
+    Args:
+        path: the file, any part of a split file, or a folder with one model.
+        sliding_window: replaces the value in the file.
+
+    Raises:
+        CheckpointError: a file is damaged, missing or not supported, or the package gguf is not installed.
+    """
+    parts = find_parts(path)
+    headers: dict[Path, Header] = {}
+
+    def read_part(file: Path) -> dict[str, GGUFTensor]:
+        headers[file] = read_header(file)
+        return headers[file].tensors
+
+    tensors = join_shards(parts[0], parts, read_part)
+    fields = headers[parts[0]].fields
+    check_parts(headers, len(tensors))
+    with reading(parts[0]):
+        config, head = read_architecture(parts[0], fields, tensors, sliding_window)
+    needed = weight_parts(config, head)
+    check_types(parts[0], [tensor for name, tensor in tensors.items() if not DROPPED(name)])
+    weights, dropped = assemble(parts[0], needed, tensors, DROPPED, TYPES)
+    text, tokenizer_json, tokenizer_file = read_tokenizer(parts[0], fields, config)
+    return SourceModel(
+        format="gguf",
+        config=config,
+        head=head,
+        weights=weights,
+        dropped=dropped,
+        text=text,
+        tokenizer_file=tokenizer_file,
+        directory=parts[0].parent,
+        tokenizer_json=tokenizer_json,
+    )
+
+
+def find_parts(path: Path) -> list[Path]:
+    """The file of a model, or all parts of it in order."""
+    if path.is_dir():
+        names = sorted(file.name for file in path.glob(f"*{SUFFIX}"))
+        models = {PART.sub(r"\1", name) for name in names}
+        if len(models) != 1:
+            raise CheckpointError(
+                f"{path} must have one model, but it has {quote(names) or 'no .gguf file'}; give the path of the file"
+            )
+        path = file_in(path, names[0], str(path))
+    match = PART.fullmatch(path.name)
+    if match is None:
+        return [path]
+    name, _, count = match.groups()
+    return [file_in(path.parent, f"{name}-{i:05}-of-{count}{SUFFIX}", str(path)) for i in range(1, int(count) + 1)]
+
+
+def check_parts(headers: Mapping[Path, Header], tensor_count: int) -> None:
+    """Raises `CheckpointError` unless the files are all parts of one model, as their headers count them."""
+    for index, (file, header) in enumerate(headers.items()):
+        number, count = (header.fields.get(f"split.{name}", 0) for name in ("no", "count"))
+        if (number, max(count, 1)) != (index, len(headers)):
+            raise CheckpointError(
+                f"{file} says that it is part {number + 1} of {max(count, 1)}, but its name says {index + 1} of "
+                f"{len(headers)}; fetch all parts under their own names (NAME-00001-of-0000N.gguf), or join them: "
+                "llama-gguf-split --merge FIRST.gguf NEW.gguf"
+            )
+        total = header.fields.get("split.tensors.count", tensor_count)
+        if total != tensor_count:
+            raise CheckpointError(
+                f"the parts of {file} have {tensor_count} tensors, but it says {total}; fetch all parts again"
+            )
+
+
+def read_architecture(
+    path: Path, fields: Mapping[str, Any], tensors: Mapping[str, GGUFTensor], sliding_window: int | None
+) -> tuple[ModelConfig, HeadConfig]:
+    """Translates the header to the fields of a Hugging Face config, for `read_model_config`.
+
+    Raises:
+        CheckpointError: the architecture is not supported, a key is missing or unknown, or keys contradict each other.
+        ConfigError: the values do not fit together.
+    """
+    architecture = fields.get("general.architecture")
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
+        raise CheckpointError(
+            f"{path} has architecture {architecture!r:.80}; this engine reads {', '.join(ARCHITECTURES)}"
+        )
+    prefix = f"{architecture}."
+    own = {name.removeprefix(prefix): value for name, value in fields.items() if name.startswith(prefix)}
+
+    def option(name: str, kind: Any, default: Any = None) -> Any:
+        return decode(kind, own.pop(name, default), f"{path}: {prefix}{name}")
+
+    def require(name: str, value: Any) -> None:
+        if own.pop(name, value) != value:
+            raise CheckpointError(f"{path}: {prefix}{name} is {fields[prefix + name]!r:.80}; it must be {value!r:.80}")
+
+    embedding = tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise CheckpointError(f"{path} has no matrix token_embd.weight; fetch the whole model again")
+    translated: dict[str, Any] = {theirs: option(name, int) for name, theirs in SIZES.items()}
+    translated["model_type"] = family = ARCHITECTURES[architecture]
+    translated["vocab_size"] = embedding.shape[0]
+    translated["rms_norm_eps"] = option("attention.layer_norm_rms_epsilon", float)
+    head_dim, layers = translated["head_dim"], translated["num_hidden_layers"]
+    per_head = translated["hidden_size"] // max(1, translated["num_attention_heads"])
+    translated["query_pre_attn_scalar"] = per_head if layers == LAYERS_27B.get(architecture) else head_dim
+    require("vocab_size", embedding.shape[0])
+    require("attention.value_length", head_dim)
+    require("rope.dimension_count", head_dim)
+
+    theta = option("rope.freq_base", float, None if family == "gemma3_text" else 10_000.0)
+    scaling = option("rope.scaling.type", str, "none")
+    rope = {"rope_type": "default" if scaling == "none" else scaling, "rope_theta": theta}
+    rope["factor"] = option("rope.scaling.factor", float, 1.0)
+    if family == "gemma3_text":
+        local = {"rope_theta": option("rope.freq_base_swa", float, 10_000.0)}
+        translated["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
+    else:
+        require("rope.freq_base_swa", theta)
+        translated["rope_parameters"] = rope
+    if family == "gemma2":
+        translated["attn_logit_softcapping"] = option("attn_logit_softcapping", float, 50.0)
+    own.pop("final_logit_softcapping", None)  # for the language model's output, which is left out
+    if family != "gemma":
+        width = option("attention.sliding_window", int, 4096 if family == "gemma2" else 0)
+        pattern = own.pop("attention.sliding_window_pattern", None)
+        if width == 0:
+            translated["sliding_window_pattern"] = 1  # the period of full layers
+        elif isinstance(pattern, list):
+            translated["layer_types"] = [f"{'sliding' if sliding else 'full'}_attention" for sliding in pattern]
+        else:
+            translated |= {} if pattern is None else {"sliding_window_pattern": pattern}
+        translated["sliding_window"] = width or None
+    if architecture == "gemma":
+        translated["is_causal"] = option("attention.causal", bool, True)
+    else:
+        require("attention.causal", architecture != "gemma-embedding")
+        translated["use_bidirectional_attention"] = architecture == "gemma-embedding"
+    pooling = option("pooling_type", int, 1)
+    if pooling not in POOLINGS:
+        raise CheckpointError(
+            f"{path}: {prefix}pooling_type is {pooling}; this engine reads {quote(map(str, POOLINGS))} (none, "
+            "mean, first, last)"
+        )
+    dense = read_dense(path, tensors)
+    for name, layer in zip(DENSE, dense, strict=False):
+        require(f"{name}_feat_in", layer.in_features)
+        require(f"{name}_feat_out", layer.out_features)
+    if own:
+        raise CheckpointError(
+            f"{path} has keys that this engine does not know, and that could change the result: "
+            f"{quote(prefix + name for name in own)}. Convert the original model"
+        )
+    config = read_model_config(translated, sliding_window)
+    shapes = expected_shapes(config, HeadConfig())
+    if not dense and shapes == expected_shapes(preset("embeddinggemma-300m"), HeadConfig()):
+        raise CheckpointError(
+            f"{path} is EmbeddingGemma without its two dense layers, so its vectors would be others; write it again: "
+            "convert_hf_to_gguf.py --sentence-transformers-dense-modules FOLDER"
+        )
+    return config, HeadConfig(POOLINGS[pooling], dense=dense, similarity="cosine" if dense else None)
+
+
+def read_dense(path: Path, tensors: Mapping[str, GGUFTensor]) -> tuple[DenseConfig, ...]:
+    """EmbeddingGemma's dense layers, or none."""
+    shapes = [tensors[f"{name}.weight"].shape for name in DENSE if f"{name}.weight" in tensors]
+    if not shapes:
+        return ()
+    if [len(shape) for shape in shapes] != [2, 2] or shapes[0][0] != shapes[1][1]:
+        raise CheckpointError(f"{path} must have two matrices {' and '.join(DENSE)} that fit together; fetch it again")
+    return tuple(DenseConfig(out_features, in_features) for out_features, in_features in shapes)
+
+
+def weight_parts(config: ModelConfig, head: HeadConfig) -> Parts:
+    """For each of our weights, the tensors that contain its rows, in order."""
+    q_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    rows = {"qkv": (q_width, kv_width, kv_width), "gate_up": (config.intermediate_size,) * 2}
+    parts = {}
+    for ours, shape in expected_shapes(config, HeadConfig()).items():
+        block, _, leaf = ours.rpartition(".")  # "layers.3" and "qkv", or "" and "embedding"
+        prefix = block.replace("layers", "blk")
+        names = [f"{prefix}.{name}.weight" for name in LAYER[leaf]] if block else [f"{OUTER[leaf]}.weight"]
+        sizes = rows.get(leaf, shape[:1])
+        parts[ours] = tuple(Part(name, (size, *shape[1:])) for name, size in zip(names, sizes, strict=True))
+    for ours, shape in head_shapes(config.hidden_size, head).items():
+        parts[ours] = (Part(f"{DENSE[int(ours.split('.')[1])]}.weight", shape),)
+    return parts
+
+
+def read_tokenizer(
+    path: Path, fields: Mapping[str, Any], config: ModelConfig
+) -> tuple[TextConfig, str | None, Path | None]:
+    """How texts are prepared, and the content of a tokenizer.json from the header, or the tokenizer in the folder.
+
+    Raises:
+        CheckpointError: the file has a tokenizer of another kind, and there is none in the folder.
+    """
+    kind = fields.get(MODEL, "none")
+    if kind == SENTENCEPIECE:
+        return *rebuild_tokenizer(path, fields, config.vocab_size), None
+    text, tokenizer_file = find_tokenizer(path.parent, config)
+    if tokenizer_file is None and kind != "none":
+        raise CheckpointError(
+            f"{path}: {MODEL} is {kind!r:.80}, but Gemma's tokenizer is {SENTENCEPIECE!r}; put the model's own "
+            "tokenizer.json beside it"
+        )
+    return text, None, tokenizer_file

@@ -34,6 +34,7 @@ SUFFIX = ".gguf"
 PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")  # a part of a split file
 ARCHITECTURES = {"gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3_text", "gemma-embedding": "gemma3_text"}
 LAYERS_27B = {"gemma2": 46, "gemma3": 62}
+LAYER_TYPES = {0: "full_attention", 1: "sliding_attention"}
 POOLINGS = {0: "mean", 1: "mean", 2: "first", 3: "last"}  # 0 is none; then `embed` takes the mean, as without a head
 # Keys of the header after the name of the architecture -> the field of a Hugging Face config.
 SIZES = {
@@ -157,7 +158,9 @@ def read_architecture(
         CheckpointError: the architecture is not supported, a key is missing or unknown, or keys contradict each other.
         ConfigError: the values do not fit together.
     """
-    architecture = fields.get("general.architecture")
+    architecture, kind = fields.get("general.architecture"), fields.get("general.type", "model")
+    if kind != "model":
+        raise CheckpointError(f"{path} is of type {kind!r:.80}; give the path of a whole model")
     if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise CheckpointError(
             f"{path} has architecture {architecture!r:.80}; this engine reads {', '.join(ARCHITECTURES)}"
@@ -187,9 +190,8 @@ def read_architecture(
     require("rope.dimension_count", head_dim)
 
     theta = option("rope.freq_base", float, None if family == "gemma3_text" else 10_000.0)
-    scaling = option("rope.scaling.type", str, "none")
-    rope = {"rope_type": "default" if scaling == "none" else scaling, "rope_theta": theta}
-    rope["factor"] = option("rope.scaling.factor", float, 1.0)
+    scaling, factor = option("rope.scaling.type", str, "linear"), option("rope.scaling.factor", float, 1.0)
+    rope = {"rope_type": "default" if scaling == "none" else scaling, "rope_theta": theta, "factor": factor}
     if family == "gemma3_text":
         local = {"rope_theta": option("rope.freq_base_swa", float, 10_000.0)}
         translated["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
@@ -205,9 +207,9 @@ def read_architecture(
         if width == 0:
             translated["sliding_window_pattern"] = 1  # the period of full layers
         elif isinstance(pattern, list):
-            translated["layer_types"] = [f"{'sliding' if sliding else 'full'}_attention" for sliding in pattern]
-        else:
-            translated |= {} if pattern is None else {"sliding_window_pattern": pattern}
+            translated["layer_types"] = [LAYER_TYPES.get(kind, kind) for kind in pattern]
+        elif pattern is not None:
+            translated["sliding_window_pattern"] = pattern
         translated["sliding_window"] = width or None
     if architecture == "gemma":
         translated["is_causal"] = option("attention.causal", bool, True)

@@ -20,6 +20,7 @@ from funnel_kernels.errors import CheckpointError
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)  # version 1 had shorter numbers
 MAX_HEADER_BYTES = 100_000_000  # Gemma 3's has 7 MB, almost all of it the vocabulary
+MAX_ENTRIES = 100_000  # values, and tensors; the largest Gemma has about 40 and 1,000
 MAX_AXES = 4
 ALIGNMENT = 32  # the default
 # The types that are read; the float types too are returned as float32, which contains all their values.
@@ -90,6 +91,10 @@ def read_header(path: Path) -> Header:
         stream = Stream(path, file, file_size)
         check_version(path, stream)
         tensor_count, field_count = stream.numbers("QQ")
+        if max(tensor_count, field_count) > MAX_ENTRIES:
+            raise damaged(
+                path, f"it has {field_count:,} values and {tensor_count:,} tensors; the limit is {MAX_ENTRIES:,}"
+            )
         fields: dict[str, Any] = {}
         for _ in range(field_count):
             name, (kind,) = stream.text(), stream.numbers("I")

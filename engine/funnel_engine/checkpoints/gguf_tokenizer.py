@@ -44,81 +44,78 @@ def rebuild_tokenizer(path: Path, fields: Mapping[str, Any], vocab_size: int) ->
     Raises:
         CheckpointError: the vocabulary is damaged, does not fit the model, or is not used as Gemma uses it.
     """
-
-    def field(name: str, kind: Any, default: Any = None) -> Any:
-        return decode(kind, fields.get(KEYS + name, default), f"{path}: {KEYS}{name}")
-
     for name, (value, default) in OPTIONS.items():
         if (found := fields.get(KEYS + name, default)) != value:
             raise CheckpointError(
                 f"{path}: {KEYS}{name} is {found!r:.80}, but Gemma's tokenizer has {value!r}; fetch a file with "
                 "Gemma's own tokenizer"
             )
-    pieces = list(field("tokens", tuple[str, ...]))
-    types, scores = field("token_type", tuple[int, ...]), field("scores", tuple[float, ...])
-    if not len(pieces) == len(types) == len(scores) == vocab_size:
-        raise CheckpointError(
-            f"{path} has {len(pieces):,} tokens, {len(types):,} token types and {len(scores):,} scores, but the "
-            f"model's vocabulary has {vocab_size:,} ids; fetch it again"
-        )
-    # llama.cpp writes user-defined pieces with plain spaces.
-    pieces = [
-        piece.replace(" ", SPACE) if kind == USER_DEFINED else piece for piece, kind in zip(pieces, types, strict=True)
-    ]
-    vocabulary = {piece: number for number, piece in enumerate(pieces) if types[number] != UNUSED}
-    wrong = [piece for piece in vocabulary if not 1 <= len(piece) <= MAX_PIECE]
-    if wrong or len(vocabulary) + types.count(UNUSED) < len(pieces):
-        raise CheckpointError(
-            f"{path} has the same token twice, or one that is empty or longer than {MAX_PIECE} characters "
-            f"({quote(wrong)}); fetch it again"
-        )
 
-    def special_id(name: str, default: int | None = None) -> int:
-        number: int = field(name, int, default)
+    def array(name: str, kind: type) -> list[Any]:
+        values = fields.get(KEYS + name)
+        if not isinstance(values, list) or len(values) != vocab_size or type(values[0]) is not kind:
+            raise CheckpointError(
+                f"{path}: {KEYS}{name} must be a list with one {kind.__name__} for each of the model's {vocab_size:,} "
+                "tokens; fetch the file again"
+            )
+        return values
+
+    def special_id(name: str, default: int) -> int:
+        number: int = decode(int, fields.get(KEYS + name, default), f"{path}: {KEYS}{name}")
         if not 0 <= number < vocab_size or types[number] == UNUSED:
             raise CheckpointError(f"{path}: {KEYS}{name} is {number}, which is not a token; fetch it again")
         return number
 
-    begin = special_id("bos_token_id", 1) if field("add_bos_token", bool, True) else None
-    end = special_id("eos_token_id", 2) if field("add_eos_token", bool, False) else None
+    def flag(name: str, default: bool) -> bool:
+        value: bool = decode(bool, fields.get(KEYS + name, default), f"{path}: {KEYS}{name}")
+        return value
+
+    types, scores = array("token_type", int), array("scores", float)
+    pieces = [  # llama.cpp writes user-defined pieces with plain spaces
+        piece.replace(" ", SPACE) if kind == USER_DEFINED else piece
+        for piece, kind in zip(array("tokens", str), types, strict=True)
+    ]
+    used = [piece for piece, kind in zip(pieces, types, strict=True) if kind != UNUSED]
+    wrong = [piece for piece in used if not 1 <= len(piece) <= MAX_PIECE]
+    if wrong or len(set(used)) < len(used) or not np.isfinite(scores).all():
+        raise CheckpointError(
+            f"{path} has a token twice, one that is empty or longer than {MAX_PIECE} characters ({quote(wrong)}), or a "
+            "score that is not finite; fetch it again"
+        )
+    begin = special_id("bos_token_id", 1) if flag("add_bos_token", True) else None
+    end = special_id("eos_token_id", 2) if flag("add_eos_token", False) else None
     unknown = special_id("unknown_token_id", 0)
     with raising(CheckpointError, f"{path} has a vocabulary that the tokenizers library does not read", REPAIR):
-        content = tokenizer_json(vocabulary, types, scores, pieces[unknown], begin, end)
+        content = tokenizer_json(pieces, types, scores, unknown, begin, end)
     return TextConfig(begin, end), content
 
 
 def tokenizer_json(
-    vocabulary: Mapping[str, int],
-    types: tuple[int, ...],
-    scores: tuple[float, ...],
-    unknown: str,
-    begin: int | None,
-    end: int | None,
+    pieces: list[str], types: list[int], scores: list[float], unknown: int, begin: int | None, end: int | None
 ) -> str:
-    """The content of a tokenizer.json like Gemma's own, see `rebuild_tokenizer`."""
+    """The content of a tokenizer.json like Gemma's own; the last three arguments are ids, see `rebuild_tokenizer`."""
     from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, processors
     from tokenizers.models import BPE
 
+    vocabulary = {piece: number for number, piece in enumerate(pieces) if types[number] != UNUSED}
     ranks = [score if kind == NORMAL else 0.0 for score, kind in zip(scores, types, strict=True)]
     merges = find_merges(vocabulary, ranks)
-    tokenizer = Tokenizer(BPE(dict(vocabulary), merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    tokenizer = Tokenizer(BPE(vocabulary, merges, unk_token=pieces[unknown], fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Replace(" ", SPACE)
     tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
     tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
-    names = list(vocabulary)
-    places = {number: name for name, number in vocabulary.items()}
     tokenizer.add_tokens(
         [
-            AddedToken(name, normalized=False, special=types[vocabulary[name]] != USER_DEFINED)
-            for name in names
-            if types[vocabulary[name]] in WHOLE
+            AddedToken(piece, normalized=False, special=types[number] != USER_DEFINED)
+            for piece, number in vocabulary.items()
+            if types[number] in WHOLE
         ]
     )
-    before, after = ([] if number is None else [places[number]] for number in (begin, end))
+    before, after = ([] if number is None else [(pieces[number], number)] for number in (begin, end))
     if before or after:
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=[*before, "$A", *after],
-            special_tokens=[(places[number], number) for number in {begin, end} if number is not None],
+            single=[*(piece for piece, _ in before), "$A", *(piece for piece, _ in after)],
+            special_tokens=[*before, *after],
         )
     content: str = tokenizer.to_str()
     return content

@@ -265,7 +265,7 @@ def test_embedding_gemma_has_its_dense_layers(tmp_path):
 
     keys["gemma-embedding.dense_3_feat_in"] = 511
     wrong = write(tmp_path / "wrong.gguf", model, "gemma-embedding", dense=dense, **keys)
-    assert "gemma-embedding.dense_3_feat_in is 511; it must be 512" in refusal(wrong)
+    assert "gemma-embedding.dense_3_feat_in is 511, but only 512 is supported" in refusal(wrong)
     half = write(tmp_path / "half.gguf", model, "gemma-embedding", dense={"dense_2": dense["dense_2"]})
     assert "must have two matrices dense_2 and dense_3" in refusal(half)
 
@@ -352,21 +352,26 @@ def test_a_bidirectional_gemma_1(tmp_path):
         ("gemma3", "embedding_length", 47, "misshapen: token_embd.weight"),
         ("gemma3", "attention.head_count", [6] * 7, "gemma3.attention.head_count is [6, 6"),
         ("gemma3", "attention.head_count", 0, "num_attention_heads=0"),
-        ("gemma3", "attention.value_length", 13, "gemma3.attention.value_length is 13; it must be 14"),
-        ("gemma3", "rope.dimension_count", 7, "gemma3.rope.dimension_count is 7; it must be 14"),
-        ("gemma3", "vocab_size", 100, "gemma3.vocab_size is 100; it must be 101"),
+        ("gemma3", "attention.value_length", 13, "gemma3.attention.value_length is 13, but only 14 is supported"),
+        ("gemma3", "rope.dimension_count", 7, "gemma3.rope.dimension_count is 7, but only 14 is supported"),
+        ("gemma3", "vocab_size", 100, "gemma3.vocab_size is 100, but only 101 is supported"),
         ("gemma3", "rope.freq_base", None, "gemma3.rope.freq_base is None"),
         ("gemma3", "rope.freq_base", float("nan"), "gemma3.rope.freq_base is nan; it must be a finite number"),
         ("gemma3", "rope.scaling.type", "yarn", "RoPE type 'yarn' is not supported"),
-        ("gemma2", "rope.freq_base_swa", 5.0, "gemma2.rope.freq_base_swa is 5.0; it must be 10000.0"),
-        ("gemma3", "attention.causal", False, "gemma3.attention.causal is False; it must be True"),
-        ("gemma-embedding", "attention.causal", True, "gemma-embedding.attention.causal is True; it must be False"),
+        ("gemma2", "rope.freq_base_swa", 5.0, "gemma2.rope.freq_base_swa is 5.0, but only 10000.0 is supported"),
+        ("gemma3", "attention.causal", False, "gemma3.attention.causal is False, but only True is supported"),
+        (
+            "gemma-embedding",
+            "attention.causal",
+            True,
+            "gemma-embedding.attention.causal is True, but only False is supported",
+        ),
         ("gemma-embedding", "attention.sliding_window", 257, "sliding_window=257 is odd"),
         ("gemma3", "attention.sliding_window_pattern", [True], "layer_types must list one type for each"),
         ("gemma3", "attention.sliding_window_pattern", ["x"] * 7, "layer type 'x' is unknown"),
         ("gemma3", "attention.sliding_window_pattern", "x", "sliding_window_pattern='x'"),
-        ("gemma3", "pooling_type", 4, "gemma3.pooling_type is 4; this engine reads '0', '1', '2', '3'"),
-        ("gemma3", "expert_count", 8, "does not know, and that could change the result: 'gemma3.expert_count'"),
+        ("gemma3", "pooling_type", 4, "gemma3.pooling_type is 4; this engine reads 0, 1, 2, 3 (none"),
+        ("gemma3", "expert_count", 8, "does not know and that could change the result: 'expert_count'"),
         ("gemma2", "attn_logit_softcapping", -1.0, "attn_logit_softcapping=-1.0"),
     ],
 )
@@ -395,7 +400,7 @@ def test_a_split_file(tmp_path):
     (tmp_path / "alone" / name).rename(tmp_path / "alone" / "model.gguf")
     assert "llama-gguf-split --merge" in refusal(tmp_path / "alone" / "model.gguf")
     parts[0].write_bytes(data.replace(struct.pack("<i", len(list(model.parameters()))), struct.pack("<i", 7), 1))
-    assert "tensors, but it says 7" in refusal(parts[0])
+    assert "says that all parts have 7 tensors" in refusal(parts[0])
     parts[0].write_bytes(data)
     parts[1].rename(tmp_path / "elsewhere.gguf")
     assert f"lists '{parts[1].name}', which are not in the same folder" in refusal(parts[0])

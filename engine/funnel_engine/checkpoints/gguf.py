@@ -86,22 +86,22 @@ def read_gguf(path: Path, sliding_window: int | None = None) -> SourceModel:
     Raises:
         CheckpointError: a file is damaged, missing or not supported, or the package gguf is not installed.
     """
-    parts = find_parts(path)
+    files = find_parts(path)
+    first = files[0]
     headers: dict[Path, Header] = {}
 
     def read_part(file: Path) -> dict[str, GGUFTensor]:
         headers[file] = read_header(file)
         return headers[file].tensors
 
-    tensors = join_shards(parts[0], parts, read_part)
-    fields = headers[parts[0]].fields
+    tensors = join_shards(first, files, read_part)
     check_parts(headers, len(tensors))
-    with reading(parts[0]):
-        config, head = read_architecture(parts[0], fields, tensors, sliding_window)
-    needed = weight_parts(config, head)
-    check_types(parts[0], [tensor for name, tensor in tensors.items() if not DROPPED(name)])
-    weights, dropped = assemble(parts[0], needed, tensors, DROPPED, TYPES)
-    text, tokenizer_json, tokenizer_file = read_tokenizer(parts[0], fields, config)
+    fields = headers[first].fields
+    check_types(first, [tensor for name, tensor in tensors.items() if not DROPPED(name)])
+    with reading(first):
+        config, head = read_model(first, fields, tensors, sliding_window)
+    weights, dropped = assemble(first, weight_parts(config, head), tensors, DROPPED, TYPES)
+    text, tokenizer_json, tokenizer_file = read_tokenizer(first, fields, config)
     return SourceModel(
         format="gguf",
         config=config,
@@ -110,7 +110,7 @@ def read_gguf(path: Path, sliding_window: int | None = None) -> SourceModel:
         dropped=dropped,
         text=text,
         tokenizer_file=tokenizer_file,
-        directory=parts[0].parent,
+        directory=first.parent,
         tokenizer_json=tokenizer_json,
     )
 
@@ -135,24 +135,51 @@ def find_parts(path: Path) -> list[Path]:
 def check_parts(headers: Mapping[Path, Header], tensor_count: int) -> None:
     """Raises `CheckpointError` unless the files are all parts of one model, as their headers count them."""
     for index, (file, header) in enumerate(headers.items()):
-        number, count = (header.fields.get(f"split.{name}", 0) for name in ("no", "count"))
+        number, count, total = (
+            decode(int, header.fields.get(f"split.{name}", default), f"{file}: split.{name}")
+            for name, default in (("no", 0), ("count", 1), ("tensors.count", tensor_count))
+        )
         if (number, max(count, 1)) != (index, len(headers)):
             raise CheckpointError(
                 f"{file} says that it is part {number + 1} of {max(count, 1)}, but its name says {index + 1} of "
                 f"{len(headers)}; fetch all parts under their own names (NAME-00001-of-0000N.gguf), or join them: "
                 "llama-gguf-split --merge FIRST.gguf NEW.gguf"
             )
-        total = header.fields.get("split.tensors.count", tensor_count)
         if total != tensor_count:
             raise CheckpointError(
-                f"the parts of {file} have {tensor_count} tensors, but it says {total}; fetch all parts again"
+                f"{file} says that all parts have {total} tensors, but they have {tensor_count}; fetch them again"
             )
 
 
-def read_architecture(
+class Keys:
+    """The values in a header that belong to the architecture. Each is taken once; `refuse_others` refuses the rest."""
+
+    def __init__(self, path: Path, architecture: str, fields: Mapping[str, Any]) -> None:
+        self.where, prefix = f"{path}: {architecture}.", f"{architecture}."
+        self.values = {name.removeprefix(prefix): fields[name] for name in fields if name.startswith(prefix)}
+
+    def take(self, name: str, kind: Any, default: Any = None) -> Any:
+        return decode(kind, self.values.pop(name, default), self.where + name)
+
+    def require(self, name: str, value: Any) -> None:
+        if (found := self.values.pop(name, value)) != value:
+            raise CheckpointError(
+                f"{self.where}{name} is {found!r:.80}, but only {value!r:.80} is supported here; convert the original "
+                "model, or fetch another file"
+            )
+
+    def refuse_others(self) -> None:
+        if self.values:
+            raise CheckpointError(
+                f"{self.where}* has keys that this engine does not know and that could change the result: "
+                f"{quote(self.values)}; convert the original model"
+            )
+
+
+def read_model(
     path: Path, fields: Mapping[str, Any], tensors: Mapping[str, GGUFTensor], sliding_window: int | None
 ) -> tuple[ModelConfig, HeadConfig]:
-    """Translates the header to the fields of a Hugging Face config, for `read_model_config`.
+    """The encoder and its head.
 
     Raises:
         CheckpointError: the architecture is not supported, a key is missing or unknown, or keys contradict each other.
@@ -165,90 +192,81 @@ def read_architecture(
         raise CheckpointError(
             f"{path} has architecture {architecture!r:.80}; this engine reads {', '.join(ARCHITECTURES)}"
         )
-    prefix = f"{architecture}."
-    own = {name.removeprefix(prefix): value for name, value in fields.items() if name.startswith(prefix)}
-
-    def option(name: str, kind: Any, default: Any = None) -> Any:
-        return decode(kind, own.pop(name, default), f"{path}: {prefix}{name}")
-
-    def require(name: str, value: Any) -> None:
-        if own.pop(name, value) != value:
-            raise CheckpointError(f"{path}: {prefix}{name} is {fields[prefix + name]!r:.80}; it must be {value!r:.80}")
-
-    embedding = tensors.get("token_embd.weight")
-    if embedding is None or len(embedding.shape) != 2:
+    table = tensors.get("token_embd.weight")
+    if table is None or len(table.shape) != 2:
         raise CheckpointError(f"{path} has no matrix token_embd.weight; fetch the whole model again")
-    translated: dict[str, Any] = {theirs: option(name, int) for name, theirs in SIZES.items()}
-    translated["model_type"] = family = ARCHITECTURES[architecture]
-    translated["vocab_size"] = embedding.shape[0]
-    translated["rms_norm_eps"] = option("attention.layer_norm_rms_epsilon", float)
-    head_dim, layers = translated["head_dim"], translated["num_hidden_layers"]
-    per_head = translated["hidden_size"] // max(1, translated["num_attention_heads"])
-    translated["query_pre_attn_scalar"] = per_head if layers == LAYERS_27B.get(architecture) else head_dim
-    require("vocab_size", embedding.shape[0])
-    require("attention.value_length", head_dim)
-    require("rope.dimension_count", head_dim)
-
-    theta = option("rope.freq_base", float, None if family == "gemma3_text" else 10_000.0)
-    scaling, factor = option("rope.scaling.type", str, "linear"), option("rope.scaling.factor", float, 1.0)
-    rope = {"rope_type": "default" if scaling == "none" else scaling, "rope_theta": theta, "factor": factor}
-    if family == "gemma3_text":
-        local = {"rope_theta": option("rope.freq_base_swa", float, 10_000.0)}
-        translated["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
-    else:
-        require("rope.freq_base_swa", theta)
-        translated["rope_parameters"] = rope
-    if family == "gemma2":
-        translated["attn_logit_softcapping"] = option("attn_logit_softcapping", float, 50.0)
-    own.pop("final_logit_softcapping", None)  # for the language model's output, which is left out
-    if family != "gemma":
-        width = option("attention.sliding_window", int, 4096 if family == "gemma2" else 0)
-        pattern = own.pop("attention.sliding_window_pattern", None)
-        if width == 0:
-            translated["sliding_window_pattern"] = 1  # the period of full layers
-        elif isinstance(pattern, list):
-            translated["layer_types"] = [LAYER_TYPES.get(kind, kind) for kind in pattern]
-        elif pattern is not None:
-            translated["sliding_window_pattern"] = pattern
-        translated["sliding_window"] = width or None
-    if architecture == "gemma":
-        translated["is_causal"] = option("attention.causal", bool, True)
-    else:
-        require("attention.causal", architecture != "gemma-embedding")
-        translated["use_bidirectional_attention"] = architecture == "gemma-embedding"
-    pooling = option("pooling_type", int, 1)
-    if pooling not in POOLINGS:
-        raise CheckpointError(
-            f"{path}: {prefix}pooling_type is {pooling}; this engine reads {quote(map(str, POOLINGS))} (none, "
-            "mean, first, last)"
-        )
-    dense = read_dense(path, tensors)
-    for name, layer in zip(DENSE, dense, strict=False):
-        require(f"{name}_feat_in", layer.in_features)
-        require(f"{name}_feat_out", layer.out_features)
-    if own:
-        raise CheckpointError(
-            f"{path} has keys that this engine does not know, and that could change the result: "
-            f"{quote(prefix + name for name in own)}. Convert the original model"
-        )
+    keys = Keys(path, architecture, fields)
+    translated = translate(keys, architecture, table.shape[0])
+    head = read_head(path, keys, tensors)
+    keys.refuse_others()
     config = read_model_config(translated, sliding_window)
-    shapes = expected_shapes(config, HeadConfig())
-    if not dense and shapes == expected_shapes(preset("embeddinggemma-300m"), HeadConfig()):
+    published = expected_shapes(preset("embeddinggemma-300m"), HeadConfig())
+    if not head.dense and expected_shapes(config, HeadConfig()) == published:
         raise CheckpointError(
             f"{path} is EmbeddingGemma without its two dense layers, so its vectors would be others; write it again: "
             "convert_hf_to_gguf.py --sentence-transformers-dense-modules FOLDER"
         )
-    return config, HeadConfig(POOLINGS[pooling], dense=dense, similarity="cosine" if dense else None)
+    return config, head
 
 
-def read_dense(path: Path, tensors: Mapping[str, GGUFTensor]) -> tuple[DenseConfig, ...]:
-    """EmbeddingGemma's dense layers, or none."""
+def translate(keys: Keys, architecture: str, vocab_size: int) -> dict[str, Any]:
+    """The fields of a Hugging Face config, for `read_model_config`."""
+    family = ARCHITECTURES[architecture]
+    config: dict[str, Any] = {theirs: keys.take(name, int) for name, theirs in SIZES.items()}
+    config |= {"model_type": family, "vocab_size": vocab_size}
+    config["rms_norm_eps"] = keys.take("attention.layer_norm_rms_epsilon", float)
+    head_dim, per_head = config["head_dim"], config["hidden_size"] // max(1, config["num_attention_heads"])
+    largest = config["num_hidden_layers"] == LAYERS_27B.get(architecture)
+    config["query_pre_attn_scalar"] = per_head if largest else head_dim
+    keys.require("vocab_size", vocab_size)
+    keys.require("attention.value_length", head_dim)
+    keys.require("rope.dimension_count", head_dim)
+
+    theta = keys.take("rope.freq_base", float, None if family == "gemma3_text" else 10_000.0)
+    scaling, factor = keys.take("rope.scaling.type", str, "linear"), keys.take("rope.scaling.factor", float, 1.0)
+    rope = {"rope_type": "default" if scaling == "none" else scaling, "rope_theta": theta, "factor": factor}
+    if family == "gemma3_text":
+        sliding_rope = {"rope_theta": keys.take("rope.freq_base_swa", float, 10_000.0)}
+        config["rope_parameters"] = {"full_attention": rope, "sliding_attention": sliding_rope}
+    else:
+        keys.require("rope.freq_base_swa", theta)
+        config["rope_parameters"] = rope
+
+    keys.take("final_logit_softcapping", Any)  # for the language model's output, which is left out
+    if architecture == "gemma":
+        return config | {"is_causal": keys.take("attention.causal", bool, True)}
+    if family == "gemma2":
+        config["attn_logit_softcapping"] = keys.take("attn_logit_softcapping", float, 50.0)
+    width = keys.take("attention.sliding_window", int, 4096 if family == "gemma2" else 0)
+    pattern = keys.take("attention.sliding_window_pattern", Any)
+    if width == 0:
+        config["sliding_window_pattern"] = 1  # every layer is a full one
+    elif isinstance(pattern, list):
+        config["layer_types"] = [LAYER_TYPES.get(kind, kind) for kind in pattern]
+    elif pattern is not None:
+        config["sliding_window_pattern"] = pattern
+    config["sliding_window"] = width or None
+    bidirectional = architecture == "gemma-embedding"
+    keys.require("attention.causal", not bidirectional)
+    return config | {"use_bidirectional_attention": bidirectional}
+
+
+def read_head(path: Path, keys: Keys, tensors: Mapping[str, GGUFTensor]) -> HeadConfig:
+    """The pooling, and EmbeddingGemma's dense layers."""
+    pooling = keys.take("pooling_type", int, 1)
+    if pooling not in POOLINGS:
+        raise CheckpointError(
+            f"{keys.where}pooling_type is {pooling}; this engine reads {', '.join(map(str, POOLINGS))} (none, mean, "
+            "first, last)"
+        )
     shapes = [tensors[f"{name}.weight"].shape for name in DENSE if f"{name}.weight" in tensors]
-    if not shapes:
-        return ()
-    if [len(shape) for shape in shapes] != [2, 2] or shapes[0][0] != shapes[1][1]:
+    if shapes and ([len(shape) for shape in shapes] != [2, 2] or shapes[0][0] != shapes[1][1]):
         raise CheckpointError(f"{path} must have two matrices {' and '.join(DENSE)} that fit together; fetch it again")
-    return tuple(DenseConfig(out_features, in_features) for out_features, in_features in shapes)
+    for name, (out_features, in_features) in zip(DENSE, shapes, strict=False):
+        keys.require(f"{name}_feat_in", in_features)
+        keys.require(f"{name}_feat_out", out_features)
+    dense = tuple(DenseConfig(out_features, in_features) for out_features, in_features in shapes)
+    return HeadConfig(POOLINGS[pooling], dense=dense, similarity="cosine" if dense else None)
 
 
 def weight_parts(config: ModelConfig, head: HeadConfig) -> Parts:

@@ -345,7 +345,7 @@ def test_a_bidirectional_gemma_1(tmp_path):
 @pytest.mark.parametrize(
     ("architecture", "key", "value", "words"),
     [
-        ("gemma3", "block_count", None, "gemma3.block_count is None; it must be a JSON int"),
+        ("gemma3", "block_count", None, "gemma3.block_count is missing; fetch the file again"),
         ("gemma3", "block_count", 10**6, "num_hidden_layers=1000000"),
         ("gemma3", "block_count", 8, "missing: blk.7.attn_norm.weight"),
         ("gemma3", "block_count", 6, "unknown: 'blk.6.attn_"),
@@ -355,7 +355,7 @@ def test_a_bidirectional_gemma_1(tmp_path):
         ("gemma3", "attention.value_length", 13, "gemma3.attention.value_length is 13, but only 14 is supported"),
         ("gemma3", "rope.dimension_count", 7, "gemma3.rope.dimension_count is 7, but only 14 is supported"),
         ("gemma3", "vocab_size", 100, "gemma3.vocab_size is 100, but only 101 is supported"),
-        ("gemma3", "rope.freq_base", None, "gemma3.rope.freq_base is None"),
+        ("gemma3", "rope.freq_base", None, "gemma3.rope.freq_base is missing"),
         ("gemma3", "rope.freq_base", float("nan"), "gemma3.rope.freq_base is nan; it must be a finite number"),
         ("gemma3", "rope.scaling.type", "yarn", "RoPE type 'yarn' is not supported"),
         ("gemma2", "rope.freq_base_swa", 5.0, "gemma2.rope.freq_base_swa is 5.0, but only 10000.0 is supported"),
@@ -406,6 +406,12 @@ def test_a_split_file(tmp_path):
     assert f"lists '{parts[1].name}', which are not in the same folder" in refusal(parts[0])
     (tmp_path / "source" / parts[1].name).write_bytes(data)
     assert "which another file contains too" in refusal(parts[0])
+
+
+@pytest.mark.parametrize("fields", [{"split.no": "0"}, {"split.count": [1]}, {"split.tensors.count": 1.5}])
+def test_numbers_of_parts_that_are_not_numbers(tmp_path, fields):
+    (name,) = fields
+    assert f"{name} is" in refusal(write(tmp_path / "model.gguf", make_model("gemma3"), "gemma3", **fields))
 
 
 def test_a_folder_of_several_models(file):

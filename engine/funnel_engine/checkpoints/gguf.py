@@ -159,7 +159,11 @@ class Keys:
         self.values = {name.removeprefix(prefix): fields[name] for name in fields if name.startswith(prefix)}
 
     def take(self, name: str, kind: Any, default: Any = None) -> Any:
-        return decode(kind, self.values.pop(name, default), self.where + name)
+        """The value of a key, or its default. A key without a default must be there, unless its kind is Any."""
+        value = self.values.pop(name, default)
+        if value is None and kind is not Any:
+            raise CheckpointError(f"{self.where}{name} is missing; fetch the file again, or convert the original model")
+        return decode(kind, value, self.where + name)
 
     def require(self, name: str, value: Any) -> None:
         if (found := self.values.pop(name, value)) != value:

@@ -397,8 +397,9 @@ def test_a_split_file(tmp_path):
     (tmp_path / "alone").mkdir()
     (tmp_path / "alone" / name).write_bytes(data)
     assert "says that it is part 1 of 3, but its name says 1 of 1" in refusal(tmp_path / "alone" / name)
-    (tmp_path / "alone" / name).rename(tmp_path / "alone" / "model.gguf")
-    assert "llama-gguf-split --merge" in refusal(tmp_path / "alone" / "model.gguf")
+    for other in ("model.gguf", "model-00001-of-00000.gguf"):
+        name = (tmp_path / "alone" / name).rename(tmp_path / "alone" / other).name
+        assert "llama-gguf-split --merge" in refusal(tmp_path / "alone" / name)
     parts[0].write_bytes(data.replace(struct.pack("<i", len(list(model.parameters()))), struct.pack("<i", 7), 1))
     assert "says that all parts have 7 tensors" in refusal(parts[0])
     parts[0].write_bytes(data)

@@ -126,7 +126,7 @@ def find_parts(path: Path) -> list[Path]:
             )
         path = file_in(path, names[0], str(path))
     match = PART.fullmatch(path.name)
-    if match is None:
+    if match is None or int(match[3]) == 0:
         return [path]
     name, _, count = match.groups()
     return [file_in(path.parent, f"{name}-{i:05}-of-{count}{SUFFIX}", str(path)) for i in range(1, int(count) + 1)]

@@ -129,8 +129,8 @@ def convert(
     """Convert a Gemma checkpoint for the engine.
 
     SOURCE is a file or folder in one of the formats: Hugging Face, sentence-transformers, Orbax (Flax),
-    gemma_pytorch, KerasHub, or a checkpoint that is already converted. DESTINATION is the new folder; it appears when
-    it is complete. `funnel inspect SOURCE` shows beforehand what will be converted.
+    gemma_pytorch, GGUF, KerasHub, or a checkpoint that is already converted. DESTINATION is the new folder; it appears
+    when it is complete. `funnel inspect SOURCE` shows beforehand what will be converted.
     """
     convert_checkpoint(
         source,

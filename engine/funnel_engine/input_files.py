@@ -44,11 +44,6 @@ REPLACEMENTS = {
         "an error message of a server, not the file itself",
         "download it again, signed in if the model asks for it",
     ),
-    rb"GGUF": (
-        "a GGUF file of llama.cpp, which this engine does not read",
-        "convert the original model, or make one with transformers: AutoModel.from_pretrained(FOLDER, "
-        "gguf_file=NAME, quantization_config=GgufConfig(dequantize=True)).save_pretrained(NEW)",
-    ),
 }
 HEAD_BYTES = 64  # first bytes of a file, which show what it is
 UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".download", ".aria2")  # endings that downloaders use

@@ -99,7 +99,7 @@ def describe(model: SourceModel) -> Facts:
         "training": None if model.training is None else dataclasses.asdict(model.training),
         "task": head.task,
         "labels": list(head.labels),
-        "tokenizer": model.tokenizer_file.name if model.tokenizer_file else None,
+        "tokenizer": "tokenizer.json" if model.tokenizer_json else model.tokenizer_file and model.tokenizer_file.name,
         "begin_id": text.begin,
         "end_id": text.end,
         "max_tokens": text.max_tokens,

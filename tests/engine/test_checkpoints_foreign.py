@@ -21,7 +21,6 @@ from sentence_models import train_tokenizer, write_json
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 INDEX = "model.safetensors.index.json"
-GGUF = b"GGUF\3\0\0\0" + bytes(64)
 
 
 @pytest.fixture
@@ -60,7 +59,6 @@ STAND_INS = {
     "store": (b'<?xml version="1.0"?><Error>', "a web page", "download it again"),
     "gated": (b"Access to model google/gemma-2b is restricted.", "an error message of a server", "signed in"),
     "empty": (b"", "is empty", "fetch it again"),
-    "GGUF": (GGUF, "a GGUF file of llama.cpp", "gguf_file=NAME"),
 }
 
 
@@ -90,15 +88,6 @@ def test_a_pointer_in_a_checkpoint_of_ours(source, tmp_path, name):
     (tmp_path / "ours" / name).write_bytes(STAND_INS["LFS"][0])
     with pytest.raises(CheckpointError, match=r"Git LFS.*git lfs pull"):
         Engine.load(tmp_path / "ours")
-
-
-def test_a_folder_of_gguf_files(source, tmp_path):
-    (source / WEIGHTS).unlink()
-    (source / "gemma-q4.gguf").write_bytes(GGUF)
-    assert "gemma-q4.gguf is a GGUF file" in refusal(source)
-    (source / CONFIG).unlink()
-    assert "gemma-q4.gguf is a GGUF file" in refusal(source)
-    assert "is a GGUF file" in refusal(source / "gemma-q4.gguf", format="hugging_face")
 
 
 def test_a_link_whose_content_git_annex_has_not_fetched(source):

@@ -411,8 +411,8 @@ def test_directories_that_are_something_else(source, tmp_path):
         convert(source / "model.safetensors", tmp_path / "ours", format="hugging_face")
     with pytest.raises(CheckpointError, match=r"not in Hugging Face format: it has no config\.json"):
         convert(tmp_path, tmp_path.parent / "elsewhere", format="hugging_face")
-    with pytest.raises(ConfigError, match="format='gguf' is unknown"):
-        convert(source, tmp_path / "ours", format="gguf")
+    with pytest.raises(ConfigError, match="format='onnx' is unknown"):
+        convert(source, tmp_path / "ours", format="onnx")
 
 
 def link_to_shared_file(source: Path, tmp_path: Path, name: str) -> Path:

@@ -8,8 +8,7 @@ from funnel_engine.messages import quote
 from funnel_kernels.errors import CheckpointError
 
 ADAPTER = "adapter_config.json"  # of peft; transformers and sentence-transformers look for it in every folder
-GGUF = ".gguf"
-WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".npz", GGUF)
+WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".npz", ".gguf")
 
 
 def describe_unknown(path: Path) -> str:
@@ -23,7 +22,7 @@ def describe_unknown(path: Path) -> str:
         return "; give the folder of the model, with its config.json"
     refuse_adapter(path)
     return (
-        ": it has no config.json or modules.json, no Orbax _METADATA, no .ckpt and no .weights.h5"
+        ": it has no config.json or modules.json, no Orbax _METADATA, no .ckpt, no .weights.h5 and no .gguf"
         f"{other_weights(path)}{unfinished_downloads(path)}"
     )
 
@@ -42,12 +41,6 @@ def refuse_adapter(directory: Path) -> None:
 
 
 def other_weights(directory: Path) -> str:
-    """For a message about missing weights: the files with weights that this engine does not read.
-
-    Raises:
-        CheckpointError: they are GGUF files.
-    """
+    """For a message about missing weights: the files with weights of another format."""
     names = [name for name in sorted(os.listdir(directory)) if name.endswith(WEIGHTS)]
-    if names and all(name.endswith(GGUF) for name in names):
-        check_file(directory / names[0])
     return f", but {quote(names)}" if names else ""

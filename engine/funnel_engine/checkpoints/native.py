@@ -290,9 +290,13 @@ def write_checkpoint(
             files[name] = FileFacts((directory / name).stat().st_size, digest)
         hashed = source_files.result()
     tokenizer = None
-    if model.tokenizer_file is not None:
+    if model.tokenizer_json is not None:
+        tokenizer = "tokenizer.json"
+        (directory / tokenizer).write_text(model.tokenizer_json, encoding="utf-8")
+    elif model.tokenizer_file is not None:
         tokenizer = "tokenizer.json" if model.tokenizer_file.suffix == ".json" else "tokenizer.model"
         shutil.copyfile(model.tokenizer_file, directory / tokenizer)
+    if tokenizer is not None:
         synchronize(directory / tokenizer)
         files[tokenizer] = file_facts(directory / tokenizer)
     manifest = Manifest(

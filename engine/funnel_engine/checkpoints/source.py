@@ -59,6 +59,7 @@ class SourceModel:
         directory: the folder of the source.
         funnel: the funnel that the model is meant to run with.
         training: how it was trained for this funnel; None if it was not.
+        tokenizer_json: the content of a tokenizer.json that the reader made; then `tokenizer_file` is None.
     """
 
     format: str
@@ -71,6 +72,7 @@ class SourceModel:
     directory: Path
     funnel: FunnelConfig = FunnelConfig()
     training: TrainingRecord | None = None
+    tokenizer_json: str | None = None
 
     @property
     def files(self) -> list[Path]:

@@ -61,7 +61,8 @@ class SourceTensor(Protocol):
 
     @property
     def dtype(self) -> str:
-        """NumPy's name of the dtype of the values that `read` returns."""
+        """NumPy's name of the dtype of the values that `read` returns. A type that only the format has is named as
+        there, and `read` returns float32."""
 
     def read(self, at: tuple[int, ...], start: int, stop: int) -> np.ndarray:
         """`tensor[at][start:stop]`: some rows at some leading indices; `at` is often empty.
@@ -233,19 +234,21 @@ def assemble(
     parts: Parts,
     tensors: Mapping[str, SourceTensor],
     drop_rule: Callable[[str], str | None] = lambda name: None,
+    dtypes: tuple[str, ...] = FLOAT_DTYPES,
 ) -> Assembly:
     """Finds every part among the tensors of a checkpoint.
 
     Args:
         where: the name of the checkpoint in messages.
         drop_rule: returns the rule by which a tensor may be left out; None if it may not.
+        dtypes: the dtypes that can be read.
 
     Raises:
         CheckpointError: tensors are missing, unknown, or have a wrong shape or dtype; the message lists all of them.
     """
     expected = {part.name: part.shape for weight_parts in parts.values() for part in weight_parts}
     rules = {name: rule for name in tensors if name not in expected and (rule := drop_rule(name))}
-    check_tensors(where, expected, {name: tensor for name, tensor in tensors.items() if name not in rules})
+    check_tensors(where, expected, {name: tensor for name, tensor in tensors.items() if name not in rules}, dtypes)
     weights = {
         name: tuple(Rows(tensors[part.name], part) for part in weight_parts) for name, weight_parts in parts.items()
     }

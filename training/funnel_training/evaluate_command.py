@@ -104,8 +104,8 @@ def evaluate(
 
 def require_packages() -> None:
     """Raises `ConfigError` if the packages of the extra `train` are not installed."""
-    for package in ("scipy", "sklearn"):
-        if importlib.util.find_spec(package) is None:
+    for module, package in (("scipy", "scipy"), ("sklearn", "scikit-learn")):
+        if importlib.util.find_spec(module) is None:
             raise ConfigError(f"{package} is not installed; run: pip install 'funnel-engine[train]'")
 
 

@@ -36,9 +36,9 @@ class Texts(Task):
             f"overlap@{TOP}": mean(agreed.overlaps),
             f"nDCG@{TOP}": mean(agreed.ndcgs),
             "Spearman": mean(agreed.spearmans),
-            f"Spearman of nearest {TOP}": mean(agreed.spearmans_nearest),
+            f"Spearman@{TOP}": mean(agreed.spearmans_nearest),
             "cosine": mean(agreed.cosines),
-            "cosine, 5 % quantile": Quantile(agreed.cosines, 0.05),
+            "cosine 5 %": Quantile(agreed.cosines, 0.05),
         }
 
 

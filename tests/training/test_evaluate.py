@@ -150,7 +150,11 @@ def test_the_baseline_can_be_another_checkpoint(checkpoint, files, tmp_path):
     manifest = json.loads((before / "funnel.json").read_text())
     manifest["text"]["prompts"] = {"query": "q: "}
     (before / "funnel.json").write_text(json.dumps(manifest))
-    with pytest.raises(ConfigError, match="different tokenizers, prompts or limits"):
+    with pytest.raises(ConfigError, match="checkpoint and the baseline have different prompts or limits; the baseline"):
+        evaluate(checkpoint, FUNNELS, task, baseline=before)
+    manifest["head"]["pooling"] = "last"
+    (before / "funnel.json").write_text(json.dumps(manifest))
+    with pytest.raises(ConfigError, match="different heads or pooling"):
         evaluate(checkpoint, FUNNELS, task, baseline=before)
 
 
@@ -219,6 +223,15 @@ def test_a_tagger_is_scored_on_the_first_token_of_each_word(tmp_path):
     assert any("pairs-of" in sentence for sentence in sentences)
     result = run(path, "--tags", tmp_path / "tags.txt", "--funnel", "1:2")
     assert_refused(result, "funnel 1:2: tags need a row for each token; add a recovery, as in 1:2/mean_last")
+    result = run(path, "--tags", tmp_path / "tags.txt", "--truncate")
+    assert_refused(result, "tagged sentences cannot be cut, because every word has a tag; leave truncate out")
+    long = "\n".join(["small B-PER"] * 2100)
+    (tmp_path / "tags.txt").write_text("\n\n".join([*lines, long]))
+    number = sum(map(len, sentences)) + len(sentences) + 1
+    result = run(path, "--tags", tmp_path / "tags.txt")
+    assert_refused(
+        result, f"tags.txt, line {number}: the sentence has 2101 tokens, more than the limit of 2048; split it"
+    )
 
 
 def test_the_command_shows_a_table_and_writes_everything(checkpoint, files, tmp_path):

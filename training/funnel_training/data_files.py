@@ -53,6 +53,11 @@ def read_file(path: Path) -> DataFile:
     return DataFile(path, text, hashlib.sha256(data).hexdigest())
 
 
+def hashes(*files: DataFile) -> dict[str, str]:
+    """The SHA-256 of files by their names."""
+    return {file.path.name: file.sha256 for file in files}
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
     """A row of a table.

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from funnel_engine import Engine, FunnelConfig
-from funnel_engine.checkpoints.native import MANIFEST, Checkpoint, read_checkpoint
+from funnel_engine.checkpoints.native import MANIFEST, Checkpoint
 from funnel_engine.cli import show_progress
 from funnel_engine.flops import forward_flops
 from funnel_engine.input_files import hash_file
 from funnel_engine.packing import make_plan
 from funnel_kernels.errors import ConfigError
-from funnel_training.engines import EngineMaker, engine_maker
+from funnel_training.engines import EngineMaker, engine_maker, read_checkpoint_as
 from funnel_training.statistics import CONFIDENCE, RESAMPLES, Ratio, paired_ratio
 from funnel_training.tasks.task import Task
 
@@ -90,34 +90,36 @@ def evaluate(
 
     Raises:
         CheckpointError, ConfigError, BackendUnavailable: as `Engine.load`.
-        ConfigError: a funnel pools nothing or does not fit; the two checkpoints do not read texts alike.
+        ConfigError: a funnel pools nothing or does not fit; the checkpoint and the baseline cannot be compared.
         InputError: a text cannot be run.
     """
-    opened = read_checkpoint(checkpoint)
-    other = opened if baseline is None else read_checkpoint(baseline)
-    check_same_texts(opened, other)
-    options: dict[str, Any] = {"attention": attention, "pooling": pooling, "dtype": dtype, "backend": backend}
-    make_engine = engine_maker(opened, **options)
-    make_baseline = make_engine if baseline is None else engine_maker(other, **options)
+    opened = read_checkpoint_as(checkpoint, attention=attention, pooling=pooling)
+    make_engine = engine_maker(opened, dtype=dtype, backend=backend)
+    make_baseline = make_engine
+    if baseline is not None:
+        original = read_checkpoint_as(baseline, attention=attention, pooling=pooling)
+        check_comparable(opened, original)
+        make_baseline = engine_maker(original, dtype=dtype, backend=backend)
     lines = compare_funnels(make_engine, funnels, task, make_baseline=make_baseline, truncate=truncate)
-    used = {
-        "attention": attention or opened.config.attention,
-        "pooling": pooling or opened.head.pooling,
-        "dtype": dtype or opened.dtype,
-    }
     return Evaluation(
         checkpoint=checkpoint_facts(checkpoint),
         baseline=checkpoint_facts(checkpoint if baseline is None else baseline),
         data={
             "task": task.kind,
-            "files": {file.path.name: file.sha256 for file in task.files},
+            "files": task.files,
             "unit": task.unit,
             "units": task.units,
             "texts": {side.name: len(side.texts) for side in task.sides},
             "prompts": {side.name: side.prompt_name(opened.manifest.text) for side in task.sides},
             "duplicates": task.duplicates,
         },
-        options=options | used | {"truncate": truncate},
+        options={
+            "attention": opened.config.attention,
+            "pooling": opened.head.pooling,
+            "dtype": dtype or opened.dtype,
+            "backend": backend,
+            "truncate": truncate,
+        },
         statistics={"interval": "paired bootstrap", "confidence": CONFIDENCE, "resamples": RESAMPLES, "seed": SEED},
         versions={package: importlib.metadata.version(package) for package in PACKAGES},
         lines=lines,
@@ -141,7 +143,10 @@ def compare_funnels(
         if funnel.total_stride == 1:
             raise ConfigError(f"funnel {str(funnel)!r} pools nothing, as the baseline; leave it out")
         make_plan(exact.config, funnel)  # raises if it does not fit
-        task.check_funnel(funnel)
+        if task.per_token and funnel.output_stride > 1:
+            raise ConfigError(
+                f"funnel {funnel}: {task.kind} need a row for each token; add a recovery, as in {funnel}/mean_last"
+            )
     inputs = task.inputs(exact, truncate)
     config, lengths = exact.config, [side.lengths for side in inputs]
     flops = [forward_flops(config, NO_FUNNEL, side) for side in lengths]
@@ -168,17 +173,23 @@ def run(task: Task, engine: Engine, inputs: list[Any]) -> list[Any]:
     return [task.run(engine, side) for side in inputs]
 
 
-def check_same_texts(checkpoint: Checkpoint, baseline: Checkpoint) -> None:
-    """Raises `ConfigError` unless two checkpoints make the same token ids of a text."""
+def check_comparable(checkpoint: Checkpoint, baseline: Checkpoint) -> None:
+    """Raises `ConfigError` unless two checkpoints differ in their weights only."""
     first, second = (
-        (each.manifest.text, each.manifest.tokenizer and each.manifest.files[each.manifest.tokenizer])
+        {
+            "architectures or attention": each.config,
+            "heads or pooling": each.head,
+            "prompts or limits": each.manifest.text,
+            "tokenizers": each.manifest.tokenizer and each.manifest.files[each.manifest.tokenizer],
+        }
         for each in (checkpoint, baseline)
     )
-    if first != second:
-        raise ConfigError(
-            "the checkpoint and the baseline have different tokenizers, prompts or limits; the baseline must be the "
-            "checkpoint that the other one was trained from"
-        )
+    for name in first:
+        if first[name] != second[name]:
+            raise ConfigError(
+                f"the checkpoint and the baseline have different {name}; the baseline must be the checkpoint that the "
+                "other one was trained from, run in the same way"
+            )
 
 
 def checkpoint_facts(checkpoint: str | os.PathLike[str]) -> dict[str, str]:

@@ -12,7 +12,7 @@ from funnel_engine import Engine
 from funnel_engine.inputs import Ragged
 from funnel_engine.messages import quote
 from funnel_kernels.errors import InputError
-from funnel_training.data_files import Row, read_file, read_table
+from funnel_training.data_files import Row, hashes, read_file, read_table
 from funnel_training.metrics import unit_vectors
 from funnel_training.scores import MacroF1, Score, mean
 from funnel_training.statistics import check_units
@@ -79,7 +79,7 @@ def read_labels(path: Path, head_labels: Sequence[str] = ()) -> ProbeLabels:
     side = Side("texts", [row.text("text") for row in rows], [row.place for row in rows], "Classification")
     gold = np.array([numbers[name] for name in names])
     if head_labels:
-        return HeadLabels((file,), duplicates, (side,), labels, gold)
+        return HeadLabels(hashes(file), duplicates, (side,), labels, gold)
     counts = Counter(names)
     if len(counts) < 2:
         raise InputError(f"all texts in {path.name} have the label {names[0]!r:.60}; give texts of at least two labels")
@@ -88,7 +88,7 @@ def read_labels(path: Path, head_labels: Sequence[str] = ()) -> ProbeLabels:
         raise InputError(
             f"label {rarest!r:.60} has {counts[rarest]} different texts in {path.name}; give at least {FOLDS}"
         )
-    return ProbeLabels((file,), duplicates, (side,), labels, gold)
+    return ProbeLabels(hashes(file), duplicates, (side,), labels, gold)
 
 
 def label_of(row: Row) -> str:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from funnel_kernels.errors import InputError
-from funnel_training.data_files import DataFile, Row, read_file, read_table
+from funnel_training.data_files import DataFile, Row, hashes, read_file, read_table
 from funnel_training.metrics import unit_vectors
 from funnel_training.scores import Score, Spearman
 from funnel_training.statistics import check_units
@@ -66,4 +66,4 @@ def make_pairs(file: DataFile, rows: Sequence[Row]) -> Pairs:
         )
     texts = [row.text(name) for name in LAYOUT[:2] for row in rows]
     side, index = distinct(texts, [row.place for row in rows] * 2, "sentences", "STS")
-    return Pairs((file,), duplicates, (side,), index.reshape(2, -1), gold)
+    return Pairs(hashes(file), duplicates, (side,), index.reshape(2, -1), gold)

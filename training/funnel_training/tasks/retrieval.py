@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from funnel_kernels.errors import InputError
-from funnel_training.data_files import DataFile, Row, read_file, read_table
+from funnel_training.data_files import DataFile, Row, hashes, read_file, read_table
 from funnel_training.metrics import RECALL_TOP, TOP, retrieval
 from funnel_training.scores import Score, mean
 from funnel_training.statistics import check_units
@@ -51,7 +51,7 @@ def make_retrieval(file: DataFile, rows: Sequence[Row]) -> Retrieval:
     relevant: list[dict[int, float]] = [{} for _ in queries.texts]
     for query, document in zip(query_index, document_index, strict=True):
         relevant[query][int(document)] = 1.0
-    return checked(Retrieval((file,), duplicates, (queries, documents), tuple(relevant), (None,) * len(relevant)))
+    return checked(Retrieval(hashes(file), duplicates, (queries, documents), tuple(relevant), (None,) * len(relevant)))
 
 
 def read_beir(folder: Path) -> Retrieval:
@@ -90,7 +90,7 @@ def read_beir(folder: Path) -> Retrieval:
         Side("queries", [row.text("text") for row in asked], [row.place for row in asked], "query"),
         Side("documents", list(map(document_text, corpus.values())), [r.place for r in corpus.values()], "document"),
     )
-    files = (corpus_file, queries_file, qrels_file)
+    files = hashes(corpus_file, queries_file, qrels_file)
     same = tuple(map(numbers.get, relevant))
     return checked(Retrieval(files, duplicates, sides, tuple(relevant.values()), same))
 

@@ -8,11 +8,11 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from funnel_engine import Engine, FunnelConfig
+from funnel_engine import Engine
 from funnel_engine.inputs import Ragged, TooLong, join
 from funnel_engine.messages import quote
 from funnel_kernels.errors import ConfigError, InputError
-from funnel_training.data_files import read_file
+from funnel_training.data_files import hashes, read_file
 from funnel_training.scores import Ints, RatioOfSums, Score
 from funnel_training.statistics import check_units
 from funnel_training.tasks.labels import finite_logits
@@ -43,16 +43,11 @@ class Tags(Task):
     labels: tuple[str, ...]  # of the checkpoint's classifier
     kind: ClassVar[str] = "tags"
     unit: ClassVar[str] = "sentences"
+    per_token: ClassVar[bool] = True
 
     @property
     def units(self) -> int:
         return len(self.words)
-
-    def check_funnel(self, funnel: FunnelConfig) -> None:
-        if funnel.output_stride > 1:
-            raise ConfigError(
-                f"funnel {funnel}: tags need a row for each token; add a recovery, as in {funnel}/mean_last"
-            )
 
     def inputs(self, engine: Engine, truncate: bool) -> list[WordTokens]:
         """Words are tokenized one by one; all but the first of a sentence have a space in front of them."""
@@ -140,7 +135,7 @@ def read_tags(path: Path, labels: Sequence[str]) -> Tags:
         raise InputError(f"{path.name} has no span: every tag is O; give sentences with spans")
     side = Side("sentences", [" ".join(sentence) for sentence in words], places)
     return Tags(
-        files=(file,),
+        files=hashes(file),
         duplicates=len(sentences) - len(distinct),
         sides=(side,),
         words=tuple(map(tuple, words)),

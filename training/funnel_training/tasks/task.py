@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from funnel_engine import Engine, FunnelConfig
+from funnel_engine import Engine
 from funnel_engine.inputs import Ragged, TooLong
 from funnel_engine.text import TextConfig
 from funnel_kernels.errors import InputError
-from funnel_training.data_files import DataFile, Row
+from funnel_training.data_files import Row
 from funnel_training.scores import Score
 
 
@@ -54,25 +54,22 @@ class Task(abc.ABC):
     """Data, and how well a model does on it. A subclass reads one form of data.
 
     Attributes:
-        files: the files that were read.
+        files: the SHA-256 of each file that was read, by its name.
         duplicates: rows that were left out because an earlier row has the same texts.
         sides: the texts. If there are two sides, the first can stay unfunneled: queries, and documents in an index.
     """
 
-    files: tuple[DataFile, ...]
+    files: dict[str, str]
     duplicates: int
     sides: tuple[Side, ...]
     kind: ClassVar[str]
     unit: ClassVar[str]  # what the scores have one of each: "pairs", "queries"
+    per_token: ClassVar[bool] = False  # whether a model must have a row for each token
 
     @property
     @abc.abstractmethod
     def units(self) -> int:
         """Their number."""
-
-    def check_funnel(self, funnel: FunnelConfig) -> None:
-        """Raises `ConfigError` if no model can do this task through the funnel."""
-        del funnel  # most tasks take any
 
     def inputs(self, engine: Engine, truncate: bool) -> list[Any]:
         """The token ids of each side, which are the same for every funnel. Each has the `lengths` of its sequences.

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from funnel_kernels.errors import InputError
-from funnel_training.data_files import read_file
+from funnel_training.data_files import hashes, read_file
 from funnel_training.metrics import TOP, agreement
 from funnel_training.scores import Quantile, Score, mean
 from funnel_training.statistics import LEAST_UNITS
@@ -62,4 +62,4 @@ def read_texts(path: Path) -> Texts:
     sides = tuple(
         Side(name, [texts[i] for i in index], [places[texts[i]] for i in index]) for name, index in chosen.items()
     )
-    return Texts((file,), len(lines) - len(texts), sides)
+    return Texts(hashes(file), len(lines) - len(texts), sides)

@@ -75,7 +75,7 @@ def test_the_layout_is_that_of_the_columns(tmp_path, name):
         (
             "p.csv",
             "a,b,1,2\n",
-            "p.csv, line 1 has 4 columns and is no header with the names sentence1, sentence2",
+            "p.csv, line 1 has 4 columns and is not a header with the names sentence1, sentence2",
         ),
         ("p.csv", "one,two\na,b\n", "p.csv, line 1 has 2 columns"),
         ("p.csv", "sentence1,sentence2,score\n", "p.csv has a header and no rows"),
@@ -84,7 +84,7 @@ def test_the_layout_is_that_of_the_columns(tmp_path, name):
         (
             "p.jsonl",
             '{"sentence1": "a"}\n',
-            "p.jsonl, line 1 has the names sentence1; it must have sentence1, sent",
+            "p.jsonl, line 1 has the names 'sentence1'; it must have sentence1, sent",
         ),
         ("p.jsonl", '{"sentence1": "a"\n', "p.jsonl, line 1, is not JSON: .* each line must be a JSON object"),
         ("p.jsonl", "[" * 100_000, "p.jsonl, line 1, is not JSON"),
@@ -115,6 +115,7 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path):
         ('"nan"', "score is 'nan'; it must be a finite number"),
         ("NaN", "score is nan"),
         ("1e999", "score is inf"),
+        ("1" + 400 * "0", "score is 1000"),
         ('"five"', "score is 'five'"),
         ("true", "score is True"),
         ("null", "score is None"),

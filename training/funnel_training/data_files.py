@@ -6,10 +6,11 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from funnel_engine.messages import quote
 from funnel_kernels.errors import InputError
 
 TABLES = (".csv", ".tsv", ".jsonl")
@@ -80,7 +81,7 @@ class Row:
         value = self.fields[name]
         try:
             number = math.nan if isinstance(value, bool) else float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
         if not math.isfinite(number):
             raise InputError(f"{self.place}: {name} is {value!r:.40}; it must be a finite number")
@@ -102,40 +103,38 @@ def read_table(file: DataFile, *layouts: tuple[str, ...]) -> tuple[tuple[str, ..
     """
     if file.path.suffix not in TABLES:
         raise InputError(f"{file.path.name!r} must end in {', '.join(TABLES)}")
-    wanted = " or ".join(", ".join(layout) for layout in layouts)
-    if file.path.suffix == ".jsonl":
-        rows = list(json_rows(file))
-        for layout in layouts:
-            if rows[0].fields.keys() >= set(layout):
-                break
-        else:
-            raise InputError(f"{rows[0].place} has the names {', '.join(rows[0].fields)}; it must have {wanted}")
-        for row in rows:
-            if missing := [name for name in layout if name not in row.fields]:
-                raise InputError(f"{row.place} lacks {', '.join(missing)}; each line must have {', '.join(layout)}")
-        return layout, rows
-    records = list(csv_records(file))
-    first = [field.strip() for field in records[0][1]]
-    for layout in layouts:
-        if set(first) >= set(layout):
-            names, records = first, records[1:]
-            break
+    rows = list(json_rows(file) if file.path.suffix == ".jsonl" else csv_rows(file, layouts))
+    layout = next((layout for layout in layouts if rows[0].fields.keys() >= set(layout)), None)
+    if layout is None:
+        raise InputError(f"{rows[0].place} has the names {quote(rows[0].fields)}; it must have {either(layouts)}")
+    for row in rows:
+        if missing := [name for name in layout if name not in row.fields]:
+            raise InputError(f"{row.place} lacks {', '.join(missing)}; each line must have {', '.join(layout)}")
+    return layout, rows
+
+
+def either(layouts: Sequence[tuple[str, ...]]) -> str:
+    return " or ".join(", ".join(layout) for layout in layouts)
+
+
+def csv_rows(file: DataFile, layouts: Sequence[tuple[str, ...]]) -> list[Row]:
+    (place, first), *others = records = list(csv_records(file))
+    names = tuple(field.strip() for field in first)
+    if any(set(names) >= set(layout) for layout in layouts):
+        records = others
+        if not records:
+            raise InputError(f"{file.path} has a header and no rows; give a file with data")
+    elif len(names) in map(len, layouts):
+        names = next(layout for layout in layouts if len(layout) == len(names))
     else:
-        for layout in layouts:
-            if len(first) == len(layout):
-                names = list(layout)
-                break
-        else:
-            raise InputError(
-                f"{records[0][0]} has {len(first)} columns and is no header with the names {wanted}; without a header "
-                "the columns must be exactly these, in this order"
-            )
+        raise InputError(
+            f"{place} has {len(names)} columns and is not a header with the names {either(layouts)}; without a header the "
+            "columns must be exactly these, in this order"
+        )
     for place, fields in records:
         if len(fields) != len(names):
             raise InputError(f"{place} has {len(fields)} columns; it must have {len(names)}: {', '.join(names)}")
-    if not records:
-        raise InputError(f"{file.path} has a header and no rows; give a file with data")
-    return layout, [Row(place, dict(zip(names, fields, strict=True))) for place, fields in records]
+    return [Row(place, dict(zip(names, fields, strict=True))) for place, fields in records]
 
 
 def csv_records(file: DataFile) -> Iterator[tuple[str, list[str]]]:

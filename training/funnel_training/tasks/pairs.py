@@ -55,13 +55,12 @@ def make_pairs(file: DataFile, rows: Sequence[Row]) -> Pairs:
     Raises:
         InputError: a sentence is empty, a score is not a finite number, all scores are equal, or there are too few.
     """
-    gold_by_row = [row.number("score") for row in rows]  # checks those of duplicates too
     rows, duplicates = without_duplicates(rows, "sentence1", "sentence2")
     check_units(len(rows), f"different pairs in {file.path.name}")
     gold = np.array([row.number("score") for row in rows])
     if np.ptp(gold) == 0:
         raise InputError(
-            f"all scores in {file.path.name} are {gold_by_row[0]:g}: the correlation with a constant is not defined; "
+            f"all scores in {file.path.name} are {gold[0]:g}: the correlation with a constant is not defined; "
             "give pairs with different scores"
         )
     texts = [row.text(name) for name in LAYOUT[:2] for row in rows]

@@ -128,8 +128,8 @@ def csv_rows(file: DataFile, layouts: Sequence[tuple[str, ...]]) -> list[Row]:
         names = next(layout for layout in layouts if len(layout) == len(names))
     else:
         raise InputError(
-            f"{place} has {len(names)} columns and is not a header with the names {either(layouts)}; without a header the "
-            "columns must be exactly these, in this order"
+            f"{place} has {len(names)} columns and is not a header with the names {either(layouts)}; without a header "
+            "the columns must be exactly these, in this order"
         )
     for place, fields in records:
         if len(fields) != len(names):

@@ -29,7 +29,14 @@ PATH = click.Path(path_type=Path)
 
 @click.command()
 @click.argument("checkpoint", type=PATH)
-@click.option("--funnel", "funnels", multiple=True, help="A funnel in its short form, e.g. 6:2/mean; repeatable.")
+@click.option(
+    "--funnel",
+    "funnels",
+    type=FunnelConfig.parse,
+    multiple=True,
+    metavar="LAYER:STRIDE[/OPTION]",
+    help="A funnel to score, e.g. 6:2/mean: after layer 6, the mean of each two rows. Give it again for more funnels.",
+)
 @click.option("--texts", type=PATH, help="A text in each line: agreement with the unfunneled model.")
 @click.option(
     "--pairs",
@@ -48,7 +55,7 @@ PATH = click.Path(path_type=Path)
 @click.option("--json", "output", type=click.Path(path_type=Path, dir_okay=False), help="File to write: .json")
 def evaluate(
     checkpoint: Path,
-    funnels: tuple[str, ...],
+    funnels: tuple[FunnelConfig, ...],
     texts: Path | None,
     pairs: Path | None,
     beir: Path | None,
@@ -76,14 +83,13 @@ def evaluate(
         raise ConfigError(f"the data are given by {names or 'no option'}; give one of --{', --'.join(given)}")
     if output is not None:
         check_writable(output, (".json",))
-    parsed = [FunnelConfig.parse(funnel) for funnel in dict.fromkeys(funnels)]
     require_packages()
     from funnel_training import evaluate as evaluation
 
     ((form, path),) = ((form, path) for form, path in given.items() if path is not None)
     result = evaluation.evaluate(
         checkpoint,
-        parsed,
+        list(dict.fromkeys(funnels)),
         read_task(form, path, checkpoint),
         baseline=baseline,
         attention=attention,

@@ -143,7 +143,7 @@ def describe(result: "Evaluation") -> str:
     parts = [f"{data['units']:,} {data['unit']}"]
     parts += [f"{count:,} {name}" for name, count in data["texts"].items() if name != data["unit"]]
     if data["duplicates"]:
-        parts.append(f"{data['duplicates']:,} duplicates left out")
+        parts.append(f"{data['duplicates']:,} left out as duplicates")
     parts += [f"prompt {prompt} for {name}" for name, prompt in data["prompts"].items() if prompt]
     model = f"{options['attention']} attention, pooling {options['pooling']}, {options['dtype']}"
     lines = [

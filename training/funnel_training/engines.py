@@ -1,0 +1,48 @@
+"""Engines of one checkpoint with several funnels."""
+
+import dataclasses
+import os
+from collections.abc import Callable
+
+from funnel_engine import Engine, FunnelConfig
+from funnel_engine.checkpoints.native import Checkpoint, read_checkpoint
+from funnel_engine.text import read_tokenizer
+
+EngineMaker = Callable[[FunnelConfig], Engine]
+
+
+def read_checkpoint_as(
+    path: str | os.PathLike[str], *, attention: str | None = None, pooling: str | None = None
+) -> Checkpoint:
+    """Opens a checkpoint with another attention or pooling than its own; None keeps its own."""
+    checkpoint = read_checkpoint(path)
+    config, head = checkpoint.config, checkpoint.head
+    if attention is not None:
+        config = dataclasses.replace(config, attention=attention)
+    if pooling is not None:
+        head = dataclasses.replace(head, pooling=pooling)
+    manifest = dataclasses.replace(checkpoint.manifest, config=config, head=head)
+    return dataclasses.replace(checkpoint, manifest=manifest)
+
+
+def engine_maker(checkpoint: Checkpoint, *, dtype: str | None = None, backend: str = "auto") -> EngineMaker:
+    """A function that makes an engine of a checkpoint with a funnel.
+
+    The weights stay mapped into memory and the tokenizer is read once, so an engine costs only what it puts on the
+    device. Drop one engine before the next is made. The options are those of `Engine.load`.
+    """
+    tokenizer = read_tokenizer(checkpoint.tokenizer_file) if checkpoint.tokenizer_file else None
+
+    def make(funnel: FunnelConfig) -> Engine:
+        return Engine(
+            checkpoint.config,
+            checkpoint.head,
+            checkpoint.weights,
+            funnel=funnel,
+            backend=backend,
+            tokenizer=tokenizer,
+            text=checkpoint.manifest.text,
+            dtype=dtype,
+        )
+
+    return make

@@ -2,6 +2,7 @@
 
 import sys
 import textwrap
+import time
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -87,6 +88,22 @@ def test_a_peer_that_cannot_be_made_is_an_error(module):
 def test_what_is_not_installed_is_named(module):
     with pytest.raises(LeftOut, match=r"^no_such_package is not installed: pip install 'funnel-engine\[peers\]'$"):
         Peer(module("def make(task): import no_such_package")).__enter__()
+
+
+@pytest.mark.parametrize("source", ["import time; time.sleep(60)", COUNTING])
+def test_a_peer_is_ended_when_time_is_up(module, tmp_path, source):
+    """While it is made, and between two samples."""
+    task = {"log": str(tmp_path / "log"), "number": 1, "fails_at": 0, "batches": [[0]]}
+    until = time.monotonic() + 3
+
+    def sample_forever():
+        with Peer(module(source), until=until, **task) as peer:
+            while True:
+                peer.sample()
+
+    with pytest.raises(LeftOut, match="out of time while it was compiling or running"):
+        sample_forever()
+    assert until <= time.monotonic() < until + 30
 
 
 def test_a_peer_ends_with_its_block_whatever_happens(module, tmp_path):

@@ -57,7 +57,7 @@ def make_task(source, lengths, order):
     sequences = random_sequences(lengths)
     batches = make_batches(np.asarray(lengths), order, 3)
     task = {"checkpoint": str(source), "mode": "eager", "cores": 1, "batches": batches, "sequences": sequences}
-    task["dtype"] = "bfloat16"
+    task |= {"dtype": "bfloat16", "device": "cpu"}
     return task, sequences
 
 
@@ -175,6 +175,24 @@ def test_a_sentence_model_needs_its_library(tmp_path, monkeypatch):
     with pytest.raises(LeftOut, match=r"^sentence_transformers is not installed: pip install"):
         write_sentence_model(tmp_path / "source", MODELS["gemma"])
     assert not (tmp_path / "source").exists()
+
+
+def test_attention_without_a_mask_is_full_attention():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 5, 8) for heads in (4, 1, 1))
+    out, _ = hugging_face.attention_without_mask(None, q, k, v, None, 0.3, dropout=0.0)
+    weights = torch.softmax(0.3 * q @ k.transpose(2, 3), -1)
+    torch.testing.assert_close(out, (weights @ v).transpose(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"), [({"device": "cuda"}, "PyTorch for CUDA"), ({"mode": "flash"}, "flash_attn")]
+)
+def test_what_a_gpu_s_peer_needs_is_named(model, changes, name):
+    task, _ = make_task(model[0], LENGTHS, "sorted")
+    with pytest.raises(ModuleNotFoundError) as error:
+        hugging_face.make(task | changes)
+    assert error.value.name == name
 
 
 @pytest.mark.slow

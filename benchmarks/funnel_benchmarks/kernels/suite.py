@@ -7,23 +7,23 @@ cancel.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 
-from funnel_benchmarks.kernels.cases import Case, Sizes, cases
+from funnel_benchmarks.kernels.cases import CUDNN, Case
 from funnel_benchmarks.kernels.ceilings import SAMPLE_SECONDS, Ceiling
 from funnel_benchmarks.measure import alone, in_turns, sampler, spread
 from funnel_benchmarks.plot_style import Look, whiskers
-from funnel_benchmarks.results import LeftOut, Measurement, Results, Row
+from funnel_benchmarks.results import LeftOut, Measurement, Results, Row, error_text
 from funnel_benchmarks.statistics import quartiles
 from funnel_benchmarks.suite import Cell, Column, Plot, Section, Table, field, number
 from funnel_benchmarks.suite import Suite as BaseSuite
-from funnel_engine.devices import local_target
-from funnel_kernels.errors import BackendUnavailable
+from funnel_engine.packing import Ints
+from funnel_kernels.errors import BackendUnavailable, FunnelError
 from funnel_kernels.target import AUTO
 
 if TYPE_CHECKING:
@@ -36,23 +36,29 @@ class Suite(BaseSuite):
 
     Attributes:
         model: whose sizes they are, in words.
+        dtype, lengths: of the model's batch.
+        cases: none: only the ceilings are measured.
         backends: names in `funnel_kernels.BACKENDS`.
         ceilings: of products, and of copies.
         repeats: how often A B B A is run.
+        seconds: that a sample lasts at least.
     """
 
     model: str
-    sizes: Sizes
+    dtype: str
+    lengths: Ints
+    cases: Sequence[Case]
     backends: tuple[str, ...]
     ceilings: tuple[Ceiling, Ceiling]
     repeats: int
+    seconds: float = SAMPLE_SECONDS
 
     name = "kernels"
 
     def options(self) -> Row:
         """Everything that a cell depends on beside its own name, as the head of a result file."""
-        lengths = self.sizes.lengths.tolist()
-        return {"model": self.model, "dtype": self.sizes.dtype, "lengths": lengths, "repeats": self.repeats}
+        lengths = self.lengths.tolist()
+        return {"model": self.model, "dtype": self.dtype, "lengths": lengths, "repeats": self.repeats}
 
     def cells(self, results: Results) -> Iterator[Measurement]:
         return cells(self)
@@ -64,10 +70,11 @@ class Suite(BaseSuite):
         measured = [row for row in content["rows"] if "share" not in row]
         rows = [row for row in content["rows"] if "share" in row]
         lengths = options["lengths"]
+        batch = f"{len(lengths)} x {lengths[0]} tokens, " if lengths else ""
         return Section(
             title=f"Kernels: {options['model']}",
             facts={
-                "Sizes": f"of {options['model']}; {len(lengths)} x {lengths[0]} tokens, {options['dtype']}",
+                "Sizes": f"of {options['model']}; {batch}{options['dtype']}",
                 "Repeats": f"{options['repeats']} times A B B A",
             },
             tables=[
@@ -94,8 +101,8 @@ def cells(suite: Suite) -> Iterator[Measurement]:
     """
     for ceiling in suite.ceilings:
         yield f"ceiling: {ceiling.name}", partial(measure_ceiling, ceiling, suite.repeats)
-    for case in cases(suite.sizes):
-        for backend in suite.backends:
+    for case in suite.cases:
+        for backend in case.backends or suite.backends:
             yield f"{case.name}; {backend}", partial(measure, suite, case, backend)
 
 
@@ -107,9 +114,15 @@ def measure_ceiling(ceiling: Ceiling, repeats: int) -> Row:
 
 def measure(suite: Suite, case: Case, backend: str) -> Row:
     try:
-        sample = sampler(case.make(local_target(backend)), SAMPLE_SECONDS)
+        sample = sampler(case.make(backend), suite.seconds)
     except BackendUnavailable as reason:
         raise LeftOut(str(reason)) from None
+    except FunnelError:
+        raise
+    except Exception as reason:  # cuDNN is missing or refuses: XLA raises anything
+        if backend != CUDNN:
+            raise
+        raise LeftOut(error_text(reason)) from None
     ceiling, work = bound(case, suite.ceilings)
     ceiling_samples, samples = in_turns(ceiling.sample, sample, suite.repeats)
     bounds = work / ceiling.work * np.array(ceiling_samples)
@@ -140,7 +153,7 @@ def bound(case: Case, ceilings: tuple[Ceiling, Ceiling]) -> tuple[Ceiling, int]:
 
 
 def backends_here() -> tuple[str, ...]:
-    """Those that can run on this machine's device, but for the reference, which is not a backend for speed."""
+    """Those that can run on this machine's device, best first, without the reference, which is not for speed."""
     platform = {"gpu": "triton", "cuda": "triton", "tpu": "tpu"}.get(jax.default_backend(), "cpu")
     return tuple(name for name in AUTO if name in (platform, "xla"))
 
@@ -182,9 +195,20 @@ def share(row: Row) -> str:
 
 
 def summary(rows: list[Row]) -> str:
-    """The whole forward pass by each backend, if it is there."""
-    whole = [f"{share(row)} with {row['backend']}" for row in rows if row["case"].startswith("embed")]
-    return f"A whole forward pass reaches {' and '.join(whole)} of the rate of a bare matrix product." if whole else ""
+    """The first whole forward pass by each backend, and attention against cuDNN's, if they are there."""
+    whole = [row for row in rows if row["case"].startswith("embed")]
+    shares = [f"{share(row)} with {row['backend']}" for row in whole if row["case"] == whole[0]["case"]]
+    sentences = [f"A whole forward pass reaches {' and '.join(shares)} of the rate of a bare matrix product."]
+    cudnn = {row["case"]: row["share"]["median"] for row in rows if row["backend"] == CUDNN}
+    ratios = [
+        row["share"]["median"] / cudnn[row["case"]] for row in rows if row["case"] in cudnn and row["backend"] != CUDNN
+    ]
+    return " ".join(
+        [
+            *(sentences if whole else []),
+            *([f"Attention reaches {min(ratios):.2f} to {max(ratios):.2f} of cuDNN's rate."] if ratios else []),
+        ]
+    )
 
 
 def plot(rows: list[Row], bound: str) -> Plot:

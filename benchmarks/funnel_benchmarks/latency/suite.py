@@ -8,9 +8,8 @@ packing and transfers count and tokenising does not.
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 import numpy as np
 
@@ -116,8 +115,7 @@ class Suite(BaseSuite):
         return 1 + self.repeats
 
     def cells(self, results: Results) -> Iterator[Measurement]:
-        weights = self.model.load(self.backend)
-        return cells(self, weights, advance=lambda: results.advance())
+        return cells(self, advance=lambda: results.advance())
 
     @classmethod
     def section(cls, content: Row) -> Section:
@@ -134,9 +132,7 @@ class Suite(BaseSuite):
         )
 
 
-def cells(
-    suite: Suite, weights: Mapping[str, Any], *, advance: Callable[[], object] = lambda: None
-) -> Iterator[Measurement]:
+def cells(suite: Suite, *, advance: Callable[[], object] = lambda: None) -> Iterator[Measurement]:
     """The cells of a suite. A row has, beside what `Results` puts there:
 
         funnel              its `name`, and all its options
@@ -151,11 +147,10 @@ def cells(
         peak_memory_gb      of process and device, since the process began
 
     Args:
-        weights: by the names of `weights.expected_shapes`, on the device already; all engines share them.
         advance: called `1 + suite.repeats` times in each cell: after the warm-up and after each A B B A.
     """
     for batch in suite.batches:
-        calls = Calls(suite, weights, batch)
+        calls = Calls(suite, batch)
         for funnel in suite.funnels:
             yield f"{funnel_name(funnel)}; {batch.name}", partial(measure, calls, funnel, advance)
 
@@ -194,8 +189,8 @@ def measure(calls: "Calls", funnel: FunnelConfig, advance: Callable[[], object])
 class Calls:
     """What the cells of one batch share: token ids, and the engine without a funnel."""
 
-    def __init__(self, suite: Suite, weights: Mapping[str, Any], batch: Batch):
-        self.suite, self.weights, self.batch = suite, weights, batch
+    def __init__(self, suite: Suite, batch: Batch):
+        self.suite, self.batch = suite, batch
 
     @functools.cached_property
     def inputs(self) -> tuple[Ints, Ints]:
@@ -208,14 +203,7 @@ class Calls:
     def prepare(self, funnel: FunnelConfig) -> tuple[Engine, Callable[[], float]]:
         """An engine whose one bucket is compiled, and the call that times it once."""
         suite, inputs = self.suite, self.inputs
-        engine = Engine(
-            suite.model.config,
-            suite.model.head,
-            self.weights,
-            funnel=funnel,
-            backend=suite.backend,
-            max_batch_tokens=suite.rows(funnel, self.batch),
-        )
+        engine = suite.model.engine(funnel, suite.backend, suite.rows(funnel, self.batch))
 
         def timed() -> float:
             start = time.perf_counter()

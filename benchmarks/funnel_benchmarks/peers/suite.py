@@ -9,13 +9,14 @@ sequence after another, whose latencies are the samples.
 """
 
 import dataclasses
-import functools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 
 from funnel_benchmarks.inputs import SEED
@@ -35,7 +36,7 @@ from funnel_benchmarks.peers.peer import Peer
 from funnel_benchmarks.peers.sentence_model import text_of, write_sentence_model
 from funnel_benchmarks.plot_style import Look, whiskers
 from funnel_benchmarks.random_checkpoint import ARCHITECTURES, DTYPE, write_random_model
-from funnel_benchmarks.results import Measurement, Results, Row
+from funnel_benchmarks.results import LeftOut, Measurement, Results, Row
 from funnel_benchmarks.statistics import interleave, quartiles
 from funnel_benchmarks.suite import Cell, Column, Plot, Section, Table, field, number
 from funnel_benchmarks.suite import Suite as BaseSuite
@@ -57,6 +58,8 @@ PEERS: dict[str, tuple[ModuleType, Row]] = {
     "openvino": (openvino_peer, {}),
     "llama-cpp": (llama_cpp_peer, {}),
 }
+FLASH = "hugging-face-flash"  # of GPUs only
+TORCH_DEVICES = {"cpu": "cpu", "gpu": "cuda"}  # JAX's name -> PyTorch's
 SCENARIOS = ("batch", "one")
 VOCABULARY = 2048  # ids are only looked up: how many there are has no part in what is timed
 # Relative, between two vectors: rounding in other places makes 0.02, causal attention instead of bidirectional 0.7.
@@ -85,12 +88,13 @@ class Suite(BaseSuite):
     """What is measured: a cell for every batch of sequences, scenario and peer.
 
     Attributes:
-        preset, depth: the model, as `model_fields` takes them.
+        preset, depth, fields: the model's name and its layers, None for all; `config.json`, see `model_fields`.
         lengths: tokens of each sequence [B], by name.
         peers, scenarios: names in `PEERS` and `SCENARIOS`.
         order, batch_size: of the peers' batches, see `make_batches`.
         repeats: how often A B B A is run; each sequence by itself counts as one run.
         folder: for checkpoints; it is the caller's to remove.
+        until: when a peer is ended, as `time.monotonic` counts.
         engines: by the folder of their weights.
 
     Raises:
@@ -100,6 +104,7 @@ class Suite(BaseSuite):
 
     preset: str
     depth: int | None
+    fields: Fields
     lengths: Mapping[str, Ints]
     peers: tuple[str, ...]
     scenarios: tuple[str, ...]
@@ -108,6 +113,7 @@ class Suite(BaseSuite):
     repeats: int
     backend: str
     folder: Path
+    until: float = math.inf
     engines: dict[Path, Engine] = dataclasses.field(default_factory=dict)
 
     name = "peers"
@@ -124,16 +130,11 @@ class Suite(BaseSuite):
     @property
     def peer_dtype(self) -> str:
         """What a peer's users would choose on this machine, where the peer leaves them the choice."""
-        return "bfloat16" if multiplies_bfloat16() else "float32"
+        return "bfloat16" if jax.default_backend() != "cpu" or multiplies_bfloat16() else "float32"
 
     @property
     def config(self) -> ModelConfig:
         return read_model_config(self.fields)
-
-    @functools.cached_property
-    def fields(self) -> Fields:
-        """The model's `config.json`."""
-        return model_fields(self.preset, self.depth)
 
     def options(self) -> Row:
         """Everything that a cell depends on beside its own name, as the head of a result file."""
@@ -219,6 +220,11 @@ def cells(suite: Suite) -> Iterator[Measurement]:
 
 def measure(suite: Suite, peer_name: str, name: str, lengths: Ints, scenario: str) -> Row:
     module, options = PEERS[peer_name]
+    platform = jax.default_backend()
+    if module is hugging_face and platform in TORCH_DEVICES:
+        options = options | {"device": TORCH_DEVICES[platform]}
+    elif platform != "cpu":
+        raise LeftOut(f"JAX runs on {platform}, where this peer does not")
     source = suite.source(peer_name)
     engine = suite.engine(source)
     sequences = random_sequences(lengths, suite.config.vocab_size)
@@ -232,7 +238,7 @@ def measure(suite: Suite, peer_name: str, name: str, lengths: Ints, scenario: st
         batches, parts = make_batches(lengths, suite.order, suite.batch_size), [None]
         calls = [partial(engine.embed, inputs, normalize=texts)]
     task = {"checkpoint": str(source), "sequences": sequences, "batches": batches, "cores": usable_cores()}
-    with Peer(module, **task, dtype=suite.peer_dtype, **options) as peer:
+    with Peer(module, until=suite.until, **task, dtype=suite.peer_dtype, **options) as peer:
         apart = check_same(np.concatenate([call() for call in calls]), in_order(batches, peer.result))
         pairs = [
             pair

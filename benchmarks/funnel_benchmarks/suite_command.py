@@ -11,9 +11,9 @@ from typing import Any
 import click
 from rich.console import Console
 
+from funnel_benchmarks.charts import render, require_matplotlib
 from funnel_benchmarks.describe import describe_machine
 from funnel_benchmarks.machine import machine_facts
-from funnel_benchmarks.plot_style import render, require_matplotlib
 from funnel_benchmarks.report.page import render_page
 from funnel_benchmarks.results import LeftOut, Measurement, Results, Row
 from funnel_benchmarks.suite import Suite, row_line, terminal_table
@@ -163,7 +163,7 @@ def run(
         results.tell("", section.summary)
     results.tell(*(f"{name}: {text}" for name, text in section.facts.items() if text and name not in told))
     if plot and section.plots:
-        write_bytes(plot, render(section.plots[0].draw, plot.suffix[1:]))
+        write_bytes(plot, render(section.plots[0], plot.suffix[1:]))
         results.tell(f"plot    {plot}")
     if html and results.rows:
         write_text(html, render_page(section.title, [(results.content, section)]))

@@ -24,7 +24,6 @@ from funnel_benchmarks.kernels.ceilings import Ceiling, ceilings
 from funnel_benchmarks.kernels.layouts import packed
 from funnel_benchmarks.kernels.suite import Suite, backends_here, bound, cells
 from funnel_benchmarks.models import random_model
-from funnel_benchmarks.plot_style import LIGHT, styled
 from funnel_benchmarks.results import LeftOut, read_results
 from funnel_benchmarks.suite import row_line
 from funnel_engine import ConfigError, FunnelError
@@ -319,15 +318,13 @@ def test_the_section_of_a_result(quick, tmp_path):
     assert [row[1].value for row in table.cells] == list(shares.values())
     assert len(made.plots) == 2  # what products bound, and what copies do
     for plot in made.plots:
-        with styled(LIGHT):
-            (axes,) = plot.draw(LIGHT).axes
-        marks = {line.get_gid(): line for line in axes.lines if line.get_gid()}
-        backends = ("cpu", "xla") if whole or plot is made.plots[1] else ("xla",)
-        assert set(marks) == {*(f"marks-{backend}" for backend in backends), "marks-ceiling"}
-        for backend in backends:
-            drawn = marks[f"marks-{backend}"].get_xdata().tolist()
-            assert drawn == [share for cell, share in shares.items() if cell.endswith(backend) and share in drawn]
-            assert len(drawn) == 1
+        (panel,) = plot.panels
+        backends = ["cpu", "xla"] if whole or plot is made.plots[1] else ["xla"]
+        assert [series.label for series in panel.series] == backends
+        assert list(panel.references.values()) == [1.0]
+        for series in panel.series:
+            ((place,), (value,)) = series.at, series.values
+            assert value["median"] == shares[f"{panel.rows[place]}; {series.label}"]
 
 
 def test_the_cases_run_under_pytest_benchmark():

@@ -11,7 +11,6 @@ from funnel_benchmarks import machine
 from funnel_benchmarks.peers import command, hugging_face, sentence_transformers_peer
 from funnel_benchmarks.peers import suite as suite_module
 from funnel_benchmarks.peers.suite import PEERS, Suite, cells, model_fields
-from funnel_benchmarks.plot_style import LIGHT, styled
 from funnel_benchmarks.results import LeftOut, read_results
 from funnel_benchmarks.suite import Cell, row_line
 from funnel_engine import BackendUnavailable, ConfigError, FunnelConfig, FunnelError, InputError
@@ -250,10 +249,8 @@ def check_section(content):
         assert (cells[1].text, cells[1].below) == ("bfloat16", peer_dtype)
         assert cells[2].value == row["speedup"]["median"]
         assert f"{row['speedup']['median']:.2f} (hugging-face-eager, 7)" in made.summary
-        with styled(LIGHT):
-            (axes,) = plot.draw(LIGHT).axes
-        (bar,) = axes.patches
-        assert (bar.get_gid(), bar.get_width()) == ("marks-bar-0", row["speedup"]["median"])
+        (panel,) = plot.panels
+        assert (panel.rows, panel.series[0].values) == (["hugging-face-eager, 7"], [row["speedup"]])
 
 
 def test_bad_input(tmp_path):

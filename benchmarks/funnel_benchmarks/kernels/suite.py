@@ -9,25 +9,21 @@ cancel.
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 
+from funnel_benchmarks.charts import Chart, Panel, Series
 from funnel_benchmarks.kernels.cases import CUDNN, Case
 from funnel_benchmarks.kernels.ceilings import SAMPLE_SECONDS, Ceiling
 from funnel_benchmarks.measure import alone, in_turns, sampler, spread
-from funnel_benchmarks.plot_style import Look, whiskers
 from funnel_benchmarks.results import LeftOut, Measurement, Results, Row, error_text
 from funnel_benchmarks.statistics import quartiles
-from funnel_benchmarks.suite import Cell, Column, Plot, Section, Table, field, number
+from funnel_benchmarks.suite import Cell, Column, Section, Table, field, number
 from funnel_benchmarks.suite import Suite as BaseSuite
 from funnel_engine.packing import Ints
 from funnel_kernels.errors import BackendUnavailable, FunnelError
 from funnel_kernels.target import AUTO
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -180,6 +176,7 @@ def rate(name: str) -> Callable[[Row], Cell | None]:
     return lambda row: number(row[name], ",.1f", 1e-9) if row[name] else None
 
 
+COLOURS, MARKERS = ("measured", "ideal", "ink"), "osD^v"
 COLUMNS = (
     Column("op", lambda row: Cell(row["case"], row["backend"]), note="and backend"),
     Column("share", field("share", ".2f"), note="quartiles"),
@@ -211,51 +208,19 @@ def summary(rows: list[Row]) -> str:
     )
 
 
-def plot(rows: list[Row], bound: str) -> Plot:
+def plot(rows: list[Row], bound: str) -> Chart:
+    """A dot for each op and backend."""
     mine = [row for row in rows if row["bound"] == bound]
+    cases, backends = (list(dict.fromkeys(row[name] for row in mine)) for name in ("case", "backend"))
+    series = []
+    for index, backend in enumerate(backends):
+        own = [row for row in mine if row["backend"] == backend]
+        places, shares = [cases.index(row["case"]) for row in own], [row["share"] for row in own]
+        series.append(Series(backend, places, shares, COLOURS[index % 3], MARKERS[index % 5]))
     words = "; ".join(f"{row['cell']}: {share(row)}" for row in mine)
     ceiling = {"product": "a large matrix product", "copy": "a copy of memory"}[bound]
-    return Plot(
-        draw=lambda look: draw(mine, look),
+    return Chart(
         described=f"Share of the rate of {ceiling} that each op reaches: {words}.",
         caption=f"Share of the rate of {ceiling}, with quartiles; the dashed line is that ceiling.",
+        panels=[Panel(series, value_label="share of the ceiling", rows=cases, references={ceiling: 1.0})],
     )
-
-
-def draw(rows: list[Row], look: Look) -> "Figure":
-    """A dot for each op and backend, with whiskers, and a line at 1."""
-    from matplotlib.figure import Figure  # an optional dependency that takes a second
-
-    cases = list(dict.fromkeys(row["case"] for row in rows))
-    backends = list(dict.fromkeys(row["backend"] for row in rows))
-    figure = Figure(figsize=(look.inches[0], 1.3 + 0.55 * len(cases)), layout="constrained")
-    axes = figure.subplots()
-    for index, backend in enumerate(backends):
-        mine = [row for row in rows if row["backend"] == backend]
-        median, errors = whiskers(row["share"] for row in mine)
-        marks = axes.errorbar(
-            median,
-            [cases.index(row["case"]) + 0.18 * (index - (len(backends) - 1) / 2) for row in mine],
-            xerr=errors,
-            label=backend,
-            linestyle="none",
-            capsize=3,
-            markersize=7,
-            marker="osD^v"[index % 5],
-            color=(look.measured, look.ideal, look.ink)[index % 3],
-        )
-        marks.lines[0].set_gid(f"marks-{backend}")
-    axes.axvline(1.0, color=look.ink, linewidth=1, linestyle="--", gid="marks-ceiling")
-    axes.set_yticks(range(len(cases)), [label(case) for case in cases])
-    axes.invert_yaxis()
-    axes.set_xlim(left=0)
-    axes.set_xlabel("share of the ceiling")
-    if len(backends) > 1:
-        figure.legend(loc="outside upper right", ncols=len(backends))
-    return figure
-
-
-def label(case: str) -> str:
-    """The name of a case in two lines: the op, and its sizes."""
-    op, _, sizes = case.rpartition(", ")
-    return f"{op}\n{sizes}"

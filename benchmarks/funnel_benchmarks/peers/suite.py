@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 
+from funnel_benchmarks.charts import Chart, Panel, Series
 from funnel_benchmarks.inputs import SEED
 from funnel_benchmarks.lengths import length_facts
 from funnel_benchmarks.machine import multiplies_bfloat16, usable_cores
@@ -34,11 +35,10 @@ from funnel_benchmarks.peers import (
 from funnel_benchmarks.peers.batches import in_order, make_batches
 from funnel_benchmarks.peers.peer import Peer
 from funnel_benchmarks.peers.sentence_model import text_of, write_sentence_model
-from funnel_benchmarks.plot_style import Look, whiskers
 from funnel_benchmarks.random_checkpoint import ARCHITECTURES, DTYPE, write_random_model
 from funnel_benchmarks.results import LeftOut, Measurement, Results, Row
 from funnel_benchmarks.statistics import interleave, quartiles
-from funnel_benchmarks.suite import Cell, Column, Plot, Section, Table, field, number
+from funnel_benchmarks.suite import Cell, Column, Section, Table, field, number
 from funnel_benchmarks.suite import Suite as BaseSuite
 from funnel_engine import Engine, FunnelConfig, ModelConfig, convert
 from funnel_engine.flops import forward_flops
@@ -47,9 +47,6 @@ from funnel_engine.packing import Ints
 from funnel_engine.presets import PRESETS, Fields
 from funnel_kernels.errors import ConfigError, FunnelError, InputError
 from funnel_kernels.target import check_backend
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 PEERS: dict[str, tuple[ModuleType, Row]] = {
     **{f"hugging-face-{mode}": (hugging_face, {"mode": mode}) for mode in hugging_face.MODES},
@@ -376,33 +373,13 @@ def summary(rows: list[Row], scenario: str) -> str:
     return f"{TITLES[scenario].capitalize()}: {ends} times as fast as the peer"
 
 
-def plot(rows: list[Row], scenario: str) -> Plot:
+def plot(rows: list[Row], scenario: str) -> Chart:
     mine = [row for row in rows if row["scenario"] == scenario]
     words = "; ".join(f"{row['peer']}, {row['lengths']}: {row['speedup']['median']:.2f}" for row in mine)
-    return Plot(
-        draw=lambda look: draw(mine, look),
+    names = [f"{row['peer']}, {row['lengths']}" for row in mine]
+    series = [Series("measured (quartiles)", range(len(mine)), [row["speedup"] for row in mine])]
+    return Chart(
         described=f"How many times as fast the engine is, {TITLES[scenario]}: {words}.",
         caption=f"{TITLES[scenario].capitalize()}: how many times as fast the engine is as each peer, with quartiles.",
+        panels=[Panel(series, value_label="times as fast as the peer", rows=names, references={"both as fast": 1.0})],
     )
-
-
-def draw(rows: list[Row], look: Look) -> "Figure":
-    """A bar for each peer and kind of lengths, from 0; a line where both are as fast."""
-    from matplotlib.figure import Figure  # an optional dependency that takes a second
-
-    names = [f"{row['peer']}\n{row['lengths']}" for row in rows]
-    median, errors = whiskers(row["speedup"] for row in rows)
-    figure = Figure(figsize=(look.inches[0], 1.1 + 0.48 * len(rows)), layout="constrained")
-    axes = figure.subplots()
-    bars = axes.barh(names, median, xerr=errors, color=look.measured, ecolor=look.ink, capsize=3, height=0.6)
-    for place, (row, bar) in enumerate(zip(rows, bars, strict=True)):
-        bar.set_gid(f"marks-bar-{place}")
-        text, end = f"{row['speedup']['median']:.2f}", row["speedup"]["high"]
-        axes.annotate(text, (end, place), xytext=(6, 0), textcoords="offset points", va="center")
-    axes.axvline(1.0, color=look.ideal, linewidth=1.5, linestyle="--", gid="marks-equal")
-    axes.invert_yaxis()
-    axes.margins(x=0.16)
-    axes.set_xlim(left=0)
-    axes.grid(axis="y", visible=False)
-    axes.set_xlabel("times as fast as the peer")
-    return figure

@@ -6,9 +6,8 @@ from html import escape
 from typing import Any
 from xml.etree import ElementTree
 
-from funnel_benchmarks.plot_style import LIGHT, Look, styled
+from funnel_benchmarks.charts import LIGHT, Chart, Look, styled
 from funnel_benchmarks.report.style import colours
-from funnel_benchmarks.suite import Plot
 
 WIDE = LIGHT._replace(titled=False)
 NARROW = WIDE._replace(inches=(4.4, 6.6))  # for a telephone
@@ -17,7 +16,7 @@ UNNAMED: Any = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 TEXT: Any = {"svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"]}
 
 
-def picture(plot: Plot, name: str) -> str:
+def picture(plot: Chart, name: str) -> str:
     """The plot drawn twice, wide and narrow; the page's style shows the one that fits.
 
     Args:
@@ -27,7 +26,7 @@ def picture(plot: Plot, name: str) -> str:
     return f"<figure>\n{wide}\n{narrow}\n<figcaption>{escape(plot.caption)}</figcaption>\n</figure>"
 
 
-def svg(plot: Plot, look: Look, kind: str, name: str) -> str:
+def svg(plot: Chart, look: Look, kind: str, name: str) -> str:
     """One drawing as an `<svg class="{kind}">` for HTML, which knows no namespaces."""
     root = ElementTree.fromstring(draw(plot, look))
     for element in root.iter():
@@ -39,7 +38,7 @@ def svg(plot: Plot, look: Look, kind: str, name: str) -> str:
     return ElementTree.tostring(root, encoding="unicode")
 
 
-def draw(plot: Plot, look: Look) -> bytes:
+def draw(plot: Chart, look: Look) -> bytes:
     """The plot as a file of its own."""
     import matplotlib  # not with the other imports: an optional dependency that takes a second
 

@@ -8,7 +8,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
-from funnel_benchmarks.peers import llama_cpp_peer, onnx_runtime, openvino_peer, sentence_transformers_peer
+from funnel_benchmarks.peers import exported_graph, llama_cpp_peer, sentence_transformers_peer
 from funnel_benchmarks.peers.batches import embedding, in_order, make_batches, padded
 from funnel_benchmarks.peers.peer import Peer
 from funnel_benchmarks.peers.peer_process import not_installed
@@ -119,9 +119,9 @@ def test_a_peer_ends_with_its_block_whatever_happens(module, tmp_path):
     ("module", "package", "command"),
     [
         (sentence_transformers_peer, "sentence_transformers", "pip install 'funnel-engine[peers]'"),
-        (onnx_runtime, "onnxruntime", "pip install 'funnel-engine[peers]'"),
-        (onnx_runtime, "onnxscript", "pip install 'funnel-engine[peers]'"),
-        (openvino_peer, "openvino", "pip install 'funnel-engine[peers]'"),
+        (exported_graph, "onnxruntime", "pip install 'funnel-engine[peers]'"),
+        (exported_graph, "onnxscript", "pip install 'funnel-engine[peers]'"),
+        (exported_graph, "openvino", "pip install 'funnel-engine[peers]'"),
         (llama_cpp_peer, "llama_cpp", "pip install llama-cpp-python, which compiles llama.cpp"),
     ],
 )
@@ -130,7 +130,15 @@ def test_a_peer_says_at_once_what_it_needs(module, package, command, monkeypatch
         monkeypatch.setitem(sys.modules, present, ModuleType(present))
     monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
     with pytest.raises(ModuleNotFoundError) as error:
-        module.make({"checkpoint": "nowhere", "cores": 1, "sequences": [[1]], "batches": [[0]]})
+        module.make(
+            {
+                "runtime": package[:4] if "onnx" in package else package,
+                "checkpoint": "nowhere",
+                "cores": 1,
+                "sequences": [[1]],
+                "batches": [[0]],
+            }
+        )
     assert not_installed(error.value) == f"{package} is not installed: {command}"
 
 

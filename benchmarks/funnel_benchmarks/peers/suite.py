@@ -26,10 +26,9 @@ from funnel_benchmarks.machine import multiplies_bfloat16, usable_cores
 from funnel_benchmarks.measure import Call, Sample, compiling_nothing, sampler, spread
 from funnel_benchmarks.models import check_depth
 from funnel_benchmarks.peers import (
+    exported_graph,
     hugging_face,
     llama_cpp_peer,
-    onnx_runtime,
-    openvino_peer,
     sentence_transformers_peer,
 )
 from funnel_benchmarks.peers.batches import in_order, make_batches
@@ -51,8 +50,8 @@ from funnel_kernels.target import check_backend
 PEERS: dict[str, tuple[ModuleType, Row]] = {
     **{f"hugging-face-{mode}": (hugging_face, {"mode": mode}) for mode in hugging_face.MODES},
     "sentence-transformers": (sentence_transformers_peer, {}),
-    "onnx-runtime": (onnx_runtime, {}),
-    "openvino": (openvino_peer, {}),
+    "onnx-runtime": (exported_graph, {"runtime": "onnx"}),
+    "openvino": (exported_graph, {"runtime": "openvino"}),
     "llama-cpp": (llama_cpp_peer, {}),
 }
 FLASH = "hugging-face-flash"  # of GPUs only

@@ -13,10 +13,9 @@ from funnel_benchmarks.kernels.cases import Sizes, cases
 from funnel_benchmarks.kernels.ceilings import ceilings
 from funnel_benchmarks.kernels.suite import backends_here, bound
 from funnel_benchmarks.models import preset_model
-from funnel_engine.devices import local_target
 
 DTYPE = "bfloat16"
-SIZES = Sizes(preset_model("gemma-2b", DTYPE, depth=4).config, np.full(2, 512, np.int32), DTYPE)
+SIZES = Sizes(preset_model("gemma-2b", DTYPE, depth=4), np.full(2, 512, np.int32))
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +28,7 @@ def measured_ceilings():
 @pytest.mark.parametrize("backend", backends_here())
 @pytest.mark.parametrize("case", cases(SIZES), ids=lambda case: case.name)
 def test_kernel(benchmark, case, backend, measured_ceilings):
-    call = case.make(local_target(backend))
+    call = case.make(backend)
     benchmark.pedantic(lambda: jax.block_until_ready(call()), warmup_rounds=1, rounds=5)
     ceiling, work = bound(case, measured_ceilings)
     seconds = work / ceiling.work * ceiling.sample()

@@ -8,8 +8,8 @@ import sys
 import click
 
 from funnel_benchmarks.compare import compare
-from funnel_benchmarks.device.command import all_parts, ceilings, check
-from funnel_benchmarks.kernels.command import kernels
+from funnel_benchmarks.device.command import all_parts
+from funnel_benchmarks.kernels.command import ceilings_command, check_command, kernels_command
 from funnel_benchmarks.latency.command import latency
 from funnel_benchmarks.peers.command import peers
 from funnel_benchmarks.report.command import report
@@ -17,7 +17,20 @@ from funnel_benchmarks.scaling.command import scaling
 from funnel_benchmarks.serve.command import serve
 
 
-@click.group(commands=[latency, kernels, peers, serve, scaling, check, ceilings, all_parts, compare, report])
+@click.group(
+    commands=[
+        latency,
+        kernels_command,
+        peers,
+        serve,
+        scaling,
+        check_command,
+        ceilings_command,
+        all_parts,
+        compare,
+        report,
+    ]
+)
 def bench() -> None:
     """Measure how fast the engine is, and compare two measurements."""
 

@@ -6,12 +6,11 @@ from pathlib import Path
 import click
 import numpy as np
 
+from funnel_benchmarks.charts import require_matplotlib
 from funnel_benchmarks.demo_model import make_demo_model
-from funnel_benchmarks.latency.command import measure
-from funnel_benchmarks.latency.layers import even_layers
+from funnel_benchmarks.latency.command import even_layers, measure
 from funnel_benchmarks.latency.suite import Batch, Suite
 from funnel_benchmarks.models import checkpoint_model
-from funnel_benchmarks.plot_style import require_matplotlib
 from funnel_engine import FunnelConfig, convert
 from funnel_kernels.errors import InputError
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import track
 
 from funnel_benchmarks.results import Row
-from funnel_engine import FunnelConfig, HeadConfig, ModelConfig, preset
+from funnel_engine import Engine, FunnelConfig, HeadConfig, ModelConfig, preset
 from funnel_engine.checkpoints.native import read_checkpoint
 from funnel_engine.devices import local_target, to_device
 from funnel_engine.served_by import served_by
@@ -31,6 +31,7 @@ class Model:
         dtype: of weights and activations.
         load: puts the weights on the device, as a backend wants them; names are those of `weights.expected_shapes`.
             On a terminal it shows how far it has got.
+        made: weights and engines that were made so far.
     """
 
     name: str
@@ -39,6 +40,23 @@ class Model:
     head: HeadConfig
     dtype: str
     load: Callable[[str], Mapping[str, Any]]
+    made: dict[Any, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
+
+    def loaded(self, backend: str) -> Mapping[str, Any]:
+        """The weights, which are loaded once for each backend."""
+        if backend not in self.made:
+            self.made[backend] = self.load(backend)
+        weights: Mapping[str, Any] = self.made[backend]
+        return weights
+
+    def engine(self, funnel: FunnelConfig, backend: str, rows: int) -> Engine:
+        """An engine whose largest bucket holds `rows` rows, made once. All engines of a backend share their weights."""
+        key, weights = (funnel, backend, rows), self.loaded(backend)
+        if key not in self.made:
+            options: Any = {"funnel": funnel, "backend": backend, "max_batch_tokens": rows}
+            self.made[key] = Engine(self.config, self.head, weights, **options)
+        engine: Engine = self.made[key]
+        return engine
 
     def facts(self) -> Row:
         """What a result file says about it."""
@@ -76,10 +94,16 @@ def preset_model(name: str, dtype: str | None, depth: int | None = None) -> Mode
     """
     dtype = dtype or "bfloat16"
     check_dtype(dtype)
-    config, head = dataclasses.replace(preset(name), attention="bidirectional"), HeadConfig()
+    config = dataclasses.replace(preset(name), attention="bidirectional")
     if depth is not None:
         check_depth(depth, name, config.num_layers)
         config, name = dataclasses.replace(config, layer_types=config.layer_types[:depth]), f"{name}, {depth} layers"
+    return random_model(name, config, dtype)
+
+
+def random_model(name: str, config: ModelConfig, dtype: str) -> Model:
+    """Any architecture with random weights."""
+    head = HeadConfig()
 
     def load(backend: str) -> dict[str, Any]:
         generator = np.random.default_rng(0)

@@ -25,13 +25,14 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from funnel_benchmarks.json_lines import document, rounded
-from funnel_benchmarks.progress import Progress
 from funnel_engine.output_files import write_text
 from funnel_kernels.errors import FunnelError, InputError
 
@@ -49,6 +50,7 @@ FIELDS: dict[str, type] = {
     "errors": list,
 }
 ENOUGH_SAMPLES = 10  # of each side, for a figure that is quoted
+A_DAY = 24 * 3600.0
 LARGEST = 1e300  # of the numbers in a figure
 REST = "the rest of the suite"  # names a cell that has no name, because naming it failed
 
@@ -136,20 +138,35 @@ class Results:
         Args:
             steps: how often a cell calls `self.advance`, at most: once after each of that many equal parts of its work.
         """
-        named, broken = named_cells(cells)
-        again = {REST, *(cell for cell, _ in named)}
+        named: list[Measurement] = []
+        broken = None
+        try:
+            named.extend(cells)
+        except Exception as error:  # of the code between cells
+            broken = error
+        names = [cell for cell, _ in named]
+        if repeated := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"two cells are called {repeated!r}, so that a file could not tell them apart")
+        again = {REST, *names}
         for field in ("left_out", "errors"):
             self.content[field] = [entry for entry in self.content[field] if entry["cell"] not in again]
         done = {row["cell"] for row in self.rows}
         missing = [(cell, measure) for cell, measure in named if cell not in done]
-        if self.console.is_terminal:
-            with Progress(self.console, self.content["suite"], len(missing), steps) as progress:
-                self.advance = progress.step
-                for cell, measure in missing:
-                    progress.begin(cell)
-                    self.measure(cell, measure)
-        else:
-            for cell, measure in missing:
+        with Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.percentage:.0f} %, time left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[cell]}"),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+            speed_estimate_period=A_DAY,  # of all of the run, since a single step may take minutes
+        ) as bar:
+            task = bar.add_task(self.content["suite"], total=len(missing) * steps, cell="")
+            self.advance = partial(bar.advance, task)
+            for index, (cell, measure) in enumerate(missing):
+                bar.update(task, completed=index * steps, cell=cell)  # however many steps were told of
                 self.measure(cell, measure)
         if broken is not None:
             self.fail(REST, broken)
@@ -221,25 +238,6 @@ def too_few(row: Row) -> str:
     return f"  [samples of a side: {count}; {ENOUGH_SAMPLES} are needed to quote it]"
 
 
-def named_cells(cells: Iterable[Measurement]) -> tuple[list[Measurement], Exception | None]:
-    """All cells up to the first that cannot be named, and why not; nothing is measured.
-
-    Raises:
-        ValueError: two cells have one name, so that a file could not tell them apart.
-    """
-    named: list[Measurement] = []
-    broken = None
-    try:
-        named.extend(cells)
-    except Exception as error:  # of the code between cells
-        broken = error
-    names = [cell for cell, _ in named]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"two cells are called {name!r}")
-    return named, broken
-
-
 def error_text(error: Exception) -> str:
     """An error in one line of bearable length."""
     text = " ".join(str(error).split())
@@ -296,15 +294,12 @@ def check_content(content: Any) -> None:
         raise ValueError(f"schema is {content.get('schema')!r}")
     for name, kind in FIELDS.items():
         expect(name, content.get(name), kind)
-    for field, names in (("rows", ("cell",)), ("left_out", ("cell", "reason")), ("errors", ("cell", "error"))):
+    entries = {"rows": {"cell": str}, "left_out": {"cell": str, "reason": str}, "errors": {"cell": str, "error": str}}
+    for field, kinds in (entries | {"resumed": {"started": str, "machine": dict}}).items():
         for index, entry in enumerate(content[field]):
             expect(f"{field}[{index}]", entry, dict)
-            for name in names:
-                expect(f"{field}[{index}].{name}", entry.get(name), str)
-    for index, run in enumerate(content["resumed"]):
-        expect(f"resumed[{index}]", run, dict)
-        for name in ("started", "machine"):
-            expect(f"resumed[{index}].{name}", run.get(name), FIELDS[name])
+            for name, kind in kinds.items():
+                expect(f"{field}[{index}].{name}", entry.get(name), kind)
     seen: set[str] = set()
     for row in content["rows"]:
         if row["cell"] in seen:
@@ -337,14 +332,10 @@ def check_row(row: Row) -> None:
 
 def check_figures(row: Row) -> None:
     for name, figure in figures(row):
-        check_figure(f"{name} of cell {row['cell']!r}", figure)
-
-
-def check_figure(name: str, figure: Row) -> None:
-    samples = figure["samples"]
-    expect(f"the samples of {name}", samples, list)
-    if not samples:
-        raise ValueError(f"{name} has no samples")
-    for number in (*(figure.get(bound) for bound in ("low", "median", "high")), *samples):
-        if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number < LARGEST:
-            raise ValueError(f"{name} contains {number!r}; it must be a number above 0")
+        place, samples = f"{name} of cell {row['cell']!r}", figure["samples"]
+        expect(f"the samples of {place}", samples, list)
+        if not samples:
+            raise ValueError(f"{place} has no samples")
+        for number in (*(figure.get(bound) for bound in ("low", "median", "high")), *samples):
+            if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number < LARGEST:
+                raise ValueError(f"{place} contains {number!r}; it must be a number above 0")

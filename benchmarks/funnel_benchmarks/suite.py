@@ -6,16 +6,13 @@ pictures, which are shown on a terminal (here), as Markdown (here) and on an HTM
 
 import abc
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from funnel_benchmarks.plot_style import Look
+from funnel_benchmarks.charts import Chart
 from funnel_benchmarks.results import Measurement, Results, Row
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 class Cell(NamedTuple):
@@ -71,21 +68,6 @@ class Table(NamedTuple):
         return [[as_cell(column.cell(row)) for column in self.columns] for row in self.rows]
 
 
-class Plot(NamedTuple):
-    """A picture.
-
-    Attributes:
-        draw: makes it in a look, whose width and `titled` it keeps to; it may be higher or lower. Each line or group
-            of marks has a `gid` (`Artist.set_gid`) that begins with "marks-", so that the page can be checked for them.
-        described: its content in words, for those who cannot see it.
-        caption: the line below it.
-    """
-
-    draw: Callable[[Look], "Figure"]
-    described: str
-    caption: str
-
-
 class Section(NamedTuple):
     """All that is said about one result.
 
@@ -99,7 +81,7 @@ class Section(NamedTuple):
 
     title: str
     summary: str
-    plots: list[Plot]
+    plots: list[Chart]
     tables: list[Table]
     reading: tuple[str, ...]
     facts: dict[str, str]

@@ -1,7 +1,9 @@
 """What the commands of all suites share: options, checks of their files, and the run itself."""
 
 import functools
-from collections.abc import Callable
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,11 +11,11 @@ from typing import Any
 import click
 from rich.console import Console
 
+from funnel_benchmarks.charts import render, require_matplotlib
 from funnel_benchmarks.describe import describe_machine
 from funnel_benchmarks.machine import machine_facts
-from funnel_benchmarks.plot_style import render, require_matplotlib
 from funnel_benchmarks.report.page import render_page
-from funnel_benchmarks.results import Results
+from funnel_benchmarks.results import LeftOut, Measurement, Results, Row
 from funnel_benchmarks.suite import Suite, row_line, terminal_table
 from funnel_engine import ModelConfig
 from funnel_engine.output_files import check_writable, write_bytes, write_text
@@ -46,6 +48,17 @@ dtype_option = click.option(
 )
 backend_option = click.option(
     "--backend", default="auto", show_default=True, help="What runs the engine's kernels; see `funnel doctor`."
+)
+minutes_option = click.option(
+    "--minutes",
+    type=float,
+    default=9.0,
+    show_default=True,
+    help="No measurement begins after this time; one that has begun is finished.",
+)
+small_option = click.option("--small", is_flag=True, help="Sizes for a rehearsal on a CPU.")
+seed_option = click.option(
+    "--seed", type=click.IntRange(min=0), help="Of the random data of checks. Default: another one every time."
 )
 repeats_option = click.option(
     "--repeats",
@@ -86,6 +99,17 @@ def file_options(*, plot: str = "", html: bool = False) -> Callable[[Callable[..
     return decorate
 
 
+def deadline(minutes: float) -> float:
+    """When `--minutes` are over, as `time.monotonic` counts.
+
+    Raises:
+        ConfigError: they are below 0.
+    """
+    if not minutes >= 0:
+        raise ConfigError(f"--minutes {minutes} is not 0 or more; give the minutes that the run may take")
+    return time.monotonic() + 60 * minutes
+
+
 def funnel_place(layer: int | None, config: ModelConfig) -> int:
     """The value of `--layer`, or its default."""
     return max(1, config.num_layers // 6) if layer is None else layer
@@ -110,11 +134,20 @@ def check_files(
 
 
 def run(
-    suite: Suite, *, json: Path | None = None, resume: bool = False, plot: Path | None = None, html: Path | None = None
+    suite: Suite,
+    *,
+    json: Path | None = None,
+    resume: bool = False,
+    plot: Path | None = None,
+    html: Path | None = None,
+    until: float = math.inf,
 ) -> None:
     """Measures a suite: prints each row when it is measured, then tables and findings, and writes all files.
 
     Exit status 1: a row failed.
+
+    Args:
+        until: when no further cell may begin, as `time.monotonic` counts.
     """
     options = suite.options()
     results = Results(json, suite=suite.name, options=options, machine=machine_facts(), resume=resume, console=screen())
@@ -122,7 +155,7 @@ def run(
     section = suite.section(results.content)
     results.tell(section.title, *(f"{name}: {text}" for name, text in section.facts.items() if text))
     results.tell(f"Machine: {describe_machine(results.content['machine'])}", "")
-    results.measure_all(suite.cells(results), steps=suite.steps)
+    results.measure_all(within(until, suite.cells(results)), steps=suite.steps)
     told, section = section.facts, suite.section(results.content)
     for table in section.tables:
         results.console.print("", terminal_table(table))
@@ -130,7 +163,7 @@ def run(
         results.tell("", section.summary)
     results.tell(*(f"{name}: {text}" for name, text in section.facts.items() if text and name not in told))
     if plot and section.plots:
-        write_bytes(plot, render(section.plots[0].draw, plot.suffix[1:]))
+        write_bytes(plot, render(section.plots[0], plot.suffix[1:]))
         results.tell(f"plot    {plot}")
     if html and results.rows:
         write_text(html, render_page(section.title, [(results.content, section)]))
@@ -139,6 +172,17 @@ def run(
         results.tell(f"figures {results.path}")
     if results.failed:
         raise SystemExit(1)
+
+
+def within(until: float, cells: Iterable[Measurement]) -> Iterator[Measurement]:
+    """The same cells, which are left out if their turn comes too late."""
+
+    def measured(measure: Callable[[], Row]) -> Row:
+        if time.monotonic() >= until:
+            raise LeftOut("not measured: out of time")
+        return measure()
+
+    return ((name, partial(measured, measure)) for name, measure in cells)
 
 
 def screen() -> Console:

@@ -99,56 +99,64 @@ def attention_problem(head_dim: int, dtype: str, target: Target) -> Problem:
     sizes = [triton_gpu.Sizes(*sizes) for sizes in itertools.product(*ATTENTION_SIZES[dtype])]
     if dtype == "bfloat16":
         sizes = [each for each in sizes if triton_gpu.shared_bytes(block_d, jnp.dtype(dtype), each) <= limit]
-    generator = np.random.default_rng(0)
-    q, k, v = (random_array(generator, (TOKENS, heads * head_dim), dtype) for heads in (HEADS, 1, 1))
+    q, k, v = random_arrays(dtype, *((TOKENS, heads * head_dim) for heads in (HEADS, 1, 1)))
     lo = jnp.arange(TOKENS, dtype=jnp.int32) // LENGTH * LENGTH
+    variant = partial(static_gpu.attention_variant, gpu, dtype, (HEADS, 1, head_dim, head_dim**-0.5, 0.0))
     options: dict[str, Any] = {"heads": HEADS, "kv_heads": 1, "scale": head_dim**-0.5, "softcap": None}
-    return Problem(
-        tuning.Key("attention", block_d, dtype),
+    ops, shape = (
+        (attention, triton_gpu.attention),
         f"{TOKENS // LENGTH} x {LENGTH} tokens, {HEADS} heads of {head_dim} on 1",
-        (q, k, v, lo, lo + LENGTH),
-        lambda sizes: lambda *arrays: triton_gpu.attention(*arrays, target=target, sizes=sizes, **options),
-        lambda *arrays: attention(*arrays, target=dataclasses.replace(target, backend="xla"), **options),
-        sizes,
-        partial(static_gpu.attention_variant, gpu, dtype, (HEADS, 1, head_dim, head_dim**-0.5, 0.0)),
-        target,
     )
+    key = tuning.Key("attention", block_d, dtype)
+    return problem(key, shape, (q, k, v, lo, lo + LENGTH), ops, options, sizes, variant, target)
 
 
 def pool_problem(width: int, dtype: str, target: Target) -> Problem:
     from funnel_benchmarks import static_gpu
     from funnel_kernels.pool_norm import triton_gpu
 
-    generator = np.random.default_rng(0)
+    x, weight = random_arrays(dtype, (ROWS, width), (width,))
+    real = jnp.asarray(np.random.default_rng(1).random(ROWS) < 0.9)
+    variant = partial(static_gpu.pool_variant, width, "max", dtype, STRIDE)
     options: dict[str, Any] = {"stride": STRIDE, "pool": "max", "eps": 1e-6}
-    real = jnp.asarray(generator.random(ROWS) < 0.9)
-    return Problem(
-        tuning.Key("pool_norm", width, dtype),
-        f"{ROWS} x {width}, stride {STRIDE}, max",
-        (random_array(generator, (ROWS, width), dtype), real, random_array(generator, (width,), dtype)),
-        lambda sizes: lambda *arrays: triton_gpu.pool_norm(*arrays, target=target, sizes=sizes, **options),
-        lambda *arrays: pool_norm(*arrays, target=dataclasses.replace(target, backend="xla"), **options),
-        row_candidates(width),
-        partial(static_gpu.pool_variant, width, "max", dtype, STRIDE),
-        target,
-    )
+    ops, shape = (pool_norm, triton_gpu.pool_norm), f"{ROWS} x {width}, stride {STRIDE}, max"
+    key = tuning.Key("pool_norm", width, dtype)
+    return problem(key, shape, (x, real, weight), ops, options, row_candidates(width), variant, target)
 
 
 def recover_problem(width: int, dtype: str, target: Target) -> Problem:
     from funnel_benchmarks import static_gpu
     from funnel_kernels.recover_norm import triton_gpu
 
-    generator = np.random.default_rng(0)
+    arrays = random_arrays(dtype, (ROWS // STRIDE, width), (ROWS, width), (width,))
+    variant = partial(static_gpu.recover_variant, width, "sum", "before_norm", dtype, dtype, STRIDE)
     options: dict[str, Any] = {"stride": STRIDE, "mode": "sum", "site": "before_norm", "eps": 1e-6}
-    shapes = ((ROWS // STRIDE, width), (ROWS, width), (width,))
+    ops, shape = (recover_norm, triton_gpu.recover_norm), f"{ROWS} x {width}, stride {STRIDE}, sum"
+    key = tuning.Key("recover_norm", width, dtype)
+    return problem(key, shape, arrays, ops, options, row_candidates(width), variant, target)
+
+
+def problem(
+    key: tuning.Key,
+    shape: str,
+    arrays: tuple[jax.Array, ...],
+    ops: tuple[Callable[..., Any], Callable[..., Any]],
+    options: dict[str, Any],
+    candidates: Sequence[Any],
+    variant: Callable[[Any], Any],
+    target: Target,
+) -> Problem:
+    """`ops`: the op, and its kernel, which takes block sizes."""
+    op, kernel = ops
+    expected = partial(op, target=dataclasses.replace(target, backend="xla"), **options)
     return Problem(
-        tuning.Key("recover_norm", width, dtype),
-        f"{ROWS} x {width}, stride {STRIDE}, sum",
-        tuple(random_array(generator, shape, dtype) for shape in shapes),
-        lambda sizes: lambda *arrays: triton_gpu.recover_norm(*arrays, target=target, sizes=sizes, **options),
-        lambda *arrays: recover_norm(*arrays, target=dataclasses.replace(target, backend="xla"), **options),
-        row_candidates(width),
-        partial(static_gpu.recover_variant, width, "sum", "before_norm", dtype, dtype, STRIDE),
+        key,
+        shape,
+        arrays,
+        lambda sizes: partial(kernel, target=target, sizes=sizes, **options),
+        expected,
+        candidates,
+        variant,
         target,
     )
 
@@ -162,8 +170,9 @@ def row_candidates(width: int) -> list[triton_calls.RowSizes]:
     ]
 
 
-def random_array(generator: np.random.Generator, shape: tuple[int, ...], dtype: str) -> jax.Array:
-    return jnp.asarray(generator.standard_normal(shape, np.float32), dtype)
+def random_arrays(dtype: str, *shapes: tuple[int, ...]) -> tuple[jax.Array, ...]:
+    generator = np.random.default_rng(0)
+    return tuple(jnp.asarray(generator.standard_normal(shape, np.float32), dtype) for shape in shapes)
 
 
 def measure(problem: Problem, advance: Callable[[], object]) -> list[Timing]:

@@ -3,26 +3,27 @@
 import contextlib
 import itertools
 import json
+import math
 import os
 import re
 import signal
 import subprocess
 import sys
 import tarfile
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from funnel_benchmarks.device.bench import Bench
-from funnel_benchmarks.device.clock import Clock
+from funnel_benchmarks.device import parts
 from funnel_benchmarks.device.command import chosen_parts
-from funnel_benchmarks.device.parts import PARTS
-from funnel_benchmarks.device.sizes import FULL, SMALL
+from funnel_benchmarks.device.parts import FULL, PARTS, SMALL, Run
 from funnel_benchmarks.funnels import NO_FUNNEL
+from funnel_benchmarks.kernels.cases import CUDNN
+from funnel_benchmarks.results import Results
 from funnel_engine.cli import main as funnel
+from funnel_engine.flops import forward_flops
 from funnel_engine.packing import make_plan, row_buckets
 
 ROOTS = ("kernels", "engine", "benchmarks")
@@ -64,9 +65,7 @@ def read(folder, part):
     return json.loads((folder / f"{part}.json").read_text())
 
 
-@pytest.fixture
-def bench():
-    return Bench(SMALL, "xla", 3, Clock(9.0, time.monotonic()))
+RUN = Run(extent=SMALL, backend="xla", seed=3, until=math.inf)
 
 
 @pytest.mark.slow
@@ -84,33 +83,36 @@ def test_every_part_runs_where_only_jax_click_and_rich_are_installed(tmp_path):
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     tables = {part: read(out, part) for part in PARTS}
-    for part, table in tables.items():
-        assert (table["suite"], table["complete"], table["errors"]) == (f"device {part}", True, [])
+    for table in tables.values():
+        assert (table["complete"], table["errors"]) == (True, [])
         assert str(tmp_path) not in json.dumps(table)
         assert table["machine"]["devices"] == ["cpu"]
-        assert table["options"].items() >= {"small": True, "seed": 11, "backend": "xla"}.items()
-        assert set(table["options"]["served_by"].values()) == {"xla"}
+    assert tables["check"]["options"]["seed"] == 11
+    assert {row["backend"] for part in ("check", "rows", "engine") for row in tables[part]["rows"] if "op" in row} == {
+        "xla"
+    }
     measured = {part: len(table["rows"]) for part, table in tables.items()}
     assert measured == {
         "check": 11,
         "ceilings": 2,
-        "attention": 11,
-        "rows": 10,
-        "engine": 3,
+        "attention": 2 + 10,
+        "rows": 2 + 10,
+        "engine": 2 + 5,
         "funnel": 4,
         "peer": 0,
         "latency": 1,
-        "ragged": 2,
         "flags": 0,
     }
-    assert {entry["reason"] for entry in tables["peer"]["left_out"]} == {"torch is not installed"}
-    assert {entry["reason"] for entry in tables["flags"]["left_out"]} == {"not a GPU: JAX runs on cpu"}
-    assert all(row["peer_error"] for row in tables["attention"]["rows"] if row["kind"] == "dense")
+    reasons = {part: {entry["reason"] for entry in table["left_out"]} for part, table in tables.items()}
+    assert reasons["peer"] == {"torch is not installed: pip install 'funnel-engine[peers]'"}
+    assert reasons["flags"] == {"not a GPU: JAX runs on cpu"}
+    assert len(tables["attention"]["left_out"]) == 4
+    assert all("cudnn" in reason.lower() for reason in reasons["attention"])
     assert all(row["error"] <= row["limit"] for row in tables["check"]["rows"])
     assert sum(row["error"] > 0 for row in tables["check"]["rows"]) > 8  # a single key's value is exact
     report = (out / "report.md").read_text()
     assert "torch is not installed" in report
-    assert report.count("needs matplotlib") == 3
+    assert report.count("needs matplotlib") == 5
     assert not list(out.glob("*.png"))
 
 
@@ -131,32 +133,22 @@ def test_only_some_parts_run_and_others_stay(tmp_path):
     with tarfile.open(tmp_path / "results.tar.gz") as archive:
         assert archive.getnames() == ["ceilings.json", "latency.json", "report.md"]
     report = (tmp_path / "report.md").read_text()
-    assert "## What the device can do" in report
+    assert "## Kernels: what this machine can do at best" in report
     assert "one sequence of 16 tokens" in report
     matrix, copy = first["rows"]
-    assert matrix["tflops_per_second"] == pytest.approx(2 * 256**3 / matrix["seconds"]["median"] / 1e12, rel=1e-5)
-    assert copy["gb_per_second"] == pytest.approx(2 * 2**20 / copy["seconds"]["median"] / 1e9, rel=1e-4)
+    assert matrix["rate"] == pytest.approx(matrix["work"] / matrix["seconds"]["median"], rel=1e-5)
+    assert copy["rate"] == pytest.approx(2 * 2**18 / copy["seconds"]["median"], rel=1e-4)
     assert len(matrix["seconds"]["samples"]) == 2 * SMALL.repeats
 
 
 def test_checks_and_ceilings_have_commands_of_their_own(tmp_path):
     for part, minutes, rows, left_out in (("check", 0, 0, 11), ("ceilings", 0, 0, 2), ("ceilings", 9, 2, 0)):
-        arguments = (part, "--small", "--backend", "xla", "--seed", 5, "--json", tmp_path / f"{part}.json", "--resume")
-        result = run(*arguments, "--minutes", minutes)
+        seed = ("--seed", 5) if part == "check" else ()
+        result = run(part, "--small", *seed, "--json", tmp_path / f"{part}.json", "--resume", "--minutes", minutes)
         assert result.exit_code == 0, result.output
         table = read(tmp_path, part)
-        assert (table["suite"], table["complete"]) == (f"device {part}", True)
+        assert (table["suite"], table["complete"]) == ({"ceilings": "kernels"}.get(part, part), True)
         assert (len(table["rows"]), len(table["left_out"])) == (rows, left_out)
-
-
-def test_the_engine_is_compared_with_the_matrix_product_in_the_same_folder(tmp_path, monkeypatch):
-    rates = []
-    monkeypatch.setattr(
-        PARTS["engine"], "measurements", staticmethod(lambda bench: rates.append(bench.matrix_rate) or [])
-    )
-    for only in ("engine", "ceilings", "engine"):
-        assert run("all", "--out", tmp_path, "--small", "--only", only).exit_code == 0
-    assert rates == [None, read(tmp_path, "ceilings")["rows"][0]["tflops_per_second"]]
 
 
 def test_parts_run_in_order_of_importance():
@@ -195,52 +187,44 @@ def test_a_foreign_file_is_refused_before_anything_is_measured(tmp_path):
     assert result.exit_code == 2
     assert "engine.json is not a result file of schema 3: schema is 999" in result.stderr
     assert not (tmp_path / "ceilings.json").exists()
-    (tmp_path / "engine.json").unlink()
-    assert run(*arguments, "flags").exit_code == 0
-    (tmp_path / "flags.json").rename(tmp_path / "rows.json")
-    result = run(*arguments, "ceilings")
-    assert result.exit_code == 2
-    assert "rows.json is of suite 'device flags', not 'device rows'; remove it" in result.stderr
 
 
-def test_without_time_every_cell_is_listed_as_left_out(tmp_path, bench):
+def test_without_time_every_cell_is_listed_as_left_out(tmp_path):
     assert run("all", "--out", tmp_path, "--small", "--minutes", 0, "--seed", 3).exit_code == 0
-    left_out = [entry for part in PARTS for entry in read(tmp_path, part)["left_out"]]
-    assert [entry["cell"] for entry in left_out] == [
-        name for part in PARTS.values() for name, _ in part.measurements(bench)
-    ]
-    assert {entry["reason"] for entry in left_out} == {"not measured: out of time"}
-    assert not any(read(tmp_path, part)["rows"] for part in PARTS)
+    tables = {part: read(tmp_path, part) for part in PARTS}
+    assert {part: len(table["left_out"]) for part, table in tables.items()} == {
+        "check": 11,
+        "ceilings": 2,
+        "attention": 2 + 16,
+        "rows": 2 + 10,
+        "engine": 2 + 5,
+        "funnel": 4,
+        "peer": 2,
+        "latency": 3,
+        "flags": 5,
+    }
+    assert {entry["reason"] for table in tables.values() for entry in table["left_out"]} == {
+        "not measured: out of time"
+    }
+    assert not any(table["rows"] for table in tables.values())
 
 
-def test_what_raises_is_written_down_and_the_rest_goes_on(tmp_path, monkeypatch):
-    def cells(bench):
-        yield "first", lambda: {"tokens": 1}
-        yield "second", lambda: [][1]
-        yield "third", lambda: {"tokens": 1}
-        raise ValueError("between\ncells")
+def test_a_part_that_fails_does_not_end_the_run(tmp_path, monkeypatch):
+    def failing(run, json):
+        results = Results(json, suite="check", options=run_options, machine={"devices": ["cpu"]})
+        results.measure_all([("first", lambda: WRONG), ("second", lambda: [][1])])
+        raise SystemExit(1)
 
-    monkeypatch.setattr(PARTS["ragged"], "measurements", staticmethod(cells))
-    assert run("all", "--out", tmp_path, "--small", "--only", "ragged,flags").exit_code == 1
-    table = read(tmp_path, "ragged")
-    assert [row["cell"] for row in table["rows"]] == ["first", "third"]
-    assert table["errors"] == [
-        {"cell": "second", "error": "IndexError: list index out of range"},
-        {"cell": "the rest of the suite", "error": "ValueError: between cells"},
-    ]
+    run_options = {"seed": 1, "backend": "xla"}
+    monkeypatch.setitem(PARTS, "check", failing)
+    assert run("all", "--out", tmp_path, "--small", "--only", "check,flags").exit_code == 1
+    assert "1 wrong results, 1 measurements failed, 5 left out" in (tmp_path / "report.md").read_text()
     assert read(tmp_path, "flags")["complete"]
-
-
-def test_a_wrong_result_fails_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(PARTS["check"], "measurements", staticmethod(lambda bench: iter([("one", lambda: WRONG)])))
-    result = run("all", "--out", tmp_path, "--small", "--only", "check")
-    assert result.exit_code == 1
-    assert "Wrong results" in result.output
-    assert "1 wrong results" in (tmp_path / "report.md").read_text()
 
 
 WRONG = {
     "op": "attention",
+    "backend": "xla",
     "dtype": "float32",
     "precision": "highest",
     "error": 1.0,
@@ -251,7 +235,7 @@ WRONG = {
 }
 
 
-MEASURED = re.compile(r"^(.*): time [0-9.,]+ us, ")
+MEASURED = re.compile(r"^(.*): share [0-9.,]+, ")
 
 
 def test_a_killed_run_keeps_what_it_has_measured(tmp_path):
@@ -263,7 +247,7 @@ def test_a_killed_run_keeps_what_it_has_measured(tmp_path):
         process.send_signal(signal.SIGKILL)
     table = read(tmp_path, "rows")
     assert not table["complete"]
-    assert [row["cell"] for row in table["rows"]][:2] == [MEASURED.search(row)[1] for row in rows]
+    assert [row["cell"] for row in table["rows"]][2:4] == [MEASURED.search(row)[1] for row in rows]
     assert table["rows"][0]["seconds"]["median"] > 0
 
 
@@ -284,24 +268,48 @@ def test_a_terminated_run_packs_what_it_has_measured(tmp_path):
 
 
 def test_an_engine_runs_every_batch_in_one_call_without_padding():
-    for sizes in (FULL, SMALL):
-        assert row_buckets(make_plan(sizes.config, NO_FUNNEL), sizes.tokens)[-1] == sizes.tokens
-        assert {sequences * tokens for sequences, tokens in sizes.batches} == {sizes.tokens}
-        assert max(tokens for _, tokens in sizes.batches) <= sizes.config.max_positions
-        assert all(sizes.tokens % length == 0 for length in (*sizes.attention_lengths, *sizes.strided_lengths))
-        assert (sizes.ragged_longest + 1) / 2 == sizes.attention_lengths[0]
+    for extent in (FULL, SMALL):
+        config = Run(extent=extent, backend="xla", seed=0, until=0).model.config
+        assert row_buckets(make_plan(config, NO_FUNNEL), extent.tokens)[-1] == extent.tokens
+        assert {sequences * tokens for sequences, tokens in extent.batches} == {extent.tokens}
+        assert max(tokens for _, tokens in extent.batches) <= config.max_positions
+        assert all(extent.tokens % length == 0 for length in (*extent.lengths, *extent.strided))
 
 
-def test_every_cell_has_a_name_of_its_own():
-    full = Bench(FULL, "auto", 0, Clock(0.0, 0.0))
-    for part, suite in PARTS.items():
-        names = [name for name, _ in suite.measurements(full)]
-        assert len(set(names)) == len(names) > 0, part
+def test_every_case_has_a_name_of_its_own():
+    full = Run(extent=FULL, backend="cpu", seed=0, until=0)
+    for make in (parts.attention_cases, parts.row_cases, parts.engine_cases):
+        names = [(case.name, CUDNN in case.backends) for case in make(full)]
+        assert len(set(names)) == len(names) > 4
 
 
-def test_weights_are_random_and_a_layer_has_none_of_another(bench):
-    weights = bench.weights
-    first, second = (np.asarray(weights[f"layers.{index}.qkv"], np.float32) for index in range(2))
-    assert 0.018 < first.std() < 0.022
-    assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 0.05
-    assert bench.engine() is bench.engine(NO_FUNNEL)
+def test_attention_counts_the_pairs_that_are_seen():
+    names = {case: case.name.removesuffix(", 4 heads of 32 on 1") for case in parts.attention_cases(RUN)}
+    cases = {name.partition(" on ")[2]: case for case, name in names.items()}
+    seen = sum(min(128, i + 9) - max(0, i - 8) for i in range(128)) * (SMALL.tokens // 128)
+    assert cases["128 tokens with a window of 16"].flops == 4 * 32 * 4 * seen
+    assert cases["stride 2 of 32 tokens"].flops == 4 * 32 * 4 * SMALL.tokens * 32 // 2
+    for percent in SMALL.padding:
+        dense = 4 * 32 * 4 * SMALL.tokens * 32
+        assert cases[f"32 tokens with {percent} % padding"].flops / dense == pytest.approx(1 - percent / 100, abs=0.13)
+
+
+def test_ragged_sequences_fill_the_batch_and_padding_is_no_work():
+    for lengths in parts.ragged(SMALL.tokens, SMALL.lengths[0]).values():
+        assert lengths.sum() == SMALL.tokens
+        assert len(set(lengths.tolist())) > 3
+    full, *padded, conll, passage = parts.engine_cases(RUN)
+    assert full.flops == forward_flops(RUN.model.config, NO_FUNNEL, RUN.batch.lengths)
+    for case, percent in zip(padded, SMALL.padding, strict=True):
+        assert case.flops / full.flops == pytest.approx(1 - percent / 100, abs=0.01)
+        assert np.asarray(case.make("xla")()).shape == (SMALL.tokens, 64)
+    assert all(case.name.endswith("256 tokens") for case in (conll, passage))
+    assert conll.make("xla").func.__self__ is full.make("xla").func.__self__  # one engine, and one program
+
+
+def test_the_best_backend_that_serves_the_model_is_named(monkeypatch):
+    run = Run(extent=SMALL, backend="auto", seed=0, until=0)
+    monkeypatch.setattr(parts, "backends_here", lambda: ("triton", "xla"))
+    assert run.served == "xla"  # there is no GPU here
+    assert RUN.served == "xla"
+    assert Run(extent=SMALL, backend="cpu", seed=0, until=0).served == "cpu"

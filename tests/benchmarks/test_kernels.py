@@ -19,16 +19,15 @@ from funnel_benchmarks.kernels import cases as cases_module
 from funnel_benchmarks.kernels import ceilings as ceilings_module
 from funnel_benchmarks.kernels import command
 from funnel_benchmarks.kernels.allocator import keep_freed_memory
-from funnel_benchmarks.kernels.cases import Case, Sizes, cases
+from funnel_benchmarks.kernels.cases import CUDNN, Case, Sizes, attention_case, cases, cudnn_case
 from funnel_benchmarks.kernels.ceilings import Ceiling, ceilings
+from funnel_benchmarks.kernels.layouts import packed
 from funnel_benchmarks.kernels.suite import Suite, backends_here, bound, cells
-from funnel_benchmarks.plot_style import LIGHT, styled
+from funnel_benchmarks.models import random_model
 from funnel_benchmarks.results import LeftOut, read_results
 from funnel_benchmarks.suite import row_line
-from funnel_engine import ConfigError
-from funnel_engine.devices import local_target
+from funnel_engine import ConfigError, FunnelError
 from funnel_engine.hugging_face_config import read_model_config
-from funnel_kernels.errors import BackendUnavailable
 from option_grid import no_product, served_or_refused
 
 CONFIG = read_model_config(
@@ -54,12 +53,16 @@ RATES = {"product": 1e9, "copy": 1e8}  # of the ceilings in these tests
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(cases_module, "ROW_BYTES", 2**14)
     monkeypatch.setattr(command, "keep_freed_memory", lambda: None)  # the other tests' process too
 
 
-def sizes(dtype="float32"):
-    return Sizes(CONFIG, LENGTHS, dtype)
+def sizes(dtype="float32", row_bytes=2**14):
+    return Sizes(random_model("tiny", CONFIG, dtype), LENGTHS, row_bytes)
+
+
+def make_suite(cases, **options):
+    given = {"model": "tiny", "dtype": "float32", "lengths": LENGTHS, "backends": ("xla",), "ceilings": CEILINGS}
+    return Suite(**given | {"cases": cases, "repeats": 1} | options)
 
 
 def fake(name, seconds=0.01):
@@ -81,7 +84,7 @@ def traced_bytes(call, inputs):
 def test_the_bytes_of_a_case_are_those_of_its_arrays(dtype):
     for case in cases(sizes(dtype)):
         if case.bytes:
-            call = case.make(local_target("reference"))
+            call = case.make("reference")
             inputs = 2 if case.name.startswith("project_heads") else 3  # x and weight, without the angles' tables
             assert case.bytes == traced_bytes(call, inputs), case.name
 
@@ -104,7 +107,7 @@ def counted_flops(call):
 def test_the_flops_of_a_product_are_those_of_its_program():
     for case in cases(sizes()):
         if case.name.startswith(("project_heads", "linear", "gated_linear")):
-            assert case.flops == counted_flops(case.make(local_target("reference"))) > 0, case.name
+            assert case.flops == counted_flops(case.make("reference")) > 0, case.name
         elif not case.name.startswith(("attention", "embed")):
             assert case.flops == 0
 
@@ -114,16 +117,15 @@ def test_attention_counts_the_pairs_that_are_seen():
     pairs = 24**2 + 40**2
     assert whole.flops == 4 * 32 * 4 * pairs
     assert strided.flops == 4 * 32 * 4 * pairs // 2
-    lo, hi = (np.asarray(edges) for edges in strided.make(local_target("xla")).args[3:])
+    lo, hi = (np.asarray(edges) for edges in strided.make("xla").args[3:])
     assert lo.tolist() == [0] * 12 + [24] * 20
     assert hi.tolist() == [24] * 12 + [64] * 20
 
 
-def test_row_wise_ops_take_more_rows_than_a_cache_holds(monkeypatch):
-    monkeypatch.setattr(cases_module, "ROW_BYTES", 2**20)
-    assert sizes("bfloat16").row_wise_rows == 2**20 // (2 * 64)
-    assert sizes("float32").row_wise_rows == 2**20 // (4 * 64)
-    (case,) = (case for case in cases(sizes()) if case.name.startswith("pool_norm"))
+def test_row_wise_ops_take_more_rows_than_a_cache_holds():
+    assert sizes("bfloat16", 2**20).row_wise_rows == 2**20 // (2 * 64)
+    assert sizes("float32", 2**20).row_wise_rows == 2**20 // (4 * 64)
+    (case,) = (case for case in cases(sizes(row_bytes=2**20)) if case.name.startswith("pool_norm"))
     assert case.bytes == 2 * 2**20
 
 
@@ -131,7 +133,7 @@ def test_every_case_computes_the_same_on_every_backend():
     for case in cases(sizes()):
         native = case.name.startswith(("linear_add_norm", "attention", "add_norm", "pool_norm", "recover_norm"))
         with served_or_refused("float32", "xla" if native else "cpu"):
-            results = (jax.tree.leaves(case.make(local_target(backend))()) for backend in ("cpu", "xla"))
+            results = (jax.tree.leaves(case.make(backend)()) for backend in ("cpu", "xla"))
             for one, other in zip(*results, strict=True):
                 one, other = (np.asarray(each, np.float64) for each in (one, other))
                 assert np.abs(other).max() > 0.1
@@ -158,10 +160,8 @@ def rows_of(suite):
 
 def test_shares_are_of_the_bound_in_the_time(monkeypatch):
     case = Case("case", lambda backend: lambda: None, flops=10**6, bytes=0)
-    monkeypatch.setattr("funnel_benchmarks.kernels.suite.cases", lambda sizes: [case])
     monkeypatch.setattr("funnel_benchmarks.kernels.suite.sampler", lambda call, seconds: lambda: 0.004)
-    suite = Suite(model="tiny", sizes=sizes(), backends=("xla",), ceilings=CEILINGS, repeats=2)
-    rows = rows_of(suite)
+    rows = rows_of(make_suite([case], repeats=2))
     assert list(rows) == ["ceiling: product", "ceiling: copy", "case; xla"]  # the ceilings come first
     assert rows["ceiling: copy"]["rate"] == pytest.approx(RATES["copy"])
     row = rows["case; xla"]
@@ -171,22 +171,37 @@ def test_shares_are_of_the_bound_in_the_time(monkeypatch):
 
 
 def test_a_backend_that_is_not_here_is_left_out():
-    def refuse(backend):
-        raise BackendUnavailable("no such device")
-
-    suite = Suite(model="tiny", sizes=sizes(), backends=("triton",), ceilings=CEILINGS, repeats=1)
-    measure = dict(cells(suite))
+    measure = dict(cells(make_suite(cases(sizes()), backends=("triton",))))
     with pytest.raises(LeftOut, match=r"attention is not served by backend 'triton'"):
         next(run for name, run in measure.items() if name.startswith("attention"))()
 
 
-def test_ceilings_of_a_cpu(monkeypatch):
-    monkeypatch.setattr(ceilings_module, "HOST_PRODUCT", {"rows": 8, "in": 16, "out": 32})
-    monkeypatch.setattr(ceilings_module, "HOST_BYTES", 2**16)
-    monkeypatch.setattr(ceilings_module, "SAMPLE_SECONDS", 0.0)
-    monkeypatch.setattr(ceilings_module, "HOST_SIDE", 32)  # of XLA's, where oneDNN has none
-    with ceilings("float32") as (product, copy):
-        assert (product.name, product.work) == ("product", 2 * (32**3 if no_product("float32") else 8 * 16 * 32))
+def test_cudnn_gets_the_same_data_in_its_own_shape(monkeypatch):
+    """cuDNN is not here; XLA's own attention replaces it, so that the reshapes and the comparison run."""
+    equal = Sizes(random_model("tiny", CONFIG, "float32"), np.full(3, 8, np.int32))
+    ours = attention_case(equal, packed(equal.lengths), "sequences of 8 tokens")
+    theirs = cudnn_case(equal, ours)
+    measure = dict(cells(make_suite([ours, theirs])))
+    assert list(measure)[2:] == [f"{ours.name}; xla", f"{ours.name}; {CUDNN}"]
+    with pytest.raises(LeftOut, match="cuDNN is not detected"):
+        measure[f"{ours.name}; {CUDNN}"]()
+    attend = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *x, scale, implementation: attend(*x, scale=scale))
+    rows = [{"cell": name} | run() for name, run in measure.items()]
+    assert [row["flops"] for row in rows[2:]] == [4 * 32 * 4 * 3 * 64] * 2
+    ratio = rows[2]["share"]["median"] / rows[3]["share"]["median"]
+    options = {"model": "tiny", "dtype": "float32", "lengths": [8], "repeats": 1}
+    assert f"Attention reaches {ratio:.2f} to {ratio:.2f} of cuDNN's rate." in (
+        Suite.section({"options": options, "rows": rows}).summary
+    )
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *x, scale, implementation: attend(*x, scale=2 * scale))
+    with pytest.raises(FunnelError, match="cuDNN computed something else: relative difference "):
+        dict(cells(make_suite([theirs])))[f"{ours.name}; {CUDNN}"]()
+
+
+def test_ceilings_of_a_cpu():
+    with ceilings("float32", 64, 0.0) as (product, copy):
+        assert (product.name, product.work) == ("product", 2 * (32**3 if no_product("float32") else 16 * 32 * 256))
         assert ("oneDNN" in product.about) != bool(no_product("float32"))
         assert (copy.name, copy.work) == ("copy", 2 * 2**16)
         assert all(ceiling.sample() > 0 for ceiling in (product, copy))
@@ -196,7 +211,7 @@ def test_a_copy_copies_everything(monkeypatch):
     copied = []
     monkeypatch.setattr(np, "copyto", lambda target, source: copied.append((target.size, source.size)))
     monkeypatch.setattr(ceilings_module, "usable_cores", lambda: 3)
-    with ceilings_module.host_copy(1000) as copy:
+    with ceilings_module.host_copy(1000, 0.02) as copy:
         copied.clear()
         copy.sample()
     once = len(copied) // 3
@@ -204,18 +219,16 @@ def test_a_copy_copies_everything(monkeypatch):
 
 
 def test_ceilings_elsewhere_are_those_of_xla(monkeypatch):
-    product = ceilings_module.xla_product("bfloat16", 64)
+    product = ceilings_module.xla_product("bfloat16", 64, 0.0)
     assert (product.work, product.about) == (2 * 64**3, "64 x 64 x 64, bfloat16, XLA")
-    copy = ceilings_module.xla_copy(2**12)
+    copy = ceilings_module.xla_copy(2**12, 0.0)
     assert copy.work == 2**13
     assert min(product.sample(), copy.sample()) > 0
 
 
 def test_without_our_kernels_the_product_is_that_of_xla(monkeypatch):
     monkeypatch.setattr(ceilings_module, "packs", lambda dtype, backend: False)
-    monkeypatch.setattr(ceilings_module, "HOST_SIDE", 32)
-    monkeypatch.setattr(ceilings_module, "HOST_BYTES", 2**12)
-    with ceilings("float32") as (product, _):
+    with ceilings("float32", 64, 0.0) as (product, _):
         assert product.about == "32 x 32 x 32, float32, XLA"
 
 
@@ -242,7 +255,7 @@ def test_other_c_libraries_are_left_alone(monkeypatch):
 
 
 @contextmanager
-def fake_ceilings(dtype):
+def fake_ceilings(dtype, shrink, seconds):
     yield CEILINGS
 
 
@@ -252,11 +265,12 @@ def quick(monkeypatch):
     monkeypatch.setattr(command, "ceilings", fake_ceilings)
     monkeypatch.setattr("funnel_benchmarks.models.preset", lambda name: CONFIG)
     pooling = [case for case in cases(sizes()) if case.name.startswith(("pool_norm", "embed"))]
-    monkeypatch.setattr("funnel_benchmarks.kernels.suite.cases", lambda sizes: pooling)
+    monkeypatch.setattr(command, "cases", lambda sizes: pooling)
+    monkeypatch.setattr(command, "SAMPLE_SECONDS", 0.0)
 
 
 def run(*options):
-    return CliRunner().invoke(command.kernels, options, catch_exceptions=False)
+    return CliRunner().invoke(command.kernels_command, options, catch_exceptions=False)
 
 
 def test_the_command(quick, tmp_path):
@@ -304,15 +318,13 @@ def test_the_section_of_a_result(quick, tmp_path):
     assert [row[1].value for row in table.cells] == list(shares.values())
     assert len(made.plots) == 2  # what products bound, and what copies do
     for plot in made.plots:
-        with styled(LIGHT):
-            (axes,) = plot.draw(LIGHT).axes
-        marks = {line.get_gid(): line for line in axes.lines if line.get_gid()}
-        backends = ("cpu", "xla") if whole or plot is made.plots[1] else ("xla",)
-        assert set(marks) == {*(f"marks-{backend}" for backend in backends), "marks-ceiling"}
-        for backend in backends:
-            drawn = marks[f"marks-{backend}"].get_xdata().tolist()
-            assert drawn == [share for cell, share in shares.items() if cell.endswith(backend) and share in drawn]
-            assert len(drawn) == 1
+        (panel,) = plot.panels
+        backends = ["cpu", "xla"] if whole or plot is made.plots[1] else ["xla"]
+        assert [series.label for series in panel.series] == backends
+        assert list(panel.references.values()) == [1.0]
+        for series in panel.series:
+            ((place,), (value,)) = series.at, series.values
+            assert value["median"] == shares[f"{panel.rows[place]}; {series.label}"]
 
 
 def test_the_cases_run_under_pytest_benchmark():
@@ -333,4 +345,4 @@ def test_the_model_of_the_cases_is_the_one_asked_for():
     assert f"gated_linear, {ROWS} x 64 x (2 x 192)" in names
     assert f"embed, 2 layers, 2 sequences, {ROWS} tokens" in names
     assert len(names) == len(set(names))
-    assert jnp.result_type(cases(sizes())[0].make(local_target("xla")).args[0]) == jnp.float32
+    assert jnp.result_type(cases(sizes())[0].make("xla").args[0]) == jnp.float32

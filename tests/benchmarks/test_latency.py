@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-import time
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +11,9 @@ import jax
 import numpy as np
 import pytest
 
+from funnel_benchmarks import measure as measure_module
+from funnel_benchmarks import models
 from funnel_benchmarks.funnels import funnel_name
-from funnel_benchmarks.latency import suite as latency
 from funnel_benchmarks.latency.suite import Batch, Suite, cells
 from funnel_benchmarks.models import Model
 from funnel_benchmarks.results import Results, read_results
@@ -56,6 +56,13 @@ def weights() -> Mapping[str, jax.Array]:
     return jax.tree.map(jax.device_put, random_weights(CONFIG, HeadConfig(), "float32", seed=7))
 
 
+def loading(weights, **changes):
+    """The suite with these weights, and engines of its own."""
+    return dataclasses.replace(
+        SUITE, model=dataclasses.replace(MODEL, load=lambda backend: weights, made={}), **changes
+    )
+
+
 @pytest.fixture(scope="module")
 def run(weights, tmp_path_factory):
     """One run of the suite: its file, the engines, and how often it advanced."""
@@ -63,8 +70,8 @@ def run(weights, tmp_path_factory):
     RecordingEngine.made = []
     results = Results(path, suite="latency", options=SUITE.options(), machine={})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(latency, "Engine", RecordingEngine)
-        results.measure_all(cells(SUITE, weights, advance=lambda: steps.append(1)))
+        patch.setattr(models, "Engine", RecordingEngine)
+        results.measure_all(cells(loading(weights), advance=lambda: steps.append(1)))
     assert [row["cell"] for row in read_results(path)["rows"]] == [row["cell"] for row in results.rows]
     return results.content, RecordingEngine.made, len(steps)
 
@@ -111,11 +118,9 @@ def test_ratio_is_funnel_over_baseline_on_a_clock_that_says_how_long_each_takes(
             now[0] += seconds[self.funnel.strides]
             return super().embed(inputs, *arguments, **options)
 
-    clock = SimpleNamespace(perf_counter=lambda: now[0], strftime=time.strftime, gmtime=time.gmtime)
-    monkeypatch.setattr(latency, "Engine", ClockedEngine)
-    monkeypatch.setattr(latency, "time", clock)
-    one_batch = dataclasses.replace(SUITE, batches=SUITE.batches[1:])
-    rows = [measure() for _, measure in cells(one_batch, weights)]
+    monkeypatch.setattr(models, "Engine", ClockedEngine)
+    monkeypatch.setattr(measure_module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    rows = [measure() for _, measure in cells(loading(weights, batches=SUITE.batches[1:]))]
     assert [row["seconds"]["median"] for row in rows] == [2.0, 3.0]
     assert [row["baseline_seconds"]["median"] for row in rows] == [4.0, 4.0]
     assert [row["ratio"]["median"] for row in rows] == [0.5, 0.75]
@@ -190,9 +195,9 @@ def test_a_compilation_while_timing_fails_the_cell(weights, monkeypatch):
             jax.jit(lambda x: x * 3.25 + shape)(np.ones(shape, np.float32))
             return super().embed(inputs, *arguments, **options)
 
-    monkeypatch.setattr(latency, "Engine", CompilingEngine)
+    monkeypatch.setattr(models, "Engine", CompilingEngine)
     results = Results(None, suite="latency", options={}, machine={})
-    results.measure_all(itertools.islice(cells(SUITE, weights), 1))
+    results.measure_all(itertools.islice(cells(loading(weights)), 1))
     assert not results.rows
     (entry,) = results.content["errors"]
     assert "programs were compiled while timing" in entry["error"]

@@ -6,7 +6,7 @@ from click.testing import CliRunner
 
 from funnel_benchmarks import demo_model, memory, models
 from funnel_benchmarks.latency import command, suite
-from funnel_benchmarks.latency.sweeps import sweep_funnels
+from funnel_benchmarks.latency.command import sweep_funnels
 from funnel_benchmarks.models import checkpoint_model, preset_model
 from funnel_benchmarks.results import read_results
 from funnel_engine import HeadConfig, convert

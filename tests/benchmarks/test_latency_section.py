@@ -3,9 +3,8 @@
 import numpy as np
 
 from funnel_benchmarks.latency.suite import Suite
-from funnel_benchmarks.plot_style import LIGHT
 from funnel_benchmarks.suite import row_line
-from latency_results import BATCH, LAYERS, make_result, make_row, with_other_rows
+from latency_results import BATCH, IDEALS, LAYERS, RATIOS, make_result, make_row, with_other_rows
 
 
 def test_the_summary_begins_with_the_paper_s_figure_beside_ours():
@@ -77,12 +76,41 @@ def test_a_row_is_told_in_one_line_with_the_same_figures():
     )
 
 
-def test_pictures_are_of_the_paper_s_kind_and_of_all_rows():
-    result = Suite.section(with_other_rows())
-    above, below = (plot.draw(LIGHT) for plot in result.plots)
-    assert [len(axes.patches) for axes in above.axes] == [0, 3]
-    assert len(below.axes[0].get_yticks()) == 8
-    assert result.plots[0].caption.endswith("2 x 512 tokens; max pooling, recovery none")
+def test_one_picture_has_ratios_and_savings_of_rows_like_the_first():
+    picture = Suite.section(with_other_rows()).plots[0]
+    assert picture.caption.endswith("2 x 512 tokens; max pooling, recovery none")
+    ratios, savings = picture.panels
+    for panel, measured, ideal in (
+        (ratios, RATIOS, IDEALS),
+        (savings, [44, 27, 10], [45, 28, 12]),
+    ):
+        assert [series.label for series in panel.series] == ["measured (quartiles)", "ideal (FLOPs)"]
+        assert all(list(series.at) == list(LAYERS) for series in panel.series)
+        values = [getattr(value, "get", {"median": value}.get)("median") for value in panel.series[0].values]
+        np.testing.assert_allclose(values, measured)
+        np.testing.assert_allclose(panel.series[1].values, ideal)
+    low, high = ratios.series[0].values[0]["low"], ratios.series[0].values[0]["high"]
+    assert (low, high) == (RATIOS[0] - 0.02, RATIOS[0] + 0.05)
+    assert (ratios.references, "2:1" in savings.label) == ({"no funnel": 1.0}, True)
+    text = " ".join(picture.facts)
+    for part in ("<tiny & co>", "18 layers of width 512", "bfloat16", "2 x 512 tokens", "Imaginary 9000", "2 cores"):
+        assert part in text
+
+
+def test_the_other_has_the_efficiency_of_every_row_with_its_range():
+    content = with_other_rows()
+    (panel,) = Suite.section(content).plots[1].panels
+    assert panel.rows == list(dict.fromkeys(row["funnel"]["name"] for row in content["rows"]))
+    seen = {}
+    for series in panel.series:
+        for place, value in zip(series.at, series.values, strict=True):
+            seen[panel.rows[place], series.label] = tuple(value.values())
+    assert seen.keys() == {(row["funnel"]["name"], row["batch"]["name"]) for row in content["rows"]}
+    for row in content["rows"]:
+        bounds = [row["ideal_ratio"] / row["ratio"][bound] for bound in ("high", "median", "low")]
+        np.testing.assert_allclose(seen[row["funnel"]["name"], row["batch"]["name"]], bounds)
+    looks = {(series.marker, series.hollow) for series in panel.series}
+    assert len(looks) == len(panel.series) > 1
 
 
 def test_the_circumstances_are_those_of_the_suite():

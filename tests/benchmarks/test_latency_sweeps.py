@@ -5,9 +5,8 @@ import dataclasses
 import pytest
 
 from funnel_benchmarks.funnels import funnel_name
-from funnel_benchmarks.latency.paper import beside_paper
-from funnel_benchmarks.latency.suite import Batch, Suite
-from funnel_benchmarks.latency.sweeps import SWEEPS, sweep_batches, sweep_funnels
+from funnel_benchmarks.latency.command import SWEEPS, sweep_batches, sweep_funnels
+from funnel_benchmarks.latency.suite import Batch, Suite, beside_paper
 from funnel_benchmarks.models import preset_model
 from funnel_engine import FunnelConfig
 from funnel_engine.config import RECOVERIES
@@ -59,9 +58,8 @@ def test_the_papers_places_are_put_beside_ours():
     rows = [row(FunnelConfig.after(layer), saving) for layer, saving in ((2, 43.21), (8, 26.0), (16, 5.04))]
     long = row(FunnelConfig.after(2), 48.0, "1 x 8192 tokens")
     assert beside_paper(content(*rows, long)) == [
-        "saved, beside arXiv:2504.02877 (Gemma 2B on a TPU): 43.2 % after layer 2 (paper: 44 %), "
-        "5.0 % after layer 16 (paper: about 5 %); 2 x 512 tokens",
-        "saved, beside arXiv:2504.02877 (Gemma 2B on a TPU): 48.0 % after layer 2 (paper: 44 %); 1 x 8192 tokens",
+        "43.2 % after layer 2 (paper: 44 %), 5.0 % after layer 16 (paper: about 5 %); 2 x 512 tokens",
+        "48.0 % after layer 2 (paper: 44 %); 1 x 8192 tokens",
     ]
 
 

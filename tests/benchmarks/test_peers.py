@@ -2,12 +2,13 @@
 
 import sys
 import textwrap
+import time
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 
-from funnel_benchmarks.peers import llama_cpp_peer, onnx_runtime, openvino_peer, sentence_transformers_peer
+from funnel_benchmarks.peers import exported_graph, llama_cpp_peer, sentence_transformers_peer
 from funnel_benchmarks.peers.batches import embedding, in_order, make_batches, padded
 from funnel_benchmarks.peers.peer import Peer
 from funnel_benchmarks.peers.peer_process import not_installed
@@ -89,6 +90,22 @@ def test_what_is_not_installed_is_named(module):
         Peer(module("def make(task): import no_such_package")).__enter__()
 
 
+@pytest.mark.parametrize("source", ["import time; time.sleep(60)", COUNTING])
+def test_a_peer_is_ended_when_time_is_up(module, tmp_path, source):
+    """While it is made, and between two samples."""
+    task = {"log": str(tmp_path / "log"), "number": 1, "fails_at": 0, "batches": [[0]]}
+    until = time.monotonic() + 3
+
+    def sample_forever():
+        with Peer(module(source), until=until, **task) as peer:
+            while True:
+                peer.sample()
+
+    with pytest.raises(LeftOut, match="out of time while it was compiling or running"):
+        sample_forever()
+    assert until <= time.monotonic() < until + 30
+
+
 def test_a_peer_ends_with_its_block_whatever_happens(module, tmp_path):
     with (
         pytest.raises(KeyError),
@@ -102,9 +119,9 @@ def test_a_peer_ends_with_its_block_whatever_happens(module, tmp_path):
     ("module", "package", "command"),
     [
         (sentence_transformers_peer, "sentence_transformers", "pip install 'funnel-engine[peers]'"),
-        (onnx_runtime, "onnxruntime", "pip install 'funnel-engine[peers]'"),
-        (onnx_runtime, "onnxscript", "pip install 'funnel-engine[peers]'"),
-        (openvino_peer, "openvino", "pip install 'funnel-engine[peers]'"),
+        (exported_graph, "onnxruntime", "pip install 'funnel-engine[peers]'"),
+        (exported_graph, "onnxscript", "pip install 'funnel-engine[peers]'"),
+        (exported_graph, "openvino", "pip install 'funnel-engine[peers]'"),
         (llama_cpp_peer, "llama_cpp", "pip install llama-cpp-python, which compiles llama.cpp"),
     ],
 )
@@ -113,7 +130,15 @@ def test_a_peer_says_at_once_what_it_needs(module, package, command, monkeypatch
         monkeypatch.setitem(sys.modules, present, ModuleType(present))
     monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
     with pytest.raises(ModuleNotFoundError) as error:
-        module.make({"checkpoint": "nowhere", "cores": 1, "sequences": [[1]], "batches": [[0]]})
+        module.make(
+            {
+                "runtime": package[:4] if "onnx" in package else package,
+                "checkpoint": "nowhere",
+                "cores": 1,
+                "sequences": [[1]],
+                "batches": [[0]],
+            }
+        )
     assert not_installed(error.value) == f"{package} is not installed: {command}"
 
 

@@ -11,8 +11,7 @@ from funnel_benchmarks import machine
 from funnel_benchmarks.peers import command, hugging_face, sentence_transformers_peer
 from funnel_benchmarks.peers import suite as suite_module
 from funnel_benchmarks.peers.suite import PEERS, Suite, cells, model_fields
-from funnel_benchmarks.plot_style import LIGHT, styled
-from funnel_benchmarks.results import read_results
+from funnel_benchmarks.results import LeftOut, read_results
 from funnel_benchmarks.suite import Cell, row_line
 from funnel_engine import BackendUnavailable, ConfigError, FunnelConfig, FunnelError, InputError
 from funnel_engine.flops import forward_flops
@@ -26,13 +25,14 @@ LENGTHS = {"mixed": np.array([3, 9, 5], np.int32)}
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(suite_module, "model_fields", lambda preset, depth: MODELS["gemma"])
+    monkeypatch.setattr(command, "model_fields", lambda preset, depth: MODELS["gemma"])
 
 
 def make_suite(folder, **changes):
     options = {
         "preset": "tiny",
         "depth": None,
+        "fields": MODELS["gemma"],
         "lengths": LENGTHS,
         "peers": ("hugging-face-eager",),
         "scenarios": ("batch", "one"),
@@ -86,7 +86,7 @@ class FakePeer:
 
     facts = {"version": "1", "dtype": "float32"}  # noqa: RUF012
 
-    def __init__(self, module, **task):
+    def __init__(self, module, *, until, **task):
         FakePeer.module, FakePeer.task, FakePeer.asked = module, task, []
 
     def __enter__(self):
@@ -183,6 +183,23 @@ def test_a_peer_that_computes_something_else_is_an_error(fake, monkeypatch):
     assert not FakePeer.asked  # nothing was timed
 
 
+def test_on_a_gpu_hugging_face_computes_there_and_others_are_left_out(fake, monkeypatch, tmp_path):
+    fake.engine(fake.source("hugging-face-eager"))
+    monkeypatch.setattr(suite_module.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")  # whatever the processor can do
+    monkeypatch.setattr(suite_module, "check_same", lambda ours, theirs: 0.0)
+    engine = next(iter(fake.engines.values()))
+    monkeypatch.setattr(engine, "embed", lambda sequences, normalize: np.zeros((len(sequences), 1), np.float32))
+    dict(cells(fake))["mixed; batch; hugging-face-eager"]()
+    assert (FakePeer.task["device"], FakePeer.task["dtype"]) == ("cuda", "bfloat16")
+    others = make_suite(tmp_path, peers=("openvino", "llama-cpp"))
+    for platform, suite in (("gpu", others), ("tpu", others), ("tpu", fake)):
+        monkeypatch.setattr(suite_module.jax, "default_backend", lambda platform=platform: platform)
+        for _, measure in cells(suite):
+            with pytest.raises(LeftOut, match=f"JAX runs on {platform}, where this peer does not"):
+                measure()
+
+
 def run(*options):
     return CliRunner().invoke(command.peers, options, catch_exceptions=False)
 
@@ -232,10 +249,8 @@ def check_section(content):
         assert (cells[1].text, cells[1].below) == ("bfloat16", peer_dtype)
         assert cells[2].value == row["speedup"]["median"]
         assert f"{row['speedup']['median']:.2f} (hugging-face-eager, 7)" in made.summary
-        with styled(LIGHT):
-            (axes,) = plot.draw(LIGHT).axes
-        (bar,) = axes.patches
-        assert (bar.get_gid(), bar.get_width()) == ("marks-bar-0", row["speedup"]["median"])
+        (panel,) = plot.panels
+        assert (panel.rows, panel.series[0].values) == (["hugging-face-eager, 7"], [row["speedup"]])
 
 
 def test_bad_input(tmp_path):

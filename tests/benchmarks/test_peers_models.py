@@ -1,6 +1,6 @@
 """`funnel_benchmarks.peers`: what PyTorch computes of the same weights, with each library's own code.
 
-ONNX Runtime and OpenVINO compute the graph of `torch_graph`; they are no part of what the tests need.
+ONNX Runtime and OpenVINO compute the graph of `exported_graph`; they are no part of what the tests need.
 """
 
 import sys
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from funnel_benchmarks.peers import hugging_face, sentence_transformers_peer, torch_graph
+from funnel_benchmarks.peers import exported_graph, hugging_face, sentence_transformers_peer
 from funnel_benchmarks.peers.batches import in_order, make_batches, padded
 from funnel_benchmarks.peers.peer import Peer
 from funnel_benchmarks.peers.sentence_model import text_of, write_sentence_model
@@ -57,7 +57,7 @@ def make_task(source, lengths, order):
     sequences = random_sequences(lengths)
     batches = make_batches(np.asarray(lengths), order, 3)
     task = {"checkpoint": str(source), "mode": "eager", "cores": 1, "batches": batches, "sequences": sequences}
-    task["dtype"] = "bfloat16"
+    task |= {"dtype": "bfloat16", "device": "cpu"}
     return task, sequences
 
 
@@ -109,7 +109,7 @@ def test_another_attention_is_seen(model):
 def test_the_graph_computes_what_hugging_face_does(model):
     """At other sizes than those it was exported with: more sequences, the longest one, and a single token."""
     source, _ = model
-    graph = torch_graph.export({"checkpoint": str(source), "sequences": random_sequences([3, 40])}).module()
+    graph = exported_graph.export({"checkpoint": str(source), "sequences": random_sequences([3, 40])}).module()
     for lengths in (LENGTHS, np.array([40]), np.array([1])):
         task, sequences = make_task(source, lengths, "unsorted")
         with torch.no_grad():
@@ -122,7 +122,7 @@ def test_the_graph_computes_what_hugging_face_does(model):
 def test_looked_up_angles_are_those_of_the_model(model):
     source, _ = model
     encoder = hugging_face.load_model(str(source), torch.float32, "sdpa")
-    tables = torch_graph.angle_tables(torch, encoder, 50)
+    tables = exported_graph.angle_tables(torch, encoder, 50)
     x, positions = torch.zeros(1), torch.tensor([[0, 3, 49]])
     for kind in [()] if encoder.config.model_type == "gemma" else [("sliding_attention",), ("full_attention",)]:
         for looked_up, made in zip(tables(x, positions, *kind), encoder.rotary_emb(x, positions, *kind), strict=True):
@@ -134,7 +134,7 @@ def test_every_row_of_a_mask_sees_something(model):
     source, _ = model
     config = hugging_face.load_model(str(source), torch.float32, "sdpa").config
     real = torch.tensor([[1] * 3 + [0] * 17, [1] * 20])
-    masks = torch_graph.attention_masks(torch, config, real)
+    masks = exported_graph.attention_masks(torch, config, real)
     masks = masks if isinstance(masks, dict) else {"full_attention": masks}
     full = masks["full_attention"][:, 0]
     assert full[0].sum(1).tolist() == [3] * 3 + [4] * 17  # a row of padding sees itself too
@@ -175,6 +175,24 @@ def test_a_sentence_model_needs_its_library(tmp_path, monkeypatch):
     with pytest.raises(LeftOut, match=r"^sentence_transformers is not installed: pip install"):
         write_sentence_model(tmp_path / "source", MODELS["gemma"])
     assert not (tmp_path / "source").exists()
+
+
+def test_attention_without_a_mask_is_full_attention():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 5, 8) for heads in (4, 1, 1))
+    out, _ = hugging_face.attention_without_mask(None, q, k, v, None, 0.3, dropout=0.0)
+    weights = torch.softmax(0.3 * q @ k.transpose(2, 3), -1)
+    torch.testing.assert_close(out, (weights @ v).transpose(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"), [({"device": "cuda"}, "PyTorch for CUDA"), ({"mode": "flash"}, "flash_attn")]
+)
+def test_what_a_gpu_s_peer_needs_is_named(model, changes, name):
+    task, _ = make_task(model[0], LENGTHS, "sorted")
+    with pytest.raises(ModuleNotFoundError) as error:
+        hugging_face.make(task | changes)
+    assert error.value.name == name
 
 
 @pytest.mark.slow

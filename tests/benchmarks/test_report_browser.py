@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from funnel_benchmarks.charts import DARK, LIGHT
 from funnel_benchmarks.latency.suite import Suite as Latency
-from funnel_benchmarks.plot_style import DARK, LIGHT
 from funnel_benchmarks.report.page import render_page
 from funnel_benchmarks.suite import Cell, Section
 from html_page import table_of
@@ -37,7 +37,7 @@ function look(frame) {
     overflow: page.documentElement.scrollWidth - seen.innerWidth,
     scripts: page.scripts.length,
     paper: seen.getComputedStyle(page.body).backgroundColor,
-    line: seen.getComputedStyle(page.querySelector('[id$="wide-marks-ratio"] path')).stroke,
+    line: seen.getComputedStyle(page.querySelector('[id$="wide-marks-0-0"] path')).stroke,
     sorted: sorted(page.querySelectorAll("table")[1]),
   };
 }
@@ -136,9 +136,8 @@ def test_every_mark_of_the_picture_that_fits_takes_room(browsed):
         assert [name for name, _ in each["pictures"]] == [kind] * 2
         marks = {name.removeprefix("result-1-plot-"): size for name, size in each["marks"].items()}
         assert marks.keys() == {
-            *(f"1-{kind}-marks-{mark}" for mark in ("ratio", "ideal-ratio", "ideal-saving")),
-            *(f"1-{kind}-marks-saving-{layer}" for layer in (2, 8, 14)),
-            *(f"2-{kind}-marks-{mark}" for mark in ("ideal", "efficiency-0", "efficiency-1")),
+            *(f"1-{kind}-marks-{mark}" for mark in ("0-0", "0-1", "0-reference-0", "1-0", "1-1")),
+            *(f"2-{kind}-marks-{mark}" for mark in ("0-0", "0-1", "0-reference-0")),
         }
         assert all(size > 1 for size in marks.values())
 

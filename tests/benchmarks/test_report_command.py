@@ -9,10 +9,11 @@ import pytest
 from click.testing import CliRunner
 
 import funnel_benchmarks
+from funnel_benchmarks.charts import Chart
 from funnel_benchmarks.report import command
 from funnel_benchmarks.report.command import report
 from funnel_benchmarks.report.suites import SUITES
-from funnel_benchmarks.suite import Plot, Section
+from funnel_benchmarks.suite import Section
 from funnel_kernels.errors import ConfigError, InputError
 from html_page import Page
 from latency_results import make_result, with_other_rows
@@ -125,10 +126,13 @@ def test_files_that_cannot_be_shown_are_a_line_each_and_the_others_are_shown(fol
 
 
 def test_a_picture_that_cannot_be_drawn_leaves_out_its_file_only(folder, monkeypatch):
-    def fail(look):
+    def fail(self, look):
         raise RuntimeError(f"no ink in {look.inches}")
 
-    broken = Section("title", "summary", [Plot(fail, "described", "caption")], [], (), {})
+    class Broken(Chart):
+        draw = fail
+
+    broken = Section("title", "summary", [Broken("described", "caption", [])], [], (), {})
     sections = iter((broken, plain(make_result())))
     monkeypatch.setitem(command.SUITES, "latency", SimpleNamespace(section=lambda content: next(sections)))
     result = run(folder)

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from funnel_benchmarks import models
 from funnel_benchmarks.models import Model
 from funnel_benchmarks.results import Results
 from funnel_benchmarks.serve import suite as serving
@@ -64,14 +65,15 @@ def engines(monkeypatch):
     def sleep(seconds):
         clock.now += max(seconds, 1e-9)  # or rounding makes it none
 
-    monkeypatch.setattr(serving, "Engine", ClockedEngine)
+    monkeypatch.setattr(models, "Engine", ClockedEngine)
+    MODEL.made.clear()
     monkeypatch.setattr(serving, "serve", partial(serve, clock=lambda: clock.now, sleep=sleep))
     return clock
 
 
 def run(suite):
     results = Results(None, suite="serve", options=suite.options(), machine={})
-    results.measure_all(cells(suite, {}, results.rows))
+    results.measure_all(cells(suite, results.rows))
     return results
 
 
@@ -166,7 +168,7 @@ def test_a_compilation_while_serving_fails_the_cell(engines, source, monkeypatch
 
     monkeypatch.setattr(serving, "serve", compiling)
     again = Results(None, suite="serve", options={}, machine={})
-    again.measure_all(itertools.islice(cells(make_suite(source), {}, offline), 1, 2))
+    again.measure_all(itertools.islice(cells(make_suite(source), offline), 1, 2))
     assert not again.rows
     (entry,) = again.content["errors"]
     assert "programs were compiled while timing" in entry["error"]

@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 from matplotlib.figure import Figure
 
+from funnel_benchmarks.charts import Chart
 from funnel_benchmarks.latency.command import REPEATS
 from funnel_benchmarks.peers.command import peers
 from funnel_benchmarks.results import ENOUGH_SAMPLES
-from funnel_benchmarks.suite import Cell, Column, Plot, Section, Suite, Table, field, markdown, markdown_table
+from funnel_benchmarks.suite import Cell, Column, Section, Suite, Table, field, markdown, markdown_table
 from funnel_benchmarks.suite_command import funnel_place, run
 from funnel_kernels.errors import FunnelError
 from tiny_models import CONFIG
@@ -33,16 +34,19 @@ class Made(Suite):
         rows = content["rows"]
         columns = Column("row", lambda row: row["cell"]), Column("height", field("height", ".1f", 100), "cm", "of it")
         facts = {"Count": str(content["options"]["count"]), "Nothing": ""} | ({"Tallest": "3 m"} if rows else {})
-        plots = [Plot(lambda look: draw(rows), "described", "caption")] if rows else []
+        plots = [Drawn("described", "caption", rows)] if rows else []
         return Section("Heights", f"Measured: {len(rows)}.", plots, [Table("", columns, rows)], (), facts)
 
 
 DRAWN = []
 
 
-def draw(rows):
-    DRAWN.append([row["cell"] for row in rows])
-    return Figure()
+class Drawn(Chart):
+    """Remembers which rows it was drawn of."""
+
+    def draw(self, look):
+        DRAWN.append([row["cell"] for row in self.panels])
+        return Figure()
 
 
 def row():

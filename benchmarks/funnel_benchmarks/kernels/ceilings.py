@@ -45,27 +45,36 @@ class Ceiling(NamedTuple):
 
 
 @contextmanager
-def ceilings(dtype: str) -> Iterator[tuple[Ceiling, Ceiling]]:
-    """The product in a dtype, and the copy, as long as the block lasts."""
+def ceilings(dtype: str, shrink: int = 1, seconds: float = SAMPLE_SECONDS) -> Iterator[tuple[Ceiling, Ceiling]]:
+    """The product in a dtype, and the copy, as long as the block lasts.
+
+    Args:
+        shrink: divides each side of the product, for rehearsals; and the bytes twice.
+        seconds: that a sample lasts at least.
+    """
     host = jax.default_backend() == "cpu"
+    side, size = (HOST_SIDE, HOST_BYTES) if host else (DEVICE_SIDE, DEVICE_BYTES)
     with ExitStack() as stack:
         if host and packs(dtype, local_target("cpu")):
-            product = stack.enter_context(onednn(dtype))
+            product = stack.enter_context(onednn(dtype, shrink))
         else:
-            product = xla_product(dtype, HOST_SIDE if host else DEVICE_SIDE)
-        yield product, stack.enter_context(host_copy(HOST_BYTES)) if host else xla_copy(DEVICE_BYTES)
+            product = xla_product(dtype, side // shrink, seconds)
+        copy = (
+            stack.enter_context(host_copy(size // shrink**2, seconds)) if host else xla_copy(size // shrink**2, seconds)
+        )
+        yield product, copy
 
 
 @contextmanager
-def onednn(dtype: str) -> Iterator[Ceiling]:
-    sizes = list(HOST_PRODUCT.values())
-    with Peer(onednn_product, **HOST_PRODUCT, dtype=dtype, batches=[[0]]) as peer:
-        about = f"{' x '.join(map(str, sizes))}, {dtype}, oneDNN ({peer.facts['implementation']})"
-        yield Ceiling("product", 2 * math.prod(sizes), about, peer.sample)
+def onednn(dtype: str, shrink: int) -> Iterator[Ceiling]:
+    sizes = {name: size // shrink for name, size in HOST_PRODUCT.items()}
+    with Peer(onednn_product, **sizes, dtype=dtype, batches=[[0]]) as peer:
+        about = f"{' x '.join(map(str, sizes.values()))}, {dtype}, oneDNN ({peer.facts['implementation']})"
+        yield Ceiling("product", 2 * math.prod(sizes.values()), about, peer.sample)
 
 
 @contextmanager
-def host_copy(size: int) -> Iterator[Ceiling]:
+def host_copy(size: int, seconds: float) -> Iterator[Ceiling]:
     threads = usable_cores()
     source = np.random.default_rng(0).integers(0, 256, size, np.uint8)
     pairs = list(zip(np.array_split(np.empty_like(source), threads), np.array_split(source, threads), strict=True))
@@ -75,16 +84,16 @@ def host_copy(size: int) -> Iterator[Ceiling]:
             list(pool.map(np.copyto, *zip(*pairs, strict=True)))
 
         about = f"{size / 1e9:.2g} GB by {threads} threads"
-        yield Ceiling("copy", 2 * size, about, sampler(copy, SAMPLE_SECONDS))
+        yield Ceiling("copy", 2 * size, about, sampler(copy, seconds))
 
 
-def xla_product(dtype: str, side: int) -> Ceiling:
+def xla_product(dtype: str, side: int, seconds: float) -> Ceiling:
     a, b = (jax.random.normal(jax.random.key(stream), (side, side), dtype) for stream in range(2))
     product = jax.jit(jnp.matmul)
     about = f"{side} x {side} x {side}, {dtype}, XLA"
-    return Ceiling("product", 2 * side**3, about, sampler(lambda: product(a, b), SAMPLE_SECONDS))
+    return Ceiling("product", 2 * side**3, about, sampler(lambda: product(a, b), seconds))
 
 
-def xla_copy(size: int) -> Ceiling:
+def xla_copy(size: int, seconds: float) -> Ceiling:
     x, copy = jnp.arange(size // 4, dtype=jnp.int32), jax.jit(jnp.copy)  # a result may not be an argument: it is copied
-    return Ceiling("copy", 2 * size, f"{size / 1e9:.2g} GB, XLA", sampler(lambda: copy(x), SAMPLE_SECONDS))
+    return Ceiling("copy", 2 * size, f"{size / 1e9:.2g} GB, XLA", sampler(lambda: copy(x), seconds))

@@ -7,27 +7,23 @@ cancel.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 
-from funnel_benchmarks.kernels.cases import Case, Sizes, cases
+from funnel_benchmarks.charts import Chart, Panel, Series
+from funnel_benchmarks.kernels.cases import CUDNN, Case
 from funnel_benchmarks.kernels.ceilings import SAMPLE_SECONDS, Ceiling
 from funnel_benchmarks.measure import alone, in_turns, sampler, spread
-from funnel_benchmarks.plot_style import Look, whiskers
-from funnel_benchmarks.results import LeftOut, Measurement, Results, Row
+from funnel_benchmarks.results import LeftOut, Measurement, Results, Row, error_text
 from funnel_benchmarks.statistics import quartiles
-from funnel_benchmarks.suite import Cell, Column, Plot, Section, Table, field, number
+from funnel_benchmarks.suite import Cell, Column, Section, Table, field, number
 from funnel_benchmarks.suite import Suite as BaseSuite
-from funnel_engine.devices import local_target
-from funnel_kernels.errors import BackendUnavailable
+from funnel_engine.packing import Ints
+from funnel_kernels.errors import BackendUnavailable, FunnelError
 from funnel_kernels.target import AUTO
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -36,23 +32,29 @@ class Suite(BaseSuite):
 
     Attributes:
         model: whose sizes they are, in words.
+        dtype, lengths: of the model's batch.
+        cases: none: only the ceilings are measured.
         backends: names in `funnel_kernels.BACKENDS`.
         ceilings: of products, and of copies.
         repeats: how often A B B A is run.
+        seconds: that a sample lasts at least.
     """
 
     model: str
-    sizes: Sizes
+    dtype: str
+    lengths: Ints
+    cases: Sequence[Case]
     backends: tuple[str, ...]
     ceilings: tuple[Ceiling, Ceiling]
     repeats: int
+    seconds: float = SAMPLE_SECONDS
 
     name = "kernels"
 
     def options(self) -> Row:
         """Everything that a cell depends on beside its own name, as the head of a result file."""
-        lengths = self.sizes.lengths.tolist()
-        return {"model": self.model, "dtype": self.sizes.dtype, "lengths": lengths, "repeats": self.repeats}
+        lengths = self.lengths.tolist()
+        return {"model": self.model, "dtype": self.dtype, "lengths": lengths, "repeats": self.repeats}
 
     def cells(self, results: Results) -> Iterator[Measurement]:
         return cells(self)
@@ -64,10 +66,11 @@ class Suite(BaseSuite):
         measured = [row for row in content["rows"] if "share" not in row]
         rows = [row for row in content["rows"] if "share" in row]
         lengths = options["lengths"]
+        batch = f"{len(lengths)} x {lengths[0]} tokens, " if lengths else ""
         return Section(
             title=f"Kernels: {options['model']}",
             facts={
-                "Sizes": f"of {options['model']}; {len(lengths)} x {lengths[0]} tokens, {options['dtype']}",
+                "Sizes": f"of {options['model']}; {batch}{options['dtype']}",
                 "Repeats": f"{options['repeats']} times A B B A",
             },
             tables=[
@@ -94,8 +97,8 @@ def cells(suite: Suite) -> Iterator[Measurement]:
     """
     for ceiling in suite.ceilings:
         yield f"ceiling: {ceiling.name}", partial(measure_ceiling, ceiling, suite.repeats)
-    for case in cases(suite.sizes):
-        for backend in suite.backends:
+    for case in suite.cases:
+        for backend in case.backends or suite.backends:
             yield f"{case.name}; {backend}", partial(measure, suite, case, backend)
 
 
@@ -107,9 +110,15 @@ def measure_ceiling(ceiling: Ceiling, repeats: int) -> Row:
 
 def measure(suite: Suite, case: Case, backend: str) -> Row:
     try:
-        sample = sampler(case.make(local_target(backend)), SAMPLE_SECONDS)
+        sample = sampler(case.make(backend), suite.seconds)
     except BackendUnavailable as reason:
         raise LeftOut(str(reason)) from None
+    except FunnelError:
+        raise
+    except Exception as reason:  # cuDNN is missing or refuses: XLA raises anything
+        if backend != CUDNN:
+            raise
+        raise LeftOut(error_text(reason)) from None
     ceiling, work = bound(case, suite.ceilings)
     ceiling_samples, samples = in_turns(ceiling.sample, sample, suite.repeats)
     bounds = work / ceiling.work * np.array(ceiling_samples)
@@ -140,7 +149,7 @@ def bound(case: Case, ceilings: tuple[Ceiling, Ceiling]) -> tuple[Ceiling, int]:
 
 
 def backends_here() -> tuple[str, ...]:
-    """Those that can run on this machine's device, but for the reference, which is not a backend for speed."""
+    """Those that can run on this machine's device, best first, without the reference, which is not for speed."""
     platform = {"gpu": "triton", "cuda": "triton", "tpu": "tpu"}.get(jax.default_backend(), "cpu")
     return tuple(name for name in AUTO if name in (platform, "xla"))
 
@@ -167,6 +176,7 @@ def rate(name: str) -> Callable[[Row], Cell | None]:
     return lambda row: number(row[name], ",.1f", 1e-9) if row[name] else None
 
 
+COLOURS, MARKERS = ("measured", "ideal", "ink"), "osD^v"
 COLUMNS = (
     Column("op", lambda row: Cell(row["case"], row["backend"]), note="and backend"),
     Column("share", field("share", ".2f"), note="quartiles"),
@@ -182,56 +192,35 @@ def share(row: Row) -> str:
 
 
 def summary(rows: list[Row]) -> str:
-    """The whole forward pass by each backend, if it is there."""
-    whole = [f"{share(row)} with {row['backend']}" for row in rows if row["case"].startswith("embed")]
-    return f"A whole forward pass reaches {' and '.join(whole)} of the rate of a bare matrix product." if whole else ""
-
-
-def plot(rows: list[Row], bound: str) -> Plot:
-    mine = [row for row in rows if row["bound"] == bound]
-    words = "; ".join(f"{row['cell']}: {share(row)}" for row in mine)
-    ceiling = {"product": "a large matrix product", "copy": "a copy of memory"}[bound]
-    return Plot(
-        draw=lambda look: draw(mine, look),
-        described=f"Share of the rate of {ceiling} that each op reaches: {words}.",
-        caption=f"Share of the rate of {ceiling}, with quartiles; the dashed line is that ceiling.",
+    """The first whole forward pass by each backend, and attention against cuDNN's, if they are there."""
+    whole = [row for row in rows if row["case"].startswith("embed")]
+    shares = [f"{share(row)} with {row['backend']}" for row in whole if row["case"] == whole[0]["case"]]
+    sentences = [f"A whole forward pass reaches {' and '.join(shares)} of the rate of a bare matrix product."]
+    cudnn = {row["case"]: row["share"]["median"] for row in rows if row["backend"] == CUDNN}
+    ratios = [
+        row["share"]["median"] / cudnn[row["case"]] for row in rows if row["case"] in cudnn and row["backend"] != CUDNN
+    ]
+    return " ".join(
+        [
+            *(sentences if whole else []),
+            *([f"Attention reaches {min(ratios):.2f} to {max(ratios):.2f} of cuDNN's rate."] if ratios else []),
+        ]
     )
 
 
-def draw(rows: list[Row], look: Look) -> "Figure":
-    """A dot for each op and backend, with whiskers, and a line at 1."""
-    from matplotlib.figure import Figure  # an optional dependency that takes a second
-
-    cases = list(dict.fromkeys(row["case"] for row in rows))
-    backends = list(dict.fromkeys(row["backend"] for row in rows))
-    figure = Figure(figsize=(look.inches[0], 1.3 + 0.55 * len(cases)), layout="constrained")
-    axes = figure.subplots()
+def plot(rows: list[Row], bound: str) -> Chart:
+    """A dot for each op and backend."""
+    mine = [row for row in rows if row["bound"] == bound]
+    cases, backends = (list(dict.fromkeys(row[name] for row in mine)) for name in ("case", "backend"))
+    series = []
     for index, backend in enumerate(backends):
-        mine = [row for row in rows if row["backend"] == backend]
-        median, errors = whiskers(row["share"] for row in mine)
-        marks = axes.errorbar(
-            median,
-            [cases.index(row["case"]) + 0.18 * (index - (len(backends) - 1) / 2) for row in mine],
-            xerr=errors,
-            label=backend,
-            linestyle="none",
-            capsize=3,
-            markersize=7,
-            marker="osD^v"[index % 5],
-            color=(look.measured, look.ideal, look.ink)[index % 3],
-        )
-        marks.lines[0].set_gid(f"marks-{backend}")
-    axes.axvline(1.0, color=look.ink, linewidth=1, linestyle="--", gid="marks-ceiling")
-    axes.set_yticks(range(len(cases)), [label(case) for case in cases])
-    axes.invert_yaxis()
-    axes.set_xlim(left=0)
-    axes.set_xlabel("share of the ceiling")
-    if len(backends) > 1:
-        figure.legend(loc="outside upper right", ncols=len(backends))
-    return figure
-
-
-def label(case: str) -> str:
-    """The name of a case in two lines: the op, and its sizes."""
-    op, _, sizes = case.rpartition(", ")
-    return f"{op}\n{sizes}"
+        own = [row for row in mine if row["backend"] == backend]
+        places, shares = [cases.index(row["case"]) for row in own], [row["share"] for row in own]
+        series.append(Series(backend, places, shares, COLOURS[index % 3], MARKERS[index % 5]))
+    words = "; ".join(f"{row['cell']}: {share(row)}" for row in mine)
+    ceiling = {"product": "a large matrix product", "copy": "a copy of memory"}[bound]
+    return Chart(
+        described=f"Share of the rate of {ceiling} that each op reaches: {words}.",
+        caption=f"Share of the rate of {ceiling}, with quartiles; the dashed line is that ceiling.",
+        panels=[Panel(series, value_label="share of the ceiling", rows=cases, references={ceiling: 1.0})],
+    )

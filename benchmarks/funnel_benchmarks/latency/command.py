@@ -10,9 +10,7 @@ from click.core import ParameterSource
 from funnel_benchmarks import suite_command
 from funnel_benchmarks.funnels import NO_FUNNEL
 from funnel_benchmarks.inputs import SEED
-from funnel_benchmarks.latency.layers import even_layers, parse_layers
 from funnel_benchmarks.latency.suite import Batch, Suite
-from funnel_benchmarks.latency.sweeps import LENGTHS, QUICK_TOKENS, SWEEPS, TOKENS, sweep_batches, sweep_funnels
 from funnel_benchmarks.lengths import PRESETS as LENGTH_PRESETS
 from funnel_benchmarks.lengths import describe as describe_lengths
 from funnel_benchmarks.lengths import draw as draw_lengths
@@ -26,6 +24,11 @@ from funnel_kernels.errors import ConfigError
 from funnel_kernels.pool_norm import POOLS
 
 REPEATS = 10
+SWEEPS = ("gemma-2b", "gemma-7b")  # names of presets
+LENGTHS = (512, 4096, 8192)
+TOKENS = 8192  # of each batch of a sweep, so that all lengths fill a device alike
+QUICK_TOKENS = 512
+DOTS = "..."
 # What a sweep decides, by the names of the command's parameters.
 DECIDED = {
     "preset_name": "--preset",
@@ -159,3 +162,69 @@ def measure(suite: Suite, **files: Any) -> None:
     model, rows = suite.model, max(suite.rows(NO_FUNNEL, batch) for batch in suite.batches)
     check_memory(model.config, model.head, model.dtype, rows)
     suite_command.run(suite, **files)
+
+
+def sweep_funnels(num_layers: int) -> tuple[FunnelConfig, ...]:
+    """2:1 and 4:1 after every even layer; two 2:1 funnels; pooled queries over unpooled keys; every recovery."""
+    layers = even_layers(num_layers)
+    first, middle, late = layers[0], layers[(len(layers) - 1) // 2], layers[3 * len(layers) // 4]
+    return (
+        *(FunnelConfig.after(layer, stride=stride) for stride in (2, 4) for layer in layers),
+        *(FunnelConfig.parse(f"{one}:2,{other}:2") for one, other in ((first, middle), (middle, late))),
+        *(FunnelConfig.after(layer, pool_query_only=True) for layer in (first, middle, late)),
+        *(FunnelConfig.after(middle, recovery=recovery) for recovery in RECOVERIES),
+    )
+
+
+def sweep_batches(quick: bool) -> tuple[Batch, ...]:
+    """As many tokens at every length; quickly, one sequence of 512."""
+    lengths, tokens = (LENGTHS[:1], QUICK_TOKENS) if quick else (LENGTHS, TOKENS)
+    return tuple(Batch(np.full(tokens // length, length, np.int32)) for length in lengths)
+
+
+def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
+    """Reads e.g. "2,8,14" or "2,4,...,16", where the dots carry the last step on up to the next number.
+
+    Args:
+        num_layers: of the model; a funnel comes after 0 ... num_layers - 1 of them.
+
+    Returns:
+        The numbers in rising order, each once.
+
+    Raises:
+        ConfigError: not such a list, or a number that the model does not have.
+    """
+    words = [word.strip() for word in text.split(",")]
+    layers: list[int] = []
+    for index, word in enumerate(words):
+        if word == DOTS and index + 1 < len(words):
+            continue
+        if not word.isdecimal() or len(word) > 9:
+            raise ConfigError(f"--layers {text!r}: {word!r} is not a number of layers; write e.g. 2,8,14 or 2,4,...,16")
+        end = int(word)
+        if end >= num_layers:
+            raise ConfigError(
+                f"--layers {text!r} asks for a funnel after {end} layers, but the model has {num_layers}; "
+                f"the last place is after {num_layers - 1}"
+            )
+        if index and words[index - 1] == DOTS:
+            step = layers[-1] - layers[-2] if len(layers) > 1 else 0
+            if step <= 0 or end <= layers[-1] or (end - layers[-1]) % step:
+                raise ConfigError(
+                    f"--layers {text!r}: the dots need two rising numbers before them and one after them in the same "
+                    "steps, as in 2,4,...,16"
+                )
+            layers += range(layers[-1] + step, end, step)
+        layers.append(end)
+    return tuple(sorted(set(layers)))
+
+
+def even_layers(num_layers: int) -> tuple[int, ...]:
+    """Every even place from 2 on, as in Figure 4 of arXiv:2504.02877.
+
+    Raises:
+        ConfigError: the model has too few layers for one.
+    """
+    if num_layers < 3:
+        raise ConfigError(f"a model of {num_layers} layers has no even place for a funnel from 2 on; give --layers")
+    return tuple(range(2, num_layers, 2))

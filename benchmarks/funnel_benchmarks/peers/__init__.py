@@ -7,8 +7,8 @@ only when it is asked to, so that ours and the peer's calls can alternate. `rand
 |---|---|---|
 | `hugging_face` | transformers, eager or compiled | `dtype` |
 | `sentence_transformers_peer` | `SentenceTransformer.encode`, from texts | `dtype` |
-| `onnx_runtime` | ONNX Runtime on the graph that torch.onnx exports | float32 |
-| `openvino_peer` | OpenVINO on the graph that torch.export makes | `dtype` |
+| `exported_graph` | ONNX Runtime on the graph that torch.onnx exports | float32 |
+| | OpenVINO on the graph that torch.export makes | `dtype` |
 | `llama_cpp_peer` | llama.cpp on a GGUF file (`gguf_file.py`) | bfloat16 |
 
 Their task is the same: `checkpoint`, a folder of such weights; `sequences`, lists of token ids; `batches`, for each

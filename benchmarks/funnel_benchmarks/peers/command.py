@@ -13,7 +13,7 @@ from funnel_benchmarks.lengths import PRESETS as LENGTH_PRESETS
 from funnel_benchmarks.lengths import draw
 from funnel_benchmarks.memory import check_memory
 from funnel_benchmarks.peers.batches import ORDERS
-from funnel_benchmarks.peers.suite import PEERS, SCENARIOS, Suite
+from funnel_benchmarks.peers.suite import FLASH, PEERS, SCENARIOS, Suite, model_fields
 from funnel_engine import HeadConfig
 from funnel_engine.packing import Ints
 from funnel_kernels.errors import InputError
@@ -40,8 +40,8 @@ LENGTHS = ("conll", "qnli", "passage")
     "peers",
     multiple=True,
     type=click.Choice(list(PEERS)),
-    default=list(PEERS),
-    help="Only this one; can be given several times. Default: all.",
+    default=[name for name in PEERS if name != FLASH],
+    help=f"Only this one; can be given several times. Default: all but {FLASH}, which needs a GPU.",
 )
 @click.option(
     "--scenario",
@@ -88,6 +88,7 @@ def peers(
         suite = Suite(
             preset=preset,
             depth=depth,
+            fields=model_fields(preset, depth),
             lengths={name: draw_lengths(name, sequences) for name in lengths},
             peers=peers,
             scenarios=scenarios,

@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from funnel_benchmarks.device.hugging_face import ATTENTIONS, attention_without_mask
 from funnel_benchmarks.peers.batches import embedding
 
-WITHOUT_MASK = ATTENTIONS[0]
-# "frozen": compiled with weights that are constants, which PyTorch packs for oneDNN.
-MODES = ("eager", "compiled", "frozen")
+# PyTorch's attention as fast as it can be: with a mask, which transformers makes when it is compiled even where it
+# hides nothing, PyTorch cannot take its flash kernels.
+WITHOUT_MASK = "sdpa_without_mask"
+# "frozen": compiled with weights that are constants, which PyTorch packs for oneDNN. "flash": compiled, with the
+# kernels of the package flash-attn, which has them for GPUs.
+MODES = ("eager", "compiled", "frozen", "flash")
 FEW_SHAPES = 4  # of batches; each is compiled by itself, and more of them together, with sizes left open
 
 
@@ -23,16 +25,22 @@ def make(task: dict[str, Any]) -> tuple[Callable[[int], np.ndarray], dict[str, A
     """The call that embeds one of the task's batches, [count, D] float32.
 
     Args:
-        task: as all peers have it (see the package), and `mode`, one of `MODES`. OMP_NUM_THREADS, where it is set,
-            has priority over `cores`.
+        task: as all peers have it (see the package), `mode`, one of `MODES`, and `device`, "cpu" or "cuda".
+            OMP_NUM_THREADS, where it is set, has priority over `cores`.
     """
     torch: Any = importlib.import_module("torch")
     transformers: Any = importlib.import_module("transformers")
+    device = task["device"]
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ModuleNotFoundError(name="PyTorch for CUDA")
     use_cores(torch, task["cores"])
     transformers.AttentionInterface.register(WITHOUT_MASK, attention_without_mask)
     lengths = [[len(task["sequences"][number]) for number in numbers] for numbers in task["batches"]]
     attention = fastest_attention(task["checkpoint"], lengths)
-    model = load_model(task["checkpoint"], getattr(torch, task["dtype"]), attention)
+    if task["mode"] == "flash":
+        importlib.import_module("flash_attn")
+        attention = "flash_attention_2"
+    model = load_model(task["checkpoint"], getattr(torch, task["dtype"]), attention).to(device)
     if task["mode"] == "frozen":
         inductor: Any = importlib.import_module("torch._inductor.config")
         inductor.freezing = True
@@ -41,11 +49,11 @@ def make(task: dict[str, Any]) -> tuple[Callable[[int], np.ndarray], dict[str, A
 
     def run(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
         with torch.no_grad():
+            tokens, real = (torch.from_numpy(array).to(device) for array in (ids, mask))
             if mask.all():  # as a user of equal lengths calls it
-                return model(input_ids=torch.from_numpy(ids)).last_hidden_state.float().mean(1).numpy()
-            real = torch.from_numpy(mask)
-            rows = model(input_ids=torch.from_numpy(ids), attention_mask=real).last_hidden_state.float()
-            return ((rows * real[..., None]).sum(1) / real.sum(1, keepdim=True)).numpy()
+                return model(input_ids=tokens).last_hidden_state.float().mean(1).cpu().numpy()
+            rows = model(input_ids=tokens, attention_mask=real).last_hidden_state.float()
+            return ((rows * real[..., None]).sum(1) / real.sum(1, keepdim=True)).cpu().numpy()
 
     facts = {
         "torch": torch.__version__,
@@ -86,3 +94,11 @@ def load_model(checkpoint: str, dtype: Any, attention: str) -> Any:
     return transformers.AutoModel.from_pretrained(
         checkpoint, config=config, dtype=dtype, attn_implementation=attention
     ).eval()
+
+
+def attention_without_mask(
+    module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: float, **_: Any
+) -> tuple[Any, None]:
+    """Full attention of equal sequences; [B, H, T, d] -> [B, T, H, d]."""
+    attend = importlib.import_module("torch").nn.functional.scaled_dot_product_attention
+    return attend(query, key, value, scale=scaling, enable_gqa=True).transpose(1, 2).contiguous(), None

@@ -2,9 +2,12 @@
 
 import contextlib
 import json
+import math
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
@@ -24,15 +27,19 @@ class Peer:
         result: the rows of all batches, one after another, [B, D].
     """
 
-    def __init__(self, module: ModuleType, **task: Any):
-        """Args: `task` is plain JSON with `batches`, and means what the module says."""
-        self.module, self.task = module.__name__, task
+    def __init__(self, module: ModuleType, *, until: float = math.inf, **task: Any):
+        """
+        Args:
+            until: when the process is ended, as `time.monotonic` counts.
+            task: plain JSON with `batches`, which means what the module says.
+        """
+        self.module, self.until, self.task = module.__name__, until, task
 
     def __enter__(self) -> "Peer":
         """Waits until the peer has compiled and run.
 
         Raises:
-            LeftOut: something that it needs is not installed.
+            LeftOut: something that it needs is not installed, or time is up.
             FunnelError: it failed.
         """
         self.errors = tempfile.TemporaryFile()
@@ -41,6 +48,9 @@ class Peer:
             command = [sys.executable, "-m", peer_process.__name__, self.module, str(file)]
             pipe = subprocess.PIPE
             self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.errors, text=True)
+            self.timer = threading.Timer(min(self.until - time.monotonic(), threading.TIMEOUT_MAX), self.process.kill)
+            self.timer.daemon = True
+            self.timer.start()
             try:
                 self.ask(json.dumps(self.task))
                 self.facts: dict[str, Any] = json.loads(self.answer())
@@ -71,6 +81,8 @@ class Peer:
         line = self.process.stdout.readline()
         if not line:
             self.process.wait()
+            if time.monotonic() >= self.until:
+                raise LeftOut("not measured: out of time while it was compiling or running")
             self.errors.seek(0)
             words = self.errors.read().decode(errors="replace").strip()
             raise FunnelError(f"the peer {self.module} failed: {words[-400:]}")
@@ -78,6 +90,7 @@ class Peer:
 
     def close(self) -> None:
         """Ends the process, whatever it is doing."""
+        self.timer.cancel()
         self.process.kill()
         self.process.communicate()
         self.errors.close()

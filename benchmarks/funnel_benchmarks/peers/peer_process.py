@@ -17,7 +17,11 @@ import time
 import numpy as np
 
 # What the extra does not bring, because it is not there as a wheel.
-COMMANDS = {"llama_cpp": "pip install llama-cpp-python, which compiles llama.cpp"}
+COMMANDS = {
+    "llama_cpp": "pip install llama-cpp-python, which compiles llama.cpp",
+    "flash_attn": "pip install flash-attn, which compiles its kernels",
+    "PyTorch for CUDA": "see pytorch.org for the wheel of this driver",
+}
 
 
 def main() -> None:

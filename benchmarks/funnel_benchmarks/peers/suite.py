@@ -9,35 +9,35 @@ sequence after another, whose latencies are the samples.
 """
 
 import dataclasses
-import functools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import jax
 import numpy as np
 
+from funnel_benchmarks.charts import Chart, Panel, Series
 from funnel_benchmarks.inputs import SEED
 from funnel_benchmarks.lengths import length_facts
 from funnel_benchmarks.machine import multiplies_bfloat16, usable_cores
 from funnel_benchmarks.measure import Call, Sample, compiling_nothing, sampler, spread
 from funnel_benchmarks.models import check_depth
 from funnel_benchmarks.peers import (
+    exported_graph,
     hugging_face,
     llama_cpp_peer,
-    onnx_runtime,
-    openvino_peer,
     sentence_transformers_peer,
 )
 from funnel_benchmarks.peers.batches import in_order, make_batches
 from funnel_benchmarks.peers.peer import Peer
 from funnel_benchmarks.peers.sentence_model import text_of, write_sentence_model
-from funnel_benchmarks.plot_style import Look, whiskers
 from funnel_benchmarks.random_checkpoint import ARCHITECTURES, DTYPE, write_random_model
-from funnel_benchmarks.results import Measurement, Results, Row
+from funnel_benchmarks.results import LeftOut, Measurement, Results, Row
 from funnel_benchmarks.statistics import interleave, quartiles
-from funnel_benchmarks.suite import Cell, Column, Plot, Section, Table, field, number
+from funnel_benchmarks.suite import Cell, Column, Section, Table, field, number
 from funnel_benchmarks.suite import Suite as BaseSuite
 from funnel_engine import Engine, FunnelConfig, ModelConfig, convert
 from funnel_engine.flops import forward_flops
@@ -47,16 +47,15 @@ from funnel_engine.presets import PRESETS, Fields
 from funnel_kernels.errors import ConfigError, FunnelError, InputError
 from funnel_kernels.target import check_backend
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 PEERS: dict[str, tuple[ModuleType, Row]] = {
     **{f"hugging-face-{mode}": (hugging_face, {"mode": mode}) for mode in hugging_face.MODES},
     "sentence-transformers": (sentence_transformers_peer, {}),
-    "onnx-runtime": (onnx_runtime, {}),
-    "openvino": (openvino_peer, {}),
+    "onnx-runtime": (exported_graph, {"runtime": "onnx"}),
+    "openvino": (exported_graph, {"runtime": "openvino"}),
     "llama-cpp": (llama_cpp_peer, {}),
 }
+FLASH = "hugging-face-flash"  # of GPUs only
+TORCH_DEVICES = {"cpu": "cpu", "gpu": "cuda"}  # JAX's name -> PyTorch's
 SCENARIOS = ("batch", "one")
 VOCABULARY = 2048  # ids are only looked up: how many there are has no part in what is timed
 # Relative, between two vectors: rounding in other places makes 0.02, causal attention instead of bidirectional 0.7.
@@ -85,12 +84,13 @@ class Suite(BaseSuite):
     """What is measured: a cell for every batch of sequences, scenario and peer.
 
     Attributes:
-        preset, depth: the model, as `model_fields` takes them.
+        preset, depth, fields: the model's name and its layers, None for all; `config.json`, see `model_fields`.
         lengths: tokens of each sequence [B], by name.
         peers, scenarios: names in `PEERS` and `SCENARIOS`.
         order, batch_size: of the peers' batches, see `make_batches`.
         repeats: how often A B B A is run; each sequence by itself counts as one run.
         folder: for checkpoints; it is the caller's to remove.
+        until: when a peer is ended, as `time.monotonic` counts.
         engines: by the folder of their weights.
 
     Raises:
@@ -100,6 +100,7 @@ class Suite(BaseSuite):
 
     preset: str
     depth: int | None
+    fields: Fields
     lengths: Mapping[str, Ints]
     peers: tuple[str, ...]
     scenarios: tuple[str, ...]
@@ -108,6 +109,7 @@ class Suite(BaseSuite):
     repeats: int
     backend: str
     folder: Path
+    until: float = math.inf
     engines: dict[Path, Engine] = dataclasses.field(default_factory=dict)
 
     name = "peers"
@@ -124,16 +126,11 @@ class Suite(BaseSuite):
     @property
     def peer_dtype(self) -> str:
         """What a peer's users would choose on this machine, where the peer leaves them the choice."""
-        return "bfloat16" if multiplies_bfloat16() else "float32"
+        return "bfloat16" if jax.default_backend() != "cpu" or multiplies_bfloat16() else "float32"
 
     @property
     def config(self) -> ModelConfig:
         return read_model_config(self.fields)
-
-    @functools.cached_property
-    def fields(self) -> Fields:
-        """The model's `config.json`."""
-        return model_fields(self.preset, self.depth)
 
     def options(self) -> Row:
         """Everything that a cell depends on beside its own name, as the head of a result file."""
@@ -219,6 +216,11 @@ def cells(suite: Suite) -> Iterator[Measurement]:
 
 def measure(suite: Suite, peer_name: str, name: str, lengths: Ints, scenario: str) -> Row:
     module, options = PEERS[peer_name]
+    platform = jax.default_backend()
+    if module is hugging_face and platform in TORCH_DEVICES:
+        options = options | {"device": TORCH_DEVICES[platform]}
+    elif platform != "cpu":
+        raise LeftOut(f"JAX runs on {platform}, where this peer does not")
     source = suite.source(peer_name)
     engine = suite.engine(source)
     sequences = random_sequences(lengths, suite.config.vocab_size)
@@ -232,7 +234,7 @@ def measure(suite: Suite, peer_name: str, name: str, lengths: Ints, scenario: st
         batches, parts = make_batches(lengths, suite.order, suite.batch_size), [None]
         calls = [partial(engine.embed, inputs, normalize=texts)]
     task = {"checkpoint": str(source), "sequences": sequences, "batches": batches, "cores": usable_cores()}
-    with Peer(module, **task, dtype=suite.peer_dtype, **options) as peer:
+    with Peer(module, until=suite.until, **task, dtype=suite.peer_dtype, **options) as peer:
         apart = check_same(np.concatenate([call() for call in calls]), in_order(batches, peer.result))
         pairs = [
             pair
@@ -370,33 +372,13 @@ def summary(rows: list[Row], scenario: str) -> str:
     return f"{TITLES[scenario].capitalize()}: {ends} times as fast as the peer"
 
 
-def plot(rows: list[Row], scenario: str) -> Plot:
+def plot(rows: list[Row], scenario: str) -> Chart:
     mine = [row for row in rows if row["scenario"] == scenario]
     words = "; ".join(f"{row['peer']}, {row['lengths']}: {row['speedup']['median']:.2f}" for row in mine)
-    return Plot(
-        draw=lambda look: draw(mine, look),
+    names = [f"{row['peer']}, {row['lengths']}" for row in mine]
+    series = [Series("measured (quartiles)", range(len(mine)), [row["speedup"] for row in mine])]
+    return Chart(
         described=f"How many times as fast the engine is, {TITLES[scenario]}: {words}.",
         caption=f"{TITLES[scenario].capitalize()}: how many times as fast the engine is as each peer, with quartiles.",
+        panels=[Panel(series, value_label="times as fast as the peer", rows=names, references={"both as fast": 1.0})],
     )
-
-
-def draw(rows: list[Row], look: Look) -> "Figure":
-    """A bar for each peer and kind of lengths, from 0; a line where both are as fast."""
-    from matplotlib.figure import Figure  # an optional dependency that takes a second
-
-    names = [f"{row['peer']}\n{row['lengths']}" for row in rows]
-    median, errors = whiskers(row["speedup"] for row in rows)
-    figure = Figure(figsize=(look.inches[0], 1.1 + 0.48 * len(rows)), layout="constrained")
-    axes = figure.subplots()
-    bars = axes.barh(names, median, xerr=errors, color=look.measured, ecolor=look.ink, capsize=3, height=0.6)
-    for place, (row, bar) in enumerate(zip(rows, bars, strict=True)):
-        bar.set_gid(f"marks-bar-{place}")
-        text, end = f"{row['speedup']['median']:.2f}", row["speedup"]["high"]
-        axes.annotate(text, (end, place), xytext=(6, 0), textcoords="offset points", va="center")
-    axes.axvline(1.0, color=look.ideal, linewidth=1.5, linestyle="--", gid="marks-equal")
-    axes.invert_yaxis()
-    axes.margins(x=0.16)
-    axes.set_xlim(left=0)
-    axes.grid(axis="y", visible=False)
-    axes.set_xlabel("times as fast as the peer")
-    return figure

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from funnel_benchmarks.plot_style import require_matplotlib
+from funnel_benchmarks.charts import require_matplotlib
 from funnel_benchmarks.report import markdown
 from funnel_benchmarks.report.page import article, assemble
 from funnel_benchmarks.report.suites import SUITES

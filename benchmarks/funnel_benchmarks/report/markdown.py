@@ -4,7 +4,7 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
-from funnel_benchmarks.plot_style import render
+from funnel_benchmarks.charts import render
 from funnel_benchmarks.report.circumstances import circumstances, wrong
 from funnel_benchmarks.report.suites import SUITES
 from funnel_benchmarks.results import Row, read_results
@@ -40,7 +40,7 @@ def pictures(section: Section, name: str, folder: Path) -> list[str]:
     for number, plot in enumerate(section.plots):
         file = folder / (f"{name}-{number}.png" if number else f"{name}.png")
         if importlib.util.find_spec("matplotlib"):
-            write_bytes(file, render(plot.draw, "png"))
+            write_bytes(file, render(plot, "png"))
             lines.append(f"![{plot.caption}]({file.name})")
         else:
             file.unlink(missing_ok=True)

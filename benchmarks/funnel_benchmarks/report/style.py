@@ -1,6 +1,6 @@
 """How the page looks, and the script that sorts its tables."""
 
-from funnel_benchmarks.plot_style import DARK, LIGHT, Look
+from funnel_benchmarks.charts import DARK, LIGHT, Look
 
 
 def colours(look: Look) -> dict[str, str]:

@@ -6,27 +6,25 @@ longer than the model was made for: latency does not depend on them.
 """
 
 import dataclasses
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
 
 import jax
 
-from funnel_benchmarks.describe import describe_backend, describe_model
+from funnel_benchmarks.charts import Chart, Panel, Series, times
+from funnel_benchmarks.describe import describe_backend, describe_machine, describe_model
 from funnel_benchmarks.funnels import NO_FUNNEL, check_funnel, funnel_facts, funnel_name
 from funnel_benchmarks.inputs import SEED, random_inputs
 from funnel_benchmarks.machine import usable_cores
-from funnel_benchmarks.measure import Sample, in_turns, spread
+from funnel_benchmarks.measure import Sample, in_turns, sampler, spread
 from funnel_benchmarks.memory import activation_bytes, available_bytes
 from funnel_benchmarks.models import Model
 from funnel_benchmarks.results import LeftOut, Measurement, Results, Row
 from funnel_benchmarks.scaling.axes import AXES, Point, points
 from funnel_benchmarks.scaling.peak_memory import watched_memory
-from funnel_benchmarks.scaling.plot import draw
-from funnel_benchmarks.scaling.slopes import Growth, Slope, growths
-from funnel_benchmarks.suite import Cell, Column, Plot, Section, Table, field, number
+from funnel_benchmarks.scaling.slopes import ENGINES, Growth, Slope, growths
+from funnel_benchmarks.suite import Cell, Column, Section, Table, field, number
 from funnel_benchmarks.suite import Suite as BaseSuite
 from funnel_engine import Engine, FunnelConfig
 from funnel_engine.checks import check_positive
@@ -93,15 +91,12 @@ class Suite(BaseSuite):
         return 1 + self.repeats
 
     def cells(self, results: Results) -> Iterator[Measurement]:
-        weights = self.model.load(self.backend)
-        return cells(self, weights, advance=lambda: results.advance())
+        return cells(self, advance=lambda: results.advance())
 
     @classmethod
     def section(cls, content: Row) -> Section:
         """How each cost grows beside its work, and all figures."""
         rows, grown = content["rows"], list(growths(content["rows"]))
-        described = "Latency over each size, a panel for each axis; the table has the same figures."
-        caption = "Latency with quartiles over each size, and the work scaled to the last point"
         return Section(
             title=f"How latency grows: {content['options']['model']['name']}",
             facts=facts(content["options"]),
@@ -109,15 +104,13 @@ class Suite(BaseSuite):
                 *([Table("Exponents", SLOPES, grown)] if grown else []),
                 *([Table("All figures", COLUMNS, rows)] if rows else []),
             ],
-            plots=[Plot(partial(draw, content), described, caption)] if rows else [],
+            plots=[chart(content)] if rows else [],
             summary=summary(rows, grown),
             reading=READING,
         )
 
 
-def cells(
-    suite: Suite, weights: Mapping[str, Any], *, advance: Callable[[], object] = lambda: None
-) -> Iterator[Measurement]:
+def cells(suite: Suite, *, advance: Callable[[], object] = lambda: None) -> Iterator[Measurement]:
     """The cells of a suite. A row has, beside what `Results` puts there:
 
         axis, x             what grows, and how large it is here; see `axes.AXES`
@@ -130,14 +123,13 @@ def cells(
         peak_memory_bytes   while both were timed, by owner; see `peak_memory.watched_memory`
 
     Args:
-        weights: of the whole model, on the device already; all engines share them.
         advance: called `1 + suite.repeats` times in each cell: after the warm-up and after each A B B A.
     """
     for point in suite.points():
-        yield point.name, partial(measure, suite, weights, point, advance)
+        yield point.name, partial(measure, suite, point, advance)
 
 
-def measure(suite: Suite, weights: Mapping[str, Any], point: Point, advance: Callable[[], object]) -> Row:
+def measure(suite: Suite, point: Point, advance: Callable[[], object]) -> Row:
     """Measures one cell.
 
     Raises:
@@ -146,7 +138,7 @@ def measure(suite: Suite, weights: Mapping[str, Any], point: Point, advance: Cal
     """
     check_possible(suite, point)
     funnel = suite.funnel(point.layers)
-    without, funneled = (prepare(suite, weights, point, each) for each in (NO_FUNNEL, funnel))
+    without, funneled = (prepare(suite, point, each) for each in (NO_FUNNEL, funnel))
     advance()
     with watched_memory() as peaks:
         baseline_samples, samples = in_turns(without, funneled, suite.repeats, advance)
@@ -190,15 +182,14 @@ def model_at(model: Model, point: Point) -> Model:
     )
 
 
-def prepare(suite: Suite, weights: Mapping[str, Any], point: Point, funnel: FunnelConfig) -> Sample:
+def prepare(suite: Suite, point: Point, funnel: FunnelConfig) -> Sample:
     """Engines whose one bucket is compiled, and the function that times their calls once."""
-    model, lengths = model_at(suite.model, point), point.lengths
-    names = expected_shapes(model.config, model.head)
+    model, lengths, weights = model_at(suite.model, point), point.lengths, suite.model.loaded(suite.backend)
     engines = [
         Engine(
             model.config,
             model.head,
-            {name: weights[name] for name in names},
+            {name: weights[name] for name in expected_shapes(model.config, model.head)},
             funnel=funnel,
             backend=suite.backend,
             threads=point.threads,
@@ -213,21 +204,17 @@ def prepare(suite: Suite, weights: Mapping[str, Any], point: Point, funnel: Funn
         for _ in range(point.calls // point.engines):
             engine.embed(inputs)
 
-    def timed() -> float:
-        start = time.perf_counter()
+    def call() -> None:
         if len(engines) == 1:
             run(engines[0])
         else:
             with ThreadPoolExecutor(len(engines)) as pool:
-                for running in [pool.submit(run, engine) for engine in engines]:
-                    running.result()
-        return time.perf_counter() - start
+                list(pool.map(run, engines))
 
-    timed()  # compiles
-    timed()  # touches all memory once more before it counts
-    return timed
+    return sampler(call, 0.0)
 
 
+MANY = 7  # sizes: every other one has its number
 FLAG = "the cost grows faster than its work"
 READING = (
     "One size grows at a time: tokens of one sequence; sequences in the batch; layers, with the funnel in proportion; "
@@ -309,6 +296,39 @@ def summary(rows: list[Row], grown: list[Growth]) -> str:
         if growth.engine == "with funnel"
     )
     return f"{verdict}. With the funnel, {slopes}."
+
+
+def chart(content: Row) -> Chart:
+    """A panel for each axis: latency, and the work of each engine as a line through the last median."""
+    panels = []
+    for axis, text in AXES.items():
+        rows = sorted((row for row in content["rows"] if row["axis"] == axis), key=lambda row: row["x"])
+        sizes, series = [row["x"] for row in rows], []
+        for prefix, name in ENGINES.items() if rows else ():
+            latency = [times(1e3, row[f"{prefix}seconds"]) for row in rows]
+            scale = latency[-1]["median"] / work(rows[-1], prefix)
+            colour, marker = ("ideal", "D") if prefix else ("measured", "o")
+            works = [scale * work(row, prefix) for row in rows]
+            series += [
+                Series(name, sizes, latency, colour, marker),
+                Series(f"{name}: its work", sizes, works, colour, "", "--"),
+            ]
+        if rows:
+            ticks = sizes[:: -1 if len(sizes) < MANY else -2]
+            panels.append(Panel(series, text, "latency (ms)", log=True, log_values=True, ticks=ticks))
+    return Chart(
+        "Latency over each size, a panel for each axis; the table has the same figures.",
+        "Latency with quartiles over each size, and the work scaled to the last point",
+        panels,
+        facts=(describe_model(content["options"]["model"]), describe_machine(content["machine"])),
+        columns=2,
+    )
+
+
+def work(row: Row, prefix: str) -> float:
+    """FLOPs, and on the axis of threads those of each thread."""
+    flops: int = row[f"{prefix}flops"]
+    return flops / row["x"] if row["axis"] == "threads" else flops
 
 
 def facts(options: Row) -> dict[str, str]:

@@ -7,29 +7,29 @@ Server scenario nothing is cached, no request is treated by its content, and non
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from funnel_benchmarks.describe import describe_backend, describe_model
+from funnel_benchmarks.charts import Chart, Panel, Series
+from funnel_benchmarks.describe import describe_backend, describe_machine, describe_model
 from funnel_benchmarks.funnels import NO_FUNNEL, check_funnel, funnel_facts, funnel_name
 from funnel_benchmarks.measure import compiling_nothing, in_turns, spread
 from funnel_benchmarks.models import Model
 from funnel_benchmarks.results import LeftOut, Measurement, Results, Row
-from funnel_benchmarks.serve.names import BASELINE, offline_name, offline_rates, online_name, online_rows
-from funnel_benchmarks.serve.plot import draw
 from funnel_benchmarks.serve.requests import ARRIVALS_SEED, IDS_SEED, LENGTHS_SEED, Requests, poisson_arrivals
 from funnel_benchmarks.serve.server import Served, serve
 from funnel_benchmarks.statistics import quartiles
-from funnel_benchmarks.suite import Cell, Column, Plot, Section, Table, field, number
+from funnel_benchmarks.suite import Cell, Column, Section, Table, field, number
 from funnel_benchmarks.suite import Suite as BaseSuite
 from funnel_engine import Engine, FunnelConfig
 from funnel_engine.packing import make_plan
 from funnel_kernels.errors import ConfigError, InputError
 from funnel_kernels.target import check_backend
 
+BASELINE = "no funnel"
 SHARES = (50, 80, 95)  # per cent of an offline rate
 NEAR = 0.02  # rates that differ by less are one
 
@@ -108,13 +108,15 @@ class Suite(BaseSuite):
         }
 
     def cells(self, results: Results) -> Iterator[Measurement]:
-        return cells(self, self.model.load(self.backend), results.rows)
+        return cells(self, results.rows)
 
     @classmethod
     def section(cls, content: Row) -> Section:
         """Latencies at a common rate, offline rates, and all figures."""
-        online, options = online_rows(content), content["options"]
-        offline = [row for row in content["rows"] if "latency" not in row]
+        options = content["options"]
+        online, offline = (
+            [row for row in content["rows"] if ("latency" in row) == with_it] for with_it in (True, False)
+        )
         return Section(
             title=f"Requests that arrive by chance: {options['model']['name']}",
             facts=facts(options),
@@ -122,13 +124,13 @@ class Suite(BaseSuite):
                 *([Table("Offline rates", OFFLINE_COLUMNS, offline)] if offline else []),
                 *([online_table(online, options["requests"])] if online else []),
             ],
-            plots=[plot(content)] if online else [],
+            plots=[chart(content)] if online else [],
             summary=summary(offline, online),
             reading=READING,
         )
 
 
-def cells(suite: Suite, weights: Mapping[str, Any], rows: list[Row]) -> Iterator[Measurement]:
+def cells(suite: Suite, rows: list[Row]) -> Iterator[Measurement]:
     """The cells of a suite. A row of an offline rate has, beside what `Results` puts there:
 
         lengths             of which requests
@@ -148,13 +150,12 @@ def cells(suite: Suite, weights: Mapping[str, Any], rows: list[Row]) -> Iterator
         compilations        0, or else the cell fails
 
     Args:
-        weights: by the names of `weights.expected_shapes`, on the device already; both engines share them.
         rows: those measured so far, a list that grows by the row of each cell: offline rates are looked up there.
     """
 
     @functools.cache
     def engines() -> Engines:
-        return Engines(*(warm_engine(suite, weights, funnel) for funnel in (NO_FUNNEL, suite.funnel)))
+        return Engines(*(warm_engine(suite, funnel) for funnel in (NO_FUNNEL, suite.funnel)))
 
     funneled = funnel_name(suite.funnel)
     for kind in suite.kinds:
@@ -167,16 +168,9 @@ def cells(suite: Suite, weights: Mapping[str, Any], rows: list[Row]) -> Iterator
             yield name, partial(online, suite, engines, kind, engine, owner, share, rows)
 
 
-def warm_engine(suite: Suite, weights: Mapping[str, Any], funnel: FunnelConfig) -> Engine:
+def warm_engine(suite: Suite, funnel: FunnelConfig) -> Engine:
     """An engine with all of its programs compiled, and the largest run once, which touches all memory."""
-    engine = Engine(
-        suite.model.config,
-        suite.model.head,
-        weights,
-        funnel=funnel,
-        backend=suite.backend,
-        max_batch_tokens=suite.max_batch_tokens,
-    )
+    engine = suite.model.engine(funnel, suite.backend, suite.max_batch_tokens)
     engine.warmup()
     kind = suite.kinds[0]
     fitting = np.cumsum(suite.sizes(kind, funnel)) <= suite.max_batch_tokens
@@ -255,6 +249,19 @@ def online(
     }
 
 
+def offline_name(kind: str) -> str:
+    return f"{kind}: offline"
+
+
+def offline_rates(offline_row: Row) -> tuple[float, float]:
+    """Requests a second without a funnel and with it."""
+    return offline_row["baseline_requests_per_second"], offline_row["requests_per_second"]
+
+
+def online_name(kind: str, engine: str, owner: str, share: int) -> str:
+    return f"{kind}: {engine} at {share} % of the rate of {owner}"
+
+
 HEADLINE_SHARE = 80  # per cent of the rate without a funnel
 READING = (
     "Each request is one sequence. Requests arrive as a Poisson process: at random times that were drawn beforehand "
@@ -309,13 +316,28 @@ def online_table(rows: list[Row], requests: int) -> Table:
     return Table("Requests that arrive by chance", columns, rows)
 
 
-def plot(content: Row) -> Plot:
-    requests = content["options"]["requests"]
-    return Plot(
-        partial(draw, content),
+def chart(content: Row) -> Chart:
+    """Median and 99th percentile of each engine, a panel for each kind of requests; dotted lines at offline rates."""
+    options, rows = content["options"], content["rows"]
+    requests, panels = options["requests"], []
+    for kind in dict.fromkeys(row["lengths"] for row in rows if "latency" in row):
+        offline = next((offline_rates(row) for row in rows if row["cell"] == offline_name(kind)), ())
+        series = []
+        for engine, colour, marker in (BASELINE, "ideal", "D"), (options["funnel"]["name"], "measured", "o"):
+            mine = [row for row in rows if (row["lengths"], row.get("engine")) == (kind, engine)]
+            mine.sort(key=lambda row: row["arrivals_per_second"])
+            rates = [row["arrivals_per_second"] for row in mine]
+            for percentile, line, of in (("p50", "-", ""), ("p99", "--", f" of {requests}")):
+                values = [1e3 * row[percentile] for row in mine]
+                series.append(Series(f"{engine}, {percentile}{of}", rates, values, colour, marker, line))
+        marked = list(zip(offline, ("ideal", "measured"), strict=False))
+        panels.append(Panel(series, "arrivals per second", "latency (ms)", kind, marked=marked, log_values=True))
+    return Chart(
         "Median and 99th percentile of latency over the rate of arrivals, a panel for each kind of requests; the table "
         "has the same figures.",
         f"Median latency (solid) and p99 of {requests} (dashed) over the rate of arrivals; dotted: offline rates",
+        panels,
+        facts=(describe_model(options["model"]), describe_machine(content["machine"])),
     )
 
 

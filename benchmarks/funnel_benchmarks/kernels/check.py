@@ -4,8 +4,10 @@ Each result is computed twice, each time into memory that was full of NaN a mome
 writes shows, and the two must agree to the bit. All options at small shapes are in the tests; here the device counts.
 """
 
+import dataclasses
 import itertools
 import math
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -15,13 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from funnel_benchmarks.device import layouts, oracle
-from funnel_benchmarks.device.bench import Bench
-from funnel_benchmarks.device.layouts import Window
-from funnel_benchmarks.device.part import Part
-from funnel_benchmarks.results import Measurement, Row
-from funnel_benchmarks.suite import Column, Table, field
-from funnel_kernels import attention, pool_norm, recover_norm
+from funnel_benchmarks.kernels import layouts, oracle
+from funnel_benchmarks.kernels.layouts import Window
+from funnel_benchmarks.results import Measurement, Results, Row
+from funnel_benchmarks.suite import Cell, Column, Section, Suite, Table, field
+from funnel_engine.devices import local_target
+from funnel_kernels import Record, attention, pool_norm, recover_norm
 from funnel_kernels.errors import InputError
 from funnel_kernels.pool_norm import POOLS
 from funnel_kernels.recover_norm import MODES, SITES
@@ -59,7 +60,7 @@ class AttentionCase(NamedTuple):
 
 
 class RowCase(NamedTuple):
-    """So many windows of `stride` rows of `width`."""
+    """`windows` windows of `stride` rows of `width`."""
 
     stride: int
     windows: int
@@ -81,34 +82,79 @@ ATTENTION_CASES = (
 ROW_CASES = (RowCase(2, 1001, 1152), RowCase(3, 333, 2048))
 
 
-def cells(bench: Bench) -> Iterator[Measurement]:
-    return itertools.islice(all_cells(bench), 0, None, bench.sizes.check_step)
+@dataclasses.dataclass(frozen=True)
+class Check(Suite):
+    """What is checked.
+
+    Attributes:
+        seed: of all random data.
+        longest: tokens of the longest sequence.
+        step: 1 for all checks, 2 for every second, and so on.
+    """
+
+    backend: str
+    seed: int
+    longest: int = 4097
+    step: int = 1
+
+    name = "check"
+
+    def options(self) -> Row:
+        return dataclasses.asdict(self)
+
+    def cells(self, results: Results) -> Iterator[Measurement]:
+        return itertools.islice(cells(self), 0, None, self.step)
+
+    @classmethod
+    def section(cls, content: Row) -> Section:
+        """A line for each op, backend, dtype and precision; every wrong result."""
+        groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
+        for row in content["rows"]:
+            groups[row["op"], row["backend"], row["dtype"], row["precision"]].append(row)
+        wrong = [row for row in content["rows"] if not row["passed"]]
+        return Section(
+            title="Right or wrong",
+            summary=f"{len(wrong)} of {len(content['rows'])} results are wrong.",
+            plots=[],
+            tables=[
+                *([Table("", COLUMNS, list(groups.values()))] if groups else []),
+                *([Table("Wrong results", WRONG_COLUMNS, wrong)] if wrong else []),
+            ],
+            reading=READING,
+            facts={"Seed": str(content["options"]["seed"]), "Backend": content["options"]["backend"]},
+        )
 
 
-def all_cells(bench: Bench) -> Iterator[Measurement]:
+def make_check(backend: str, small: bool, seed: int | None) -> Check:
+    """All checks, or few of them; `seed` None is another one every time."""
+    seed = time.time_ns() % 2**31 if seed is None else seed
+    return Check(backend, seed, longest=130, step=7) if small else Check(backend, seed)
+
+
+def cells(suite: Check) -> Iterator[Measurement]:
     numbers = itertools.count()  # every cell has random numbers of its own
 
     def cell(name: str, kind: Kind, check: Callable[[Kind, np.random.Generator], Row]) -> Measurement:
-        generator = np.random.default_rng([bench.seed, next(numbers)])
+        generator = np.random.default_rng([suite.seed, next(numbers)])
         return f"{name}, {kind.dtype}, precision {kind.precision}", partial(check, kind, generator)
 
-    long = AttentionCase("one long sequence", 8, 1, 256, (bench.sizes.long_check,))
+    long = AttentionCase("one long sequence", 8, 1, 256, (suite.longest,))
     for case in (*ATTENTION_CASES, long):
         name = f"attention {case.heads}/{case.kv_heads} heads of {case.head_dim}: {case.name}"
         for kind in KINDS:
-            yield cell(name, kind, partial(check_attention, bench, case))
+            yield cell(name, kind, partial(check_attention, suite, case))
     for rows in ROW_CASES:
         shape = f"{rows.windows} windows of {rows.stride}, width {rows.width}"
         for kind in ROW_KINDS:
             for pool in POOLS:
-                yield cell(f"pool_norm {pool}: {shape}", kind, partial(check_pool_norm, bench, rows, pool))
+                yield cell(f"pool_norm {pool}: {shape}", kind, partial(check_pool_norm, suite, rows, pool))
             for mode in MODES:
                 for site in SITES if mode != "tile" else SITES[:1]:  # tiling and norm commute
-                    check = partial(check_recover_norm, bench, rows, mode, site)
+                    check = partial(check_recover_norm, suite, rows, mode, site)
                     yield cell(f"recover_norm {mode}, {site}: {shape}", kind, check)
 
 
-def check_attention(bench: Bench, case: AttentionCase, kind: Kind, generator: np.random.Generator) -> Row:
+def check_attention(suite: Check, case: AttentionCase, kind: Kind, generator: np.random.Generator) -> Row:
     if case.lengths:
         lengths = np.array(case.lengths, np.int32)
         layout = layouts.packed(lengths, stride=case.stride, window=case.window, padding=case.padding)
@@ -118,32 +164,33 @@ def check_attention(bench: Bench, case: AttentionCase, kind: Kind, generator: np
     shapes = (layout.queries, heads * d), (layout.keys, kv_heads * d), (layout.keys, kv_heads * d)
     options: dict[str, Any] = {"heads": heads, "kv_heads": kv_heads, "scale": d**-0.5, "softcap": case.softcap}
     arrays = [normal(generator, shape, kind) for shape in shapes]
-    return compare(
-        partial(attention, target=bench.target, **options),
-        partial(oracle.attention, **options),
-        [*arrays, layout.lo, layout.hi],
-        kind,
-    )
+    return check(suite, attention, oracle.attention, [*arrays, layout.lo, layout.hi], kind, options)
 
 
-def check_pool_norm(bench: Bench, case: RowCase, pool: str, kind: Kind, generator: np.random.Generator) -> Row:
+def check_pool_norm(suite: Check, case: RowCase, pool: str, kind: Kind, generator: np.random.Generator) -> Row:
     x = normal(generator, (case.windows * case.stride, case.width), kind)
     real = generator.random(len(x)) < 0.6  # some windows hold no token
     weight = normal(generator, (case.width,), kind, 0.5)
     options: dict[str, Any] = {"stride": case.stride, "pool": pool, "eps": EPS}
-    ours = partial(pool_norm, target=bench.target, **options)
-    return compare(ours, partial(oracle.pool_norm, **options), [x, real, weight], kind)
+    return check(suite, pool_norm, oracle.pool_norm, [x, real, weight], kind, options)
 
 
 def check_recover_norm(
-    bench: Bench, case: RowCase, mode: str, site: str, kind: Kind, generator: np.random.Generator
+    suite: Check, case: RowCase, mode: str, site: str, kind: Kind, generator: np.random.Generator
 ) -> Row:
     short = normal(generator, (case.windows, case.width), kind)
     full = None if mode == "tile" else normal(generator, (case.windows * case.stride, case.width), kind)
     weight = normal(generator, (case.width,), kind, 0.5)
     options: dict[str, Any] = {"stride": case.stride, "mode": mode, "site": site, "eps": EPS}
-    ours = partial(recover_norm, target=bench.target, **options)
-    return compare(ours, partial(oracle.recover_norm, **options), [short, full, weight], kind)
+    return check(suite, recover_norm, oracle.recover_norm, [short, full, weight], kind, options)
+
+
+def check(suite: Check, op: Any, reference: Callable[..., Any], arrays: list[Any], kind: Kind, options: Row) -> Row:
+    """Compares an op with the reference, and names the backend that served it."""
+    record = Record()
+    target = dataclasses.replace(local_target(suite.backend), record=record)
+    row = compare(partial(op, target=target, **options), partial(reference, **options), arrays, kind)
+    return {"op": op.__name__, "backend": ", ".join(record.backends()), **row}
 
 
 def normal(generator: np.random.Generator, shape: tuple[int, ...], kind: Kind, scale: float = 1.0) -> np.ndarray:
@@ -161,7 +208,6 @@ def compare(ours: Callable[..., Any], reference: Callable[..., Any], arrays: lis
     same = all(a.tobytes() == b.tobytes() for a, b in zip(first, second, strict=True))
     finite = all(np.isfinite(result.astype(np.float32)).all() for result in (*first, *second))
     return {
-        "op": ours.func.__name__ if isinstance(ours, partial) else ours.__name__,
         "dtype": kind.dtype,
         "precision": kind.precision,
         "error": error if math.isfinite(error) else None,  # which JSON has no number for
@@ -194,41 +240,27 @@ def relative_error(result: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(result.astype(np.float64) - expected) / np.linalg.norm(expected))
 
 
-class Check(Part):
-    name = "device check"
-    title = "Right or wrong"
-    note = (
-        "Relative error ||result - float64|| / ||float64|| over the whole result; each run twice, bit for bit, into "
-        "memory that was full of NaN before."
-    )
-    columns = (
-        Column("op", lambda group: group[0]["op"]),
-        Column("dtype, precision", lambda group: f"{group[0]['dtype']}, {group[0]['precision']}"),
-        Column("checks", lambda group: str(len(group))),
-        Column("worst error", lambda group: f"{max(map(error_of, group)):.2e}"),
-        Column("limit", lambda group: f"{group[0]['limit']:g}"),
-        Column("wrong", lambda group: str(sum(not row["passed"] for row in group))),
-    )
-    measurements = staticmethod(cells)
-
-    @classmethod
-    def tables(cls, rows: list[Row]) -> list[Table]:
-        """A line for each op, dtype and precision; every wrong result."""
-        groups: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
-        for row in rows:
-            groups[row["op"], row["dtype"], row["precision"]].append(row)
-        wrong = [row for row in rows if not row["passed"]]
-        columns = (
-            Column("check", lambda row: row["cell"]),
-            Column("error", lambda row: f"{error_of(row):.2e}"),
-            Column("limit", field("limit", "g")),
-            Column("same bits twice", lambda row: "yes" if row["same_bits_twice"] else "no"),
-            Column("finite", lambda row: "yes" if row["finite"] else "no"),
-        )
-        tables = [Table("", cls.columns, list(groups.values()))] if rows else []
-        return [*tables, Table("Wrong results", columns, wrong)] if wrong else tables
-
-
 def error_of(row: Row) -> float:
     """The error of a check; JSON has no number for one that is not finite."""
     return math.inf if row["error"] is None else float(row["error"])
+
+
+READING = (
+    "Relative error ||result - float64|| / ||float64|| over the whole result; each run twice, bit for bit, into "
+    "memory that was full of NaN before.",
+)
+COLUMNS = (
+    Column("op", lambda group: Cell(group[0]["op"], group[0]["backend"]), note="and backend"),
+    Column("dtype, precision", lambda group: f"{group[0]['dtype']}, {group[0]['precision']}"),
+    Column("checks", lambda group: str(len(group))),
+    Column("worst error", lambda group: f"{max(map(error_of, group)):.2e}"),
+    Column("limit", lambda group: f"{group[0]['limit']:g}"),
+    Column("wrong", lambda group: str(sum(not row["passed"] for row in group))),
+)
+WRONG_COLUMNS = (
+    Column("check", lambda row: row["cell"]),
+    Column("error", lambda row: f"{error_of(row):.2e}"),
+    Column("limit", field("limit", "g")),
+    Column("same bits twice", lambda row: "yes" if row["same_bits_twice"] else "no"),
+    Column("finite", lambda row: "yes" if row["finite"] else "no"),
+)

@@ -44,17 +44,6 @@ def equal(tokens: int, length: int) -> Ints:
     return np.full(tokens // length, length, np.int32)
 
 
-def padded(tokens: int, length: int, percent: int) -> Layout:
-    """Sequences of `length`, and about `percent` % of the rows are padding behind them."""
-    lengths = filled(tokens, length, percent)
-    return packed(lengths, padding=tokens - int(lengths.sum()))
-
-
-def filled(tokens: int, length: int, percent: int) -> Ints:
-    """Lengths of sequences of `length` that leave about `percent` % of `tokens` rows empty."""
-    return equal(tokens * (100 - percent) // 100, length)
-
-
 def up_to(tokens: int, lengths: Ints) -> Ints:
     """As many of `lengths` as hold `tokens` tokens in all; the last is cut short."""
     ends = np.cumsum(lengths, dtype=np.int64)

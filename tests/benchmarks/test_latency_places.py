@@ -2,7 +2,7 @@
 
 import pytest
 
-from funnel_benchmarks.latency.layers import even_layers, parse_layers
+from funnel_benchmarks.latency.command import even_layers, parse_layers
 from funnel_kernels.errors import ConfigError
 
 

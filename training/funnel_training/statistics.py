@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from funnel_engine.config import check_number
+from funnel_engine.checks import check_number
 from funnel_kernels.errors import ConfigError, InputError
 from funnel_training.scores import Score
 

@@ -110,7 +110,7 @@ def evaluate(
 
 def require_packages() -> None:
     """Raises `ConfigError` if the packages of the extra `train` are not installed."""
-    for module, package in (("scipy", "scipy"), ("sklearn", "scikit-learn")):
+    for module, package in (("scipy", "scipy"), ("sklearn", "scikit-learn"), ("optax", "optax")):
         if importlib.util.find_spec(module) is None:
             raise ConfigError(f"{package} is not installed; run: pip install 'funnel-engine[train]'")
 

@@ -1,0 +1,375 @@
+"""`funnel distill`: what it learns, what it writes, and that a run survives whatever stops it."""
+
+import dataclasses
+import errno
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from jax.experimental.compilation_cache import compilation_cache
+from toy_checkpoints import write_texts, write_toy
+
+from funnel_engine import ConfigError, Engine, FunnelConfig, HeadConfig, InputError
+from funnel_engine.checkpoints.native import read_checkpoint
+from funnel_engine.cli import main
+from funnel_engine.heads import DenseConfig
+from funnel_engine.input_files import hash_file
+from funnel_training import run_folder
+from funnel_training.distill import Settings, Trainer, data_mesh, distill
+from funnel_training.distill_loss import TEMPERATURE, distillation_loss
+from funnel_training.metrics import agreement
+from funnel_training.student import Student
+
+FUNNEL = FunnelConfig.after(1)
+SHORT = Settings(steps=8, every=4, rows=256, texts=16, learning_rate=3e-3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """Runs with the same shapes share their compiled programs."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: jax.config.values[name] for name in names}
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("programs")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("distill")
+    write_toy(folder)
+    write_texts(folder / "texts.txt", 2000)
+    write_texts(folder / "few.txt", 300, seed=1)
+    return folder
+
+
+def short(folder: Path, output: Path, settings: Settings = SHORT, **options):
+    return distill(folder / "model", folder / "few.txt", output, settings, funnel=FUNNEL, **options)
+
+
+@pytest.fixture(scope="module")
+def trained(folder):
+    """A run of 200 steps, with what it reported."""
+    lines: list[str] = []
+    settings = Settings(steps=200, every=100, rows=512, texts=64, learning_rate=3e-3)
+    result = distill(
+        folder / "model", folder / "texts.txt", folder / "trained", settings, funnel=FUNNEL, report=lines.append
+    )
+    return result, lines
+
+
+def test_half_of_what_the_funnel_lost_comes_back(folder, trained):
+    """In the mean cosine; the ten nearest texts come back by a fifth of what was lost. On texts of another seed."""
+    texts = write_texts(folder / "others.txt", 1000, seed=2).read_text().splitlines()
+    exact = Engine.load(folder / "model").embed(texts)
+    before = agreement(exact, Engine.load(folder / "model", funnel=FUNNEL).embed(texts), range(200))
+    after = agreement(exact, Engine.load(folder / "trained").embed(texts), range(200))
+    assert 1 - after.cosine < (1 - before.cosine) / 2
+    assert 1 - after.overlap < (1 - before.overlap) * 0.8
+
+
+def test_the_new_checkpoint_says_how_it_was_trained(folder, trained):
+    result, lines = trained
+    manifest, old = read_checkpoint(folder / "trained", verify=True).manifest, read_checkpoint(folder / "model")
+    assert manifest.funnel == FUNNEL
+    record = manifest.training
+    assert record.method == "distill"
+    assert record.source == hash_file(folder / "model" / "funnel.json")
+    assert record.data == hash_file(folder / "texts.txt")
+    assert record.steps == 200
+    assert record.agreement == result
+    assert result.low < result.mean < result.high
+    assert record.versions["jax"] == jax.__version__
+    new = read_checkpoint(folder / "trained").weights
+    moved = {name for name in new if not np.array_equal(new[name], old.weights[name])}
+    assert moved == {name for name in new if name.startswith("layers.1.")} | {"final_norm"}
+    assert "200 steps of about" in lines[1]
+    assert "1,800 texts to train on, 200 held out" in lines[1]
+
+
+def test_the_folder_of_the_run_has_a_log_and_a_picture(folder, trained):
+    run = folder / "trained.training"
+    assert {file.name for file in run.iterdir()} == {"run.json", "log.jsonl", "progress.png"}
+    entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in entries if "loss" in entry] == list(range(1, 201))
+    assert [entry["step"] for entry in entries if "overlap" in entry] == [0, 100, 200]
+    assert (run / "progress.png").read_bytes().startswith(b"\x89PNG")
+
+
+def weights_of(path: Path) -> dict[str, np.ndarray]:
+    return {name: np.array(array) for name, array in read_checkpoint(path).weights.items()}
+
+
+@pytest.mark.parametrize("stopped_at", [3, 6])
+def test_a_run_that_was_stopped_continues_to_the_same_bits(folder, tmp_path, monkeypatch, stopped_at):
+    """Stopped between two states, before and after the first one; the log has steps that the state does not have."""
+    short(folder, tmp_path / "whole")
+    log = run_folder.RunFolder.log
+
+    def stop(self, entry):
+        log(self, entry)
+        if entry["step"] == stopped_at and "loss" in entry:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_folder.RunFolder, "log", stop)
+    with pytest.raises(KeyboardInterrupt):
+        short(folder, tmp_path / "stopped")
+    monkeypatch.undo()
+    assert not (tmp_path / "stopped").exists()
+    short(folder, tmp_path / "stopped", resume=True)
+    expected, found = weights_of(tmp_path / "whole"), weights_of(tmp_path / "stopped")
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array)
+    steps = [
+        [json.loads(line)["step"] for line in (tmp_path / f"{name}.training" / "log.jsonl").read_text().splitlines()]
+        for name in ("whole", "stopped")
+    ]
+    assert steps[0] == steps[1]
+
+
+@pytest.mark.parametrize("every", [1, 8])
+def test_a_run_that_diverges_ends_and_keeps_the_last_state(folder, tmp_path, every):
+    """Seen in the loss of a step, or in the vectors of an evaluation."""
+    settings = dataclasses.replace(SHORT, every=every, learning_rate=1e30)
+    with pytest.raises(ConfigError, match=r"step \d+ (is nan|are not finite).*The last good state is kept in"):
+        short(folder, tmp_path / "new", settings)
+    assert not (tmp_path / "new").exists()
+    run = tmp_path / "new.training"
+    states = np.load(run / "best.npz")
+    assert all(np.isfinite(states[name]).all() for name in states.files)
+
+
+def test_a_full_disk_keeps_the_state_before(folder, tmp_path, monkeypatch):
+    savez, calls = np.savez, []
+
+    def full(file, *arrays):
+        calls.append(file)
+        if len(calls) == 5:
+            file.write(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        savez(file, *arrays)
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(InputError, match=r"cannot write .*\.npz: No space left on device; the state before it is kept"):
+        short(folder, tmp_path / "new")
+    monkeypatch.undo()
+    assert not list((tmp_path / "new.training").glob(".*"))
+    short(folder, tmp_path / "new", resume=True)
+    short(folder, tmp_path / "whole")
+    for name, array in weights_of(tmp_path / "whole").items():
+        np.testing.assert_array_equal(weights_of(tmp_path / "new")[name], array)
+
+
+def test_a_folder_of_another_run_is_not_touched(folder, tmp_path):
+    (tmp_path / "new.training").mkdir()
+    with pytest.raises(ConfigError, match=r"new.training exists: .*--resume"):
+        short(folder, tmp_path / "new")
+    with pytest.raises(ConfigError, match="has no run to resume"):
+        short(folder, tmp_path / "new", resume=True)
+    shutil.rmtree(tmp_path / "new.training")
+    short(folder, tmp_path / "new")
+    shutil.rmtree(tmp_path / "new")
+    other = dataclasses.replace(SHORT, steps=9)
+    with pytest.raises(ConfigError, match=r"belongs to a run with another settings: .*'steps': 8.* now .*'steps': 9"):
+        short(folder, tmp_path / "new", other, resume=True)
+    with pytest.raises(ConfigError, match="belongs to a run with another data"):
+        distill(folder / "model", folder / "texts.txt", tmp_path / "new", SHORT, funnel=FUNNEL, resume=True)
+
+
+def test_what_cannot_be_distilled(folder, tmp_path, trained):
+    few = tmp_path / "few.txt"
+    new = tmp_path / "new"
+    few.write_text("w1 w2\n" * 300)
+    with pytest.raises(InputError, match=r"few.txt has 1 different texts; give at least 200"):
+        distill(folder / "model", few, new, SHORT, funnel=FUNNEL)
+    few.write_text("\n")
+    with pytest.raises(InputError, match="is empty"):
+        distill(folder / "model", few, new, SHORT, funnel=FUNNEL)
+    with pytest.raises(ConfigError, match=r"there is no funnel to train for; give one, e.g. --funnel 6:2/mean"):
+        distill(folder / "model", folder / "few.txt", new, SHORT)
+    with pytest.raises(ConfigError, match=r"the funnel has 6 strides but the model has only 2 layers"):
+        distill(folder / "model", folder / "few.txt", new, SHORT, funnel=FunnelConfig.after(5))
+    with pytest.raises(ConfigError, match="was trained for the funnel 1:2, so without a funnel it is no teacher"):
+        distill(folder / "trained", folder / "few.txt", new, SHORT)
+    long = write_texts(tmp_path / "long.txt", 250)
+    long.write_text(long.read_text() + "w1 " * 300 + "\n")
+    with pytest.raises(InputError, match="input 250 has 300 tokens, more than the limit of 128"):
+        distill(folder / "model", long, new, SHORT, funnel=FUNNEL)
+    assert not list(tmp_path.glob("new*"))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("steps", 0, "steps=0"),
+        ("rows", 1.5, "rows=1.5"),
+        ("texts", 1, "texts=1"),
+        ("learning_rate", -1, "learning_rate=-1"),
+        ("dtype", "float16", "float16"),
+        ("train", "head", "train='head' is unknown; choose all, after, or lora:RANK"),
+        ("train", "lora:0", "rank of lora=0"),
+        ("train", "lora:33", "rank of lora=33 must be an integer from 1 to 32"),
+        ("sizes", (64,), "sizes=64 must be an integer from 1 to 32"),
+    ],
+)
+def test_settings_out_of_range(folder, tmp_path, field, value, message):
+    with pytest.raises(ConfigError, match=message):
+        short(folder, tmp_path / "new", Settings(**({"steps": 8} | {field: value})))
+    assert not list(tmp_path.iterdir())
+
+
+def student_of(path: Path, train: str = "after", **options) -> tuple[Student, dict[str, np.ndarray]]:
+    checkpoint = read_checkpoint(path)
+    fields = {"funnel": FUNNEL, "rows": 256, "most_texts": 8, "dtype": "float32", "mesh": data_mesh(1)} | options
+    return Student(checkpoint.config, checkpoint.head, train=train, **fields), dict(checkpoint.weights)
+
+
+@pytest.mark.parametrize(
+    ("head", "funnel"),
+    [
+        (HeadConfig(), "1:2"),
+        (HeadConfig(dense=(DenseConfig(24, 32, True, "tanh"), DenseConfig(8, 24))), "0:3/mean/keep_first"),
+        (HeadConfig(pooling="attention", pooler=True), "1:2/first/mean_last"),
+        (HeadConfig(pooling="last"), "1:4/pool_query_only"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_the_student_computes_what_the_engine_does(tmp_path, head, funnel):
+    path, funnel = write_toy(tmp_path, head, causal=True), FunnelConfig.parse(funnel)
+    texts = write_texts(tmp_path / "texts.txt", 40).read_text().splitlines()
+    engine = Engine.load(path, funnel=funnel, max_batch_tokens=256, backend="xla")
+    tokens = engine.token_ids(texts)
+    student, weights = student_of(path, "all", funnel=funnel)
+    trained, frozen = student.divide(weights, 0)
+    groups = student.fill(tokens, np.arange(len(texts), dtype=np.int32))
+    packs = student.pack(tokens, groups)
+    assert len(groups) > 3
+    found = np.asarray(jax.jit(student.vectors)(trained, frozen, packs))
+    vectors = np.zeros((len(texts), found.shape[-1]), np.float32)
+    vectors[packs.texts[packs.texts >= 0]] = found[packs.texts >= 0]
+    np.testing.assert_allclose(vectors, engine.embed(tokens, normalize=False), atol=2e-5)
+
+
+PRODUCTS_OF_LAYER_1 = tuple(f"layers.1.{name}" for name in ("qkv", "attention_output", "gate_up", "down"))
+
+
+def fake_agreement(overlap: float) -> SimpleNamespace:
+    return SimpleNamespace(overlap=overlap, ndcg=0.5, cosine=0.5, overlaps=np.linspace(0, 1, 9))
+
+
+@pytest.mark.parametrize(
+    ("train", "moved", "dtype"),
+    [
+        ("after", ("layers.1.", "final_norm"), "bfloat16"),
+        ("all", ("layers.", "final_norm", "embedding"), "float32"),
+        ("lora:4", PRODUCTS_OF_LAYER_1, "float32"),
+        pytest.param(
+            "lora:2",
+            PRODUCTS_OF_LAYER_1,
+            "bfloat16",
+            marks=pytest.mark.grid,
+        ),
+    ],
+)
+def test_which_weights_move(folder, tmp_path, monkeypatch, train, moved, dtype):
+    """LoRA begins with a product of 0, so the first step moves one factor and the second both."""
+    overlaps = itertools.count()
+    monkeypatch.setattr("funnel_training.distill.agreement", lambda *_: fake_agreement(next(overlaps)))
+    short(folder, tmp_path / "new", dataclasses.replace(SHORT, steps=3, train=train, dtype=dtype, learning_rate=1e-2))
+    old, new = weights_of(folder / "model"), weights_of(tmp_path / "new")
+    changed = {name for name in new if not np.array_equal(old[name], new[name])}
+    assert changed == {
+        name for name in new if name in moved or name.startswith(tuple(m for m in moved if m[-1] == "."))
+    }
+    if train.startswith("lora"):
+        assert np.linalg.matrix_rank(new["layers.1.down"] - old["layers.1.down"], tol=1e-5) == int(train[5:])
+
+
+def test_the_loss_is_what_its_docstring_says():
+    generator = np.random.default_rng(3)
+    student, teacher = generator.standard_normal((2, 6, 5)).astype(np.float32)
+    counts = np.array([True, True, False, True, True, False])
+    loss, cosine = distillation_loss(student, teacher, counts, (5, 3))
+    kept = np.flatnonzero(counts)
+    expected = []
+    for size in (5, 3):
+        s, t = (x[kept, :size].astype(np.float64) for x in (student, teacher))
+        s, t = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (s, t))
+        for i in range(len(kept)):
+            others = [j for j in range(len(kept)) if j != i]
+            p, q = (np.exp(x[others] @ x[i] / TEMPERATURE) for x in (t, s))
+            p, q = p / p.sum(), q / q.sum()
+            expected.append(1 - s[i] @ t[i] + (p * np.log(p / q)).sum())
+    assert float(loss) == pytest.approx(np.mean(expected), rel=1e-4)
+    s, t = (x[kept] / np.linalg.norm(x[kept], axis=1, keepdims=True) for x in (student, teacher))
+    assert float(cosine) == pytest.approx((s * t).sum(1).mean(), rel=1e-5)
+
+
+def test_the_best_weights_are_written_not_the_last(folder, tmp_path, monkeypatch):
+    """The overlap of the second evaluation is the best; two that are worse end the run."""
+    overlaps = iter([0.5, 0.9, 0.6, 0.7, 0.8])
+    evaluate = Trainer.held_out_vectors
+    kept: list[np.ndarray] = []
+
+    def vectors(self, trained):
+        kept.append(np.asarray(trained["final_norm"]))
+        return evaluate(self, trained)
+
+    monkeypatch.setattr(Trainer, "held_out_vectors", vectors)
+    monkeypatch.setattr("funnel_training.distill.agreement", lambda *_: fake_agreement(next(overlaps)))
+    short(folder, tmp_path / "new", dataclasses.replace(SHORT, steps=50, every=2, patience=2))
+    assert read_checkpoint(tmp_path / "new").manifest.training.steps == 2
+    np.testing.assert_array_equal(weights_of(tmp_path / "new")["final_norm"], kept[1])
+    assert len(kept) == 5  # 4 evaluations, and one of the best for the record
+
+
+EIGHT = """
+import sys
+from pathlib import Path
+from funnel_engine import FunnelConfig
+from funnel_training.distill import Settings, distill
+folder, output = Path(sys.argv[1]), sys.argv[2]
+settings = Settings(steps=4, every=4, rows=64, texts=4, packs=8, learning_rate=3e-3)
+distill(folder / "model", folder / "few.txt", output, settings, funnel=FunnelConfig.after(1))
+"""
+
+
+@pytest.mark.slow
+def test_eight_devices_have_the_losses_of_one(folder, tmp_path, monkeypatch):
+    for devices in (1, 8):
+        monkeypatch.setenv("XLA_FLAGS", f"--xla_force_host_platform_device_count={devices}")
+        subprocess.run([sys.executable, "-c", EIGHT, folder, tmp_path / str(devices)], check=True, timeout=300)
+    one, eight = (
+        [json.loads(line) for line in (tmp_path / f"{devices}.training" / "log.jsonl").read_text().splitlines()]
+        for devices in (1, 8)
+    )
+    losses = [[entry["loss"] for entry in entries if "loss" in entry] for entries in (one, eight)]
+    assert len(losses[0]) == 4
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+    for name, array in weights_of(tmp_path / "1").items():
+        np.testing.assert_allclose(weights_of(tmp_path / "8")[name], array, atol=1e-4)
+
+
+def test_the_command(folder, tmp_path):
+    arguments = ["distill", "--checkpoint", folder / "model", "--texts", folder / "few.txt", "-o", tmp_path / "new"]
+    options = ["--steps", "2", "--rows", "256", "--funnel", "1:2/mean", "--size", "16", "--size", "32"]
+    result = CliRunner().invoke(main, [*map(str, arguments), *options])
+    assert result.exit_code == 0, result.output
+    assert "on held-out texts" in result.output
+    assert f"Wrote {tmp_path / 'new'}: it agrees with" in result.output
+    assert read_checkpoint(tmp_path / "new").manifest.funnel == FunnelConfig.after(1, pool="mean")
+    again = CliRunner().invoke(main, [*map(str, arguments), *options])
+    assert again.exit_code == 2
+    assert "exists" in again.output

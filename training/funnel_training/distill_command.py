@@ -1,0 +1,102 @@
+"""The command `funnel distill`. It imports late what takes long to import: `funnel --help` loads this file."""
+
+from pathlib import Path
+
+import click
+
+from funnel_engine.config import ATTENTIONS, FunnelConfig
+from funnel_engine.heads import POOLINGS
+from funnel_engine.weights import DTYPES
+from funnel_training.evaluate_command import require_packages
+
+PATH = click.Path(path_type=Path)
+
+
+@click.command()
+@click.option("--checkpoint", type=PATH, required=True, help="Folder that `funnel convert` wrote.")
+@click.option(
+    "--funnel",
+    type=FunnelConfig.parse,
+    metavar="LAYER:STRIDE[/OPTION]",
+    help="The funnel to train for, e.g. 6:2/mean. Default: that of the checkpoint.",
+)
+@click.option("--texts", type=PATH, required=True, help="UTF-8 file with a text in each line; labels are not needed.")
+@click.option("--output", "-o", type=PATH, required=True, help="Folder of the new checkpoint.")
+@click.option("--steps", type=int, default=300, show_default=True, help="Number of optimizer steps.")
+@click.option(
+    "--train",
+    default="after",
+    show_default=True,
+    help="Which weights move: all, after (the layers after the funnel), or lora:RANK (on these layers).",
+)
+@click.option("--learning-rate", type=float, default=1e-4, show_default=True, help="The highest learning rate.")
+@click.option("--rows", type=int, default=1024, show_default=True, help="Tokens that are computed at once.")
+@click.option("--packs", type=int, default=1, show_default=True, help="Packs of --rows tokens in a step.")
+@click.option("--every", type=int, default=50, show_default=True, help="Steps from one evaluation to the next.")
+@click.option("--patience", type=int, default=5, show_default=True, help="Evaluations without a gain before the end.")
+@click.option("--size", "sizes", type=int, multiple=True, help="A size at which vectors will be cut off (Matryoshka).")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True, help="Of activations.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of everything random.")
+@click.option("--attention", type=click.Choice(ATTENTIONS), help="Kind of attention. Default: that of the checkpoint.")
+@click.option("--pooling", type=click.Choice(POOLINGS), help="How rows become a vector. Default: the checkpoint's.")
+@click.option("--truncate", is_flag=True, help="Cut off the end of texts that are too long, instead of stopping.")
+@click.option("--resume", is_flag=True, help="Continue a run that was stopped.")
+def distill(
+    checkpoint: Path,
+    funnel: FunnelConfig | None,
+    texts: Path,
+    output: Path,
+    steps: int,
+    train: str,
+    learning_rate: float,
+    rows: int,
+    packs: int,
+    every: int,
+    patience: int,
+    sizes: tuple[int, ...],
+    dtype: str,
+    seed: int,
+    attention: str | None,
+    pooling: str | None,
+    truncate: bool,
+    resume: bool,
+) -> None:
+    """Train a checkpoint for a funnel, on texts without labels.
+
+    The new checkpoint's vectors with the funnel come close to the old one's without (self-distillation). A tenth of the
+    texts is held out to measure this. OUTPUT.training has the log, a plot, and what --resume continues from.
+
+    Example: funnel distill --checkpoint my-gemma --funnel 6:2/mean --texts texts.txt -o my-funneled-gemma
+    """
+    require_packages()
+    from funnel_training.distill import Settings
+    from funnel_training.distill import distill as run
+
+    settings = Settings(
+        steps=steps,
+        train=train,
+        learning_rate=learning_rate,
+        rows=rows,
+        packs=packs,
+        every=every,
+        patience=patience,
+        sizes=sizes,
+        dtype=dtype,
+        seed=seed,
+    )
+    agreed = run(
+        checkpoint,
+        texts,
+        output,
+        settings,
+        funnel=funnel,
+        attention=attention,
+        pooling=pooling,
+        truncate=truncate,
+        resume=resume,
+        report=click.echo,
+    )
+    click.echo(
+        f"Wrote {output}: it agrees with {checkpoint} on {100 * agreed.mean:.1f} % of the ten nearest texts "
+        f"(95 % interval {100 * agreed.low:.1f} to {100 * agreed.high:.1f})"
+    )

@@ -1,0 +1,104 @@
+"""What a training run keeps on the disk, so that it can be killed at any moment and continued."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from funnel_engine.checkpoints.native import synchronize
+from funnel_engine.output_files import write_text
+from funnel_kernels.errors import ConfigError, InputError
+
+Tree = Any  # a pytree of arrays
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+    """A folder with run.json (what the run is), log.jsonl, and the state of the run. Every file is always complete."""
+
+    path: Path
+
+    def open(self, run: dict[str, Any], *, resume: bool) -> None:
+        """Makes the folder, or continues in it.
+
+        Raises:
+            ConfigError: it exists and is not to be resumed, does not exist and is, or belongs to another run.
+            InputError: it cannot be written.
+        """
+        file, run = self.path / "run.json", json.loads(json.dumps(run))
+        if not resume:
+            try:
+                self.path.mkdir()
+            except FileExistsError as error:
+                raise ConfigError(
+                    f"{self.path} exists: a run was there before; continue it (--resume), remove it, or choose another "
+                    "output"
+                ) from error
+            except OSError as error:
+                raise InputError(f"cannot make {self.path}: {error.strerror}; choose another output") from error
+            write_text(file, json.dumps(run, indent=2) + "\n")
+            return
+        try:
+            earlier = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{self.path} has no run to resume; leave --resume out") from error
+        changed = [name for name in run if earlier.get(name) != run[name]]
+        if changed:
+            name = changed[0]
+            raise ConfigError(
+                f"{self.path} belongs to a run with another {name}: {earlier.get(name)!r}, now {run[name]!r}; give the "
+                "same, or begin a new run"
+            )
+
+    def write_arrays(self, name: str, tree: Tree) -> None:
+        """Writes the arrays of a tree to NAME.npz.
+
+        Raises:
+            InputError: they cannot be written, e.g. because the disk is full; an earlier file stays.
+        """
+        partial = self.path / f".{name}.partial"
+        try:
+            with partial.open("wb") as file:
+                np.savez(file, *map(np.asarray, jax.tree.leaves(tree)))
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(self.path / f"{name}.npz")
+            synchronize(self.path)
+        except OSError as error:
+            raise InputError(
+                f"cannot write {self.path / name}.npz: {error.strerror or error}; the state before it is kept. Free "
+                "some space and continue with --resume"
+            ) from error
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def has_arrays(self, name: str) -> bool:
+        return (self.path / f"{name}.npz").exists()
+
+    def read_arrays(self, name: str, tree: Tree) -> Tree:
+        """The arrays that were written as NAME, in the shape of `tree`."""
+        with np.load(self.path / f"{name}.npz") as arrays:
+            leaves = [arrays[f"arr_{index}"] for index in range(len(arrays.files))]
+        return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+
+    def remove(self, *names: str) -> None:
+        for name in names:
+            (self.path / f"{name}.npz").unlink(missing_ok=True)
+
+    def log(self, entry: dict[str, Any]) -> None:
+        """Appends a line to log.jsonl."""
+        with (self.path / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def entries(self, last_step: int) -> list[dict[str, Any]]:
+        """The lines of the log up to a step; those after it are removed, because the run continues there."""
+        file = self.path / "log.jsonl"
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
+        whole = [json.loads(line) for line in lines if line.endswith("\n")]
+        kept = [entry for entry in whole if entry["step"] <= last_step]
+        write_text(file, "".join(json.dumps(entry) + "\n" for entry in kept))
+        return kept

@@ -1,0 +1,166 @@
+"""The model in training: which weights move, and the vectors that it computes from packed texts."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from funnel_engine import FunnelConfig, HeadConfig, ModelConfig
+from funnel_engine.checks import check_integer
+from funnel_engine.heads import SentenceVectors
+from funnel_engine.inputs import Ragged
+from funnel_engine.model import forward
+from funnel_engine.packing import ROW_ALIGNMENT, Batch, Ints, Plan, make_plan, pack, round_up, spans
+from funnel_engine.weights import PRODUCTS, nest
+from funnel_kernels import Target
+from funnel_kernels.errors import ConfigError
+
+Weights = dict[str, Any]  # arrays by the names of `weights.expected_shapes`; of LoRA, pairs of factors
+Vectors = jax.Array  # [P, B, D] float32: of the texts of each pack
+LORA_SCALE = 2.0  # alpha / rank, as in most recipes
+
+
+class Packs(NamedTuple):
+    """Packed texts; every array has a leading axis of P packs of one shape.
+
+    Attributes:
+        batch: the input of the encoder.
+        first, count: the output rows of each text, [P, B]; 0 where a pack has fewer than B texts.
+        texts: the numbers of the texts, [P, B]; -1 where there is none.
+    """
+
+    batch: Batch
+    first: Any
+    count: Any
+    texts: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Student:
+    """A model with a funnel, as a function of the weights that are trained.
+
+    Attributes:
+        train: "after" moves the layers after the (first) funnel, the final norm and the head; "all" moves every weight;
+            "lora:R" moves products of two matrices of rank R, which are added to the matrices of the layers after the
+            funnel (LoRA, arXiv:2106.09685).
+        rows: rows of a pack; rounded up to whole windows.
+        most_texts: the largest number of texts in a pack.
+        dtype: the dtype of activations, "float32" or "bfloat16". Trained weights are float32.
+        mesh: the devices; each computes an equal part of the packs, along the axis "data".
+    """
+
+    config: ModelConfig
+    head: HeadConfig
+    funnel: FunnelConfig
+    train: str
+    rows: int
+    most_texts: int
+    dtype: str
+    mesh: Mesh
+    plan: Plan = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.train not in ("all", "after") and self.rank is None:
+            raise ConfigError(f"train={self.train!r} is unknown; choose all, after, or lora:RANK, e.g. lora:16")
+        if self.rank is not None:
+            check_integer("rank of lora", self.rank, least=1, most=self.config.hidden_size)
+        object.__setattr__(self, "plan", make_plan(self.config, self.funnel))
+        object.__setattr__(self, "rows", round_up(self.rows, ROW_ALIGNMENT * self.plan.total_stride))
+
+    @property
+    def rank(self) -> int | None:
+        found = re.fullmatch(r"lora:([0-9]{1,6})", self.train)
+        return int(found[1]) if found else None
+
+    def trained_names(self, weights: Mapping[str, Any]) -> list[str]:
+        """The weights that move."""
+        if self.train == "all":
+            return list(weights)
+        first = next(layer for layer, stride in enumerate(self.funnel.strides) if stride > 1)
+        layers = {f"layers.{layer}" for layer in range(first, self.config.num_layers)}
+        in_layers = [name for name in weights if name.rpartition(".")[0] in layers]
+        if self.rank is not None:
+            return [name for name in in_layers if name.rpartition(".")[2] in PRODUCTS]
+        return in_layers + [name for name in weights if name != "embedding" and not name.startswith("layers.")]
+
+    def divide(self, weights: Mapping[str, Any], seed: int) -> tuple[Weights, Weights]:
+        """The weights that are trained, in float32, and all that stay as they are or, for LoRA, are added to."""
+        names = self.trained_names(weights)
+        if self.rank is None:
+            trained: Weights = {name: jnp.asarray(weights[name], jnp.float32) for name in names}
+        else:
+            keys = jax.random.split(jax.random.key(seed), len(names))
+            trained = {}
+            for name, key in zip(names, keys, strict=True):
+                rows, columns = weights[name].shape
+                down = jax.random.normal(key, (self.rank, columns)) * columns**-0.5
+                trained[name] = {"down": down, "up": jnp.zeros((rows, self.rank))}
+        stay = [name for name in weights if self.rank is not None or name not in trained]
+        return trained, {name: jnp.asarray(weights[name], self.dtype) for name in stay}
+
+    def merge(self, trained: Weights, frozen: Weights) -> Weights:
+        """All weights by name, those that are trained in float32."""
+        if self.rank is None:
+            return frozen | trained
+        return frozen | {
+            name: frozen[name].astype(jnp.float32) + LORA_SCALE * (pair["up"] @ pair["down"])
+            for name, pair in trained.items()
+        }
+
+    def vectors(self, trained: Weights, frozen: Weights, packs: Packs) -> Vectors:
+        """One vector for each text, not normalised."""
+        target = Target.of(self.mesh.devices.flat[0], backend="xla")
+        encode = partial(forward, config=self.config, funnel=self.funnel, target=target)
+
+        def pack_vectors(weights: Weights, one: Packs) -> jax.Array:
+            rows = encode(nest(weights, self.config, self.funnel), one.batch)
+            return SentenceVectors(self.head)(weights, rows, one.first, one.count, target=target)
+
+        def device_vectors(trained: Weights, frozen: Weights, packs: Packs) -> Vectors:
+            weights = jax.tree.map(lambda weight: weight.astype(self.dtype), self.merge(trained, frozen))
+            if packs.first.shape[0] == 1:
+                return pack_vectors(weights, jax.tree.map(lambda array: array[0], packs))[None]
+            # Each pack is computed again for its derivative, so that memory contains the activations of one pack.
+            return jax.lax.map(partial(jax.checkpoint(pack_vectors), weights), packs)
+
+        replicated, by_pack = PartitionSpec(), PartitionSpec("data")
+        return jax.shard_map(
+            device_vectors,
+            mesh=self.mesh,
+            in_specs=(replicated, replicated, by_pack),
+            out_specs=by_pack,
+            check_vma=False,  # the loops of attention begin with constants
+        )(trained, frozen, packs)
+
+    def pack(self, texts: Ragged, groups: list[Ints]) -> Packs:
+        """Packs texts by their numbers; each group must fit, see `fill`."""
+        packs = []
+        for group in groups:
+            part = texts.take(group)
+            output = spans(self.plan, part.lengths, self.plan.output_stride)
+            first, count = np.zeros((2, self.most_texts), np.int32)
+            numbers = np.full(self.most_texts, -1, np.int32)
+            first[: len(group)], count[: len(group)], numbers[: len(group)] = output.first, output.rows, group
+            packs.append(Packs(pack(self.plan, part.ids, part.offsets, self.rows), first, count, numbers))
+        return jax.tree.map(lambda *arrays: np.stack(arrays), *packs)
+
+    def fill(self, texts: Ragged, order: Ints, packs: int | None = None) -> list[Ints]:
+        """Divides texts, in this order, into groups that fit a pack each; `packs` limits the number of groups."""
+        needed = self.plan.rows_needed(texts.lengths)
+        groups: list[list[int]] = [[]]
+        used = 0
+        for text in order.tolist():
+            if used + needed[text] > self.rows or len(groups[-1]) == self.most_texts:
+                if len(groups) == packs:
+                    break
+                groups.append([])
+                used = 0
+            groups[-1].append(text)
+            used += needed[text]
+        return [np.array(group, np.int32) for group in groups]

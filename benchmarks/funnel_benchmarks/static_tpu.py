@@ -37,7 +37,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.table import Table
 
 from funnel_benchmarks.hbm_traffic import hbm_traffic
-from funnel_benchmarks.sweep import attention_shapes, finish, json_option, table_text, widths, with_bar
+from funnel_benchmarks.sweep import attention_shapes, finish, json_option, only_option, table_text, widths, with_bar
 from funnel_engine import FunnelConfig, HeadConfig, ModelConfig, preset
 from funnel_engine.config import layer_steps
 from funnel_engine.output_files import check_writable
@@ -422,7 +422,7 @@ def compile_for(generation: str, part: str, only: tuple[str, ...]) -> Iterator[C
 
 @click.command()
 @json_option
-@click.option("--only", multiple=True, help="Only variants whose name begins so, e.g. pool_norm.")
+@only_option
 @click.option("--generation", "generations", multiple=True, type=click.Choice(list(TOPOLOGIES)), help="Default: all.")
 def main(json_file: Path | None, only: tuple[str, ...], generations: tuple[str, ...]) -> None:
     """Compile every Pallas kernel that the presets need, and a whole model, without a TPU."""

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from funnel_benchmarks import measure, models
 from funnel_benchmarks.models import Model
 from funnel_benchmarks.results import Results, read_results
-from funnel_benchmarks.scaling import command
+from funnel_benchmarks.scaling import command, peak_memory
 from funnel_benchmarks.scaling import suite as scaling
 from funnel_benchmarks.scaling.slopes import growths
 from funnel_benchmarks.scaling.suite import Suite, cells, summary, work
@@ -48,6 +48,7 @@ def engines(monkeypatch):
                 clock.now += self.config.num_layers / (2 if self.funnel.strides else 1)
 
     monkeypatch.setattr(scaling, "Engine", ClockedEngine)
+    monkeypatch.setattr(peak_memory.gc, "collect", lambda: 0)  # which takes a while among all that tests have imported
     monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     monkeypatch.setattr(scaling, "usable_cores", lambda: 4)
     return clock

@@ -59,12 +59,7 @@ class Batch:
         return f"{sequences} sequences of {shortest} to {longest} tokens, {self.lengths.sum():,} in all: {self.source}"
 
     def facts(self) -> Row:
-        return {
-            "name": self.name,
-            "source": self.source,
-            "sequences": len(self.lengths),
-            **length_facts(self.lengths),
-        }
+        return {"name": self.name, "source": self.source, "sequences": len(self.lengths), **length_facts(self.lengths)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -25,12 +25,7 @@ from funnel_benchmarks.lengths import length_facts
 from funnel_benchmarks.machine import multiplies_bfloat16, usable_cores
 from funnel_benchmarks.measure import Call, Sample, compiling_nothing, sampler, spread
 from funnel_benchmarks.models import check_depth
-from funnel_benchmarks.peers import (
-    exported_graph,
-    hugging_face,
-    llama_cpp_peer,
-    sentence_transformers_peer,
-)
+from funnel_benchmarks.peers import exported_graph, hugging_face, llama_cpp_peer, sentence_transformers_peer
 from funnel_benchmarks.peers.batches import in_order, make_batches
 from funnel_benchmarks.peers.peer import Peer
 from funnel_benchmarks.peers.sentence_model import text_of, write_sentence_model

@@ -177,8 +177,7 @@ def model_at(model: Model, point: Point) -> Model:
     config = model.config
     longest = max(config.max_positions, point.tokens)
     return dataclasses.replace(
-        model,
-        config=dataclasses.replace(config, layer_types=config.layer_types[: point.layers], max_positions=longest),
+        model, config=dataclasses.replace(config, layer_types=config.layer_types[: point.layers], max_positions=longest)
     )
 
 

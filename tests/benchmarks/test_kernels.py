@@ -21,7 +21,7 @@ from funnel_benchmarks.kernels.allocator import keep_freed_memory
 from funnel_benchmarks.kernels.cases import CUDNN, Case, Sizes, attention_case, cases, cudnn_case
 from funnel_benchmarks.kernels.ceilings import Ceiling, ceilings
 from funnel_benchmarks.kernels.layouts import packed
-from funnel_benchmarks.kernels.suite import Suite, backends_here, bound, cells
+from funnel_benchmarks.kernels.suite import Suite, backends_here, bound
 from funnel_benchmarks.models import random_model
 from funnel_benchmarks.results import LeftOut, read_results
 from funnel_benchmarks.suite import row_line
@@ -154,7 +154,7 @@ def test_the_bound_is_the_ceiling_that_takes_longer(flops, moved, expected):
 
 
 def rows_of(suite):
-    return {cell: measure() for cell, measure in cells(suite)}
+    return {cell: measure() for cell, measure in suite.cells(None)}
 
 
 def test_shares_are_of_the_bound_in_the_time(monkeypatch):
@@ -170,7 +170,7 @@ def test_shares_are_of_the_bound_in_the_time(monkeypatch):
 
 
 def test_a_backend_that_is_not_here_is_left_out():
-    measure = dict(cells(make_suite(cases(sizes()), backends=("triton",))))
+    measure = dict(make_suite(cases(sizes()), backends=("triton",)).cells(None))
     with pytest.raises(LeftOut, match=r"attention is not served by backend 'triton'"):
         next(run for name, run in measure.items() if name.startswith("attention"))()
 
@@ -180,7 +180,7 @@ def test_cudnn_gets_the_same_data_in_its_own_shape(monkeypatch):
     equal = Sizes(random_model("tiny", CONFIG, "float32"), np.full(3, 8, np.int32))
     ours = attention_case(equal, packed(equal.lengths), "sequences of 8 tokens")
     theirs = cudnn_case(equal, ours)
-    measure = dict(cells(make_suite([ours, theirs])))
+    measure = dict(make_suite([ours, theirs]).cells(None))
     assert list(measure)[2:] == [f"{ours.name}; xla", f"{ours.name}; {CUDNN}"]
     with pytest.raises(LeftOut, match="cuDNN is not detected"):
         measure[f"{ours.name}; {CUDNN}"]()
@@ -195,7 +195,7 @@ def test_cudnn_gets_the_same_data_in_its_own_shape(monkeypatch):
     )
     monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *x, scale, implementation: attend(*x, scale=2 * scale))
     with pytest.raises(FunnelError, match="cuDNN computed something else: relative difference "):
-        dict(cells(make_suite([theirs])))[f"{ours.name}; {CUDNN}"]()
+        dict(make_suite([theirs]).cells(None))[f"{ours.name}; {CUDNN}"]()
 
 
 def test_ceilings_of_a_cpu():

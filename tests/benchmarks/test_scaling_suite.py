@@ -13,7 +13,7 @@ from funnel_benchmarks.results import Results, read_results
 from funnel_benchmarks.scaling import command, peak_memory
 from funnel_benchmarks.scaling import suite as scaling
 from funnel_benchmarks.scaling.slopes import growths
-from funnel_benchmarks.scaling.suite import Suite, cells, summary, work
+from funnel_benchmarks.scaling.suite import Suite, summary, work
 from funnel_engine import FunnelConfig, HeadConfig
 from funnel_engine.flops import forward_flops
 from funnel_engine.weights import expected_shapes, random_weights
@@ -57,7 +57,7 @@ def engines(monkeypatch):
 def run(suite):
     results = Results(None, suite="scaling", options=suite.options(), machine={})
     steps = []
-    results.measure_all(cells(suite, advance=lambda: steps.append(1)))
+    results.measure_all(suite.cells(SimpleNamespace(advance=lambda: steps.append(1))))
     assert not results.content["errors"]
     return results, len(steps)
 

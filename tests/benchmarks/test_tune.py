@@ -61,7 +61,14 @@ def problem_of(make):
     x = jnp.asarray(np.random.default_rng(0).standard_normal(64), jnp.float32)
     candidates = [("right",), ("wrong",), ("not a number",), ("too large",)]
     key = tuning.Key("pool_norm", 64, "float32")
-    return tune.Problem(key, "64", (x,), make, lambda x: (x, 2 * x), candidates, lambda sizes: None, H100)
+
+    def op(x, *, target):
+        return x, 2 * x
+
+    def kernel(x, *, target, sizes):
+        return make(sizes)(x)
+
+    return tune.Problem(key, "64", (x,), op, kernel, {}, candidates, lambda sizes: None, H100)
 
 
 def test_candidates_that_are_wrong_or_do_not_compile_are_dropped_with_the_reason(small):

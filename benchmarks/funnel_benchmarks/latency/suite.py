@@ -115,7 +115,23 @@ class Suite(BaseSuite):
         return 1 + self.repeats
 
     def cells(self, results: Results) -> Iterator[Measurement]:
-        return cells(self, advance=lambda: results.advance())
+        """The cells of the suite. A row has, beside what `Results` puts there:
+
+        funnel              its `name`, and all its options
+        batch               its `name`, `sequences`, `tokens`, lengths and their source
+        seconds             latency with the funnel, with samples; `baseline_seconds` without
+        ratio               {low, median, high}; low and high are the least and greatest that the quartiles allow
+        saving_percent      100 * (1 - ratio)
+        ideal_ratio         of the floating-point operations; `efficiency` is ideal_ratio / ratio
+        tokens_per_second   with the funnel, as `flops_per_second`; `baseline_flops` is the work without
+        padding_waste       share of the packed rows that hold no token; `baseline_padding_waste` without
+        compile_seconds     beforehand; `baseline_compile_seconds` without the funnel, once for each batch
+        peak_memory_gb      of process and device, since the process began
+        """
+        for batch in self.batches:
+            calls = Calls(self, batch)
+            for funnel in self.funnels:
+                yield f"{funnel_name(funnel)}; {batch.name}", partial(measure, calls, funnel, lambda: results.advance())
 
     @classmethod
     def section(cls, content: Row) -> Section:
@@ -130,29 +146,6 @@ class Suite(BaseSuite):
             summary=summary(content),
             reading=READING,
         )
-
-
-def cells(suite: Suite, *, advance: Callable[[], object] = lambda: None) -> Iterator[Measurement]:
-    """The cells of a suite. A row has, beside what `Results` puts there:
-
-        funnel              its `name`, and all its options
-        batch               its `name`, `sequences`, `tokens`, lengths and their source
-        seconds             latency with the funnel, with samples; `baseline_seconds` without
-        ratio               {low, median, high}; low and high are the least and greatest that the quartiles allow
-        saving_percent      100 * (1 - ratio)
-        ideal_ratio         of the floating-point operations; `efficiency` is ideal_ratio / ratio
-        tokens_per_second   with the funnel, as `flops_per_second`; `baseline_flops` is the work without
-        padding_waste       share of the packed rows that hold no token; `baseline_padding_waste` without
-        compile_seconds     beforehand; `baseline_compile_seconds` without the funnel, once for each batch
-        peak_memory_gb      of process and device, since the process began
-
-    Args:
-        advance: called `1 + suite.repeats` times in each cell: after the warm-up and after each A B B A.
-    """
-    for batch in suite.batches:
-        calls = Calls(suite, batch)
-        for funnel in suite.funnels:
-            yield f"{funnel_name(funnel)}; {batch.name}", partial(measure, calls, funnel, advance)
 
 
 def measure(calls: "Calls", funnel: FunnelConfig, advance: Callable[[], object]) -> Row:

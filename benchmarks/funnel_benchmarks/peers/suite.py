@@ -145,7 +145,21 @@ class Suite(BaseSuite):
         }
 
     def cells(self, results: Results) -> Iterator[Measurement]:
-        return cells(self)
+        """The cells of the suite. A row has, beside what `Results` puts there:
+
+        peer, scenario, lengths     names
+        sequences, tokens           of all
+        facts                       what the peer says about itself: its `dtype`, versions
+        difference                  of two vectors, the largest, relative
+        seconds, peer_seconds       with samples: of all sequences, or of each by itself
+        p90, peer_p90               seconds
+        speedup                     {low, median, high} of peer_seconds / seconds, of calls that were made side by side
+        tokens_per_second           of scenario "batch", as `flops_per_second`; `peer_tokens_per_second` and so on
+        """
+        for peer in self.peers:  # so that an engine is loaded once
+            for name, lengths in self.lengths.items():
+                for scenario in self.scenarios:
+                    yield f"{name}; {scenario}; {peer}", partial(measure, self, peer, name, lengths, scenario)
 
     @classmethod
     def section(cls, content: Row) -> Section:
@@ -189,24 +203,6 @@ class Suite(BaseSuite):
             convert(source, converted)
             self.engines[source] = Engine.load(converted, backend=self.backend)
         return self.engines[source]
-
-
-def cells(suite: Suite) -> Iterator[Measurement]:
-    """The cells of a suite. A row has, beside what `Results` puts there:
-
-    peer, scenario, lengths     names
-    sequences, tokens           of all
-    facts                       what the peer says about itself: its `dtype`, versions
-    difference                  of two vectors, the largest, relative
-    seconds, peer_seconds       with samples: of all sequences, or of each by itself
-    p90, peer_p90               seconds
-    speedup                     {low, median, high} of peer_seconds / seconds, of calls that were made side by side
-    tokens_per_second           of scenario "batch", as `flops_per_second`; `peer_tokens_per_second` and so on
-    """
-    for peer in suite.peers:  # so that an engine is loaded once
-        for name, lengths in suite.lengths.items():
-            for scenario in suite.scenarios:
-                yield f"{name}; {scenario}; {peer}", partial(measure, suite, peer, name, lengths, scenario)
 
 
 def measure(suite: Suite, peer_name: str, name: str, lengths: Ints, scenario: str) -> Row:

@@ -91,7 +91,19 @@ class Suite(BaseSuite):
         return 1 + self.repeats
 
     def cells(self, results: Results) -> Iterator[Measurement]:
-        return cells(self, advance=lambda: results.advance())
+        """The cells of the suite. A row has, beside what `Results` puts there:
+
+        axis, x             what grows, and how large it is here; see `axes.AXES`
+        sequences, tokens   in the batch, and of each
+        layers              of the model
+        funnel              its name
+        calls               that are timed together: 2 on axis "engines", else 1
+        seconds             of these calls with the funnel, with samples; `baseline_seconds` without
+        flops               of these calls with the funnel; `baseline_flops` without
+        peak_memory_bytes   while both were timed, by owner; see `peak_memory.watched_memory`
+        """
+        for point in self.points():
+            yield point.name, partial(measure, self, point, lambda: results.advance())
 
     @classmethod
     def section(cls, content: Row) -> Section:
@@ -108,25 +120,6 @@ class Suite(BaseSuite):
             summary=summary(rows, grown),
             reading=READING,
         )
-
-
-def cells(suite: Suite, *, advance: Callable[[], object] = lambda: None) -> Iterator[Measurement]:
-    """The cells of a suite. A row has, beside what `Results` puts there:
-
-        axis, x             what grows, and how large it is here; see `axes.AXES`
-        sequences, tokens   in the batch, and of each
-        layers              of the model
-        funnel              its name
-        calls               that are timed together: 2 on axis "engines", else 1
-        seconds             of these calls with the funnel, with samples; `baseline_seconds` without
-        flops               of these calls with the funnel; `baseline_flops` without
-        peak_memory_bytes   while both were timed, by owner; see `peak_memory.watched_memory`
-
-    Args:
-        advance: called `1 + suite.repeats` times in each cell: after the warm-up and after each A B B A.
-    """
-    for point in suite.points():
-        yield point.name, partial(measure, suite, point, advance)
 
 
 def measure(suite: Suite, point: Point, advance: Callable[[], object]) -> Row:

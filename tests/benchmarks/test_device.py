@@ -88,16 +88,17 @@ def test_every_part_runs_where_only_jax_click_and_rich_are_installed(tmp_path):
         assert str(tmp_path) not in json.dumps(table)
         assert table["machine"]["devices"] == ["cpu"]
     assert tables["check"]["options"]["seed"] == 11
-    assert {row["backend"] for part in ("check", "rows", "engine") for row in tables[part]["rows"] if "op" in row} == {
-        "xla"
-    }
+    assert {
+        row["backend"] for part in ("check", "rows", "engine", "ragged") for row in tables[part]["rows"] if "op" in row
+    } == {"xla"}
     measured = {part: len(table["rows"]) for part, table in tables.items()}
     assert measured == {
         "check": 11,
         "ceilings": 2,
         "attention": 2 + 10,
         "rows": 2 + 10,
-        "engine": 2 + 5,
+        "engine": 2 + 3,
+        "ragged": 2 + 2,
         "funnel": 4,
         "peer": 0,
         "latency": 1,
@@ -112,7 +113,7 @@ def test_every_part_runs_where_only_jax_click_and_rich_are_installed(tmp_path):
     assert sum(row["error"] > 0 for row in tables["check"]["rows"]) > 8  # a single key's value is exact
     report = (out / "report.md").read_text()
     assert "torch is not installed" in report
-    assert report.count("needs matplotlib") == 5
+    assert report.count("needs matplotlib") == 6
     assert not list(out.glob("*.png"))
 
 
@@ -197,7 +198,8 @@ def test_without_time_every_cell_is_listed_as_left_out(tmp_path):
         "ceilings": 2,
         "attention": 2 + 16,
         "rows": 2 + 10,
-        "engine": 2 + 5,
+        "engine": 2 + 3,
+        "ragged": 2 + 2,
         "funnel": 4,
         "peer": 2,
         "latency": 3,
@@ -267,9 +269,9 @@ def test_an_engine_runs_every_batch_in_one_call_without_padding():
 
 def test_every_case_has_a_name_of_its_own():
     full = Run(extent=FULL, backend="cpu", seed=0, until=0)
-    for make in (parts.attention_cases, parts.row_cases, parts.engine_cases):
+    for make in (parts.attention_cases, parts.row_cases, parts.engine_cases, parts.ragged_cases):
         names = [(case.name, CUDNN in case.backends) for case in make(full)]
-        assert len(set(names)) == len(names) > 4
+        assert len(set(names)) == len(names) >= 2
 
 
 def test_attention_counts_the_pairs_that_are_seen():
@@ -284,10 +286,11 @@ def test_attention_counts_the_pairs_that_are_seen():
 
 
 def test_ragged_sequences_fill_the_batch_and_padding_is_no_work():
-    for lengths in parts.ragged(SMALL.tokens, SMALL.lengths[0]).values():
+    for lengths in parts.ragged_lengths(SMALL.tokens, SMALL.lengths[0]).values():
         assert lengths.sum() == SMALL.tokens
         assert len(set(lengths.tolist())) > 3
-    full, *padded, conll, passage = parts.engine_cases(RUN)
+    full, *padded = parts.engine_cases(RUN)
+    conll, passage = parts.ragged_cases(RUN)
     assert full.flops == forward_flops(RUN.model.config, NO_FUNNEL, RUN.batch.lengths)
     for case, percent in zip(padded, SMALL.padding, strict=True):
         assert case.flops / full.flops == pytest.approx(1 - percent / 100, abs=0.01)

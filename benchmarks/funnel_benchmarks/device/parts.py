@@ -185,6 +185,10 @@ def engine(run: Run, json: Path) -> None:
     measure(run, json, f"{run.extent.preset}, the whole engine", engine_cases(run))
 
 
+def ragged(run: Run, json: Path) -> None:
+    measure(run, json, f"{run.extent.preset}, ragged sequences", ragged_cases(run))
+
+
 def measure(run: Run, json: Path, model: str, cases: Iterable[Case]) -> None:
     listed = list(cases)
     kernels.run(
@@ -222,7 +226,7 @@ def attention_cases(run: Run) -> Iterator[Case]:
         lengths = filled(tokens, mean, percent)
         layout = packed(lengths, padding=tokens - int(lengths.sum()))
         yield attention_case(sizes, layout, f"{mean} tokens with {percent} % padding")
-    for name, lengths in ragged(tokens, mean).items():
+    for name, lengths in ragged_lengths(tokens, mean).items():
         yield attention_case(
             sizes, packed(-np.sort(-lengths)), f"ragged sequences, {name}"
         )  # longest first, as engines pack
@@ -237,17 +241,22 @@ def row_cases(run: Run) -> Iterator[Case]:
 
 
 def engine_cases(run: Run) -> Iterator[Case]:
-    """A full bucket of equal and of ragged sequences, and one that is partly padding."""
+    """A full bucket, and one that is partly padding."""
     batch = run.batch
     yield forward_case(batch)
     for percent in run.extent.padding:
         yield padded_case(batch, filled(batch.rows, int(batch.lengths[0]), percent))
+
+
+def ragged_cases(run: Run) -> Iterator[Case]:
+    """A full bucket of ragged sequences."""
+    batch = run.batch
     for name in ("conll", "passage"):
         lengths = up_to(batch.rows, draw(name, batch.rows, SEED))
         yield forward_case(dataclasses.replace(batch, lengths=lengths), f" {name}")
 
 
-def ragged(tokens: int, mean: int) -> dict[str, Ints]:
+def ragged_lengths(tokens: int, mean: int) -> dict[str, Ints]:
     """Lengths drawn evenly around a mean, and those of a data set; `tokens` in all."""
     even = np.random.default_rng(SEED).integers(1, 2 * mean, tokens).astype(np.int32)
     drawn = {f"even from 1 to {2 * mean - 1}": even, "passage": draw("passage", tokens, SEED)}
@@ -311,5 +320,5 @@ def profiled(run: Run, json: Path, measured: Callable[[profile.Suite], Iterator[
 
 
 PARTS: dict[str, Callable[[Run, Path], None]] = {
-    part.__name__: part for part in (check, ceilings, attention, rows, engine, funnel, peer, latency, flags)
+    part.__name__: part for part in (check, ceilings, attention, rows, engine, funnel, peer, latency, ragged, flags)
 }

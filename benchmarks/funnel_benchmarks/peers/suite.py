@@ -12,6 +12,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,6 +29,7 @@ from funnel_benchmarks.models import check_depth
 from funnel_benchmarks.peers import exported_graph, hugging_face, llama_cpp_peer, sentence_transformers_peer
 from funnel_benchmarks.peers.batches import in_order, make_batches
 from funnel_benchmarks.peers.peer import Peer
+from funnel_benchmarks.peers.peer_process import not_installed
 from funnel_benchmarks.peers.sentence_model import text_of, write_sentence_model
 from funnel_benchmarks.random_checkpoint import ARCHITECTURES, DTYPE, write_random_model
 from funnel_benchmarks.results import LeftOut, Measurement, Results, Row
@@ -49,6 +51,7 @@ PEERS: dict[str, tuple[ModuleType, Row]] = {
     "openvino": (exported_graph, {"runtime": "openvino"}),
     "llama-cpp": (llama_cpp_peer, {}),
 }
+NEEDED = {hugging_face: ("torch", "transformers")}
 FLASH = "hugging-face-flash"  # of GPUs only
 TORCH_DEVICES = {"cpu": "cpu", "gpu": "cuda"}  # JAX's name -> PyTorch's
 SCENARIOS = ("batch", "one")
@@ -212,6 +215,8 @@ def measure(suite: Suite, peer_name: str, name: str, lengths: Ints, scenario: st
         options = options | {"device": TORCH_DEVICES[platform]}
     elif platform != "cpu":
         raise LeftOut(f"JAX runs on {platform}, where this peer does not")
+    if missing := next((name for name in NEEDED.get(module, ()) if find_spec(name) is None), None):
+        raise LeftOut(not_installed(missing))  # before a checkpoint of gigabytes is written
     source = suite.source(peer_name)
     engine = suite.engine(source)
     sequences = random_sequences(lengths, suite.config.vocab_size)

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -169,32 +170,13 @@ def check(run: Run, json: Path) -> None:
     suite_command.run(make_check(run.backend, run.small, run.seed), json=json, until=run.until)
 
 
-def ceilings(run: Run, json: Path) -> None:
-    measure(run, json, kernels.BEST, [])
-
-
-def attention(run: Run, json: Path) -> None:
-    measure(run, json, f"{run.extent.preset}, attention", attention_cases(run))
-
-
-def rows(run: Run, json: Path) -> None:
-    measure(run, json, f"{run.extent.preset}, pooling and recovery", row_cases(run))
-
-
-def engine(run: Run, json: Path) -> None:
-    measure(run, json, f"{run.extent.preset}, the whole engine", engine_cases(run))
-
-
-def ragged(run: Run, json: Path) -> None:
-    measure(run, json, f"{run.extent.preset}, ragged sequences", ragged_cases(run))
-
-
-def measure(run: Run, json: Path, model: str, cases: Iterable[Case]) -> None:
-    listed = list(cases)
+def measure(what: str, make: Callable[[Run], Iterable[Case]], run: Run, json: Path) -> None:
+    """Measures cases of the kernels suite."""
+    cases = list(make(run))
     kernels.run(
-        model,
-        listed,
-        lengths=run.batch.lengths if listed else kernels.NO_LENGTHS,
+        f"{run.extent.preset}, {what}" if cases else what,
+        cases,
+        lengths=run.batch.lengths if cases else kernels.NO_LENGTHS,
         backends=(run.served,),
         repeats=run.extent.repeats,
         small=run.small,
@@ -211,7 +193,8 @@ def attention_cases(run: Run) -> Iterator[Case]:
         for length in extent.lengths:
             sizes = Sizes(model, equal(tokens, length))
             case = attention_case(sizes, packed(sizes.lengths), f"sequences of {length} tokens")
-            yield case._replace(backends=tuple({run.served, "xla"}) if length == extent.xla_length else ())
+            both = tuple(dict.fromkeys((run.served, "xla")))
+            yield case._replace(backends=both) if length == extent.xla_length else case
             yield cudnn_case(sizes, case)
     heads, kv_heads = extent.heads[0]
     sizes = Sizes(run.shaped(num_heads=heads, num_kv_heads=kv_heads), equal(tokens, extent.lengths[0]))
@@ -227,9 +210,8 @@ def attention_cases(run: Run) -> Iterator[Case]:
         layout = packed(lengths, padding=tokens - int(lengths.sum()))
         yield attention_case(sizes, layout, f"{mean} tokens with {percent} % padding")
     for name, lengths in ragged_lengths(tokens, mean).items():
-        yield attention_case(
-            sizes, packed(-np.sort(-lengths)), f"ragged sequences, {name}"
-        )  # longest first, as engines pack
+        layout = packed(-np.sort(-lengths))  # longest first, as engines pack
+        yield attention_case(sizes, layout, f"ragged sequences, {name}")
 
 
 def row_cases(run: Run) -> Iterator[Case]:
@@ -299,15 +281,7 @@ def peer(run: Run, json: Path) -> None:
         suite_command.run(suite, json=json, until=run.until)
 
 
-def latency(run: Run, json: Path) -> None:
-    profiled(run, json, profile.profiles)
-
-
-def flags(run: Run, json: Path) -> None:
-    profiled(run, json, profile.xla_options)
-
-
-def profiled(run: Run, json: Path, measured: Callable[[profile.Suite], Iterator[Measurement]]) -> None:
+def profiled(measured: Callable[[profile.Suite], Iterator[Measurement]], run: Run, json: Path) -> None:
     suite = profile.Suite(
         measured=measured,
         model=run.model,
@@ -320,5 +294,14 @@ def profiled(run: Run, json: Path, measured: Callable[[profile.Suite], Iterator[
 
 
 PARTS: dict[str, Callable[[Run, Path], None]] = {
-    part.__name__: part for part in (check, ceilings, attention, rows, engine, funnel, peer, latency, ragged, flags)
+    "check": check,
+    "ceilings": partial(measure, kernels.BEST, lambda run: ()),
+    "attention": partial(measure, "attention", attention_cases),
+    "rows": partial(measure, "pooling and recovery", row_cases),
+    "engine": partial(measure, "the whole engine", engine_cases),
+    "funnel": funnel,
+    "peer": peer,
+    "latency": partial(profiled, profile.profiles),
+    "ragged": partial(measure, "ragged sequences", ragged_cases),
+    "flags": partial(profiled, profile.xla_options),
 }

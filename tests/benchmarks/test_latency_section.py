@@ -122,6 +122,6 @@ def test_the_circumstances_are_those_of_the_suite():
 
 def test_of_nothing_measured_there_is_nothing_to_show():
     empty = Suite.section(make_result() | {"rows": []})
-    assert (empty.plots, empty.tables) == ([], [])
+    assert (empty.plots, empty.filled) == ([], [])
     assert empty.summary == "Nothing was measured."
     assert "Peak memory" not in empty.facts

@@ -253,7 +253,7 @@ def test_the_summary_names_what_grows_faster_than_its_work(resumed):
     )
     assert summary(rows[:2], []) == "2 sizes were measured, too few along one axis for an exponent."
     nothing = Suite.section(content | {"rows": []})
-    assert (nothing.summary, nothing.plots, nothing.tables) == ("Nothing was measured.", [], [])
+    assert (nothing.summary, nothing.plots, nothing.filled) == ("Nothing was measured.", [], [])
 
 
 @pytest.mark.parametrize(

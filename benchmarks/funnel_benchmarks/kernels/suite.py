@@ -88,10 +88,7 @@ class Suite(BaseSuite):
                 "Sizes": f"of {options['model']}; {batch}{options['dtype']}",
                 "Repeats": f"{options['repeats']} times A B B A",
             },
-            tables=[
-                *([Table("Ceilings", CEILING_COLUMNS, measured)] if measured else []),
-                *([Table("Ops", COLUMNS, rows)] if rows else []),
-            ],
+            tables=[Table("Ceilings", CEILING_COLUMNS, measured), Table("Ops", COLUMNS, rows)],
             plots=[plot(rows, bound) for bound in ("product", "copy") if any(row["bound"] == bound for row in rows)],
             summary=summary(rows),
             reading=READING,

@@ -141,7 +141,7 @@ class Suite(BaseSuite):
         return Section(
             title=f"Latency with a funnel, and without: {content['options']['model']['name']}, {lengths}",
             facts=facts(content),
-            tables=[Table("", COLUMNS, rows)] if rows else [],
+            tables=[Table("", COLUMNS, rows)],
             plots=[paper_chart(content), efficiency_chart(content)] if rows else [],
             summary=summary(content),
             reading=READING,

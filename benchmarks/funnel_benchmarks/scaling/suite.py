@@ -112,10 +112,7 @@ class Suite(BaseSuite):
         return Section(
             title=f"How latency grows: {content['options']['model']['name']}",
             facts=facts(content["options"]),
-            tables=[
-                *([Table("Exponents", SLOPES, grown)] if grown else []),
-                *([Table("All figures", COLUMNS, rows)] if rows else []),
-            ],
+            tables=[Table("Exponents", SLOPES, grown), Table("All figures", COLUMNS, rows)],
             plots=[chart(content)] if rows else [],
             summary=summary(rows, grown),
             reading=READING,

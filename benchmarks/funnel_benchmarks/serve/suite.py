@@ -151,10 +151,7 @@ class Suite(BaseSuite):
         return Section(
             title=f"Requests that arrive by chance: {options['model']['name']}",
             facts=facts(options),
-            tables=[
-                *([Table("Offline rates", OFFLINE_COLUMNS, offline)] if offline else []),
-                *([online_table(online, options["requests"])] if online else []),
-            ],
+            tables=[Table("Offline rates", OFFLINE_COLUMNS, offline), online_table(online, options["requests"])],
             plots=[chart(content)] if online else [],
             summary=summary(offline, online),
             reading=READING,

@@ -30,7 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 from triton.compiler import ASTSource, make_backend
 
-from funnel_benchmarks.sweep import attention_shapes, finish, json_option, table_text, widths, with_bar
+from funnel_benchmarks.sweep import attention_shapes, finish, json_option, only_option, table_text, widths, with_bar
 from funnel_engine.config import RECOVERIES
 from funnel_engine.output_files import check_writable
 from funnel_kernels.attention import triton_gpu as attention
@@ -247,13 +247,15 @@ Results = dict[tuple[str, str], Compiled]  # by variant and target
 
 @click.command()
 @json_option
-@click.option("--only", default="", help="Only variants whose name begins so, e.g. attention.")
+@only_option
 @click.option("--target", "targets", multiple=True, type=click.Choice(list(SHARED)), help="Default: all.")
 @click.option(
     "--sample", is_flag=True, help="Fewer variants, with each width, attention shape and option at least once."
 )
 @click.option("--jobs", type=click.IntRange(min=1), help="Processes that compile. Default: one for each core.")
-def main(json_file: Path | None, only: str, targets: tuple[str, ...], sample: bool, jobs: int | None) -> None:
+def main(
+    json_file: Path | None, only: tuple[str, ...], targets: tuple[str, ...], sample: bool, jobs: int | None
+) -> None:
     """Compile every Triton kernel that the presets need, without a GPU."""
     try:
         if json_file:
@@ -264,11 +266,12 @@ def main(json_file: Path | None, only: str, targets: tuple[str, ...], sample: bo
             (target, variant)
             for target in targets or SHARED
             for variant in variants(target, sample)
-            if variant.name.startswith(only)
+            if variant.name.startswith(only or "")
         ]
         if not work:
             raise InputError(
-                f"--only {only!r}: no kernel has a name that begins so; they begin with {' or '.join(KERNELS)}"
+                f"--only {' '.join(only)!r}: no kernel has a name that begins so; they begin with "
+                f"{' or '.join(KERNELS)}"
             )
     except FunnelError as error:
         raise click.UsageError(str(error)) from error

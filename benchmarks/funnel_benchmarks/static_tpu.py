@@ -20,7 +20,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +37,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.table import Table
 
 from funnel_benchmarks.hbm_traffic import hbm_traffic
-from funnel_benchmarks.sweep import attention_shapes, finish, json_option, table_text, widths, with_bar
+from funnel_benchmarks.sweep import attention_shapes, finish, json_option, only_option, table_text, widths, with_bar
 from funnel_engine import FunnelConfig, HeadConfig, ModelConfig, preset
 from funnel_engine.config import layer_steps
 from funnel_engine.output_files import check_writable
@@ -422,7 +422,7 @@ def compile_for(generation: str, part: str, only: tuple[str, ...]) -> Iterator[C
 
 @click.command()
 @json_option
-@click.option("--only", multiple=True, help="Only variants whose name begins so, e.g. pool_norm.")
+@only_option
 @click.option("--generation", "generations", multiple=True, type=click.Choice(list(TOPOLOGIES)), help="Default: all.")
 def main(json_file: Path | None, only: tuple[str, ...], generations: tuple[str, ...]) -> None:
     """Compile every Pallas kernel that the presets need, and a whole model, without a TPU."""
@@ -448,20 +448,16 @@ def summary(results: list[Compiled]) -> Table:
     for (op, generation), group in groups.items():
         good = [result for result in group if not result.problem]
         kernels = [result for result in good if result.tiles]
-        programs = [result for result in good if not result.tiles]
+        moved = [(result.hbm_bytes, result.least_hbm_bytes) for result in good if not result.tiles]
         table.add_row(
             op,
             generation,
             f"{len(good)} of {len(group)}",
-            span(f"{result.vmem / 2**20:.1f} MiB" for result in sorted(kernels, key=lambda k: k.vmem)),
-            span(f"{result.bundles_per_tile:,.0f}" for result in sorted(kernels, key=lambda k: k.bundles_per_tile)),
-            span(f"{result.matrix_share:.0%}" for result in sorted(kernels, key=lambda k: k.matrix_share)),
-            span(f"{result.spills:,}" for result in sorted(kernels, key=lambda k: k.spills)),
-            span(
-                f"{result.hbm_bytes / 1e9:.2f} GB = {result.hbm_bytes / result.least_hbm_bytes:.2f} of the least"
-                for result in sorted(programs, key=lambda p: p.hbm_bytes)
-                if result.hbm_bytes
-            ),
+            span("{:.1f} MiB", [(result.vmem / 2**20,) for result in kernels]),
+            span("{:,.0f}", [(result.bundles_per_tile,) for result in kernels]),
+            span("{:.0%}", [(result.matrix_share,) for result in kernels]),
+            span("{:,}", [(result.spills,) for result in kernels]),
+            span("{:.2f} GB = {:.2f} of the least", [(b / 1e9, b / least) for b, least in moved if b]),
         )
     return table
 
@@ -477,10 +473,9 @@ def comparison(results: list[Compiled]) -> Table:
     return table
 
 
-def span(cells: Iterable[str]) -> str:
-    """The first and the last of some cells, which are in order."""
-    ends = list(cells)
-    return "" if not ends else ends[0] if ends[0] == ends[-1] else f"{ends[0]} - {ends[-1]}"
+def span(form: str, numbers: list[tuple[float, ...]]) -> str:
+    """The smallest and the largest, as `format` writes them; nothing for none."""
+    return " - ".join(dict.fromkeys(form.format(*end) for end in (min(numbers), max(numbers)))) if numbers else ""
 
 
 if __name__ == "__main__":

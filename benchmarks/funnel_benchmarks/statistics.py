@@ -55,10 +55,7 @@ def resampled_medians(samples: Sequence[float], generator: np.random.Generator) 
 
 
 def interleave(
-    first: Callable[[], float],
-    second: Callable[[], float],
-    repeats: int,
-    advance: Callable[[], object] = lambda: None,
+    first: Callable[[], float], second: Callable[[], float], repeats: int, advance: Callable[[], object] = lambda: None
 ) -> tuple[list[float], list[float]]:
     """Samples two measurements in the order A B B A, `repeats` times over, so that slow drift hits both alike.
 

@@ -74,7 +74,7 @@ class Section(NamedTuple):
     Attributes:
         title: what was measured.
         summary: the main finding in a sentence or two, with its figures; empty if there is none.
-        plots, tables: in this order below it.
+        plots, tables: in this order below it; tables without rows are left out.
         reading: paragraphs that say how to read them.
         facts: circumstances by name. The machine, its versions and the time are not among them: the page adds those.
     """
@@ -85,6 +85,11 @@ class Section(NamedTuple):
     tables: list[Table]
     reading: tuple[str, ...]
     facts: dict[str, str]
+
+    @property
+    def filled(self) -> list[Table]:
+        """The tables that have rows."""
+        return [table for table in self.tables if table.rows]
 
 
 class Suite(abc.ABC):
@@ -185,7 +190,7 @@ def markdown(section: Section, further: Iterable[str] = ()) -> str:
     paragraphs = [
         f"## {section.title}",
         section.summary,
-        *map(markdown_table, section.tables),
+        *map(markdown_table, section.filled),
         *further,
         *section.reading,
         "\n".join(f"- {name}: {text}" for name, text in section.facts.items() if text),

@@ -157,7 +157,7 @@ def run(
     results.tell(f"Machine: {describe_machine(results.content['machine'])}", "")
     results.measure_all(within(until, suite.cells(results)), steps=suite.steps)
     told, section = section.facts, suite.section(results.content)
-    for table in section.tables:
+    for table in section.filled:
         results.console.print("", terminal_table(table))
     if section.summary:
         results.tell("", section.summary)

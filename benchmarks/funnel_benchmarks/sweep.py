@@ -27,6 +27,10 @@ json_option = click.option(
     "--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="File to write."
 )
 
+only_option = click.option(
+    "--only", multiple=True, help="Only variants whose name begins so, e.g. pool_norm. Can be given several times."
+)
+
 
 def configs() -> list[ModelConfig]:
     return [preset(name) for name in PRESETS]

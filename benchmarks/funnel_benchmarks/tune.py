@@ -55,8 +55,8 @@ class Problem(NamedTuple):
         key: what the entry is for.
         shape: what it is measured on, in words.
         arrays: the inputs.
-        make: block sizes -> the op with them.
-        expected: the op of the `xla` backend.
+        op, kernel: the op, and what takes block sizes and does the same.
+        options: of both.
         candidates: block sizes to try.
         variant: block sizes -> what `static_gpu` compiles.
         target: the GPU.
@@ -65,8 +65,9 @@ class Problem(NamedTuple):
     key: tuning.Key
     shape: str
     arrays: tuple[jax.Array, ...]
-    make: Callable[[Any], Callable[..., Any]]
-    expected: Callable[..., Any]
+    op: Callable[..., Any]
+    kernel: Callable[..., Any]
+    options: dict[str, Any]
     candidates: Sequence[Any]
     variant: Callable[[Any], Any]
     target: Target
@@ -103,12 +104,9 @@ def attention_problem(head_dim: int, dtype: str, target: Target) -> Problem:
     lo = jnp.arange(TOKENS, dtype=jnp.int32) // LENGTH * LENGTH
     variant = partial(static_gpu.attention_variant, gpu, dtype, (HEADS, 1, head_dim, head_dim**-0.5, 0.0))
     options: dict[str, Any] = {"heads": HEADS, "kv_heads": 1, "scale": head_dim**-0.5, "softcap": None}
-    ops, shape = (
-        (attention, triton_gpu.attention),
-        f"{TOKENS // LENGTH} x {LENGTH} tokens, {HEADS} heads of {head_dim} on 1",
-    )
-    key = tuning.Key("attention", block_d, dtype)
-    return problem(key, shape, (q, k, v, lo, lo + LENGTH), ops, options, sizes, variant, target)
+    shape = f"{TOKENS // LENGTH} x {LENGTH} tokens, {HEADS} heads of {head_dim} on 1"
+    key, arrays = tuning.Key("attention", block_d, dtype), (q, k, v, lo, lo + LENGTH)
+    return Problem(key, shape, arrays, attention, triton_gpu.attention, options, sizes, variant, target)
 
 
 def pool_problem(width: int, dtype: str, target: Target) -> Problem:
@@ -119,9 +117,9 @@ def pool_problem(width: int, dtype: str, target: Target) -> Problem:
     real = jnp.asarray(np.random.default_rng(1).random(ROWS) < 0.9)
     variant = partial(static_gpu.pool_variant, width, "max", dtype, STRIDE)
     options: dict[str, Any] = {"stride": STRIDE, "pool": "max", "eps": 1e-6}
-    ops, shape = (pool_norm, triton_gpu.pool_norm), f"{ROWS} x {width}, stride {STRIDE}, max"
-    key = tuning.Key("pool_norm", width, dtype)
-    return problem(key, shape, (x, real, weight), ops, options, row_candidates(width), variant, target)
+    key, shape = tuning.Key("pool_norm", width, dtype), f"{ROWS} x {width}, stride {STRIDE}, max"
+    candidates = row_candidates(width)
+    return Problem(key, shape, (x, real, weight), pool_norm, triton_gpu.pool_norm, options, candidates, variant, target)
 
 
 def recover_problem(width: int, dtype: str, target: Target) -> Problem:
@@ -131,34 +129,9 @@ def recover_problem(width: int, dtype: str, target: Target) -> Problem:
     arrays = random_arrays(dtype, (ROWS // STRIDE, width), (ROWS, width), (width,))
     variant = partial(static_gpu.recover_variant, width, "sum", "before_norm", dtype, dtype, STRIDE)
     options: dict[str, Any] = {"stride": STRIDE, "mode": "sum", "site": "before_norm", "eps": 1e-6}
-    ops, shape = (recover_norm, triton_gpu.recover_norm), f"{ROWS} x {width}, stride {STRIDE}, sum"
-    key = tuning.Key("recover_norm", width, dtype)
-    return problem(key, shape, arrays, ops, options, row_candidates(width), variant, target)
-
-
-def problem(
-    key: tuning.Key,
-    shape: str,
-    arrays: tuple[jax.Array, ...],
-    ops: tuple[Callable[..., Any], Callable[..., Any]],
-    options: dict[str, Any],
-    candidates: Sequence[Any],
-    variant: Callable[[Any], Any],
-    target: Target,
-) -> Problem:
-    """`ops`: the op, and its kernel, which takes block sizes."""
-    op, kernel = ops
-    expected = partial(op, target=dataclasses.replace(target, backend="xla"), **options)
-    return Problem(
-        key,
-        shape,
-        arrays,
-        lambda sizes: partial(kernel, target=target, sizes=sizes, **options),
-        expected,
-        candidates,
-        variant,
-        target,
-    )
+    key, shape = tuning.Key("recover_norm", width, dtype), f"{ROWS} x {width}, stride {STRIDE}, sum"
+    candidates = row_candidates(width)
+    return Problem(key, shape, arrays, recover_norm, triton_gpu.recover_norm, options, candidates, variant, target)
 
 
 def row_candidates(width: int) -> list[triton_calls.RowSizes]:
@@ -181,7 +154,9 @@ def measure(problem: Problem, advance: Callable[[], object]) -> list[Timing]:
     Args:
         advance: called once for each candidate, when it is compiled.
     """
-    expected = jax.jit(problem.expected)(*problem.arrays)
+    target, options = problem.target, problem.options
+    plain = dataclasses.replace(target, backend="xla")
+    expected = jax.jit(partial(problem.op, target=plain, **options))(*problem.arrays)
     calls: dict[Any, Callable[[], object]] = {}
     failures = []
     refused = static_problems(problem)
@@ -191,7 +166,8 @@ def measure(problem: Problem, advance: Callable[[], object]) -> list[Timing]:
             advance()
             continue
         try:
-            program = jax.jit(problem.make(sizes)).lower(*problem.arrays).compile()
+            run = partial(problem.kernel, target=target, sizes=sizes, **options)
+            program = jax.jit(run).lower(*problem.arrays).compile()
             error = relative_error(program(*problem.arrays), expected)
         except Exception as failure:  # a compiler that has run out of registers or shared memory raises anything
             failures.append(Timing(sizes, None, f"does not run: {str(failure).strip().splitlines()[0]:.200}"))

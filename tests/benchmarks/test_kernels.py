@@ -1,7 +1,6 @@
 """`funnel bench kernels`: the work of every case against a count of its arrays, ceilings, bounds and the command."""
 
 import ctypes
-import json
 import math
 import os
 import subprocess
@@ -22,7 +21,7 @@ from funnel_benchmarks.kernels.allocator import keep_freed_memory
 from funnel_benchmarks.kernels.cases import CUDNN, Case, Sizes, attention_case, cases, cudnn_case
 from funnel_benchmarks.kernels.ceilings import Ceiling, ceilings
 from funnel_benchmarks.kernels.layouts import packed
-from funnel_benchmarks.kernels.suite import Suite, backends_here, bound, cells
+from funnel_benchmarks.kernels.suite import Suite, backends_here, bound
 from funnel_benchmarks.models import random_model
 from funnel_benchmarks.results import LeftOut, read_results
 from funnel_benchmarks.suite import row_line
@@ -155,7 +154,7 @@ def test_the_bound_is_the_ceiling_that_takes_longer(flops, moved, expected):
 
 
 def rows_of(suite):
-    return {cell: measure() for cell, measure in cells(suite)}
+    return {cell: measure() for cell, measure in suite.cells(None)}
 
 
 def test_shares_are_of_the_bound_in_the_time(monkeypatch):
@@ -171,7 +170,7 @@ def test_shares_are_of_the_bound_in_the_time(monkeypatch):
 
 
 def test_a_backend_that_is_not_here_is_left_out():
-    measure = dict(cells(make_suite(cases(sizes()), backends=("triton",))))
+    measure = dict(make_suite(cases(sizes()), backends=("triton",)).cells(None))
     with pytest.raises(LeftOut, match=r"attention is not served by backend 'triton'"):
         next(run for name, run in measure.items() if name.startswith("attention"))()
 
@@ -181,7 +180,7 @@ def test_cudnn_gets_the_same_data_in_its_own_shape(monkeypatch):
     equal = Sizes(random_model("tiny", CONFIG, "float32"), np.full(3, 8, np.int32))
     ours = attention_case(equal, packed(equal.lengths), "sequences of 8 tokens")
     theirs = cudnn_case(equal, ours)
-    measure = dict(cells(make_suite([ours, theirs])))
+    measure = dict(make_suite([ours, theirs]).cells(None))
     assert list(measure)[2:] == [f"{ours.name}; xla", f"{ours.name}; {CUDNN}"]
     with pytest.raises(LeftOut, match="cuDNN is not detected"):
         measure[f"{ours.name}; {CUDNN}"]()
@@ -196,7 +195,7 @@ def test_cudnn_gets_the_same_data_in_its_own_shape(monkeypatch):
     )
     monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *x, scale, implementation: attend(*x, scale=2 * scale))
     with pytest.raises(FunnelError, match="cuDNN computed something else: relative difference "):
-        dict(cells(make_suite([theirs])))[f"{ours.name}; {CUDNN}"]()
+        dict(make_suite([theirs]).cells(None))[f"{ours.name}; {CUDNN}"]()
 
 
 def test_ceilings_of_a_cpu():
@@ -261,7 +260,12 @@ def fake_ceilings(dtype, shrink, seconds):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """A tiny model, one case, and ceilings that take no time."""
+    make_quick(monkeypatch)
+
+
+def make_quick(monkeypatch):
+    """A tiny model, two cases, and ceilings that take no time."""
+    monkeypatch.setattr(command, "keep_freed_memory", lambda: None)  # the other tests' process too
     monkeypatch.setattr(command, "ceilings", fake_ceilings)
     monkeypatch.setattr("funnel_benchmarks.models.preset", lambda name: CONFIG)
     pooling = [case for case in cases(sizes()) if case.name.startswith(("pool_norm", "embed"))]
@@ -273,27 +277,33 @@ def run(*options):
     return CliRunner().invoke(command.kernels_command, options, catch_exceptions=False)
 
 
-def test_the_command(quick, tmp_path):
-    file = tmp_path / "kernels.json"
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    """A run with one backend, then resumed with all: the file's content."""
+    file = tmp_path_factory.mktemp("kernels") / "kernels.json"
     options = ("--depth", "2", "--seq-len", "8", "--batch", "3", "--repeats", "1", "--json", str(file))
-    result = run(*options, "--backend", "xla")
-    assert result.exit_code == 0
-    assert "gemma-2b, 2 layers; 3 x 8 tokens, bfloat16" in result.output
+    with pytest.MonkeyPatch.context() as patch:
+        make_quick(patch)
+        first = run(*options, "--backend", "xla")
+        assert first.exit_code == 0
+        assert "gemma-2b, 2 layers; 3 x 8 tokens, bfloat16" in first.output
+        before = read_results(file)
+        assert run(*options, "--resume").exit_code == 0  # and one backend more
     content = read_results(file)
-    assert content["complete"]
-    assert content["options"]["lengths"] == [8, 8, 8]
-    names = [row["cell"].rpartition("; ")[2] for row in content["rows"]]
-    assert names == ["ceiling: product", "ceiling: copy", "xla", "xla"]
-    before = file.read_text()
-    resumed = run(*options, "--resume")  # and one backend more
-    assert resumed.exit_code == 0
-    content = read_results(file)
-    rows, reason = content["rows"], no_product("float32")  # which these cases are
+    assert content["rows"][:4] == before["rows"]
+    return content
+
+
+def test_the_command(result):
+    rows, reason = result["rows"], no_product("float32")  # which these cases are
+    assert result["complete"]
+    assert result["options"]["lengths"] == [8, 8, 8]
+    names = [row["cell"].rpartition("; ")[2] for row in rows]
+    assert names[:4] == ["ceiling: product", "ceiling: copy", "xla", "xla"]
     assert [row["backend"] for row in rows[2:]] == ["xla", "xla", "cpu", "cpu"][: 3 if reason else 4]
-    assert [reason in entry["reason"] for entry in content["left_out"]] == ([True] if reason else [])
-    assert json.loads(before)["rows"] == rows[:4]
+    assert [reason in entry["reason"] for entry in result["left_out"]] == ([True] if reason else [])
     for row in rows:
-        assert row_line(Suite.section, content, row).startswith(f"{row['cell']}: ")
+        assert row_line(Suite.section, result, row).startswith(f"{row['cell']}: ")
 
 
 def test_bad_input(quick, tmp_path):
@@ -304,10 +314,8 @@ def test_bad_input(quick, tmp_path):
     assert run("--backend", "gpu").exit_code == 2
 
 
-def test_the_section_of_a_result(quick, tmp_path):
-    file = tmp_path / "kernels.json"
-    run("--depth", "2", "--seq-len", "8", "--repeats", "1", "--json", str(file))
-    content = read_results(file)
+def test_the_section_of_a_result(result):
+    content = result
     made = Suite.section(content)
     shares = {row["cell"]: row["share"]["median"] for row in content["rows"] if "share" in row}
     whole = [share for cell, share in shares.items() if cell.startswith("embed") and cell.endswith("cpu")]
@@ -319,7 +327,7 @@ def test_the_section_of_a_result(quick, tmp_path):
     assert len(made.plots) == 2  # what products bound, and what copies do
     for plot in made.plots:
         (panel,) = plot.panels
-        backends = ["cpu", "xla"] if whole or plot is made.plots[1] else ["xla"]
+        backends = ["xla", "cpu"] if whole or plot is made.plots[1] else ["xla"]
         assert [series.label for series in panel.series] == backends
         assert list(panel.references.values()) == [1.0]
         for series in panel.series:

@@ -221,4 +221,4 @@ def test_wrong_results_are_counted_and_named():
     assert "| recover_norm: odd sizes | 1.00e-07 | 1e-05 | no | yes |" in wrong
     assert "| not finite | inf | 1e-05 | yes | no |" in wrong
     assert "- Seed: 5\n- Backend: xla\n" in wrong
-    assert Check.section({"options": SUITE.options(), "rows": []}).tables == []
+    assert Check.section({"options": SUITE.options(), "rows": []}).filled == []

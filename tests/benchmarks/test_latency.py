@@ -14,7 +14,7 @@ import pytest
 from funnel_benchmarks import measure as measure_module
 from funnel_benchmarks import models
 from funnel_benchmarks.funnels import funnel_name
-from funnel_benchmarks.latency.suite import Batch, Suite, cells
+from funnel_benchmarks.latency.suite import Batch, Suite
 from funnel_benchmarks.models import Model
 from funnel_benchmarks.results import Results, read_results
 from funnel_engine import Engine, FunnelConfig, HeadConfig
@@ -26,6 +26,7 @@ from tiny_models import CONFIG
 LENGTHS = np.array([5, 3, 8], np.int32)
 EQUAL = np.array([6, 6], np.int32)
 REPEATS = 2
+NO_STEPS = SimpleNamespace(advance=lambda: None)
 MODEL = Model("tiny", "random", CONFIG, HeadConfig(), "float32", lambda backend: {})
 SUITE = Suite(
     model=MODEL,
@@ -71,7 +72,7 @@ def run(weights, tmp_path_factory):
     results = Results(path, suite="latency", options=SUITE.options(), machine={})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models, "Engine", RecordingEngine)
-        results.measure_all(cells(loading(weights), advance=lambda: steps.append(1)))
+        results.measure_all(loading(weights).cells(SimpleNamespace(advance=lambda: steps.append(1))))
     assert [row["cell"] for row in read_results(path)["rows"]] == [row["cell"] for row in results.rows]
     return results.content, RecordingEngine.made, len(steps)
 
@@ -120,7 +121,7 @@ def test_ratio_is_funnel_over_baseline_on_a_clock_that_says_how_long_each_takes(
 
     monkeypatch.setattr(models, "Engine", ClockedEngine)
     monkeypatch.setattr(measure_module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    rows = [measure() for _, measure in cells(loading(weights, batches=SUITE.batches[1:]))]
+    rows = [measure() for _, measure in loading(weights, batches=SUITE.batches[1:]).cells(NO_STEPS)]
     assert [row["seconds"]["median"] for row in rows] == [2.0, 3.0]
     assert [row["baseline_seconds"]["median"] for row in rows] == [4.0, 4.0]
     assert [row["ratio"]["median"] for row in rows] == [0.5, 0.75]
@@ -197,7 +198,7 @@ def test_a_compilation_while_timing_fails_the_cell(weights, monkeypatch):
 
     monkeypatch.setattr(models, "Engine", CompilingEngine)
     results = Results(None, suite="latency", options={}, machine={})
-    results.measure_all(itertools.islice(cells(loading(weights)), 1))
+    results.measure_all(itertools.islice(loading(weights).cells(NO_STEPS), 1))
     assert not results.rows
     (entry,) = results.content["errors"]
     assert "programs were compiled while timing" in entry["error"]

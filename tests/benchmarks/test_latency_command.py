@@ -202,7 +202,7 @@ def test_bad_input_is_one_line_with_status_2_before_anything_is_loaded(tmp_path,
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.html").mkdir()
     (tmp_path / "old.json").write_text('{"schema": 3, "su')
-    monkeypatch.setattr(suite, "cells", None)
+    monkeypatch.setattr(suite.Suite, "cells", None)
     monkeypatch.setattr(models, "random_array", None)
     result = run("bench", "latency", *arguments)
     assert result.exit_code == 2

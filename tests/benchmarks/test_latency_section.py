@@ -80,10 +80,7 @@ def test_one_picture_has_ratios_and_savings_of_rows_like_the_first():
     picture = Suite.section(with_other_rows()).plots[0]
     assert picture.caption.endswith("2 x 512 tokens; max pooling, recovery none")
     ratios, savings = picture.panels
-    for panel, measured, ideal in (
-        (ratios, RATIOS, IDEALS),
-        (savings, [44, 27, 10], [45, 28, 12]),
-    ):
+    for panel, measured, ideal in ((ratios, RATIOS, IDEALS), (savings, [44, 27, 10], [45, 28, 12])):
         assert [series.label for series in panel.series] == ["measured (quartiles)", "ideal (FLOPs)"]
         assert all(list(series.at) == list(LAYERS) for series in panel.series)
         values = [getattr(value, "get", {"median": value}.get)("median") for value in panel.series[0].values]
@@ -125,6 +122,6 @@ def test_the_circumstances_are_those_of_the_suite():
 
 def test_of_nothing_measured_there_is_nothing_to_show():
     empty = Suite.section(make_result() | {"rows": []})
-    assert (empty.plots, empty.tables) == ([], [])
+    assert (empty.plots, empty.filled) == ([], [])
     assert empty.summary == "Nothing was measured."
     assert "Peak memory" not in empty.facts

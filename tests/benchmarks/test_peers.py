@@ -139,7 +139,7 @@ def test_a_peer_says_at_once_what_it_needs(module, package, command, monkeypatch
                 "batches": [[0]],
             }
         )
-    assert not_installed(error.value) == f"{package} is not installed: {command}"
+    assert not_installed(error.value.name) == f"{package} is not installed: {command}"
 
 
 def test_batches():

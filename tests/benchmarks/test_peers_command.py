@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from funnel_benchmarks import machine
 from funnel_benchmarks.peers import command, hugging_face, sentence_transformers_peer
 from funnel_benchmarks.peers import suite as suite_module
-from funnel_benchmarks.peers.suite import PEERS, Suite, cells, model_fields
+from funnel_benchmarks.peers.suite import PEERS, Suite, model_fields
 from funnel_benchmarks.results import LeftOut, read_results
 from funnel_benchmarks.suite import Cell, row_line
 from funnel_engine import BackendUnavailable, ConfigError, FunnelConfig, FunnelError, InputError
@@ -65,7 +65,7 @@ def test_models_that_cannot_be_had():
 def test_cells_are_every_peer_with_all_lengths_and_scenarios(tmp_path):
     lengths = LENGTHS | {"4": np.full(2, 4, np.int32)}
     suite = make_suite(tmp_path, lengths=lengths, peers=("openvino", "llama-cpp"))
-    assert [name for name, _ in cells(suite)] == [
+    assert [name for name, _ in suite.cells(None)] == [
         f"{length}; {scenario}; {peer}"
         for peer in ("openvino", "llama-cpp")
         for length in ("mixed", "4")
@@ -118,7 +118,7 @@ def test_peers_compute_in_the_dtype_that_is_fast_here(fake, monkeypatch, tmp_pat
     monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")
     machine.CPUINFO.write_text(f"processor\t: 0\nflags\t\t: fpu {flags}\n")
     monkeypatch.setenv("FUNNEL_CPU_ISA", "avx2")  # is for the engine's kernels
-    row = {"cell": "x", **dict(cells(fake))["mixed; batch; hugging-face-eager"]()}
+    row = {"cell": "x", **dict(fake.cells(None))["mixed; batch; hugging-face-eager"]()}
     assert FakePeer.task["dtype"] == fake.options()["peer_dtype"] == dtype
     content = {"options": fake.options(), "rows": [row]}
     ((_, dtypes, *_),) = Suite.section(content).tables[0].cells
@@ -130,7 +130,7 @@ def test_peers_compute_in_the_dtype_that_is_fast_here(fake, monkeypatch, tmp_pat
 
 
 def test_a_batch_is_one_call_of_ours_and_all_batches_of_the_peer(fake):
-    row = dict(cells(fake))["mixed; batch; hugging-face-eager"]()
+    row = dict(fake.cells(None))["mixed; batch; hugging-face-eager"]()
     assert FakePeer.module is hugging_face
     assert FakePeer.task["mode"] == "eager"
     assert FakePeer.task["batches"] == [[1, 2], [0]]  # longest first
@@ -145,7 +145,7 @@ def test_a_batch_is_one_call_of_ours_and_all_batches_of_the_peer(fake):
 
 
 def test_single_sequences_are_each_timed_beside_the_peer(fake):
-    row = dict(cells(fake))["mixed; one; hugging-face-eager"]()
+    row = dict(fake.cells(None))["mixed; one; hugging-face-eager"]()
     assert FakePeer.task["batches"] == [[0], [1], [2]]
     assert FakePeer.asked == [0] * 4 + [1] * 4 + [2] * 4
     assert row["peer_seconds"]["samples"] == [2.0] * 4 + [3.0] * 4 + [4.0] * 4
@@ -169,7 +169,7 @@ def test_sentence_transformers_gets_a_model_of_its_own_and_texts(monkeypatch, tm
     monkeypatch.setattr(FakePeer, "__enter__", lambda peer: setattr(peer, "result", expected) or peer)
     sequences = suite_module.random_sequences(LENGTHS["mixed"], 128)
     expected = engine.embed(sequences)[[1, 2, 0]]  # of length 1, by the model's heads
-    row = next(measure for _, measure in cells(suite))()
+    row = next(measure for _, measure in suite.cells(None))()
     assert FakePeer.module is sentence_transformers_peer
     assert FakePeer.task["checkpoint"].endswith("sentence")
     assert given[0] == [" ".join(f"w{token}" if token else "<pad>" for token in ids) for ids in sequences]
@@ -179,7 +179,7 @@ def test_sentence_transformers_gets_a_model_of_its_own_and_texts(monkeypatch, tm
 def test_a_peer_that_computes_something_else_is_an_error(fake, monkeypatch):
     monkeypatch.setattr(suite_module, "TOLERANCE", 0.005)
     with pytest.raises(FunnelError, match=r"the results differ by 0\.0099"):
-        dict(cells(fake))["mixed; batch; hugging-face-eager"]()
+        dict(fake.cells(None))["mixed; batch; hugging-face-eager"]()
     assert not FakePeer.asked  # nothing was timed
 
 
@@ -190,12 +190,12 @@ def test_on_a_gpu_hugging_face_computes_there_and_others_are_left_out(fake, monk
     monkeypatch.setattr(suite_module, "check_same", lambda ours, theirs: 0.0)
     engine = next(iter(fake.engines.values()))
     monkeypatch.setattr(engine, "embed", lambda sequences, normalize: np.zeros((len(sequences), 1), np.float32))
-    dict(cells(fake))["mixed; batch; hugging-face-eager"]()
+    dict(fake.cells(None))["mixed; batch; hugging-face-eager"]()
     assert (FakePeer.task["device"], FakePeer.task["dtype"]) == ("cuda", "bfloat16")
     others = make_suite(tmp_path, peers=("openvino", "llama-cpp"))
     for platform, suite in (("gpu", others), ("tpu", others), ("tpu", fake)):
         monkeypatch.setattr(suite_module.jax, "default_backend", lambda platform=platform: platform)
-        for _, measure in cells(suite):
+        for _, measure in suite.cells(None):
             with pytest.raises(LeftOut, match=f"JAX runs on {platform}, where this peer does not"):
                 measure()
 

@@ -196,7 +196,7 @@ def test_what_a_gpu_s_peer_needs_is_named(model, changes, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["compiled", "frozen"])
+@pytest.mark.parametrize("mode", ["compiled", pytest.param("frozen", marks=pytest.mark.grid)])
 def test_compiled_models_are_the_same(mode, tmp_path):
     write_random_model(tmp_path / "source", MODELS["gemma"] | {"num_hidden_layers": 1})
     task, _ = make_task(tmp_path / "source", [7, 4, 5], "sorted")

@@ -430,11 +430,7 @@ def test_figures_are_found_wherever_they_are():
 def test_differences_name_the_place():
     first = {"a": 1, "b": {"c": [1], "d": 2}, "gone": 0}
     second = {"a": 1, "b": {"c": [1, 2], "d": 2}, "new": {"x": 1}}
-    assert list(differences(first, second)) == [
-        ("b.c", [1], [1, 2]),
-        ("gone", 0, None),
-        ("new", None, {"x": 1}),
-    ]
+    assert list(differences(first, second)) == [("b.c", [1], [1, 2]), ("gone", 0, None), ("new", None, {"x": 1})]
 
 
 def test_an_error_is_one_line():

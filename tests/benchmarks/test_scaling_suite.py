@@ -10,10 +10,10 @@ from click.testing import CliRunner
 from funnel_benchmarks import measure, models
 from funnel_benchmarks.models import Model
 from funnel_benchmarks.results import Results, read_results
-from funnel_benchmarks.scaling import command
+from funnel_benchmarks.scaling import command, peak_memory
 from funnel_benchmarks.scaling import suite as scaling
 from funnel_benchmarks.scaling.slopes import growths
-from funnel_benchmarks.scaling.suite import Suite, cells, summary, work
+from funnel_benchmarks.scaling.suite import Suite, summary, work
 from funnel_engine import FunnelConfig, HeadConfig
 from funnel_engine.flops import forward_flops
 from funnel_engine.weights import expected_shapes, random_weights
@@ -48,6 +48,7 @@ def engines(monkeypatch):
                 clock.now += self.config.num_layers / (2 if self.funnel.strides else 1)
 
     monkeypatch.setattr(scaling, "Engine", ClockedEngine)
+    monkeypatch.setattr(peak_memory.gc, "collect", lambda: 0)  # which takes a while among all that tests have imported
     monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     monkeypatch.setattr(scaling, "usable_cores", lambda: 4)
     return clock
@@ -56,7 +57,7 @@ def engines(monkeypatch):
 def run(suite):
     results = Results(None, suite="scaling", options=suite.options(), machine={})
     steps = []
-    results.measure_all(cells(suite, advance=lambda: steps.append(1)))
+    results.measure_all(suite.cells(SimpleNamespace(advance=lambda: steps.append(1))))
     assert not results.content["errors"]
     return results, len(steps)
 
@@ -252,7 +253,7 @@ def test_the_summary_names_what_grows_faster_than_its_work(resumed):
     )
     assert summary(rows[:2], []) == "2 sizes were measured, too few along one axis for an exponent."
     nothing = Suite.section(content | {"rows": []})
-    assert (nothing.summary, nothing.plots, nothing.tables) == ("Nothing was measured.", [], [])
+    assert (nothing.summary, nothing.plots, nothing.filled) == ("Nothing was measured.", [], [])
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def test_the_section_says_what_both_engines_do_at_one_rate(run):
 def test_of_nothing_the_section_says_so(run):
     content = run[0] | {"rows": []}
     said = Suite.section(content)
-    assert (said.summary, said.plots, said.tables) == ("Nothing was measured.", [], [])
+    assert (said.summary, said.plots, said.filled) == ("Nothing was measured.", [], [])
     only_offline = Suite.section(content | {"rows": run[0]["rows"][:1]})
     assert only_offline.plots == []
     assert "arrivals" not in only_offline.summary

@@ -15,7 +15,7 @@ from funnel_benchmarks.results import Results
 from funnel_benchmarks.serve import suite as serving
 from funnel_benchmarks.serve.requests import Requests, poisson_arrivals
 from funnel_benchmarks.serve.server import serve
-from funnel_benchmarks.serve.suite import Suite, cells
+from funnel_benchmarks.serve.suite import Suite
 from funnel_engine import FunnelConfig, HeadConfig
 from funnel_kernels.errors import BackendUnavailable, ConfigError, InputError
 from option_grid import no_product
@@ -73,7 +73,7 @@ def engines(monkeypatch):
 
 def run(suite):
     results = Results(None, suite="serve", options=suite.options(), machine={})
-    results.measure_all(cells(suite, results.rows))
+    results.measure_all(suite.cells(results))
     return results
 
 
@@ -168,7 +168,7 @@ def test_a_compilation_while_serving_fails_the_cell(engines, source, monkeypatch
 
     monkeypatch.setattr(serving, "serve", compiling)
     again = Results(None, suite="serve", options={}, machine={})
-    again.measure_all(itertools.islice(cells(make_suite(source), offline), 1, 2))
+    again.measure_all(itertools.islice(make_suite(source).cells(SimpleNamespace(rows=offline)), 1, 2))
     assert not again.rows
     (entry,) = again.content["errors"]
     assert "programs were compiled while timing" in entry["error"]

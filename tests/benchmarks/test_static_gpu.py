@@ -16,10 +16,19 @@ from funnel_engine.presets import PRESETS
 
 ATTENTION = "attention 4/1 heads of 256, softcap 0, bfloat16"
 POOLING = "pool_norm mean, stride 2, width 640, bfloat16"
-CROWDED = """
-variant = next(it for it in static_gpu.variants("sm_80") if it.name == "pool_norm max, stride 2, width 5376, float32")
-crowded = variant._replace(options=variant.options | {"num_warps": 1})
-print(static_gpu.problem("sm_80", static_gpu.compile_for("sm_80", crowded)))
+# What real compilers say: a kernel for Hopper and for AMD, one that spills, and one that does not compile.
+COMPILE = f"""
+import json
+crowded = next(it for it in static_gpu.variants("sm_80") if it.name == "pool_norm max, stride 2, width 5376, float32")
+hopper = next(it for it in static_gpu.variants("sm_90") if it.name == {ATTENTION!r})
+pooling = next(it for it in static_gpu.variants("sm_90") if it.name == {POOLING!r})
+work = {{
+    "hopper": ("sm_90", hopper),
+    "amd": ("gfx942", pooling),
+    "crowded": ("sm_80", crowded._replace(options=crowded.options | {{"num_warps": 1}})),
+    "broken": ("sm_90", pooling._replace(options=pooling.options | {{"eps": "none"}})),
+}}
+print(json.dumps({{name: static_gpu.compile_for(*each) for name, each in work.items()}}))
 """
 
 
@@ -29,8 +38,11 @@ def python(code):
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
 
 
-def run(*arguments, before=""):
-    return python(f"{before}\nstatic_gpu.main({[*arguments, '--jobs', '2']!r})")
+@pytest.fixture(scope="module")
+def compiled():
+    done = python(COMPILE)
+    assert done.returncode == 0, done.stderr
+    return {name: Compiled(*fields) for name, fields in json.loads(done.stdout).items()}
 
 
 @pytest.fixture
@@ -109,39 +121,46 @@ def test_a_running_mean_is_read_as_float32_whatever_the_model_is():
 # What the compilers say.
 
 
-def test_a_kernel_compiles_for_hopper_and_its_needs_are_written_down(tmp_path):
-    done = run("--only", ATTENTION, "--target", "sm_90", "--json", str(tmp_path / "static.json"))
-    assert done.returncode == 0, done.stdout + done.stderr
-    written = json.loads((tmp_path / "static.json").read_text())
-    assert written["problems"] == []
-    assert written["triton"] == static_gpu.triton.__version__
-    assert written["columns"] == ["registers", "shared", "spilled"]
-    ((found, targets),) = written["rows"]
-    assert found == ATTENTION
-    assert set(targets) == {"sm_90"}
-    registers, shared, spilled = targets["sm_90"]
-    assert 16 <= registers <= 255
-    assert 0 < shared <= static_gpu.SHARED["sm_90"]
-    assert spilled == 0
+def test_a_kernel_compiles_for_hopper_and_its_needs_are_known(compiled):
+    hopper = compiled["hopper"]
+    assert 16 <= hopper.registers <= 255
+    assert 0 < hopper.shared <= static_gpu.SHARED["sm_90"]
+    assert static_gpu.problem("sm_90", hopper) == ""
+
+
+# By default each op with all of its options, and one shape of attention for each head dim.
+DEFAULT = ["pool_norm", "recover_norm"]
+DEFAULT += [
+    f"attention {heads}" for heads in ("32/32 heads of 64", "32/16 heads of 128, softcap 50", "4/4 heads of 256")
+]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "target", ["sm_90", *(pytest.param(target, marks=pytest.mark.grid) for target in ("sm_80", "sm_100"))]
+    ("target", "only"),
+    [
+        ("sm_90", DEFAULT),
+        *(pytest.param(target, [], marks=pytest.mark.grid) for target in ("sm_80", "sm_90", "sm_100")),
+    ],
 )
-def test_a_sample_of_all_kernels_compiles_without_spills(target):
-    done = run("--sample", f"--target={target}")
+def test_a_sample_of_all_kernels_compiles_without_spills(target, only, tmp_path):
+    file = tmp_path / "static.json"
+    arguments = ["--sample", f"--target={target}", "--json", str(file), "--jobs", "2"]
+    done = python(f"static_gpu.main({[*arguments, *(each for name in only for each in ('--only', name))]!r})")
     assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
     rows = [line.replace("│", "").split() for line in done.stdout.splitlines() if "sm_" in line]
     assert [(row[0], row[-1]) for row in rows] == [("attention", "0"), ("pool_norm", "0"), ("recover_norm", "0")]
+    written = json.loads(file.read_text())
+    assert (written["problems"], written["triton"]) == ([], static_gpu.triton.__version__)
+    assert written["columns"] == ["registers", "shared", "spilled"]
+    expected = [it.name for it in static_gpu.variants(target, True) if it.name.startswith(tuple(only) or "")]
+    assert [name for name, _ in written["rows"]] == expected
+    assert all(set(targets) == {target} for _, targets in written["rows"])
 
 
-def test_8192_numbers_in_the_registers_of_one_warp_spill():
-    done = python(CROWDED)
-    assert done.returncode == 0, done.stderr
-    first, number, last = done.stdout.split()
-    assert (first, last) == ("spills", "bytes")
-    assert int(number) >= 100
+def test_8192_numbers_in_the_registers_of_one_warp_spill(compiled):
+    assert compiled["crowded"].spilled >= 100
+    assert static_gpu.problem("sm_80", compiled["crowded"]).startswith("spills ")
 
 
 def test_registers_and_spills_on_amd_stand_in_the_assembly():
@@ -149,17 +168,13 @@ def test_registers_and_spills_on_amd_stand_in_the_assembly():
     assert static_gpu.used_on_amd(f"  .sgpr_spill_count: 9\n{metadata}", "gfx942") == (128, 12)
 
 
-def test_a_kernel_compiles_for_amd():
-    done = run("--only", POOLING, "--target", "gfx942")
-    assert (done.returncode, done.stderr) == (0, "")
-    (row,) = (line.replace("│", "").split() for line in done.stdout.splitlines() if "gfx942" in line)
-    assert (row[:3], row[-1]) == (["pool_norm", "gfx942", "1"], "0")
+def test_a_kernel_compiles_for_amd(compiled):
+    assert compiled["amd"].registers > 0
+    assert static_gpu.problem("gfx942", compiled["amd"]) == ""
 
 
-def test_what_does_not_compile_is_named_and_ends_with_status_1():
-    done = run("--only", POOLING, "--target", "sm_90", before="static_gpu.EPS = 'none'")
-    assert (done.returncode, done.stderr) == (1, "")
-    assert f"sm_90: {POOLING}: does not compile: " in done.stdout
+def test_what_does_not_compile_is_named(compiled):
+    assert static_gpu.problem("sm_90", compiled["broken"]).startswith("does not compile: ")
 
 
 def test_a_program_that_ptxas_refuses_is_an_error():

@@ -155,53 +155,26 @@ def run_python(*arguments):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "least_bundles", "uses_matrix_unit"),
-    [
-        ("attention anchor", 3000, True),
-        ("pool_norm max, stride 2, width 768", 300, False),
-        ("recover_norm max, after_norm, stride 2, width 768", 300, False),
-    ],
-)
-def test_a_kernel_of_each_op_compiles(tmp_path, name, least_bundles, uses_matrix_unit):
+def test_a_kernel_of_each_op_compiles(tmp_path):
     file = tmp_path / "static.json"
-    done = run_python("-m", "funnel_benchmarks.static_tpu", "--only", name, "--generation", "v5e", "--json", str(file))
+    expected = {  # at least as many bundles, and whether they use the matrix unit
+        "attention anchor": (3000, True),
+        "pool_norm max, stride 2, width 768": (300, False),
+        "recover_norm max, after_norm, stride 2, width 768": (300, False),
+    }
+    only = [each for name in expected for each in ("--only", name)]
+    done = run_python("-m", "funnel_benchmarks.static_tpu", *only, "--generation", "v5e", "--json", str(file))
     assert done.returncode == 0, done.stdout + done.stderr
     written = json.loads(file.read_text())
     assert written["problems"] == []
-    ((variant, figures),) = written["rows"]
-    assert variant.startswith(name)
-    result = Compiled(variant, "v5e", **dict(zip(written["columns"], figures["v5e"], strict=True)))
-    assert least_bundles < result.bundles < 10_000
-    assert 2**20 < result.vmem < 16 * 2**20
-    assert (result.matrix_share > 0) == uses_matrix_unit
-
-
-RELAYOUTS = """
-import re
-import sys
-from pathlib import Path
-from jax.experimental import topologies
-from funnel_benchmarks import static_tpu
-
-device = topologies.get_topology_desc(platform="tpu", topology_name=static_tpu.TOPOLOGIES["v5e"]).devices[0]
-for variant in (*static_tpu.pool_norm_variants(), *static_tpu.recover_norm_variants()):
-    if variant.name in sys.argv[1:]:
-        program = variant.lower(device).compile().as_text()
-        entry = re.search(r"^ENTRY .*?^}", program, re.MULTILINE | re.DOTALL).group()
-        print(*re.findall(r" = \\(?bf16\\[(?:65536|32768),768\\].*? ([a-z-]+)\\(", entry))
-"""
-
-
-@pytest.mark.slow
-def test_long_arrays_go_into_the_kernels_as_they_are():
-    names = ("pool_norm mean, stride 2, width 768", "recover_norm sum, before_norm, stride 2, width 768")
-    done = run_python("-c", RELAYOUTS, *names)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [
-        "parameter custom-call",
-        "parameter parameter custom-call",
-    ]
+    for (variant, figures), (name, (least_bundles, uses_matrix_unit)) in zip(
+        written["rows"], expected.items(), strict=True
+    ):
+        assert variant.startswith(name)
+        result = Compiled(variant, "v5e", **dict(zip(written["columns"], figures["v5e"], strict=True)))
+        assert least_bundles < result.bundles < 10_000
+        assert 2**20 < result.vmem < 16 * 2**20
+        assert (result.matrix_share > 0) == uses_matrix_unit
 
 
 # --------------------------------------------------------------------------------------------------- error paths
@@ -310,20 +283,32 @@ for variant in (v for op in static_tpu.PARTS["kernels"] for v in op() if "anchor
 """
 
 
+PRESETS_HERE = ("gemma-2b", "gemma2-2b", "gemma3-1b", "embeddinggemma-300m")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "generation",  # by default each memory and number of cores: v6e has those of v5e, v5p shares each with another
-    [pytest.param(each, marks=[pytest.mark.grid] * (each in ("v5p", "v6e"))) for each in static_tpu.TOPOLOGIES],
+    ("generation", "presets"),
+    [
+        ("v5e", PRESETS_HERE),
+        # By default each memory and number of cores: v6e has those of v5e, v5p shares each with another.
+        *((generation, ("gemma2-2b", "embeddinggemma-300m")) for generation in ("v4", "v7x")),
+        *(pytest.param(each, PRESETS_HERE, marks=pytest.mark.grid) for each in static_tpu.TOPOLOGIES if each != "v5e"),
+    ],
 )
-def test_the_kernels_of_common_models_compile_and_nothing_is_moved_around_them(generation):
-    presets = ("gemma-2b", "gemma2-2b", "gemma3-1b", "embeddinggemma-300m")
+def test_the_kernels_of_common_models_compile_and_nothing_is_moved_around_them(generation, presets):
     done = run_python("-c", COMPILE, generation, *presets)
     assert done.returncode == 0, done.stderr
     text = done.stdout
-    assert len(set(re.findall(r"^attention .*?\|", text, re.MULTILINE))) == 4
-    assert len(re.findall(r"^(?:pool|recover)_norm .*?\| 1 \|", text, re.MULTILINE)) == 2 * len(
-        {preset(name).hidden_size for name in presets}
-    )
+    assert len(set(re.findall(r"^attention .*?\|", text, re.MULTILINE))) == len(presets)
+    widths = {preset(name).hidden_size for name in presets}
+    assert len(re.findall(r"^(?:pool|recover)_norm .*?\| 1 \|", text, re.MULTILINE)) == 2 * len(widths)
     # No copy, transpose or reshape of an array of all rows; those of bounds and visits have one column.
     moved = re.findall(r"= \w+\[(?:8192|65536|32768),\d{2,}\]\S* (?:copy|transpose|reshape|fusion)\(", text)
     assert moved == []
+    # Long arrays go into the kernels as they are: x and the results of pooling; short, full and the result of recovery.
+    used = [
+        re.findall(r" = \(?bf16\[(?:65536|32768),768\].*? ([a-z-]+)\(", re.split(r"^}", program, flags=re.MULTILINE)[0])
+        for program in re.split(r"^ENTRY|\| ENTRY", text, flags=re.MULTILINE)
+    ]
+    assert [each for each in used if each] == [["parameter", "custom-call"], ["parameter", "parameter", "custom-call"]]

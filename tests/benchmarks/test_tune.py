@@ -61,7 +61,14 @@ def problem_of(make):
     x = jnp.asarray(np.random.default_rng(0).standard_normal(64), jnp.float32)
     candidates = [("right",), ("wrong",), ("not a number",), ("too large",)]
     key = tuning.Key("pool_norm", 64, "float32")
-    return tune.Problem(key, "64", (x,), make, lambda x: (x, 2 * x), candidates, lambda sizes: None, H100)
+
+    def op(x, *, target):
+        return x, 2 * x
+
+    def kernel(x, *, target, sizes):
+        return make(sizes)(x)
+
+    return tune.Problem(key, "64", (x,), op, kernel, {}, candidates, lambda sizes: None, H100)
 
 
 def test_candidates_that_are_wrong_or_do_not_compile_are_dropped_with_the_reason(small):
@@ -107,10 +114,11 @@ def test_what_does_not_fit_hoppers_shared_memory_is_no_candidate(monkeypatch):
 
 
 SPILLS = """
-from funnel_benchmarks import tune
+from funnel_benchmarks import static_gpu, tune
 from funnel_kernels import Target
 
 tune.TOKENS = 32
+static_gpu.compile_all = lambda work, jobs: {(it.name, gpu): static_gpu.compile_for(gpu, it) for gpu, it in work}
 problem = tune.attention_problem(256, "bfloat16", Target("triton", "gpu", "NVIDIA H100", "9.0"))
 chosen = [sizes for sizes in problem.candidates if sizes in ((128, 32, 4, 2), (64, 32, 8, 2))]
 print(tune.static_problems(problem._replace(candidates=chosen)))

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,13 +105,13 @@ FULL = Extent(
 SMALL = Extent(
     preset="rehearsal",
     fields=GEMMA_2B
-    | {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3}
+    | {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     | {"num_attention_heads": 4, "head_dim": 32},
     batches=((8, 32), (2, 128)),
-    funnel_layers=(1, 2),
+    funnel_layers=(1,),
     one=16,
-    padding=(25, 50),
-    heads=((4, 1), (2, 2)),
+    padding=(50,),
+    heads=((4, 1),),
     lengths=(32, 128),
     strided=(32,),
     windows=(16,),
@@ -169,28 +170,13 @@ def check(run: Run, json: Path) -> None:
     suite_command.run(make_check(run.backend, run.small, run.seed), json=json, until=run.until)
 
 
-def ceilings(run: Run, json: Path) -> None:
-    measure(run, json, kernels.BEST, [])
-
-
-def attention(run: Run, json: Path) -> None:
-    measure(run, json, f"{run.extent.preset}, attention", attention_cases(run))
-
-
-def rows(run: Run, json: Path) -> None:
-    measure(run, json, f"{run.extent.preset}, pooling and recovery", row_cases(run))
-
-
-def engine(run: Run, json: Path) -> None:
-    measure(run, json, f"{run.extent.preset}, the whole engine", engine_cases(run))
-
-
-def measure(run: Run, json: Path, model: str, cases: Iterable[Case]) -> None:
-    listed = list(cases)
+def measure(what: str, make: Callable[[Run], Iterable[Case]], run: Run, json: Path) -> None:
+    """Measures cases of the kernels suite."""
+    cases = list(make(run))
     kernels.run(
-        model,
-        listed,
-        lengths=run.batch.lengths if listed else kernels.NO_LENGTHS,
+        f"{run.extent.preset}, {what}" if cases else what,
+        cases,
+        lengths=run.batch.lengths if cases else kernels.NO_LENGTHS,
         backends=(run.served,),
         repeats=run.extent.repeats,
         small=run.small,
@@ -207,7 +193,8 @@ def attention_cases(run: Run) -> Iterator[Case]:
         for length in extent.lengths:
             sizes = Sizes(model, equal(tokens, length))
             case = attention_case(sizes, packed(sizes.lengths), f"sequences of {length} tokens")
-            yield case._replace(backends=tuple({run.served, "xla"}) if length == extent.xla_length else ())
+            both = tuple(dict.fromkeys((run.served, "xla")))
+            yield case._replace(backends=both) if length == extent.xla_length else case
             yield cudnn_case(sizes, case)
     heads, kv_heads = extent.heads[0]
     sizes = Sizes(run.shaped(num_heads=heads, num_kv_heads=kv_heads), equal(tokens, extent.lengths[0]))
@@ -222,10 +209,9 @@ def attention_cases(run: Run) -> Iterator[Case]:
         lengths = filled(tokens, mean, percent)
         layout = packed(lengths, padding=tokens - int(lengths.sum()))
         yield attention_case(sizes, layout, f"{mean} tokens with {percent} % padding")
-    for name, lengths in ragged(tokens, mean).items():
-        yield attention_case(
-            sizes, packed(-np.sort(-lengths)), f"ragged sequences, {name}"
-        )  # longest first, as engines pack
+    for name, lengths in ragged_lengths(tokens, mean).items():
+        layout = packed(-np.sort(-lengths))  # longest first, as engines pack
+        yield attention_case(sizes, layout, f"ragged sequences, {name}")
 
 
 def row_cases(run: Run) -> Iterator[Case]:
@@ -237,17 +223,22 @@ def row_cases(run: Run) -> Iterator[Case]:
 
 
 def engine_cases(run: Run) -> Iterator[Case]:
-    """A full bucket of equal and of ragged sequences, and one that is partly padding."""
+    """A full bucket, and one that is partly padding."""
     batch = run.batch
     yield forward_case(batch)
     for percent in run.extent.padding:
         yield padded_case(batch, filled(batch.rows, int(batch.lengths[0]), percent))
+
+
+def ragged_cases(run: Run) -> Iterator[Case]:
+    """A full bucket of ragged sequences."""
+    batch = run.batch
     for name in ("conll", "passage"):
         lengths = up_to(batch.rows, draw(name, batch.rows, SEED))
         yield forward_case(dataclasses.replace(batch, lengths=lengths), f" {name}")
 
 
-def ragged(tokens: int, mean: int) -> dict[str, Ints]:
+def ragged_lengths(tokens: int, mean: int) -> dict[str, Ints]:
     """Lengths drawn evenly around a mean, and those of a data set; `tokens` in all."""
     even = np.random.default_rng(SEED).integers(1, 2 * mean, tokens).astype(np.int32)
     drawn = {f"even from 1 to {2 * mean - 1}": even, "passage": draw("passage", tokens, SEED)}
@@ -290,15 +281,7 @@ def peer(run: Run, json: Path) -> None:
         suite_command.run(suite, json=json, until=run.until)
 
 
-def latency(run: Run, json: Path) -> None:
-    profiled(run, json, profile.profiles)
-
-
-def flags(run: Run, json: Path) -> None:
-    profiled(run, json, profile.xla_options)
-
-
-def profiled(run: Run, json: Path, measured: Callable[[profile.Suite], Iterator[Measurement]]) -> None:
+def profiled(measured: Callable[[profile.Suite], Iterator[Measurement]], run: Run, json: Path) -> None:
     suite = profile.Suite(
         measured=measured,
         model=run.model,
@@ -311,5 +294,14 @@ def profiled(run: Run, json: Path, measured: Callable[[profile.Suite], Iterator[
 
 
 PARTS: dict[str, Callable[[Run, Path], None]] = {
-    part.__name__: part for part in (check, ceilings, attention, rows, engine, funnel, peer, latency, flags)
+    "check": check,
+    "ceilings": partial(measure, kernels.BEST, lambda run: ()),
+    "attention": partial(measure, "attention", attention_cases),
+    "rows": partial(measure, "pooling and recovery", row_cases),
+    "engine": partial(measure, "the whole engine", engine_cases),
+    "funnel": funnel,
+    "peer": peer,
+    "latency": partial(profiled, profile.profiles),
+    "ragged": partial(measure, "ragged sequences", ragged_cases),
+    "flags": partial(profiled, profile.xla_options),
 }

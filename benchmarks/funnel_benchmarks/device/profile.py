@@ -89,7 +89,7 @@ class Suite(BaseSuite):
             summary="",
             plots=[],
             tables=[
-                *([Table("", columns, rows)] if rows else []),
+                Table("", columns, rows),
                 *(Table(row["cell"], KERNEL_COLUMNS, row["most_expensive"]) for row in profiled),
             ],
             reading=(reading,),

@@ -116,10 +116,7 @@ class Check(Suite):
             title="Right or wrong",
             summary=f"{len(wrong)} of {len(content['rows'])} results are wrong.",
             plots=[],
-            tables=[
-                *([Table("", COLUMNS, list(groups.values()))] if groups else []),
-                *([Table("Wrong results", WRONG_COLUMNS, wrong)] if wrong else []),
-            ],
+            tables=[Table("", COLUMNS, list(groups.values())), Table("Wrong results", WRONG_COLUMNS, wrong)],
             reading=READING,
             facts={"Seed": str(content["options"]["seed"]), "Backend": content["options"]["backend"]},
         )

@@ -57,7 +57,22 @@ class Suite(BaseSuite):
         return {"model": self.model, "dtype": self.dtype, "lengths": lengths, "repeats": self.repeats}
 
     def cells(self, results: Results) -> Iterator[Measurement]:
-        return cells(self)
+        """The cells of a suite: a row for each ceiling, then one for each case and backend.
+
+        A ceiling's row has `seconds` with samples, `work`, `rate` (FLOP/s or bytes/s) and `about`. A case's row has:
+
+            case, backend       names
+            flops, bytes        of a call; bytes are 0 for the whole forward pass, whose memory has no simple bound
+            seconds             with samples
+            bound               "product" or "copy"; `ceiling_seconds` of its ceiling, with samples
+            share               {low, median, high} of the bound in the time, of samples taken side by side
+            flops_per_second, bytes_per_second
+        """
+        for ceiling in self.ceilings:
+            yield f"ceiling: {ceiling.name}", partial(measure_ceiling, ceiling, self.repeats)
+        for case in self.cases:
+            for backend in case.backends or self.backends:
+                yield f"{case.name}; {backend}", partial(measure, self, case, backend)
 
     @classmethod
     def section(cls, content: Row) -> Section:
@@ -73,33 +88,11 @@ class Suite(BaseSuite):
                 "Sizes": f"of {options['model']}; {batch}{options['dtype']}",
                 "Repeats": f"{options['repeats']} times A B B A",
             },
-            tables=[
-                *([Table("Ceilings", CEILING_COLUMNS, measured)] if measured else []),
-                *([Table("Ops", COLUMNS, rows)] if rows else []),
-            ],
+            tables=[Table("Ceilings", CEILING_COLUMNS, measured), Table("Ops", COLUMNS, rows)],
             plots=[plot(rows, bound) for bound in ("product", "copy") if any(row["bound"] == bound for row in rows)],
             summary=summary(rows),
             reading=READING,
         )
-
-
-def cells(suite: Suite) -> Iterator[Measurement]:
-    """The cells of a suite: a row for each ceiling, then one for each case and backend.
-
-    A ceiling's row has `seconds` with samples, `work`, `rate` (FLOP/s or bytes/s) and `about`. A case's row has:
-
-        case, backend       names
-        flops, bytes        of a call; bytes are 0 for the whole forward pass, whose memory has no simple bound
-        seconds             with samples
-        bound               "product" or "copy"; `ceiling_seconds` of its ceiling, with samples
-        share               {low, median, high} of the bound in the time, of samples taken side by side
-        flops_per_second, bytes_per_second
-    """
-    for ceiling in suite.ceilings:
-        yield f"ceiling: {ceiling.name}", partial(measure_ceiling, ceiling, suite.repeats)
-    for case in suite.cases:
-        for backend in case.backends or suite.backends:
-            yield f"{case.name}; {backend}", partial(measure, suite, case, backend)
 
 
 def measure_ceiling(ceiling: Ceiling, repeats: int) -> Row:

@@ -140,11 +140,7 @@ def latency(
         else:
             batches = (Batch(draw_lengths(lengths, batch, SEED), describe_lengths(lengths)),)
     suite = Suite(
-        model=model,
-        funnels=funnels,
-        batches=batches,
-        backend=backend,
-        repeats=repeats or (1 if quick else REPEATS),
+        model=model, funnels=funnels, batches=batches, backend=backend, repeats=repeats or (1 if quick else REPEATS)
     )
     measure(suite, **files)
 

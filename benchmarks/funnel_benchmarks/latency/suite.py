@@ -59,12 +59,7 @@ class Batch:
         return f"{sequences} sequences of {shortest} to {longest} tokens, {self.lengths.sum():,} in all: {self.source}"
 
     def facts(self) -> Row:
-        return {
-            "name": self.name,
-            "source": self.source,
-            "sequences": len(self.lengths),
-            **length_facts(self.lengths),
-        }
+        return {"name": self.name, "source": self.source, "sequences": len(self.lengths), **length_facts(self.lengths)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,25 +115,7 @@ class Suite(BaseSuite):
         return 1 + self.repeats
 
     def cells(self, results: Results) -> Iterator[Measurement]:
-        return cells(self, advance=lambda: results.advance())
-
-    @classmethod
-    def section(cls, content: Row) -> Section:
-        """Saving against ideal and paper, the efficiency of every row, and all figures."""
-        rows, batches = content["rows"], content["options"]["batches"]
-        lengths = batches[0]["name"] if len(batches) == 1 else f"{len(batches)} batches"
-        return Section(
-            title=f"Latency with a funnel, and without: {content['options']['model']['name']}, {lengths}",
-            facts=facts(content),
-            tables=[Table("", COLUMNS, rows)] if rows else [],
-            plots=[paper_chart(content), efficiency_chart(content)] if rows else [],
-            summary=summary(content),
-            reading=READING,
-        )
-
-
-def cells(suite: Suite, *, advance: Callable[[], object] = lambda: None) -> Iterator[Measurement]:
-    """The cells of a suite. A row has, beside what `Results` puts there:
+        """The cells of the suite. A row has, beside what `Results` puts there:
 
         funnel              its `name`, and all its options
         batch               its `name`, `sequences`, `tokens`, lengths and their source
@@ -150,14 +127,25 @@ def cells(suite: Suite, *, advance: Callable[[], object] = lambda: None) -> Iter
         padding_waste       share of the packed rows that hold no token; `baseline_padding_waste` without
         compile_seconds     beforehand; `baseline_compile_seconds` without the funnel, once for each batch
         peak_memory_gb      of process and device, since the process began
+        """
+        for batch in self.batches:
+            calls = Calls(self, batch)
+            for funnel in self.funnels:
+                yield f"{funnel_name(funnel)}; {batch.name}", partial(measure, calls, funnel, lambda: results.advance())
 
-    Args:
-        advance: called `1 + suite.repeats` times in each cell: after the warm-up and after each A B B A.
-    """
-    for batch in suite.batches:
-        calls = Calls(suite, batch)
-        for funnel in suite.funnels:
-            yield f"{funnel_name(funnel)}; {batch.name}", partial(measure, calls, funnel, advance)
+    @classmethod
+    def section(cls, content: Row) -> Section:
+        """Saving against ideal and paper, the efficiency of every row, and all figures."""
+        rows, batches = content["rows"], content["options"]["batches"]
+        lengths = batches[0]["name"] if len(batches) == 1 else f"{len(batches)} batches"
+        return Section(
+            title=f"Latency with a funnel, and without: {content['options']['model']['name']}, {lengths}",
+            facts=facts(content),
+            tables=[Table("", COLUMNS, rows)],
+            plots=[paper_chart(content), efficiency_chart(content)] if rows else [],
+            summary=summary(content),
+            reading=READING,
+        )
 
 
 def measure(calls: "Calls", funnel: FunnelConfig, advance: Callable[[], object]) -> Row:

@@ -64,19 +64,7 @@ LENGTHS = ("conll", "qnli", "passage")
 @suite_command.backend_option
 @suite_command.repeats_option
 @suite_command.file_options()
-def peers(
-    preset: str,
-    depth: int | None,
-    lengths: tuple[str, ...],
-    sequences: int,
-    peers: tuple[str, ...],
-    scenarios: tuple[str, ...],
-    order: str,
-    batch_size: int,
-    backend: str,
-    repeats: int,
-    files: dict[str, Any],
-) -> None:
+def peers(preset: str, depth: int | None, lengths: tuple[str, ...], sequences: int, files: Any, **options: Any) -> None:
     """Compare the engine with what else runs such a model, on the same weights and inputs.
 
     A peer that is not installed is left out. Results are compared before anything is timed. Exit status 1: a row
@@ -90,13 +78,8 @@ def peers(
             depth=depth,
             fields=model_fields(preset, depth),
             lengths={name: draw_lengths(name, sequences) for name in lengths},
-            peers=peers,
-            scenarios=scenarios,
-            order=order,
-            batch_size=batch_size,
-            repeats=repeats,
-            backend=backend,
             folder=Path(folder),
+            **options,
         )
         rows = max(int(drawn.sum()) for drawn in suite.lengths.values())
         check_memory(suite.config, HeadConfig(), suite.dtype, rows)

@@ -16,6 +16,7 @@ import time
 
 import numpy as np
 
+PEERS = "pip install 'funnel-engine[peers]'"
 # What the extra does not bring, because it is not there as a wheel.
 COMMANDS = {
     "llama_cpp": "pip install llama-cpp-python, which compiles llama.cpp",
@@ -32,7 +33,7 @@ def main() -> None:
     try:
         call, facts = importlib.import_module(module).make(task)
     except ModuleNotFoundError as error:
-        print(json.dumps({"left_out": not_installed(error)}), file=answers)
+        print(json.dumps({"left_out": not_installed(error.name or "")}), file=answers)
         return
     for part in range(len(task["batches"])):
         call(part)
@@ -46,10 +47,9 @@ def main() -> None:
         print(time.perf_counter() - start, file=answers)
 
 
-def not_installed(error: ModuleNotFoundError) -> str:
+def not_installed(package: str) -> str:
     """What is missing, and the command that brings it, in one line."""
-    command = COMMANDS.get(error.name or "", "pip install 'funnel-engine[peers]'")
-    return f"{error.name} is not installed: {command}"
+    return f"{package} is not installed: {COMMANDS.get(package, PEERS)}"
 
 
 if __name__ == "__main__":

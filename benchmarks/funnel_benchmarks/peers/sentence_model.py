@@ -30,7 +30,7 @@ def write_sentence_model(directory: Path, fields: Fields) -> None:
         torch, transformers, library = map(importlib.import_module, ("torch", "transformers", "sentence_transformers"))
         modules: Any = importlib.import_module("sentence_transformers.sentence_transformer.modules")
     except ModuleNotFoundError as error:
-        raise LeftOut(not_installed(error)) from None
+        raise LeftOut(not_installed(error.name or "")) from None
     transformers.utils.logging.disable_progress_bar()  # of loading and saving, which takes no time here
     width = fields["hidden_size"]
     with tempfile.TemporaryDirectory() as folder:

@@ -12,6 +12,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,14 +26,10 @@ from funnel_benchmarks.lengths import length_facts
 from funnel_benchmarks.machine import multiplies_bfloat16, usable_cores
 from funnel_benchmarks.measure import Call, Sample, compiling_nothing, sampler, spread
 from funnel_benchmarks.models import check_depth
-from funnel_benchmarks.peers import (
-    exported_graph,
-    hugging_face,
-    llama_cpp_peer,
-    sentence_transformers_peer,
-)
+from funnel_benchmarks.peers import exported_graph, hugging_face, llama_cpp_peer, sentence_transformers_peer
 from funnel_benchmarks.peers.batches import in_order, make_batches
 from funnel_benchmarks.peers.peer import Peer
+from funnel_benchmarks.peers.peer_process import not_installed
 from funnel_benchmarks.peers.sentence_model import text_of, write_sentence_model
 from funnel_benchmarks.random_checkpoint import ARCHITECTURES, DTYPE, write_random_model
 from funnel_benchmarks.results import LeftOut, Measurement, Results, Row
@@ -54,6 +51,7 @@ PEERS: dict[str, tuple[ModuleType, Row]] = {
     "openvino": (exported_graph, {"runtime": "openvino"}),
     "llama-cpp": (llama_cpp_peer, {}),
 }
+NEEDED = {hugging_face: ("torch", "transformers")}
 FLASH = "hugging-face-flash"  # of GPUs only
 TORCH_DEVICES = {"cpu": "cpu", "gpu": "cuda"}  # JAX's name -> PyTorch's
 SCENARIOS = ("batch", "one")
@@ -150,7 +148,21 @@ class Suite(BaseSuite):
         }
 
     def cells(self, results: Results) -> Iterator[Measurement]:
-        return cells(self)
+        """The cells of the suite. A row has, beside what `Results` puts there:
+
+        peer, scenario, lengths     names
+        sequences, tokens           of all
+        facts                       what the peer says about itself: its `dtype`, versions
+        difference                  of two vectors, the largest, relative
+        seconds, peer_seconds       with samples: of all sequences, or of each by itself
+        p90, peer_p90               seconds
+        speedup                     {low, median, high} of peer_seconds / seconds, of calls that were made side by side
+        tokens_per_second           of scenario "batch", as `flops_per_second`; `peer_tokens_per_second` and so on
+        """
+        for peer in self.peers:  # so that an engine is loaded once
+            for name, lengths in self.lengths.items():
+                for scenario in self.scenarios:
+                    yield f"{name}; {scenario}; {peer}", partial(measure, self, peer, name, lengths, scenario)
 
     @classmethod
     def section(cls, content: Row) -> Section:
@@ -196,24 +208,6 @@ class Suite(BaseSuite):
         return self.engines[source]
 
 
-def cells(suite: Suite) -> Iterator[Measurement]:
-    """The cells of a suite. A row has, beside what `Results` puts there:
-
-    peer, scenario, lengths     names
-    sequences, tokens           of all
-    facts                       what the peer says about itself: its `dtype`, versions
-    difference                  of two vectors, the largest, relative
-    seconds, peer_seconds       with samples: of all sequences, or of each by itself
-    p90, peer_p90               seconds
-    speedup                     {low, median, high} of peer_seconds / seconds, of calls that were made side by side
-    tokens_per_second           of scenario "batch", as `flops_per_second`; `peer_tokens_per_second` and so on
-    """
-    for peer in suite.peers:  # so that an engine is loaded once
-        for name, lengths in suite.lengths.items():
-            for scenario in suite.scenarios:
-                yield f"{name}; {scenario}; {peer}", partial(measure, suite, peer, name, lengths, scenario)
-
-
 def measure(suite: Suite, peer_name: str, name: str, lengths: Ints, scenario: str) -> Row:
     module, options = PEERS[peer_name]
     platform = jax.default_backend()
@@ -221,6 +215,8 @@ def measure(suite: Suite, peer_name: str, name: str, lengths: Ints, scenario: st
         options = options | {"device": TORCH_DEVICES[platform]}
     elif platform != "cpu":
         raise LeftOut(f"JAX runs on {platform}, where this peer does not")
+    if missing := next((name for name in NEEDED.get(module, ()) if find_spec(name) is None), None):
+        raise LeftOut(not_installed(missing))  # before a checkpoint of gigabytes is written
     source = suite.source(peer_name)
     engine = suite.engine(source)
     sequences = random_sequences(lengths, suite.config.vocab_size)

@@ -73,7 +73,7 @@ def article(content: Row, section: Section, name: str, file: str = "") -> Articl
         *([f'<p class="quiet">Left out, as another row says the same: {spared}.</p>'] if spared else []),
         f"<p>{escape(section.summary)}</p>",
         *pictures,
-        *map(html_table, section.tables),
+        *map(html_table, section.filled),
         *(["<h3>How to read this</h3>"] if section.reading else []),
         *(f"<p>{escape(text)}</p>" for text in section.reading),
         "<h3>Circumstances</h3>",

@@ -35,17 +35,7 @@ from funnel_benchmarks.scaling.suite import Suite
 @suite_command.backend_option
 @suite_command.repeats_option
 @suite_command.file_options(plot="latency over size")
-def scaling(
-    preset: str,
-    depth: int | None,
-    layer: int | None,
-    axes: tuple[str, ...],
-    most_tokens: int,
-    dtype: str,
-    backend: str,
-    repeats: int,
-    files: dict[str, Any],
-) -> None:
+def scaling(preset: str, depth: int | None, layer: int | None, dtype: str, files: Any, **options: Any) -> None:
     """Measure how latency and memory grow with the size of the work, with a funnel and without.
 
     At the end stand the exponents of the power laws that fit best: how latency grows with each size, how the
@@ -55,6 +45,6 @@ def scaling(
     """
     model = preset_model(preset, dtype, depth)
     place = suite_command.funnel_place(layer, model.config)
-    suite = Suite(model=model, axes=axes, layer=place, most_tokens=most_tokens, backend=backend, repeats=repeats)
+    suite = Suite(model=model, layer=place, **options)
     check_memory(model.config, model.head, model.dtype, SHORTEST)  # larger batches are left out one by one
     suite_command.run(suite, **files)

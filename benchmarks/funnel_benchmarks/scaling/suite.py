@@ -91,27 +91,7 @@ class Suite(BaseSuite):
         return 1 + self.repeats
 
     def cells(self, results: Results) -> Iterator[Measurement]:
-        return cells(self, advance=lambda: results.advance())
-
-    @classmethod
-    def section(cls, content: Row) -> Section:
-        """How each cost grows beside its work, and all figures."""
-        rows, grown = content["rows"], list(growths(content["rows"]))
-        return Section(
-            title=f"How latency grows: {content['options']['model']['name']}",
-            facts=facts(content["options"]),
-            tables=[
-                *([Table("Exponents", SLOPES, grown)] if grown else []),
-                *([Table("All figures", COLUMNS, rows)] if rows else []),
-            ],
-            plots=[chart(content)] if rows else [],
-            summary=summary(rows, grown),
-            reading=READING,
-        )
-
-
-def cells(suite: Suite, *, advance: Callable[[], object] = lambda: None) -> Iterator[Measurement]:
-    """The cells of a suite. A row has, beside what `Results` puts there:
+        """The cells of the suite. A row has, beside what `Results` puts there:
 
         axis, x             what grows, and how large it is here; see `axes.AXES`
         sequences, tokens   in the batch, and of each
@@ -121,12 +101,22 @@ def cells(suite: Suite, *, advance: Callable[[], object] = lambda: None) -> Iter
         seconds             of these calls with the funnel, with samples; `baseline_seconds` without
         flops               of these calls with the funnel; `baseline_flops` without
         peak_memory_bytes   while both were timed, by owner; see `peak_memory.watched_memory`
+        """
+        for point in self.points():
+            yield point.name, partial(measure, self, point, lambda: results.advance())
 
-    Args:
-        advance: called `1 + suite.repeats` times in each cell: after the warm-up and after each A B B A.
-    """
-    for point in suite.points():
-        yield point.name, partial(measure, suite, point, advance)
+    @classmethod
+    def section(cls, content: Row) -> Section:
+        """How each cost grows beside its work, and all figures."""
+        rows, grown = content["rows"], list(growths(content["rows"]))
+        return Section(
+            title=f"How latency grows: {content['options']['model']['name']}",
+            facts=facts(content["options"]),
+            tables=[Table("Exponents", SLOPES, grown), Table("All figures", COLUMNS, rows)],
+            plots=[chart(content)] if rows else [],
+            summary=summary(rows, grown),
+            reading=READING,
+        )
 
 
 def measure(suite: Suite, point: Point, advance: Callable[[], object]) -> Row:
@@ -177,8 +167,7 @@ def model_at(model: Model, point: Point) -> Model:
     config = model.config
     longest = max(config.max_positions, point.tokens)
     return dataclasses.replace(
-        model,
-        config=dataclasses.replace(config, layer_types=config.layer_types[: point.layers], max_positions=longest),
+        model, config=dataclasses.replace(config, layer_types=config.layer_types[: point.layers], max_positions=longest)
     )
 
 

@@ -20,6 +20,7 @@ LENGTHS = ("conll", "agnews", "passage")
 @suite_command.layer_option
 @click.option(
     "--lengths",
+    "sources",
     multiple=True,
     default=LENGTHS,
     show_default=True,
@@ -28,6 +29,7 @@ LENGTHS = ("conll", "agnews", "passage")
 )
 @click.option(
     "--requests",
+    "count",
     type=click.IntRange(1, 2**20),
     default=1000,
     show_default=True,
@@ -44,17 +46,7 @@ LENGTHS = ("conll", "agnews", "passage")
 @suite_command.dtype_option
 @suite_command.backend_option
 @suite_command.file_options(plot="latency over rate")
-def serve(
-    preset: str,
-    depth: int | None,
-    layer: int | None,
-    lengths: tuple[str, ...],
-    requests: int,
-    max_batch_tokens: int,
-    dtype: str,
-    backend: str,
-    files: dict[str, Any],
-) -> None:
+def serve(preset: str, depth: int | None, layer: int | None, dtype: str, files: Any, **options: Any) -> None:
     """Measure latencies of requests that arrive by chance, with a funnel and without.
 
     Requests of one sequence each arrive as a Poisson process, whatever the engine is doing (an open loop), at several
@@ -65,13 +57,6 @@ def serve(
     """
     model = preset_model(preset, dtype, depth)
     place = suite_command.funnel_place(layer, model.config)
-    suite = Suite(
-        model=model,
-        funnel=FunnelConfig.after(place),
-        sources=lengths,
-        count=requests,
-        max_batch_tokens=max_batch_tokens,
-        backend=backend,
-    )
-    check_memory(model.config, model.head, model.dtype, max_batch_tokens)
+    suite = Suite(model=model, funnel=FunnelConfig.after(place), **options)
+    check_memory(model.config, model.head, model.dtype, suite.max_batch_tokens)
     suite_command.run(suite, **files)

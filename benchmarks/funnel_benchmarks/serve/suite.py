@@ -7,7 +7,7 @@ Server scenario nothing is cached, no request is treated by its content, and non
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -86,6 +86,10 @@ class Suite(BaseSuite):
                 )
 
     @functools.cached_property
+    def engines(self) -> Engines:
+        return Engines(*(warm_engine(self, funnel) for funnel in (NO_FUNNEL, self.funnel)))
+
+    @functools.cached_property
     def kinds(self) -> tuple[Requests, ...]:
         return tuple(Requests(source, self.count, self.model.config.vocab_size) for source in self.sources)
 
@@ -108,7 +112,34 @@ class Suite(BaseSuite):
         }
 
     def cells(self, results: Results) -> Iterator[Measurement]:
-        return cells(self, results.rows)
+        """The cells of the suite. A row of an offline rate has, beside what `Results` puts there:
+
+            lengths             of which requests
+            seconds             for all of them with the funnel, with samples; `baseline_seconds` without
+            requests_per_second with the funnel; `baseline_requests_per_second` without
+
+        and one of requests that arrive by chance:
+
+            lengths, engine     which requests, and whose latency: "no funnel", or the funnel's name
+            share, share_of     the rate, in per cent of the offline rate of which engine
+            arrivals_per_second the rate
+            requests            how many
+            latency             seconds from arrival to vector; the samples are sorted and rounded to microseconds
+            p50, p90, p99       of those, interpolated
+            mean_batch          `sequences` and `tokens`
+            busy                share of the time in which the engine worked
+            compilations        0, or else the cell fails
+        """
+
+        funneled = funnel_name(self.funnel)
+        for kind in self.kinds:
+            yield offline_name(kind.name), partial(offline, self, kind)
+            for share, owner, engine in [
+                *((share, BASELINE, engine) for share in SHARES for engine in (BASELINE, funneled)),
+                *((share, funneled, funneled) for share in SHARES),
+            ]:
+                name = online_name(kind.name, engine, owner, share)
+                yield name, partial(online, self, kind, engine, owner, share, results.rows)
 
     @classmethod
     def section(cls, content: Row) -> Section:
@@ -120,52 +151,11 @@ class Suite(BaseSuite):
         return Section(
             title=f"Requests that arrive by chance: {options['model']['name']}",
             facts=facts(options),
-            tables=[
-                *([Table("Offline rates", OFFLINE_COLUMNS, offline)] if offline else []),
-                *([online_table(online, options["requests"])] if online else []),
-            ],
+            tables=[Table("Offline rates", OFFLINE_COLUMNS, offline), online_table(online, options["requests"])],
             plots=[chart(content)] if online else [],
             summary=summary(offline, online),
             reading=READING,
         )
-
-
-def cells(suite: Suite, rows: list[Row]) -> Iterator[Measurement]:
-    """The cells of a suite. A row of an offline rate has, beside what `Results` puts there:
-
-        lengths             of which requests
-        seconds             for all of them with the funnel, with samples; `baseline_seconds` without
-        requests_per_second with the funnel; `baseline_requests_per_second` without
-
-    and one of requests that arrive by chance:
-
-        lengths, engine     which requests, and whose latency: "no funnel", or the funnel's name
-        share, share_of     the rate, in per cent of the offline rate of which engine
-        arrivals_per_second the rate
-        requests            how many
-        latency             seconds from arrival to vector; the samples are sorted and rounded to microseconds
-        p50, p90, p99       of those, interpolated
-        mean_batch          `sequences` and `tokens`
-        busy                share of the time in which the engine worked
-        compilations        0, or else the cell fails
-
-    Args:
-        rows: those measured so far, a list that grows by the row of each cell: offline rates are looked up there.
-    """
-
-    @functools.cache
-    def engines() -> Engines:
-        return Engines(*(warm_engine(suite, funnel) for funnel in (NO_FUNNEL, suite.funnel)))
-
-    funneled = funnel_name(suite.funnel)
-    for kind in suite.kinds:
-        yield offline_name(kind.name), partial(offline, suite, engines, kind)
-        for share, owner, engine in [
-            *((share, BASELINE, engine) for share in SHARES for engine in (BASELINE, funneled)),
-            *((share, funneled, funneled) for share in SHARES),
-        ]:
-            name = online_name(kind.name, engine, owner, share)
-            yield name, partial(online, suite, engines, kind, engine, owner, share, rows)
 
 
 def warm_engine(suite: Suite, funnel: FunnelConfig) -> Engine:
@@ -187,14 +177,14 @@ def run(suite: Suite, engine: Engine, kind: Requests, arrivals: np.ndarray) -> S
     return serve(arrivals, suite.sizes(kind, engine.funnel), suite.max_batch_tokens, embed)
 
 
-def offline(suite: Suite, engines: Callable[[], Engines], kind: Requests) -> Row:
+def offline(suite: Suite, kind: Requests) -> Row:
     """How fast both engines are when all requests are there from the beginning."""
     at_once = np.zeros(suite.count)
 
     def seconds(engine: Engine) -> float:
         return run(suite, engine, kind, at_once).seconds
 
-    without, funneled = engines()
+    without, funneled = suite.engines
     baseline_samples, samples = in_turns(partial(seconds, without), partial(seconds, funneled), repeats=1)
     return {
         "lengths": kind.name,
@@ -205,9 +195,7 @@ def offline(suite: Suite, engines: Callable[[], Engines], kind: Requests) -> Row
     }
 
 
-def online(
-    suite: Suite, engines: Callable[[], Engines], kind: Requests, engine: str, owner: str, share: int, rows: list[Row]
-) -> Row:
+def online(suite: Suite, kind: Requests, engine: str, owner: str, share: int, rows: list[Row]) -> Row:
     """Latencies of one engine, at a share of an offline rate.
 
     Raises:
@@ -226,7 +214,7 @@ def online(
                     f"{rate:.4g} requests a second are what {other} % of the rate of {BASELINE} are",
                     same_as=online_name(kind.name, engine, BASELINE, other),
                 )
-    chosen = engines().baseline if engine == BASELINE else engines().funneled
+    chosen = suite.engines.baseline if engine == BASELINE else suite.engines.funneled
     with compiling_nothing():
         served = run(suite, chosen, kind, poisson_arrivals(rate, suite.count))
     latencies = np.sort(np.round(served.latencies, 6))

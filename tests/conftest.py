@@ -3,7 +3,7 @@
 import os
 
 os.environ["TRITON_INTERPRET"] = "1"  # read by Triton when a kernel is defined
-# Most programs of the tests take longer to compile than to run: LLVM does not optimise them, which saves a third of the
+# Most programs of the tests take longer to compile than to run: LLVM does not optimise them, which saves much of the
 # time. `XLA_FLAGS= pytest` compiles them as they are in use.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 

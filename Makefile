@@ -10,7 +10,8 @@ NATIVE := $(shell find kernels bindings/funnel_native -name '*.cc' -o -name '*.h
 MARKERS := not grid
 # -rs: the summary says which tests were skipped, and why.
 PYTEST_OPTIONS := -n 2 --dist worksteal -p no:benchmark -rs -m '$(MARKERS)'
-# What is different on processors without bfloat16 products, or without AVX-512: simulated before the whole run.
+# What is different on processors without bfloat16 products, or without AVX-512: simulated before the whole run. The first
+# of these two runs lets XLA optimise its programs, which tests/conftest.py forbids otherwise.
 OLDER_CPUS := -k 'not (reference- or xla- or triton or tpu)' tests/bindings/test_native_linear.py \
 	tests/kernels/test_linear.py tests/kernels/test_attention.py tests/kernels/test_add_norm.py \
 	tests/kernels/test_mlp.py tests/engine/test_served_by.py tests/engine/test_threads.py tests/engine/test_weights.py \
@@ -23,7 +24,7 @@ demo: $(VENV)/installed-bench
 
 test: $(VENV)/installed-test $(VENV)/lowering
 	$(MAKE) --no-print-directory lint
-	FUNNEL_CPU_ISA=avx2 $(BIN)/pytest $(PYTEST_OPTIONS) $(OLDER_CPUS)
+	FUNNEL_CPU_ISA=avx2 XLA_FLAGS= $(BIN)/pytest $(PYTEST_OPTIONS) $(OLDER_CPUS)
 	FUNNEL_CPU_ISA=avx512 $(BIN)/pytest $(PYTEST_OPTIONS) $(OLDER_CPUS)
 	$(BIN)/pytest $(PYTEST_OPTIONS)
 

@@ -3,6 +3,9 @@
 import os
 
 os.environ["TRITON_INTERPRET"] = "1"  # read by Triton when a kernel is defined
+# Most programs of the tests take longer to compile than to run: LLVM does not optimise them, which saves much of the
+# time. `XLA_FLAGS= pytest` compiles them as they are in use.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as tpu_interpreter

@@ -36,7 +36,7 @@ def sanitized(tmp_path_factory):
         "-DFUNNEL_SANITIZE=ON",
         "-DCMAKE_BUILD_TYPE=None",
         "-DCMAKE_CXX_FLAGS=-O0",
-        "-DCMAKE_UNITY_BUILD=ON",  # all files of a library at once: half of the time goes into headers
+        "-DCMAKE_UNITY_BUILD=ON",  # half of the time goes into headers, which each file would compile again
         f"-DPython_EXECUTABLE={sys.executable}",
         f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={package}",
     ]

@@ -186,7 +186,7 @@ def test_a_warmup_of_chosen_buckets_compiles_those_that_hold_the_rows():
 
 
 def test_a_warmup_reports_its_progress_and_ends_with_what_that_raises():
-    engine, told = make_engine(), []
+    engine, told = make_engine(max_batch_tokens=24), []
     engine.warmup(progress=lambda done, total: told.append((done, total)))
     programs = engine.stats()["compilations"]
     assert told == [(done, programs) for done in range(1, programs + 1)]

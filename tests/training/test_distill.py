@@ -25,8 +25,10 @@ from funnel_engine.input_files import hash_file
 from funnel_training import run_folder
 from funnel_training.distill import Settings, Trainer, data_mesh, distill
 from funnel_training.distill_loss import TEMPERATURE, distillation_loss
+from funnel_training.evaluate import evaluate
 from funnel_training.metrics import agreement
 from funnel_training.student import Student
+from funnel_training.tasks.texts import read_texts
 
 FUNNEL = FunnelConfig.after(1)
 SHORT = Settings(steps=8, every=4, rows=256, texts=16, learning_rate=3e-3)
@@ -110,6 +112,17 @@ def test_the_folder_of_the_run_has_a_log_and_a_picture(folder, trained):
 
 def weights_of(path: Path) -> dict[str, np.ndarray]:
     return {name: np.array(array) for name, array in read_checkpoint(path).weights.items()}
+
+
+def test_a_trained_checkpoint_is_evaluated_against_the_one_before(folder, trained):
+    task = read_texts(write_texts(folder / "held_out.txt", 300, seed=5))
+    with pytest.raises(ConfigError, match=r"was trained for the funnel 1:2, so without .* is no baseline.*--baseline"):
+        evaluate(folder / "trained", [], task)
+    after = evaluate(folder / "trained", [], task, baseline=folder / "model").lines
+    before = evaluate(folder / "model", [FUNNEL], task).lines
+    assert [line.funnel for line in after] == [line.funnel for line in before] == ["none", "1:2", "1:2"]
+    assert after[0].scores == before[0].scores
+    assert after[1].scores["cosine"] > before[1].scores["cosine"]
 
 
 @pytest.mark.parametrize("stopped_at", [3, 6])

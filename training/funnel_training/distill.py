@@ -23,7 +23,6 @@ from funnel_engine.checkpoints.native import MANIFEST, read_source
 from funnel_engine.checkpoints.source import Agreement, TrainingRecord
 from funnel_engine.checkpoints.tensors import ArrayTensor
 from funnel_engine.checks import check_integer, check_number
-from funnel_engine.flops import forward_flops
 from funnel_engine.input_files import hash_file, to_path
 from funnel_engine.inputs import Ragged
 from funnel_engine.text import read_tokenizer
@@ -248,7 +247,7 @@ class Trainer:
 
     def run(self) -> Agreement:
         """Trains until the last step or until it no longer helps; returns the agreement of the best weights."""
-        step = int(self.state.step)
+        step, first = int(self.state.step), int(self.state.step) + 1
         entries = self.folder.entries(step)
         packs = self.packs(step + 1)
         program = jax.jit(self.update).lower(*self.arguments(packs)).compile()
@@ -268,6 +267,9 @@ class Trainer:
             entry = {"step": step, "loss": float(loss), "cosine": float(cosine), "seconds": round(seconds, 3)}
             entries.append(entry)
             self.folder.log(entry)
+            if step == first:
+                minutes = seconds * (self.settings.steps - step) / 60
+                self.report(f"a step takes {seconds:.2f} s, the others {minutes:.0f} min")
             if step % self.settings.every == 0 or step == self.settings.steps:
                 self.evaluate(entries)
         best = self.folder.read_arrays("best", self.state.trained)
@@ -359,7 +361,6 @@ class Trainer:
         """What the run will take, for people."""
         numbers = packs.texts[packs.texts >= 0]
         lengths, settings = self.tokens.lengths[numbers], self.settings
-        flops = forward_flops(self.student.config, self.student.funnel, lengths)
         memory = program.memory_analysis()
         gigabytes = (memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes) / 1e9
         trained = sum(leaf.size for leaf in jax.tree.leaves(self.state.trained))
@@ -367,7 +368,7 @@ class Trainer:
             f"{settings.steps - int(self.state.step):,} steps of about {len(numbers):,} texts and {lengths.sum():,} "
             "tokens; "
             f"{len(self.training):,} texts to train on, {len(self.held_out):,} held out; {trained:,} weights move; "
-            f"{gigabytes:.1f} GB; {3 * flops / 1e9:,.0f} GFLOP a step at most"
+            f"{gigabytes:.1f} GB"
         )
 
 

@@ -81,6 +81,7 @@ def evaluate(
 
     Args:
         checkpoint: a folder that `convert` wrote.
+        funnels: none takes the checkpoint's own.
         task: what `tasks.pairs.read_pairs` and the other readers return.
         baseline: the checkpoint that runs unfunneled. Default: the same one. For a checkpoint that was trained for a
             funnel it is the one before that training.
@@ -90,10 +91,17 @@ def evaluate(
 
     Raises:
         CheckpointError, ConfigError, BackendUnavailable: as `Engine.load`.
-        ConfigError: a funnel pools nothing or does not fit; the checkpoint and the baseline cannot be compared.
+        ConfigError: a funnel pools nothing or does not fit; the checkpoint and the baseline cannot be compared; the
+            checkpoint was trained for a funnel, and there is no baseline.
         InputError: a text cannot be run.
     """
     opened = read_checkpoint_as(checkpoint, attention=attention, pooling=pooling)
+    if baseline is None and opened.manifest.training is not None:
+        raise ConfigError(
+            f"{checkpoint} was trained for the funnel {opened.manifest.funnel}, so without a funnel it is no baseline; "
+            "give the checkpoint that its training began with (--baseline)"
+        )
+    funnels = list(funnels) or [opened.manifest.funnel]
     make_engine = engine_maker(opened, dtype=dtype, backend=backend)
     make_baseline = make_engine
     if baseline is not None:

@@ -35,7 +35,7 @@ PATH = click.Path(path_type=Path)
     type=FunnelConfig.parse,
     multiple=True,
     metavar="LAYER:STRIDE[/OPTION]",
-    help="A funnel to score, e.g. 6:2/mean: after layer 6, the mean of each two rows. Give it again for more funnels.",
+    help="A funnel to score, e.g. 6:2/mean; may be given again. Default: that of the checkpoint.",
 )
 @click.option("--texts", type=PATH, help="A text in each line: agreement with the unfunneled model.")
 @click.option(
@@ -46,7 +46,11 @@ PATH = click.Path(path_type=Path)
 @click.option("--beir", type=PATH, help="Folder with corpus.jsonl, queries.jsonl and qrels: nDCG@10, recall@100.")
 @click.option("--labels", type=PATH, help="CSV, TSV or JSONL of text, label: accuracy and macro F1.")
 @click.option("--tags", type=PATH, help="CoNLL columns, a word first and its tag last: F1 of spans.")
-@click.option("--baseline", type=PATH, help="Checkpoint that runs unfunneled. Default: CHECKPOINT itself.")
+@click.option(
+    "--baseline",
+    type=PATH,
+    help="Checkpoint that runs unfunneled. Default: CHECKPOINT, if it was not trained for a funnel.",
+)
 @click.option("--attention", type=click.Choice(ATTENTIONS), help="Kind of attention. Default: that of the checkpoint.")
 @click.option("--pooling", type=click.Choice(POOLINGS), help="How rows become a vector. Default: the checkpoint's.")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="Of weights and activations. Default: the checkpoint's.")

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from jax.experimental.compilation_cache import compilation_cache
-from toy_checkpoints import write_texts, write_toy
 
 from funnel_engine import ConfigError, Engine, FunnelConfig, HeadConfig, InputError
 from funnel_engine.checkpoints.native import read_checkpoint
@@ -29,6 +28,7 @@ from funnel_training.evaluate import evaluate
 from funnel_training.metrics import agreement
 from funnel_training.student import Student
 from funnel_training.tasks.texts import read_texts
+from topic_checkpoint import write_texts, write_toy
 
 FUNNEL = FunnelConfig.after(1)
 SHORT = Settings(steps=8, every=4, rows=256, texts=16, learning_rate=3e-3)

@@ -25,24 +25,10 @@ from funnel_training.tasks.tags import read_tags
 from funnel_training.tasks.texts import read_texts
 from hugging_face_models import build, gemma2
 from sentence_models import PROMPTS, save_embedding_gemma
-from tiny_models import WORDS, make_tokenizer
+from toy_checkpoints import random_texts, save
 
 FUNNELS = [FunnelConfig.parse("1:2/mean"), FunnelConfig.parse("2:2/keep_first")]
 LABELS = ("O", "B-PER", "I-PER", "B-ORG", "I-ORG")
-
-
-def random_texts(count: int, seed: int = 0) -> list[str]:
-    generator = np.random.default_rng(seed)
-    texts = (" ".join(generator.choice(WORDS[4:], generator.integers(5, 12))) for _ in range(10 * count))
-    return list(dict.fromkeys(texts))[:count]
-
-
-def save(folder: Path, class_name: str, **fields: object) -> Path:
-    """A converted checkpoint with a tokenizer."""
-    build(getattr(transformers, class_name), gemma2(**fields)).save_pretrained(folder / "source")
-    make_tokenizer().save(str(folder / "source" / "tokenizer.json"))
-    convert(folder / "source", folder / "model", dtype="float32")
-    return folder / "model"
 
 
 @pytest.fixture(scope="module")

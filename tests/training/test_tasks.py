@@ -333,3 +333,73 @@ def test_too_few_texts_are_refused(tmp_path, count):
     lines = [f"text {n}" for n in range(count)] * 2
     with pytest.raises(InputError, match=f"texts.txt has {count} different texts; give at least 100, one in each line"):
         read_texts(write(tmp_path / "texts.txt", *lines))
+
+
+# Parts of a task
+
+
+def outputs_of(task) -> list[np.ndarray]:
+    """A vector for each text of each side, which depends on the text only."""
+    return [np.stack([vector_of(text) for text in side.texts]) for side in task.sides]
+
+
+def vector_of(text: str) -> np.ndarray:
+    return np.random.default_rng(list(text.encode())).normal(size=5)
+
+
+def test_a_part_of_pairs_keeps_their_sentences(tmp_path):
+    task = read_pairs(write(tmp_path / "pairs.csv", *pair_lines(40)))
+    units = np.array([30, 2, 9, 17])
+    part = task.take(units, 0.1)
+    assert part.units == 4
+    assert set(part.sides[0].texts) == {f"left {n}" for n in units} | {f"right {n % 7}" for n in units}
+    whole, few = (each.scores(outputs_of(each), [])["Spearman"] for each in (task, part))
+    np.testing.assert_allclose(few.predicted, whole.predicted[units])
+    np.testing.assert_array_equal(few.gold, whole.gold[units])
+    assert sorted(task.order(0)) == list(range(40)) != list(task.order(0))
+    assert list(task.order(0)) == list(task.order(0)) != list(task.order(1))
+
+
+def test_a_part_of_a_retrieval_has_a_share_of_the_documents(tmp_path):
+    task = read_beir(beir_folder(tmp_path / "beir", documents=150))
+    units = np.array([20, 3, 7])
+    whole = task.take(units, 1.0)
+    expected = task.scores(outputs_of(task), [])["nDCG@10"].numerators[units]
+    np.testing.assert_allclose(whole.scores(outputs_of(whole), [])["nDCG@10"].numerators, expected)
+    half, tenth = task.take(units, 0.5), task.take(units, 0.1)
+    assert set(tenth.sides[1].texts) < set(half.sides[1].texts) < set(whole.sides[1].texts)
+    relevant = {task.sides[1].texts[number] for unit in units for number in task.relevant[unit]}
+    assert {tenth.sides[1].texts[number] for grades in tenth.relevant for number in grades} == relevant
+    assert 15 <= len(tenth.sides[1].texts) <= 15 + len(relevant)
+    assert tenth.sides[0].texts == [task.sides[0].texts[unit] for unit in units]
+
+
+def test_a_part_of_texts_has_a_share_of_the_documents(tmp_path):
+    task = read_texts(write(tmp_path / "texts.txt", *(f"text {n}" for n in range(200))))
+    part = task.take(np.arange(10, 30), 0.25)
+    assert [len(side.texts) for side in part.sides] == [20, 40]
+    assert part.sides[0].places == task.sides[0].places[10:30]
+    outputs = outputs_of(part)
+    assert part.scores(outputs, outputs)["overlap@10"].value == 1
+
+
+def test_a_part_of_labels_has_each_of_them_as_often(tmp_path):
+    labels = ["rare"] * 10 + ["often"] * 50
+    task = read_labels(write(tmp_path / "labels.csv", *(f"text {n},{label}" for n, label in enumerate(labels))))
+    order = task.order(0)
+    assert sorted(order) == list(range(60))
+    assert task.least_units == 36
+    for count in (6, 12, 30, 36):
+        assert abs((task.take(order[:count], 1.0).gold == task.labels.index("rare")).sum() - count / 6) <= 1
+    part = task.take(order[:36], 1.0)
+    assert [task.labels[number] for number in part.gold] == [labels[unit] for unit in order[:36]]
+    assert part.scores(outputs_of(part), [])["accuracy"].units == 36
+    assert HeadLabels(task.files, 0, task.sides, task.labels, task.gold).least_units == 20
+
+
+def test_a_part_of_tags_is_some_sentences(tmp_path):
+    task = read_tags(write(tmp_path / "tags.txt", *sentence_lines(25)), ("O", "B-PER", "I-PER", "B-ORG"))
+    part = task.take(np.array([4, 1]), 1.0)
+    assert part.words == (task.words[4], task.words[1])
+    assert part.tags == (task.tags[4], task.tags[1])
+    assert part.sides[0].texts == [task.sides[0].texts[4], task.sides[0].texts[1]]

@@ -7,7 +7,7 @@ import click
 from funnel_engine.config import ATTENTIONS, FunnelConfig
 from funnel_engine.heads import POOLINGS
 from funnel_engine.weights import DTYPES
-from funnel_training.evaluate_command import require_packages
+from funnel_training.command_options import require_packages
 
 PATH = click.Path(path_type=Path)
 

@@ -25,7 +25,22 @@ def read_checkpoint_as(
     return dataclasses.replace(checkpoint, manifest=manifest)
 
 
-def engine_maker(checkpoint: Checkpoint, *, dtype: str | None = None, backend: str = "auto") -> EngineMaker:
+def first_layers(checkpoint: Checkpoint, count: int) -> Checkpoint:
+    """The checkpoint with only its first layers; the final norm follows the last of them."""
+    dropped = tuple(f"layers.{index}." for index in range(count, checkpoint.config.num_layers))
+    weights = {name: weight for name, weight in checkpoint.weights.items() if not name.startswith(dropped)}
+    config = dataclasses.replace(checkpoint.config, layer_types=checkpoint.config.layer_types[:count])
+    manifest = dataclasses.replace(checkpoint.manifest, config=config)
+    return dataclasses.replace(checkpoint, manifest=manifest, weights=weights)
+
+
+def engine_maker(
+    checkpoint: Checkpoint,
+    *,
+    dtype: str | None = None,
+    backend: str = "auto",
+    compilation_cache: str | os.PathLike[str] | None = None,
+) -> EngineMaker:
     """A function that makes an engine of a checkpoint with a funnel.
 
     The weights stay mapped into memory and the tokenizer is read once, so an engine costs only what it puts on the
@@ -43,6 +58,7 @@ def engine_maker(checkpoint: Checkpoint, *, dtype: str | None = None, backend: s
             tokenizer=tokenizer,
             text=checkpoint.manifest.text,
             dtype=dtype,
+            compilation_cache=compilation_cache,
         )
 
     return make

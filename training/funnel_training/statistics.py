@@ -78,11 +78,24 @@ def check_units(units: int, what: str = "units") -> int:
     return units
 
 
+def units_needed(max_loss: float) -> int:
+    """The least number of units that can show a loss to stay within a bound.
+
+    A funnel could fail on a kind of unit that the data do not have. If none of n units shows it, such units are up to
+    3 / n of all (the rule of three), so 3 / max_loss units are needed.
+
+    Raises:
+        ConfigError: the bound is not between 0 and 1.
+    """
+    if check_number("max_loss", max_loss) >= 1:
+        raise ConfigError(f"max_loss={max_loss} must be below 1; 0.05 is five per cent")
+    return math.ceil(3 / max_loss)
+
+
 def judge(ratio: Ratio, units: int, max_loss: float) -> Verdict:
     """The test of non-inferiority: a loss is within the bound if the whole interval is, down to its lower end.
 
-    A funnel could fail on a kind of unit that the data do not have. If none of n units shows it, such units are up to
-    3 / n of all (the rule of three), so "within" also needs 3 / max_loss units.
+    "Within" also needs as many units as `units_needed` says.
 
     Args:
         ratio: funneled / unfunneled.
@@ -92,9 +105,7 @@ def judge(ratio: Ratio, units: int, max_loss: float) -> Verdict:
     Raises:
         ConfigError: the bound is not between 0 and 1.
     """
-    if check_number("max_loss", max_loss) >= 1:
-        raise ConfigError(f"max_loss={max_loss} must be below 1; 0.05 is five per cent")
-    bound, least = 1 - max_loss, math.ceil(3 / max_loss)
+    bound, least = 1 - max_loss, units_needed(max_loss)
     if ratio.high < bound:
         return Verdict("outside")
     if ratio.low >= bound and units >= least:

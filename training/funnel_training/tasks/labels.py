@@ -1,6 +1,7 @@
 """Labelled texts: accuracy and macro F1 of a logistic probe on the vectors, or of the checkpoint's own classifier."""
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +15,8 @@ from funnel_engine.messages import quote
 from funnel_kernels.errors import InputError
 from funnel_training.data_files import Row, hashes, read_file, read_table
 from funnel_training.metrics import unit_vectors
-from funnel_training.scores import MacroF1, Score, mean
-from funnel_training.statistics import check_units
+from funnel_training.scores import Ints, MacroF1, Score, mean
+from funnel_training.statistics import LEAST_UNITS, check_units
 from funnel_training.tasks.task import Side, Task, without_duplicates
 
 LAYOUT = ("text", "label")
@@ -40,6 +41,23 @@ class ProbeLabels(Task):
     def units(self) -> int:
         return len(self.gold)
 
+    @property
+    def least_units(self) -> int:
+        """So many that each part of `order` has a text of every label for each fold."""
+        return max(super().least_units, math.ceil((FOLDS + 1) * self.units / np.bincount(self.gold).min()))
+
+    def order(self, seed: int) -> Ints:
+        """Random, but the first ones have each label as often as the others do."""
+        shuffled = super().order(seed)
+        places = np.empty(self.units)
+        for label in np.unique(self.gold):
+            own = shuffled[self.gold[shuffled] == label]
+            places[own] = (np.arange(len(own)) + 0.5) / len(own)
+        return shuffled[np.argsort(places[shuffled], kind="stable")]
+
+    def take(self, units: Ints, share: float) -> "ProbeLabels":
+        return dataclasses.replace(self, sides=(self.sides[0].take(units),), gold=self.gold[units])
+
     def scores(self, outputs: list[Any], baseline: list[Any]) -> dict[str, Score]:
         return class_scores(probe(unit_vectors("the texts' vectors", outputs[0]), self.gold), self.gold)
 
@@ -49,6 +67,10 @@ class HeadLabels(ProbeLabels):
     """The checkpoint's own classifier predicts the labels."""
 
     kind: ClassVar[str] = "labels, by the checkpoint's classifier"
+
+    @property
+    def least_units(self) -> int:
+        return LEAST_UNITS
 
     def run(self, engine: Engine, inputs: Ragged) -> Any:
         return engine.classify(inputs)

@@ -10,7 +10,7 @@ import numpy as np
 from funnel_kernels.errors import InputError
 from funnel_training.data_files import DataFile, Row, hashes, read_file, read_table
 from funnel_training.metrics import unit_vectors
-from funnel_training.scores import Score, Spearman
+from funnel_training.scores import Ints, Score, Spearman
 from funnel_training.statistics import check_units
 from funnel_training.tasks import retrieval
 from funnel_training.tasks.retrieval import Retrieval
@@ -31,6 +31,11 @@ class Pairs(Task):
     @property
     def units(self) -> int:
         return len(self.gold)
+
+    def take(self, units: Ints, share: float) -> "Pairs":
+        used, index = np.unique(self.index[:, units], return_inverse=True)
+        sides = (self.sides[0].take(used),)
+        return dataclasses.replace(self, sides=sides, index=index.reshape(2, -1), gold=self.gold[units])
 
     def scores(self, outputs: list[Any], baseline: list[Any]) -> dict[str, Score]:
         vectors = unit_vectors("the sentences' vectors", outputs[0])

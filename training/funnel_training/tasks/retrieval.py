@@ -5,12 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+
 from funnel_kernels.errors import InputError
 from funnel_training.data_files import DataFile, Row, hashes, read_file, read_table
 from funnel_training.metrics import RECALL_TOP, TOP, retrieval
-from funnel_training.scores import Score, mean
+from funnel_training.scores import Ints, Score, mean
 from funnel_training.statistics import check_units
-from funnel_training.tasks.task import Side, Task, distinct, without_duplicates
+from funnel_training.tasks.task import Side, Task, distinct, sample, without_duplicates
 
 LAYOUT = ("query", "document")
 QRELS = ("query-id", "corpus-id", "score")
@@ -28,6 +30,18 @@ class Retrieval(Task):
     @property
     def units(self) -> int:
         return len(self.relevant)
+
+    def take(self, units: Ints, share: float) -> "Retrieval":
+        queries, documents = self.sides
+        relevant = [self.relevant[unit] for unit in units]
+        kept = sorted(set(sample(len(documents.texts), share).tolist()).union(*relevant))
+        numbers = {number: new for new, number in enumerate(kept)}
+        return dataclasses.replace(
+            self,
+            sides=(queries.take(units), documents.take(np.array(kept))),
+            relevant=tuple({numbers[number]: grade for number, grade in grades.items()} for grades in relevant),
+            same=tuple(None if self.same[unit] is None else numbers.get(self.same[unit]) for unit in units),
+        )
 
     def scores(self, outputs: list[Any], baseline: list[Any]) -> dict[str, Score]:
         queries, documents = outputs

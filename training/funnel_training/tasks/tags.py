@@ -49,6 +49,10 @@ class Tags(Task):
     def units(self) -> int:
         return len(self.words)
 
+    def take(self, units: Ints, share: float) -> "Tags":
+        words, tags = (tuple(values[unit] for unit in units) for values in (self.words, self.tags))
+        return dataclasses.replace(self, sides=(self.sides[0].take(units),), words=words, tags=tags)
+
     def inputs(self, engine: Engine, truncate: bool) -> list[WordTokens]:
         """Words are tokenized one by one; all but the first of a sentence have a space in front of them."""
         if truncate:

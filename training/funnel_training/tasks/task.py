@@ -13,7 +13,10 @@ from funnel_engine.inputs import Ragged, TooLong
 from funnel_engine.text import TextConfig
 from funnel_kernels.errors import InputError
 from funnel_training.data_files import Row
-from funnel_training.scores import Score
+from funnel_training.scores import Ints, Score
+from funnel_training.statistics import LEAST_UNITS
+
+SEED = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +38,11 @@ class Side:
     def prompt_name(self, text: TextConfig) -> str | None:
         """The name of the prompt that a checkpoint puts before these texts."""
         return self.prompt if self.prompt in text.prompts else text.default_prompt_name
+
+    def take(self, index: Ints) -> "Side":
+        """The texts with these indices."""
+        texts, places = ([values[i] for i in index] for values in (self.texts, self.places))
+        return Side(self.name, texts, places, self.prompt)
 
     def token_ids(self, engine: Engine, truncate: bool) -> Ragged:
         try:
@@ -65,11 +73,30 @@ class Task(abc.ABC):
     kind: ClassVar[str]
     unit: ClassVar[str]  # what the scores have one of each: "pairs", "queries"
     per_token: ClassVar[bool] = False  # whether a model must have a row for each token
+    lines_per_unit: ClassVar[int] = 1  # of the data
 
     @property
     @abc.abstractmethod
     def units(self) -> int:
         """Their number."""
+
+    @property
+    def least_units(self) -> int:
+        """The least number of units that can be scored."""
+        return LEAST_UNITS
+
+    def order(self, seed: int) -> Ints:
+        """The units in random order, so that the first ones of them are a sample."""
+        return np.random.default_rng(seed).permutation(self.units)
+
+    @abc.abstractmethod
+    def take(self, units: Ints, share: float) -> "Task":
+        """The task of the units with these indices.
+
+        Args:
+            share: the part of the documents that stays where units rank documents, besides those that are relevant to
+                these units. A larger share contains a smaller one.
+        """
 
     def inputs(self, engine: Engine, truncate: bool) -> list[Any]:
         """The token ids of each side, which are the same for every funnel. Each has the `lengths` of its sequences.
@@ -111,3 +138,8 @@ def distinct(texts: Sequence[str], places: Sequence[str], name: str, prompt: str
         first.setdefault(text, place)
     numbers = {text: number for number, text in enumerate(first)}
     return Side(name, list(first), list(first.values()), prompt), np.array([numbers[text] for text in texts])
+
+
+def sample(count: int, share: float) -> Ints:
+    """The indices of a random share of things, at least one, ascending; a larger share contains a smaller one."""
+    return np.sort(np.random.default_rng(SEED).permutation(count)[: max(1, round(share * count))])

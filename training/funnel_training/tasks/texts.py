@@ -9,9 +9,9 @@ import numpy as np
 from funnel_kernels.errors import InputError
 from funnel_training.data_files import hashes, read_file
 from funnel_training.metrics import TOP, agreement
-from funnel_training.scores import Quantile, Score, mean
+from funnel_training.scores import Ints, Quantile, Score, mean
 from funnel_training.statistics import LEAST_UNITS
-from funnel_training.tasks.task import Side, Task
+from funnel_training.tasks.task import Side, Task, sample
 
 QUERY_PART = 5  # every fifth text is a query, the others are the documents
 MOST_QUERIES = 1000
@@ -24,10 +24,16 @@ class Texts(Task):
 
     kind: ClassVar[str] = "texts"
     unit: ClassVar[str] = "queries"
+    lines_per_unit: ClassVar[int] = QUERY_PART
 
     @property
     def units(self) -> int:
         return len(self.sides[0].texts)
+
+    def take(self, units: Ints, share: float) -> "Texts":
+        queries, documents = self.sides
+        sides = queries.take(units), documents.take(sample(len(documents.texts), share))
+        return dataclasses.replace(self, sides=sides)
 
     def scores(self, outputs: list[Any], baseline: list[Any]) -> dict[str, Score]:
         teacher, student = np.concatenate(baseline), np.concatenate(outputs)

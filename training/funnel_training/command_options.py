@@ -74,10 +74,8 @@ def given_data(**paths: Path | None) -> tuple[str, Path]:
 
 def require_packages() -> None:
     """Raises `ConfigError` if the packages of the extra `train` are not installed."""
-    for module, package in {
-        "sklearn": "scikit-learn",
-        **{name: name for name in ("scipy", "matplotlib", "optax")},
-    }.items():
+    packages = {"matplotlib": "matplotlib", "optax": "optax", "scipy": "scipy", "sklearn": "scikit-learn"}
+    for module, package in packages.items():
         if importlib.util.find_spec(module) is None:
             raise ConfigError(f"{package} is not installed; run: pip install 'funnel-engine[train]'")
 

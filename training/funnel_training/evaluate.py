@@ -81,7 +81,7 @@ def evaluate(
 
     Args:
         checkpoint: a folder that `convert` wrote.
-        funnels: none takes the checkpoint's own.
+        funnels: an empty list takes the checkpoint's own, if it has one.
         task: what `tasks.pairs.read_pairs` and the other readers return.
         baseline: the checkpoint that runs unfunneled. Default: the same one. For a checkpoint that was trained for a
             funnel it is the one before that training.
@@ -101,7 +101,8 @@ def evaluate(
             f"{checkpoint} was trained for the funnel {opened.manifest.funnel}, so without a funnel it is no baseline; "
             "give the checkpoint that its training began with (--baseline)"
         )
-    funnels = list(funnels) or [opened.manifest.funnel]
+    own = opened.manifest.funnel
+    funnels = funnels or ([own] if own.total_stride > 1 else [])
     make_engine = engine_maker(opened, dtype=dtype, backend=backend)
     make_baseline = make_engine
     if baseline is not None:

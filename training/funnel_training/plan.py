@@ -354,8 +354,8 @@ class Search:
 
         Args:
             nested: assume that a funnel loses no less than one that pools less at every layer, with the same options.
-                So it is skipped once that one is clearly shown to lose too much. This holds for a checkpoint that was not
-                trained for a funnel.
+                So it is skipped once that one is clearly shown to lose too much. This holds for a checkpoint that was
+                not trained for a funnel.
 
         Returns:
             Those that were run.

@@ -174,7 +174,7 @@ class Engine:
             warnings.warn(
                 f"{path} is meant for the funnel {own}, but it is loaded with {funnel}; its results may be worse. "
                 "Leave funnel out to use its own",
-                stacklevel=2,
+                stacklevel=native_calls.users_stacklevel(),
             )
         return cls(
             config,

@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+
 from funnel_engine.messages import quote
 from funnel_kernels.errors import CheckpointError, ConfigError
 
@@ -240,6 +242,20 @@ def open_file(path: Path) -> Iterator[BinaryIO]:
                 raise CheckpointError(f"{path} is empty; a download or a copy failed, so fetch it again")
             refuse_replacement(path, os.pread(file.fileno(), HEAD_BYTES, 0))
             yield file
+
+
+def read_array(path: Path, start: int, dtype: np.dtype, count: int) -> np.ndarray:
+    """`count` numbers from byte `start` of a file on.
+
+    Raises:
+        CheckpointError: the file cannot be read any more, or became shorter.
+    """
+    with open_file(path) as file:
+        file.seek(start)
+        values = np.fromfile(file, dtype, count)
+    if len(values) < count:
+        raise CheckpointError(f"{path} became shorter while it was read; convert it again")
+    return values
 
 
 def check_file(path: Path) -> None:

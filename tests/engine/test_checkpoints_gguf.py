@@ -102,7 +102,7 @@ def random_blocks(shape: tuple[int, ...], kind: GGMLQuantizationType, seed: int)
 
 
 def encode(tensor: torch.Tensor, kind: GGMLQuantizationType, seed: int) -> np.ndarray:
-    """A matrix as it stands in a file; the matrix itself becomes what the file says."""
+    """A matrix in the bytes of a file; the values of the matrix are replaced by those that the bytes give."""
     values = tensor.numpy()
     data = random_blocks(values.shape, kind, seed) if kind.name.endswith("_K") else quantize(values, kind)
     tensor.copy_(torch.from_numpy(dequantize(data, kind).reshape(values.shape)))

@@ -152,14 +152,14 @@ def gradient_program(case: AttentionCase):
 
 
 def test_memory_is_linear_in_the_rows():
-    """No array is larger than the arguments; 8192 x 8192 scores would take 256 MB a head."""
+    """What it needs beyond the arguments is a few times q; 8192 x 8192 scores would take 256 MB a head."""
     case = AttentionCase(Packed((8192,)), heads=4, kv_heads=1, head_dim=32)
     rows = 8192 * 4 * 32 * 4  # bytes of q
     assert gradient_program(case).memory_analysis().temp_size_in_bytes < 6 * rows
 
 
 def test_blocks_that_are_not_visible_are_not_visited():
-    """A window makes the work proportional to it: the program has no product outside of its loops."""
+    """Keys that no query sees are NaN, and the gradients are finite; 0 times NaN would not be."""
     case = AttentionCase(Packed((256,) * 8), heads=1, kv_heads=1, head_dim=8)
     q, k, v, lo, hi = case.arrays()
     k, v = (np.where(np.arange(len(k))[:, None] < 1024, array, np.nan) for array in (k, v))

@@ -116,7 +116,10 @@ def weights_of(path: Path) -> dict[str, np.ndarray]:
 
 def test_a_trained_checkpoint_is_evaluated_against_the_one_before(folder, trained):
     task = read_texts(write_texts(folder / "held_out.txt", 300, seed=5))
-    with pytest.raises(ConfigError, match=r"was trained for the funnel 1:2, so without .* is no baseline.*--baseline"):
+    with pytest.raises(
+        ConfigError,
+        match=r"was trained for the funnel 1:2, so it cannot be the baseline \(--baseline\), which runs without",
+    ):
         evaluate(folder / "trained", [], task)
     after = evaluate(folder / "trained", [], task, baseline=folder / "model").lines
     before = evaluate(folder / "model", [FUNNEL], task).lines
@@ -185,19 +188,30 @@ def test_a_full_disk_keeps_the_state_before(folder, tmp_path, monkeypatch):
         np.testing.assert_array_equal(weights_of(tmp_path / "new")[name], array)
 
 
+def test_a_damaged_state_is_named(tmp_path):
+    run = run_folder.RunFolder(tmp_path)
+    run.write_arrays("state", (np.arange(3.0), np.arange(5)))
+    np.testing.assert_array_equal(run.read_arrays("state", (0, 0))[1], np.arange(5))
+    with pytest.raises(InputError, match=r"state.npz cannot be read \("):
+        run.read_arrays("state", (0, 0, 0))
+    (tmp_path / "state.npz").write_bytes((tmp_path / "state.npz").read_bytes()[:-40])
+    with pytest.raises(InputError, match=r"state.npz cannot be read \(.*\); remove .* and begin again"):
+        run.read_arrays("state", (0, 0))
+
+
 def test_a_folder_of_another_run_is_not_touched(folder, tmp_path):
     (tmp_path / "new.training").mkdir()
     with pytest.raises(ConfigError, match=r"new.training exists: .*--resume"):
         short(folder, tmp_path / "new")
-    with pytest.raises(ConfigError, match="has no run to resume"):
+    with pytest.raises(ConfigError, match="does not have a run to resume"):
         short(folder, tmp_path / "new", resume=True)
     shutil.rmtree(tmp_path / "new.training")
     short(folder, tmp_path / "new")
     shutil.rmtree(tmp_path / "new")
     other = dataclasses.replace(SHORT, steps=9)
-    with pytest.raises(ConfigError, match=r"belongs to a run with another settings: .*'steps': 8.* now .*'steps': 9"):
+    with pytest.raises(ConfigError, match=r"had another settings: settings was .*'steps': 8.* now it is .*'steps': 9"):
         short(folder, tmp_path / "new", other, resume=True)
-    with pytest.raises(ConfigError, match="belongs to a run with another data"):
+    with pytest.raises(ConfigError, match="had another data: data was"):
         distill(folder / "model", folder / "texts.txt", tmp_path / "new", SHORT, funnel=FUNNEL, resume=True)
 
 
@@ -210,11 +224,13 @@ def test_what_cannot_be_distilled(folder, tmp_path, trained):
     few.write_text("\n")
     with pytest.raises(InputError, match="is empty"):
         distill(folder / "model", few, new, SHORT, funnel=FUNNEL)
-    with pytest.raises(ConfigError, match=r"there is no funnel to train for; give one, e.g. --funnel 6:2/mean"):
+    with pytest.raises(ConfigError, match=r"a funnel to train for is missing; give one, e.g. --funnel 6:2/mean"):
         distill(folder / "model", folder / "few.txt", new, SHORT)
     with pytest.raises(ConfigError, match=r"the funnel has 6 strides but the model has only 2 layers"):
         distill(folder / "model", folder / "few.txt", new, SHORT, funnel=FunnelConfig.after(5))
-    with pytest.raises(ConfigError, match="was trained for the funnel 1:2, so without a funnel it is no teacher"):
+    with pytest.raises(
+        ConfigError, match="was trained for the funnel 1:2, so it cannot be the teacher, which runs without a funnel"
+    ):
         distill(folder / "trained", folder / "few.txt", new, SHORT)
     long = write_texts(tmp_path / "long.txt", 250)
     long.write_text(long.read_text() + "w1 " * 300 + "\n")

@@ -14,6 +14,10 @@ import transformers
 from click.testing import CliRunner
 
 from funnel_engine import ConfigError, Engine, FunnelConfig, InputError, convert
+from funnel_engine.checkpoints.convert import prepare_destination
+from funnel_engine.checkpoints.convert import save as save_checkpoint
+from funnel_engine.checkpoints.native import read_source
+from funnel_engine.checkpoints.source import TrainingRecord
 from funnel_engine.cli import main
 from funnel_training import plan as planning
 from funnel_training.contenders import Contender, cut, token_limits
@@ -127,6 +131,14 @@ def test_a_checkpoint_that_was_trained_for_a_funnel_has_no_funnels_skipped_for_p
     assert [each.units for each in found.candidates if each.kind == "funnel"] == [24, 24]
 
 
+def test_a_checkpoint_with_a_record_of_training_is_refused(checkpoint, texts, tmp_path):
+    record = TrainingRecord("distill", "0" * 64, "f" * 64, "cosine", 3, None, {})
+    model = dataclasses.replace(read_source(checkpoint), funnel=FUNNELS[1], training=record)
+    save_checkpoint(model, prepare_destination(tmp_path / "trained", checkpoint, False), "float32")
+    with pytest.raises(ConfigError, match="so it cannot be the baseline, which runs without a funnel"):
+        make_plan(tmp_path / "trained", texts, tmp_path / "out")
+
+
 def test_the_checkpoints_own_funnel_is_a_candidate(checkpoint, texts, tmp_path, monkeypatch):
     convert(checkpoint, tmp_path / "trained", dtype="float32", funnel=FunnelConfig.parse("1:2,2:3/mean"))
     monkeypatch.setattr(planning, "grid", lambda *arguments, **options: FUNNELS[3:4] * 2)
@@ -211,7 +223,9 @@ def test_a_run_is_only_continued_with_what_it_had(checkpoint, texts, tmp_path):
     again = functools.partial(make_plan, checkpoint, texts, tmp_path, funnels=FUNNELS[3:4])
     with pytest.raises(ConfigError, match="already has a run; continue it with --resume, or give another folder"):
         again()
-    with pytest.raises(ConfigError, match="had another max_loss; give what it had, or another folder"):
+    with pytest.raises(
+        ConfigError, match=r"had another max_loss: max_loss was .*, now it is .*; give what it had, or another folder"
+    ):
         again(resume=True, max_loss=0.3)
     with pytest.raises(ConfigError, match="had another grid"):
         again(resume=True, funnels=FUNNELS)

@@ -46,16 +46,20 @@ data_options = options(
     click.option("--tags", type=PATH, help="CoNLL columns, a word first and its tag last: F1 of spans."),
 )
 
-model_options = options(
+vector_options = options(
     click.option(
         "--attention", type=click.Choice(ATTENTIONS), help="Kind of attention. Default: that of the checkpoint."
     ),
     click.option("--pooling", type=click.Choice(POOLINGS), help="How rows become a vector. Default: the checkpoint's."),
+    click.option("--truncate", is_flag=True, help="Cut off the end of texts that are too long, instead of stopping."),
+)
+
+model_options = options(
+    vector_options,
     click.option(
         "--dtype", type=click.Choice(list(DTYPES)), help="Of weights and activations. Default: the checkpoint's."
     ),
     click.option("--backend", default="auto", show_default=True, help=f"One of auto, {', '.join(BACKENDS)}."),
-    click.option("--truncate", is_flag=True, help="Cut off the end of texts that are too long, instead of stopping."),
 )
 
 

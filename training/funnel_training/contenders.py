@@ -43,14 +43,10 @@ class Contender:
     funnel: FunnelConfig | None = None
 
 
-def run(engine: Engine, task: Task, inputs: list[Any]) -> list[Any]:
-    return [task.run(engine, side) for side in inputs]
-
-
 def runner(make: Callable[[], Engine]) -> Callable[[], Run]:
     def open_engine() -> Run:
         engine = make()
-        return lambda task, inputs: run(engine, task, inputs)
+        return lambda task, inputs: task.outputs(engine, inputs)
 
     return open_engine
 
@@ -101,7 +97,7 @@ def token_limits(lengths: Ints) -> list[int]:
 
 
 def cut_runner(engine: Engine, tokens: int) -> Callable[[], Run]:
-    return lambda: lambda task, inputs: run(engine, task, [cut(side, tokens) for side in inputs])
+    return lambda: lambda task, inputs: task.outputs(engine, [cut(side, tokens) for side in inputs])
 
 
 def cut(inputs: Ragged, tokens: int) -> Ragged:

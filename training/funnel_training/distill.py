@@ -31,14 +31,13 @@ from funnel_kernels.errors import ConfigError, InputError
 from funnel_training.data_files import read_file
 from funnel_training.distill_loss import distillation_loss
 from funnel_training.distill_plot import draw
-from funnel_training.engines import read_checkpoint_as
+from funnel_training.engines import check_untrained, read_checkpoint_as
 from funnel_training.metrics import agreement
 from funnel_training.run_folder import RunFolder
 from funnel_training.statistics import CONFIDENCE, RESAMPLES
 from funnel_training.student import Packs, Student, Weights
 
-NO_FUNNEL = FunnelConfig()
-HELD_OUT_PART, MOST_HELD_OUT = 10, 1000  # every tenth text, at most so many, is held out of training
+HELD_OUT_PART, MOST_HELD_OUT = 10, 1000  # a tenth of the texts, at most 1000, is held out of training
 QUERY_PART = 5  # every fifth of these is a query
 LEAST_TEXTS = 200
 PACKAGES = ("funnel-engine", "jax", "jaxlib", "numpy", "optax")
@@ -149,12 +148,8 @@ def distill(
     opened = read_checkpoint_as(source, attention=attention, pooling=pooling)
     funnel = opened.manifest.funnel if funnel is None else funnel
     if funnel.total_stride == 1:
-        raise ConfigError("there is no funnel to train for; give one, e.g. --funnel 6:2/mean")
-    if opened.manifest.training is not None:
-        raise ConfigError(
-            f"{source} was trained for the funnel {opened.manifest.funnel}, so without a funnel it is no teacher; give "
-            "the checkpoint that its training began with"
-        )
+        raise ConfigError("a funnel to train for is missing; give one, e.g. --funnel 6:2/mean")
+    check_untrained(source, opened, "teacher")
     file = read_file(to_path(texts))
     lines = list(dict.fromkeys(line for _, line in file.lines()))
     if len(lines) < LEAST_TEXTS:
@@ -180,7 +175,7 @@ def distill(
         opened.weights,
         tokenizer=read_tokenizer(opened.tokenizer_file) if opened.tokenizer_file else None,
         text=opened.manifest.text,
-        max_batch_tokens=settings.rows - funnel.lead,
+        max_batch_tokens=student.rows - funnel.lead,
         dtype="float32",
     )
     tokens = teacher.token_ids(lines, truncate=truncate)

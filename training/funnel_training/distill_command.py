@@ -4,22 +4,15 @@ from pathlib import Path
 
 import click
 
-from funnel_engine.config import ATTENTIONS, FunnelConfig
-from funnel_engine.heads import POOLINGS
+from funnel_engine.cli import funnel_option
+from funnel_engine.config import FunnelConfig
 from funnel_engine.weights import DTYPES
-from funnel_training.command_options import require_packages
-
-PATH = click.Path(path_type=Path)
+from funnel_training.command_options import PATH, require_packages, vector_options
 
 
 @click.command()
 @click.option("--checkpoint", type=PATH, required=True, help="Folder that `funnel convert` wrote.")
-@click.option(
-    "--funnel",
-    type=FunnelConfig.parse,
-    metavar="LAYER:STRIDE[/OPTION]",
-    help="The funnel to train for, e.g. 6:2/mean. Default: that of the checkpoint.",
-)
+@funnel_option("that of the checkpoint")
 @click.option("--texts", type=PATH, required=True, help="UTF-8 file with a text in each line; labels are not needed.")
 @click.option("--output", "-o", type=PATH, required=True, help="Folder of the new checkpoint.")
 @click.option("--steps", type=int, default=300, show_default=True, help="Number of optimizer steps.")
@@ -37,9 +30,7 @@ PATH = click.Path(path_type=Path)
 @click.option("--size", "sizes", type=int, multiple=True, help="A size at which vectors will be cut off (Matryoshka).")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True, help="Of activations.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of everything random.")
-@click.option("--attention", type=click.Choice(ATTENTIONS), help="Kind of attention. Default: that of the checkpoint.")
-@click.option("--pooling", type=click.Choice(POOLINGS), help="How rows become a vector. Default: the checkpoint's.")
-@click.option("--truncate", is_flag=True, help="Cut off the end of texts that are too long, instead of stopping.")
+@vector_options
 @click.option("--resume", is_flag=True, help="Continue a run that was stopped.")
 def distill(
     checkpoint: Path,

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from funnel_engine import Engine, FunnelConfig
 from funnel_engine.checkpoints.native import Checkpoint, read_checkpoint
 from funnel_engine.text import read_tokenizer
+from funnel_kernels.errors import ConfigError
 
 EngineMaker = Callable[[FunnelConfig], Engine]
 
@@ -23,6 +24,19 @@ def read_checkpoint_as(
         head = dataclasses.replace(head, pooling=pooling)
     manifest = dataclasses.replace(checkpoint.manifest, config=config, head=head)
     return dataclasses.replace(checkpoint, manifest=manifest)
+
+
+def check_untrained(path: str | os.PathLike[str], checkpoint: Checkpoint, role: str) -> None:
+    """Raises `ConfigError` if a checkpoint was trained for a funnel: without one it is not what it was before.
+
+    Args:
+        role: what it was to be without a funnel, e.g. "baseline".
+    """
+    if checkpoint.manifest.training is not None:
+        raise ConfigError(
+            f"{path} was trained for the funnel {checkpoint.manifest.funnel}, so it cannot be the {role}, which runs "
+            "without a funnel; give the checkpoint that its training began with"
+        )
 
 
 def first_layers(checkpoint: Checkpoint, count: int) -> Checkpoint:

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from funnel_engine import Engine, FunnelConfig
+from funnel_engine import FunnelConfig
 from funnel_engine.checkpoints.native import MANIFEST, Checkpoint
 from funnel_engine.cli import show_progress
 from funnel_engine.flops import forward_flops
 from funnel_engine.input_files import hash_file
 from funnel_engine.packing import make_plan
 from funnel_kernels.errors import ConfigError
-from funnel_training.engines import EngineMaker, engine_maker, read_checkpoint_as
+from funnel_training.engines import EngineMaker, check_untrained, engine_maker, read_checkpoint_as
 from funnel_training.statistics import CONFIDENCE, RESAMPLES, Ratio, paired_ratio
 from funnel_training.tasks.task import Task
 
@@ -92,15 +92,12 @@ def evaluate(
     Raises:
         CheckpointError, ConfigError, BackendUnavailable: as `Engine.load`.
         ConfigError: a funnel pools nothing or does not fit; the checkpoint and the baseline cannot be compared; the
-            checkpoint was trained for a funnel, and there is no baseline.
+            checkpoint was trained for a funnel, and a baseline is not given.
         InputError: a text cannot be run.
     """
     opened = read_checkpoint_as(checkpoint, attention=attention, pooling=pooling)
-    if baseline is None and opened.manifest.training is not None:
-        raise ConfigError(
-            f"{checkpoint} was trained for the funnel {opened.manifest.funnel}, so without a funnel it is no baseline; "
-            "give the checkpoint that its training began with (--baseline)"
-        )
+    if baseline is None:
+        check_untrained(checkpoint, opened, "baseline (--baseline)")
     own = opened.manifest.funnel
     funnels = funnels or ([own] if own.total_stride > 1 else [])
     make_engine = engine_maker(opened, dtype=dtype, backend=backend)
@@ -159,13 +156,13 @@ def compare_funnels(
     inputs = task.inputs(exact, truncate)
     config, lengths = exact.config, [side.lengths for side in inputs]
     flops = [forward_flops(config, NO_FUNNEL, side) for side in lengths]
-    outputs = run(task, exact, inputs)
+    outputs = task.outputs(exact, inputs)
     del exact
     reference = task.scores(outputs, outputs)
     values = {name: score.value for name, score in reference.items()}
     lines = [Line(str(NO_FUNNEL), "nothing", 1.0, values, dict.fromkeys(values))]
     for funnel in show_progress(funnels, "Evaluating"):
-        funneled = run(task, make_engine(funnel), inputs)
+        funneled = task.outputs(make_engine(funnel), inputs)
         funneled_flops = [forward_flops(config, funnel, side) for side in lengths]
         choices = {"all": (funneled, funneled_flops)}
         if len(task.sides) == 2:
@@ -176,10 +173,6 @@ def compare_funnels(
             values = {key: score.value for key, score in scores.items()}
             lines.append(Line(str(funnel), name, sum(cost) / sum(flops), values, ratios))
     return lines
-
-
-def run(task: Task, engine: Engine, inputs: list[Any]) -> list[Any]:
-    return [task.run(engine, side) for side in inputs]
 
 
 def check_comparable(checkpoint: Checkpoint, baseline: Checkpoint) -> None:

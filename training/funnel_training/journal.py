@@ -7,6 +7,7 @@ from typing import Any
 
 from funnel_engine.output_files import write_text
 from funnel_kernels.errors import ConfigError, InputError
+from funnel_training.run_folder import check_same_run
 
 NAME = "progress.json"
 
@@ -41,11 +42,7 @@ class Journal:
             raise InputError(
                 f"{self.path} cannot be read ({error}); delete it and start again without --resume"
             ) from error
-        if before != self.facts:
-            changed = [name for name, value in self.facts.items() if before.get(name) != value]
-            raise ConfigError(
-                f"the run in {folder} had another {' and '.join(changed)}; give what it had, or another folder"
-            )
+        check_same_run(folder, before, self.facts)
 
     def get(self, key: str, compute: Callable[[], Any]) -> Any:
         """The result of `compute`, a JSON value, from the file if it is there."""

@@ -18,8 +18,8 @@ from funnel_engine import Engine, FunnelConfig
 from funnel_engine.cli import show_progress
 from funnel_kernels.errors import ConfigError, InputError
 from funnel_training.candidates import grid, pools_more
-from funnel_training.contenders import NO_FUNNEL, Contender, Run, funnel_contender, rivals, run
-from funnel_training.engines import engine_maker, read_checkpoint_as
+from funnel_training.contenders import NO_FUNNEL, Contender, Run, funnel_contender, rivals
+from funnel_training.engines import check_untrained, engine_maker, read_checkpoint_as
 from funnel_training.evaluate import PACKAGES, SEED, checkpoint_facts
 from funnel_training.journal import Journal
 from funnel_training.latency import ROUNDS, Latency, measure_in_turns
@@ -124,7 +124,7 @@ class Rung:
 
     @functools.cached_property
     def outputs(self) -> list[Any]:
-        return run(self.baseline, self.task, self.inputs)
+        return self.task.outputs(self.baseline, self.inputs)
 
     @functools.cached_property
     def reference(self) -> dict[str, Score]:
@@ -174,12 +174,14 @@ def plan(
 
     Raises:
         CheckpointError, ConfigError, BackendUnavailable: as `Engine.load`.
-        ConfigError: the bound is not between 0 and 1, a funnel does not fit, or the folder has another run.
+        ConfigError: the bound is not between 0 and 1, a funnel does not fit, the checkpoint was trained for a funnel,
+            or the folder has another run.
         InputError: a text cannot be run, there are too few, or the unfunneled score is not clearly above 0.
     """
     order, half = task.order(SEED), count_half(task, max_loss)
     make_folder(output)
     opened = read_checkpoint_as(checkpoint, attention=attention, pooling=pooling)
+    check_untrained(checkpoint, opened, "baseline")
     make_engine = functools.partial(engine_maker, dtype=dtype, backend=backend, compilation_cache=output / PROGRAMS)
     make_funneled = make_engine(opened)
     baseline = make_funneled(NO_FUNNEL)
@@ -337,7 +339,7 @@ class Search:
             return lambda: [run(part.task, part.inputs) for part in timed]
 
         def seconds() -> dict[str, float]:
-            exact = call(functools.partial(run, baseline))
+            exact = call(lambda task, inputs: task.outputs(baseline, inputs))
             return dataclasses.asdict(self.measure(contender, exact, call(contender.open())))
 
         latency = Latency(**self.journal.get(f"latency: {contender.name}", seconds))

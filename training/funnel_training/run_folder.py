@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,22 @@ from funnel_kernels.errors import ConfigError, InputError
 Tree = Any  # a pytree of arrays
 
 
+def check_same_run(folder: Path, before: Any, now: dict[str, Any]) -> None:
+    """Raises `ConfigError` unless a run that a folder has is the one that shall be continued.
+
+    Args:
+        before, now: all that the results depend on, as JSON values.
+    """
+    earlier = before if isinstance(before, dict) else {}
+    changed = [name for name in now if earlier.get(name) != now[name]]
+    if changed:
+        name = changed[0]
+        raise ConfigError(
+            f"the run in {folder} had another {' and '.join(changed)}: {name} was {earlier.get(name)!r:.200}, now "
+            f"it is {now[name]!r:.200}; give what it had, or another folder"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class RunFolder:
     """A folder with run.json (what the run is), log.jsonl, and the state of the run. Every file is always complete."""
@@ -26,7 +43,7 @@ class RunFolder:
         """Makes the folder, or continues in it.
 
         Raises:
-            ConfigError: it exists and is not to be resumed, does not exist and is, or belongs to another run.
+            ConfigError: it exists although `resume` is not set, does not exist although it is, or has another run.
             InputError: it cannot be written.
         """
         file, run = self.path / "run.json", json.loads(json.dumps(run))
@@ -45,14 +62,10 @@ class RunFolder:
         try:
             earlier = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{self.path} has no run to resume; leave --resume out") from error
-        changed = [name for name in run if earlier.get(name) != run[name]]
-        if changed:
-            name = changed[0]
             raise ConfigError(
-                f"{self.path} belongs to a run with another {name}: {earlier.get(name)!r}, now {run[name]!r}; give the "
-                "same, or begin a new run"
-            )
+                f"{self.path} does not have a run to resume; remove it if it exists, and leave --resume out"
+            ) from error
+        check_same_run(self.path, earlier, run)
 
     def write_arrays(self, name: str, tree: Tree) -> None:
         """Writes the arrays of a tree to NAME.npz.
@@ -80,10 +93,18 @@ class RunFolder:
         return (self.path / f"{name}.npz").exists()
 
     def read_arrays(self, name: str, tree: Tree) -> Tree:
-        """The arrays that were written as NAME, in the shape of `tree`."""
-        with np.load(self.path / f"{name}.npz") as arrays:
-            leaves = [arrays[f"arr_{index}"] for index in range(len(arrays.files))]
-        return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+        """The arrays that were written as NAME, in the shape of `tree`.
+
+        Raises:
+            InputError: the file is damaged.
+        """
+        file = self.path / f"{name}.npz"
+        try:
+            with np.load(file) as arrays:
+                leaves = [arrays[f"arr_{index}"] for index in range(len(arrays.files))]
+            return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise InputError(f"{file} cannot be read ({error}); remove {self.path} and begin again") from error
 
     def remove(self, *names: str) -> None:
         for name in names:

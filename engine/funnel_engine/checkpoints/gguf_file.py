@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from funnel_engine.input_files import open_file
+from funnel_engine.input_files import open_file, read_array
 from funnel_engine.messages import abbreviate
 from funnel_kernels.errors import CheckpointError
 
@@ -56,11 +56,8 @@ class GGUFTensor(NamedTuple):
 
         assert at == (), "the tensors of a Gemma are vectors and matrices, which are read by rows"
         row_bytes = self.size // self.shape[0]
-        with open_file(self.path) as file:
-            file.seek(self.start + start * row_bytes)
-            data = np.fromfile(file, np.uint8, (stop - start) * row_bytes)
-        if len(data) < (stop - start) * row_bytes:
-            raise CheckpointError(f"{self.path} became shorter while it was read; convert it again")
+        first, size = self.start + start * row_bytes, (stop - start) * row_bytes
+        data = read_array(self.path, first, np.dtype(np.uint8), size)
         with np.errstate(over="ignore", invalid="ignore"):  # scales may be damaged; values are checked when written
             values = dequantize(data.reshape(stop - start, row_bytes), GGMLQuantizationType[self.dtype])
         values = values.reshape(stop - start, *self.shape[1:])

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeGuard
 import ml_dtypes
 import numpy as np
 
-from funnel_engine.input_files import open_file, parse_json, reading
+from funnel_engine.input_files import open_file, parse_json, read_array, reading
 from funnel_engine.weights import Shapes
 from funnel_kernels.errors import CheckpointError
 
@@ -52,11 +52,8 @@ class StoredTensor(NamedTuple):
         for index, size in zip((*at, start), self.shape, strict=False):
             row = row * size + index
         count = (stop - start) * math.prod(row_shape)
-        with open_file(self.path) as file:
-            file.seek(self.start + row * math.prod(row_shape) * dtype.itemsize)
-            values = np.fromfile(file, dtype, count)
-        if len(values) < count:
-            raise CheckpointError(f"{self.path} became shorter while it was read; convert it again")
+        start_byte = self.start + row * math.prod(row_shape) * dtype.itemsize
+        values = read_array(self.path, start_byte, dtype, count)
         return values.reshape(stop - start, *row_shape)
 
 

@@ -111,6 +111,10 @@ class Task(abc.ABC):
         """What a model makes of the inputs of one side: vectors, unless a subclass says otherwise."""
         return engine.embed(inputs)
 
+    def outputs(self, engine: Engine, inputs: list[Any]) -> list[Any]:
+        """What a model makes of the inputs of every side."""
+        return [self.run(engine, side) for side in inputs]
+
     @abc.abstractmethod
     def scores(self, outputs: list[Any], baseline: list[Any]) -> dict[str, Score]:
         """The scores of a model's outputs for each side, the most important one first.

@@ -60,8 +60,8 @@ def distill(
     Example: funnel distill --checkpoint my-gemma --funnel 6:2/mean --texts texts.txt -o my-funneled-gemma
     """
     require_packages()
-    from funnel_training.distill import Settings
     from funnel_training.distill import distill as run
+    from funnel_training.trainer import Settings
 
     settings = Settings(
         steps=steps,
@@ -71,7 +71,6 @@ def distill(
         packs=packs,
         every=every,
         patience=patience,
-        sizes=sizes,
         dtype=dtype,
         seed=seed,
     )
@@ -81,6 +80,7 @@ def distill(
         output,
         settings,
         funnel=funnel,
+        sizes=sizes,
         attention=attention,
         pooling=pooling,
         truncate=truncate,

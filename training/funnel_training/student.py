@@ -1,8 +1,8 @@
-"""The model in training: which weights move, and the vectors that it computes from packed texts."""
+"""The model in training: which weights move, and the outputs of its head on packed texts."""
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from funnel_engine import FunnelConfig, HeadConfig, ModelConfig
+from funnel_engine import FunnelConfig, ModelConfig
 from funnel_engine.checks import check_integer
-from funnel_engine.heads import SentenceVectors
+from funnel_engine.heads import Head
 from funnel_engine.inputs import Ragged
 from funnel_engine.model import forward
 from funnel_engine.packing import ROW_ALIGNMENT, Batch, Ints, Plan, make_plan, pack, round_up, spans
@@ -22,7 +22,6 @@ from funnel_kernels import Target
 from funnel_kernels.errors import ConfigError
 
 Weights = dict[str, Any]  # arrays by the names of `weights.expected_shapes`; of LoRA, pairs of factors
-Vectors = jax.Array  # [P, B, D] float32: of the texts of each pack
 LORA_SCALE = 2.0  # alpha / rank, as in most recipes
 
 
@@ -31,13 +30,12 @@ class Packs(NamedTuple):
 
     Attributes:
         batch: the input of the encoder.
-        first, count: the output rows of each text, [P, B]; 0 where a pack has fewer than B texts.
+        inputs: what the head reads for each text, [P, B] each; 0 where a pack has fewer than B texts.
         texts: the numbers of the texts, [P, B]; -1 where there is none.
     """
 
     batch: Batch
-    first: Any
-    count: Any
+    inputs: tuple[Any, ...]
     texts: Any
 
 
@@ -46,6 +44,7 @@ class Student:
     """A model with a funnel, as a function of the weights that are trained.
 
     Attributes:
+        head: what runs on the rows of the encoder, in training as in serving.
         train: "after" moves the layers after the (first) funnel, the final norm and the head; "all" moves every weight;
             "lora:R" moves products of two matrices of rank R, which are added to the matrices of the layers after the
             funnel (LoRA, arXiv:2106.09685).
@@ -56,7 +55,7 @@ class Student:
     """
 
     config: ModelConfig
-    head: HeadConfig
+    head: Head
     funnel: FunnelConfig
     train: str
     rows: int
@@ -104,51 +103,57 @@ class Student:
         stay = [name for name in weights if self.rank is not None or name not in trained]
         return trained, {name: jnp.asarray(weights[name], self.dtype) for name in stay}
 
-    def merge(self, trained: Weights, frozen: Weights) -> Weights:
-        """All weights by name, those that are trained in float32."""
-        if self.rank is None:
-            return frozen | trained
-        return frozen | {
-            name: frozen[name].astype(jnp.float32) + LORA_SCALE * (pair["up"] @ pair["down"])
-            for name, pair in trained.items()
-        }
+    def merge(self, trained: Weights, frozen: Mapping[str, Any], dtype: Any) -> Weights:
+        """All weights by name, in a dtype; the products of LoRA are added in float32."""
+        if self.rank is not None:
+            trained = {
+                name: jnp.asarray(frozen[name], jnp.float32) + LORA_SCALE * (pair["up"] @ pair["down"])
+                for name, pair in trained.items()
+            }
+        return {name: jnp.asarray(weight, dtype) for name, weight in {**frozen, **trained}.items()}
 
-    def vectors(self, trained: Weights, frozen: Weights, packs: Packs) -> Vectors:
-        """One vector for each text, not normalised."""
+    def outputs(self, trained: Weights, frozen: Weights, packs: Packs) -> jax.Array:
+        """What the head returns: [P, B, ...] if it reads texts, [P, R, ...] if it reads every row; float32."""
         target = Target.of(self.mesh.devices.flat[0], backend="xla")
         encode = partial(forward, config=self.config, funnel=self.funnel, target=target)
 
-        def pack_vectors(weights: Weights, one: Packs) -> jax.Array:
+        def pack_outputs(weights: Weights, one: Packs) -> jax.Array:
             rows = encode(nest(weights, self.config, self.funnel), one.batch)
-            return SentenceVectors(self.head)(weights, rows, one.first, one.count, target=target)
+            return self.head(weights, rows, *one.inputs, target=target)
 
-        def device_vectors(trained: Weights, frozen: Weights, packs: Packs) -> Vectors:
-            weights = jax.tree.map(lambda weight: weight.astype(self.dtype), self.merge(trained, frozen))
-            if packs.first.shape[0] == 1:
-                return pack_vectors(weights, jax.tree.map(lambda array: array[0], packs))[None]
+        def device_outputs(trained: Weights, frozen: Weights, packs: Packs) -> jax.Array:
+            weights = self.merge(trained, frozen, self.dtype)
+            if packs.texts.shape[0] == 1:
+                return pack_outputs(weights, jax.tree.map(lambda array: array[0], packs))[None]
             # Each pack is computed again for its derivative, so that memory contains the activations of one pack.
-            return jax.lax.map(partial(jax.checkpoint(pack_vectors), weights), packs)
+            return jax.lax.map(partial(jax.checkpoint(pack_outputs), weights), packs)
 
         replicated, by_pack = PartitionSpec(), PartitionSpec("data")
         return jax.shard_map(
-            device_vectors,
+            device_outputs,
             mesh=self.mesh,
             in_specs=(replicated, replicated, by_pack),
             out_specs=by_pack,
             check_vma=False,  # the loops of attention begin with constants
         )(trained, frozen, packs)
 
-    def pack(self, texts: Ragged, groups: list[Ints]) -> Packs:
-        """Packs texts by their numbers; each group must fit, see `fill`."""
-        packs = []
-        for group in groups:
+    def batches(self, texts: Ragged, numbers: Ints, packs: int) -> Iterator[Packs]:
+        """All of the texts with these numbers, longest first, in batches of as many packs."""
+        groups = self.fill(texts, numbers[np.argsort(-texts.lengths[numbers], kind="stable")])
+        for start in range(0, len(groups), packs):
+            yield self.pack(texts, groups[start : start + packs], packs)
+
+    def pack(self, texts: Ragged, groups: list[Ints], packs: int) -> Packs:
+        """Packs texts by their numbers; each group must fit, see `fill`. Packs without a group are empty."""
+        filled = []
+        for group in [*groups, *[np.zeros(0, np.int32)] * (packs - len(groups))]:
             part = texts.take(group)
             output = spans(self.plan, part.lengths, self.plan.output_stride)
-            first, count = np.zeros((2, self.most_texts), np.int32)
-            numbers = np.full(self.most_texts, -1, np.int32)
-            first[: len(group)], count[: len(group)], numbers[: len(group)] = output.first, output.rows, group
-            packs.append(Packs(pack(self.plan, part.ids, part.offsets, self.rows), first, count, numbers))
-        return jax.tree.map(lambda *arrays: np.stack(arrays), *packs)
+            unused = self.most_texts - len(group)
+            inputs = tuple(np.pad(array, (0, unused)) for array in self.head.sequence_inputs(part, output))
+            numbers = np.pad(group, (0, unused), constant_values=-1)
+            filled.append(Packs(pack(self.plan, part.ids, part.offsets, self.rows), inputs, numbers))
+        return jax.tree.map(lambda *arrays: np.stack(arrays), *filled)
 
     def fill(self, texts: Ragged, order: Ints, packs: int | None = None) -> list[Ints]:
         """Divides texts, in this order, into groups that fit a pack each; `packs` limits the number of groups."""

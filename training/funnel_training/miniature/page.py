@@ -101,7 +101,7 @@ def draw_latency(results: Results) -> bytes:
         means = [100 * np.mean(sample) for sample in samples]
         measured = [1.0, *(each["measured"] for each in timed)]
         ideal = [1.0, *(each["ideal"] for each in timed)]
-        whiskers(axes, measured, samples, COLORS[name], f"{NAMES[name]}, measured")
+        whiskers(axes, measured, samples, COLORS[name], f"{NAMES[name]}, measured", style="o")
         axes.plot(ideal, means, "o", mfc="none", color=COLORS[name], label=f"{NAMES[name]}, ideal latency")
         for place, mean, label in zip(measured, means, ["none", *results.latency], strict=True):
             if name == "plain":

@@ -60,7 +60,7 @@ class Sizes:
     steps: tuple[int, ...] = (16, 48)
     rows: int = 512
     training_units: int = 800
-    test_units: int = 800
+    test_units: int = 600
     timed_texts: int = 200
     recoveries: tuple[str, ...] = tuple(RECOVERIES)
 

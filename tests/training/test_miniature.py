@@ -151,6 +151,13 @@ def test_a_page_shows_every_figure_score_and_verdict():
     assert sum(len(row) == 6 for row in rows) == 1 + len(results.scores)
 
 
+def test_compact_json_is_json_with_a_line_for_each_item():
+    content = {"facts": {"a": "b"}, "runs": [{"scores": [0.5, 1]}, {"scores": []}], "none": []}
+    text = command.compact_json(content)
+    assert json.loads(text) == content
+    assert text.splitlines()[3] == '  {"scores": [0.5, 1]},'
+
+
 def test_every_chunk_has_the_same_number_of_masks():
     chunks = np.random.default_rng(0).integers(MASK + 1, 300, (50, CHUNK)).astype(np.int32)
     masked, places = mask_tokens(chunks, np.random.default_rng(1))

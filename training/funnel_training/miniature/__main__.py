@@ -53,11 +53,20 @@ def run(out: Path, quick: bool, data: Path | None) -> None:
         **versions,
     }
     content = {"facts": facts, **results.to_json(), "verdicts": [verdict._asdict() for verdict in found]}
-    write_text(out / "results.json", json.dumps(content, indent=1) + "\n")
+    write_text(out / "results.json", compact_json(content))
     write_text(out / "page.html", make_page(results, found, facts))
     for verdict in found:
         click.echo(f"{verdict.outcome}: {verdict.question} {verdict.reason}")
     click.echo(f"wrote {out / 'page.html'} and {out / 'results.json'}")
+
+
+def compact_json(content: dict[str, Any]) -> str:
+    """JSON with a line for each entry, and for each item of a list."""
+    entries = []
+    for name, value in content.items():
+        lines = ",\n".join(f"  {json.dumps(item)}" for item in value) if isinstance(value, list) else ""
+        entries.append(f" {json.dumps(name)}: " + (f"[\n{lines}\n ]" if lines else json.dumps(value)))
+    return "{\n" + ",\n".join(entries) + "\n}\n"
 
 
 def processor() -> str:

@@ -98,19 +98,6 @@ class Run(NamedTuple):
     steps: int
 
 
-class TaskData(NamedTuple):
-    form: str  # of `finetune`
-    score: str  # of the task
-    pooling: str | None
-    read: Callable[[Path, Sequence[str]], Task]
-
-
-TASKS = {
-    "groups": TaskData("labels", "accuracy", "attention", read_labels),
-    "tags": TaskData("tags", "word accuracy", None, read_tags),
-}
-
-
 def funnels(task: str, sizes: Sizes) -> tuple[str, ...]:
     """No funnel, and those after every even layer; with a recovery where each token needs a row."""
     recovery = f"/{TAGGING_RECOVERY}" if task == "tags" else ""
@@ -176,12 +163,9 @@ def study(folder: Path, documents: Sequence[Document], sizes: Sizes, facts: dict
         report("making the vocabulary")
         texts = (text_of(sentence) for document in training for sentence in document.sentences)
         make_vocabulary(texts, sizes.vocabulary).save(str(vocabulary))
-    for name, part, units in (
-        ("training", training, sizes.training_units),
-        ("test", held_out, sizes.test_units),
-    ):
-        write_groups(folder / f"{name}.groups.jsonl", part, units)
-        write_tags(folder / f"{name}.tags.txt", part, units)
+    for task in TASKS.values():
+        task.write(folder / f"training.{task.file}", training, sizes.training_units)
+        task.write(folder / f"test.{task.file}", held_out, sizes.test_units)
 
     masked: dict[str, list[float]] = {name: [] for name in PRETRAININGS}
     scores: dict[Run, list[float]] = {run: [] for run in runs(sizes)}
@@ -242,13 +226,12 @@ def pretrained(
 
 def finetuned(folder: Path, key: str, run: Run, sizes: Sizes, seed: int) -> float:
     """Fine-tunes a pre-trained model and serves the result: its score on the test data."""
-    form, score, pooling, read = TASKS[run.task]
-    output = folder / key
+    task, output = TASKS[run.task], folder / key
     if not output.exists():
         finetune(
             folder / f"pretrained-{run.pretraining}-{seed}",
-            form,
-            next(folder.glob(f"training.{run.task}.*")),
+            task.form,
+            folder / f"training.{task.file}",
             output,
             Settings(
                 steps=run.steps,
@@ -260,19 +243,19 @@ def finetuned(folder: Path, key: str, run: Run, sizes: Sizes, seed: int) -> floa
                 seed=seed,
             ),
             funnel=FunnelConfig.parse(run.funnel),
-            pooling=pooling,
+            pooling=task.pooling,
             resume=output.with_name(f"{output.name}.training").exists(),
         )
-    test = read(next(folder.glob(f"test.{run.task}.*")), read_checkpoint(output).head.labels)
+    test = task.read(folder / f"test.{task.file}", read_checkpoint(output).head.labels)
     engine = Engine.load(output, max_batch_tokens=4096)
     outputs = test.outputs(engine, test.inputs(engine, False))
-    return test.scores(outputs, outputs)[score].value
+    return test.scores(outputs, outputs)[task.score].value
 
 
 def timed(folder: Path, funnel: str, sizes: Sizes) -> dict[str, float]:
     """Latency of texts of the test data with a funnel, relative to none, in turns in the same engine's best form."""
     make = engine_maker(read_checkpoint(folder / "pretrained-plain-0"))
-    lines = (folder / "test.groups.jsonl").read_text("utf-8").splitlines()[: sizes.timed_texts]
+    lines = (folder / f"test.{TASKS['groups'].file}").read_text("utf-8").splitlines()[: sizes.timed_texts]
     baseline, funneled = make(FunnelConfig()), make(FunnelConfig.parse(funnel))
     texts = baseline.token_ids([json.loads(line)["text"] for line in lines])
     latency = measure_in_turns(lambda: baseline.embed(texts), lambda: funneled.embed(texts))
@@ -307,6 +290,24 @@ def write_tags(path: Path, documents: Sequence[Document], units: int) -> None:
 
 def short(document: Document) -> list[list[Word]]:
     return [sentence for sentence in document.sentences if len(sentence) <= MOST_WORDS]
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskForm:
+    """How a task is written, learned and scored."""
+
+    file: str
+    form: str  # of `finetune`
+    score: str  # of `Task.scores`
+    pooling: str | None
+    write: Callable[[Path, Sequence[Document], int], None]
+    read: Callable[[Path, Sequence[str]], Task]
+
+
+TASKS = {
+    "groups": TaskForm("groups.jsonl", "labels", "accuracy", "attention", write_groups, read_labels),
+    "tags": TaskForm("tags.txt", "tags", "word accuracy", None, write_tags, read_tags),
+}
 
 
 def rounded(value: Any) -> Any:

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,7 +30,7 @@ from funnel_training.tasks.retrieval import Retrieval
 from funnel_training.tasks.tags import Tags, WordTokens, read_tags
 from funnel_training.tasks.tags import spans as tag_spans
 from funnel_training.tasks.task import Task
-from funnel_training.trainer import Report, Run, Settings, run_texts
+from funnel_training.trainer import Objective, Report, Run, Settings, run_texts
 from funnel_training.training_run import LEAST_UNITS, MOST_HELD_OUT, TrainingRun, divide
 
 TASKS = {"labels": "classify", "tags": "tag", "pairs": None}  # the task of the head for each form of data
@@ -187,8 +187,8 @@ def with_head(checkpoint: Checkpoint, head: HeadConfig, seed: int) -> Checkpoint
     return dataclasses.replace(checkpoint, manifest=manifest, weights=weights)
 
 
-class FineTuning(abc.ABC):
-    """What the objectives for all forms of data share, see `Objective`."""
+class FineTuning(Objective):
+    """What the objectives for all forms of data share."""
 
     name: ClassVar[str]  # of the loss
 
@@ -201,13 +201,7 @@ class FineTuning(abc.ABC):
         self.inputs = training.inputs(engine, truncate)
         parts = [side.ids if isinstance(side, WordTokens) else side for side in self.inputs]
         self.tokens = join([ids for part in parts for ids in np.split(part.ids, part.offsets[1:-1])])
-        self.places: Sequence[str] = [place for side in training.sides for place in side.places]
-
-    @abc.abstractmethod
-    def batch(self, step: int) -> tuple[Packs, Any]: ...
-
-    @abc.abstractmethod
-    def loss(self, outputs: jax.Array, packs: Packs, targets: Any) -> tuple[jax.Array, dict[str, jax.Array]]: ...
+        self.places = [place for side in training.sides for place in side.places]
 
     def order(self, step: int, count: int) -> Ints:
         """The numbers of `count` texts or pairs in the order of a step."""

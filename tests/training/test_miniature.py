@@ -9,11 +9,9 @@ import tarfile
 from html import escape
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from jax.experimental.compilation_cache import compilation_cache
 
 from funnel_engine import ConfigError, Engine, FunnelConfig, InputError
 from funnel_training.miniature import __main__ as command
@@ -42,15 +40,7 @@ TINY = Sizes(
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def own_compiled_programs():
-    """A study sets where the whole process keeps compiled programs."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: jax.config.values[name] for name in names}
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+pytestmark = pytest.mark.usefixtures("compiled_once")  # a study sets where the whole process keeps its programs
 
 
 def made_up_documents(seed: int = 0) -> list[Document]:

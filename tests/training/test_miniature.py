@@ -248,7 +248,7 @@ def test_a_difference_counts_if_it_is_larger_than_the_spread():
     assert compare([0.6, 0.62], [0.5, 0.51]).outcome == "agrees"
     assert compare([0.5, 0.51], [0.6, 0.62]).outcome == "disagrees"
     assert compare([0.6, 0.7], [0.55, 0.56]).outcome == "not shown"
-    assert str(compare([0.6, 0.62], [0.5, 0.51])) == "+10.5 points, spread of seeds 2.0"
+    assert str(compare([0.6, 0.62], [0.5, 0.51])) == "+10.5 points (spread of seeds 2.0; in 2 of 2 seeds)"
 
 
 def test_verdicts_follow_the_numbers():

@@ -18,10 +18,13 @@ class Comparison(NamedTuple):
     Attributes:
         difference: of their means, the first minus the second.
         spread: the larger one of the ranges (largest minus smallest) of the two samples.
+        wins, seeds: in how many of the seeds the first is ahead.
     """
 
     difference: float
     spread: float
+    wins: int
+    seeds: int
 
     @property
     def outcome(self) -> str:
@@ -31,7 +34,10 @@ class Comparison(NamedTuple):
         return "agrees" if self.difference > 0 else "disagrees"
 
     def __str__(self) -> str:
-        return f"{100 * self.difference:+.1f} points, spread of seeds {100 * self.spread:.1f}"
+        return (
+            f"{100 * self.difference:+.1f} points (spread of seeds {100 * self.spread:.1f}; in {self.wins} of "
+            f"{self.seeds} seeds)"
+        )
 
 
 class Verdict(NamedTuple):
@@ -44,7 +50,9 @@ class Verdict(NamedTuple):
 
 
 def compare(better: Sequence[float], worse: Sequence[float]) -> Comparison:
-    return Comparison(float(np.mean(better) - np.mean(worse)), float(max(np.ptp(better), np.ptp(worse))))
+    differences = np.subtract(better, worse)
+    spread = float(max(np.ptp(better), np.ptp(worse)))
+    return Comparison(float(differences.mean()), spread, int((differences > 0).sum()), len(differences))
 
 
 def verdicts(results: Results) -> list[Verdict]:

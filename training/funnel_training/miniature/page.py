@@ -27,15 +27,16 @@ th, td { border-bottom: 1px solid #ccc; padding: 0.3rem 0.7rem; text-align: left
 
 def make_page(results: Results, verdicts: Sequence[Verdict], facts: dict[str, Any]) -> str:
     """One HTML file that needs no other."""
-    by_question = {
-        "Quality by the layer of the funnel (Figure 2, Table 1)": (draw_layers(results), verdicts[:4]),
-        "More fine-tuning steps (Figure 3)": (draw_steps(results), verdicts[4:5]),
-        "Quality beside latency (Figure 4)": (draw_latency(results), verdicts[5:6]),
-        "Recoveries (Figure 5)": (draw_recoveries(results), verdicts[6:]),
+    figures = {
+        2: ("Quality by the layer of the funnel (Figure 2, Table 1)", draw_layers),
+        3: ("More fine-tuning steps (Figure 3)", draw_steps),
+        4: ("Quality beside latency (Figure 4)", draw_latency),
+        5: ("Recoveries (Figure 5)", draw_recoveries),
     }
     parts = [
-        f"<h2>{html.escape(title)}</h2>{image(png, title)}{verdict_table(own)}"
-        for title, (png, own) in by_question.items()
+        f"<h2>{html.escape(title)}</h2>{image(draw(results), title)}"
+        + verdict_table([verdict for verdict in verdicts if verdict.figure == figure])
+        for figure, (title, draw) in figures.items()
     ]
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Funnels in miniature</title>'

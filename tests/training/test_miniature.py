@@ -273,9 +273,11 @@ def test_verdicts_follow_the_numbers():
         "agrees",  # an early funnel costs genre
         "agrees",  # a later one costs less
         "agrees",  # funnel-aware helps
+        "agrees",  # and costs without a funnel
         "not shown",  # parts of speech
         "not shown",
         "disagrees",  # funnel-aware harms
+        "not shown",
         "agrees",  # more steps help
         "agrees",  # latency
         "disagrees",  # max_last is better than mean_last
@@ -299,4 +301,4 @@ def test_a_study_with_one_funnel_has_no_later_one():
 def test_latency_that_grows_with_an_earlier_funnel_disagrees():
     slow = {"ideal": 0.6, "measured": 1.2, "low": 1.1, "high": 1.3}
     late = {"ideal": 0.8, "measured": 0.9, "low": 0.85, "high": 0.92}
-    assert verdicts(results_of({}, latency={"2:2": slow, "4:2": late}))[7].outcome == "disagrees"
+    assert verdicts(results_of({}, latency={"2:2": slow, "4:2": late}))[9].outcome == "disagrees"

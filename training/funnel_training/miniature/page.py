@@ -108,6 +108,7 @@ def draw_latency(results: Results) -> bytes:
             if name == "plain":
                 axes.annotate(label, (place, mean), xytext=(6, -12), textcoords="offset points", fontsize=9)
     axes.set_xlabel("latency relative to no funnel")
+    axes.margins(x=0.1)
     return png_of(figure)
 
 

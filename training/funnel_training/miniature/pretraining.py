@@ -17,7 +17,7 @@ from funnel_kernels import Target
 from funnel_training.miniature.model import MASK, random_weights, write_model
 from funnel_training.run_folder import RunFolder
 from funnel_training.student import Packs, Student
-from funnel_training.trainer import Report, Run, Settings, Trainer, data_mesh
+from funnel_training.trainer import Objective, Report, Run, Settings, Trainer, data_mesh
 
 MASKED_SHARE = 0.2
 CHUNK = 64  # tokens of a training text
@@ -40,12 +40,8 @@ class MaskedTokenLogits:
         return linear(rows[masked].astype(np.float32), params["embedding"])
 
 
-class MaskedTokens:
-    """The tokens behind the masks shall be guessed, see `Objective`.
-
-    Attributes:
-        places: the document of each training chunk.
-    """
+class MaskedTokens(Objective):
+    """The tokens behind the masks shall be guessed. The place of a chunk is its document."""
 
     def __init__(self, student: Student, training: Sequence[tuple[str, Ints]], held_out: Ints, seed: int):
         """
@@ -54,7 +50,7 @@ class MaskedTokens:
             held_out: chunks to evaluate on, [chunks, CHUNK]; what does not fill a pack is left out.
         """
         self.student, self.seed = student, seed
-        self.places: Sequence[str] = [name for name, chunks in training for _ in chunks]
+        self.places = [name for name, chunks in training for _ in chunks]
         self.chunks = np.concatenate([chunks for _, chunks in training])
         self.chunks_per_pack = student.rows // CHUNK
         packs = len(held_out) // self.chunks_per_pack

@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from funnel_engine import ConfigError, Engine, FunnelConfig, InputError
+from funnel_training import trainer
 from funnel_training.miniature import __main__ as command
 from funnel_training.miniature import brown, study
 from funnel_training.miniature.brown import Document, Word
@@ -30,7 +31,7 @@ TINY = Sizes(
     layers=3,
     width=32,
     mlp_width=32,
-    pretraining_steps=6,
+    pretraining_steps=2,
     steps=(2, 4),
     rows=256,
     training_units=240,
@@ -65,6 +66,7 @@ def run_tiny(folder: Path) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(brown, "read", lambda path: made_up_documents())
         patch.setattr(study, "QUICK", TINY)
+        patch.setattr(trainer, "draw", lambda entries, path: None)  # takes a sixth of the time
         result = CliRunner().invoke(command.main, ["--out", str(folder), "--quick", "--data", "corpus.tgz"])
     assert result.exit_code == 0, result.output
     return result.output

@@ -9,7 +9,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from funnel_engine import HeadConfig, ModelConfig
-from funnel_engine.checkpoints.native import write_checkpoint
+from funnel_engine.checkpoints.native import read_checkpoint, write_checkpoint
 from funnel_engine.checkpoints.source import SourceModel
 from funnel_engine.checkpoints.tensors import ArrayTensor
 from funnel_engine.config import Rope
@@ -50,6 +50,10 @@ def write_toy(directory: Path, head: HeadConfig = HeadConfig(), *, causal: bool 
     model = SourceModel("funnel", config, head, weights, {}, TextConfig(), file, directory)
     write_checkpoint(directory / "model", model, "float32")
     return directory / "model"
+
+
+def weights_of(path: Path) -> dict[str, np.ndarray]:
+    return {name: np.array(array) for name, array in read_checkpoint(path).weights.items()}
 
 
 def write_texts(path: Path, count: int, seed: int = 0) -> Path:

@@ -16,7 +16,7 @@ from funnel_engine.checks import check_flag, check_integer
 from funnel_engine.config import FunnelConfig, ModelConfig, check_funnel
 from funnel_engine.devices import Devices, OneDevice
 from funnel_engine.flops import ideal_ratio
-from funnel_engine.heads import Head, HeadConfig, SentenceVectors, SequenceLogits, TokenLogits, head_shapes
+from funnel_engine.heads import Head, HeadConfig, SentenceVectors, classifier, head_shapes
 from funnel_engine.inputs import Ragged, read_inputs
 from funnel_engine.jax_settings import guarded
 from funnel_engine.messages import abbreviate
@@ -113,10 +113,8 @@ class Engine:
         self.buckets = row_buckets(self.plan, max_batch_tokens)
         self.params = self.devices.put(weights, funnel, dtype or str(weights["embedding"].dtype))
         heads: list[Head] = [SentenceVectors(head)]
-        if head.task == "classify":
-            heads.append(SequenceLogits(head, self.plan, config.pad_token_id))
-        if head.task == "tag" and self.plan.output_stride == 1:
-            heads.append(TokenLogits(head))
+        if head.task == "classify" or (head.task == "tag" and self.plan.output_stride == 1):
+            heads.append(classifier(head, self.plan, config.pad_token_id))
         self.programs = Programs(
             partial(forward, config=self.devices.config, funnel=funnel, axis=self.devices.axis),
             heads,
@@ -152,7 +150,7 @@ class Engine:
                 the checkpoint has one and this is another.
             dtype: "bfloat16" or "float32"; None keeps the checkpoint's.
             attention: "bidirectional" or "causal"; None keeps the checkpoint's.
-            pooling: how `embed` pools, see `HeadConfig`; None keeps the checkpoint's.
+            pooling: how rows become a vector, see `HeadConfig`; None keeps the checkpoint's.
             verify: first read every file and compare its SHA-256 with the one that `convert` recorded.
 
         The other arguments are those of `Engine`.
@@ -250,10 +248,11 @@ class Engine:
 
     @guarded
     def classify(self, inputs: Any, *, truncate: bool = False) -> np.ndarray:
-        """Raw logits of each input, [B, labels] float32: the classifier reads the last token that is not padding.
+        """Raw logits of each input, [B, labels] float32.
 
-        As in transformers, this is the rightmost id other than `config.pad_token_id`, or the first token if all ids
-        are padding. Without a pad id it is the last token.
+        The classifier reads the last token that is not padding, or the pooled vector, see
+        `HeadConfig.classifier_input`. As in transformers, that token is the rightmost id other than
+        `config.pad_token_id`, or the first token if all ids are padding. Without a pad id it is the last token.
 
         Raises:
             ConfigError: the checkpoint has no sequence classifier.
@@ -333,7 +332,8 @@ class Engine:
             "funnel": f"{describe_funnel(self.funnel)}; ideal latency ratio at {lengths[0]} tokens {ratio:.3f}",
             **({"meant for": f"the funnel {self.intended_funnel}"} if is_another else {}),
             "head": f"pooling {self.head.pooling}, {len(self.head.dense)} dense layers, "
-            f"task {self.head.task or 'none'}",
+            f"task {self.head.task or 'none'}"
+            + (", of the pooled vector" if self.head.classifier_input == "pooled" else ""),
             **self.programs.record.facts(),
             "devices": self.devices,
             "buckets": f"{len(self.buckets)} from {self.buckets[0]} to {self.buckets[-1]} rows",

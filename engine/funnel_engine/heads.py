@@ -21,6 +21,7 @@ from funnel_kernels.errors import ConfigError
 
 POOLINGS = ("mean", "first", "last", "max", "attention")
 TASKS = ("classify", "tag")
+CLASSIFIER_INPUTS = ("last_token", "pooled")
 POOLER_HEADS = 4
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "identity": lambda x: x,
@@ -60,6 +61,8 @@ class HeadConfig:
         task: the task of the classifier: "classify" (one label per sequence), "tag" (one per token), or None.
         labels: names of the classes, in the order of the logits.
         classifier_bias: whether the classifier adds a bias.
+        classifier_input: what a classifier of sequences reads: the row of the "last_token", as in transformers, or the
+            "pooled" vector, after the dense layers, as in arXiv:2504.02877.
     """
 
     pooling: str = "mean"
@@ -69,9 +72,11 @@ class HeadConfig:
     task: str | None = None
     labels: tuple[str, ...] = ()
     classifier_bias: bool = False
+    classifier_input: str = "last_token"
 
     def __post_init__(self) -> None:
         check_option("pooling", self.pooling, POOLINGS)
+        check_option("classifier_input", self.classifier_input, CLASSIFIER_INPUTS)
         for name in ("pooler", "classifier_bias"):
             set_field(self, name, check_flag(name, getattr(self, name)))
         if self.pooling == "attention" and not self.pooler:
@@ -82,6 +87,11 @@ class HeadConfig:
         if self.task is not None:
             check_option("task", self.task, TASKS)
             check_positive("number of labels", len(self.labels))
+        if self.classifier_input == "pooled" and self.task != "classify":
+            raise ConfigError(
+                f"classifier_input='pooled' is for the task 'classify', but the task is {self.task or 'none'}; "
+                "leave it out"
+            )
 
 
 def head_shapes(hidden_size: int, head: HeadConfig) -> dict[str, tuple[int, ...]]:
@@ -105,7 +115,7 @@ def head_shapes(hidden_size: int, head: HeadConfig) -> dict[str, tuple[int, ...]
         if dense.bias:
             shapes[f"dense.{index}.bias"] = (dense.out_features,)
     if head.task:
-        shapes["classifier.weight"] = (len(head.labels), hidden_size)
+        shapes["classifier.weight"] = (len(head.labels), size if head.classifier_input == "pooled" else hidden_size)
         if head.classifier_bias:
             shapes["classifier.bias"] = (len(head.labels),)
     return shapes
@@ -172,8 +182,7 @@ class TokenLogits:
         return ()
 
     def __call__(self, params: Mapping[str, Any], rows: jax.Array, *inputs: jax.Array, target: Target) -> jax.Array:
-        logits = linear(rows.astype(jnp.float32), params["classifier.weight"])
-        return logits + params["classifier.bias"] if self.config.classifier_bias else logits  # [R, labels]
+        return class_logits(self.config, params, rows)  # [R, labels]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +202,30 @@ class SequenceLogits:
 
     def __call__(self, params: Mapping[str, Any], rows: jax.Array, *inputs: jax.Array, target: Target) -> jax.Array:
         (row,) = inputs
-        return TokenLogits(self.config)(params, rows[row], target=target)  # [B, labels]
+        return class_logits(self.config, params, rows[row])  # [B, labels]
+
+
+@dataclasses.dataclass(frozen=True)
+class PooledLogits(SentenceVectors):
+    """Raw class logits of the vector of each sequence."""
+
+    name: ClassVar[str] = "classify"
+
+    def __call__(self, params: Mapping[str, Any], rows: jax.Array, *inputs: jax.Array, target: Target) -> jax.Array:
+        return class_logits(self.config, params, super().__call__(params, rows, *inputs, target=target))  # [B, labels]
+
+
+def classifier(config: HeadConfig, plan: Plan, pad_token_id: int | None) -> Head:
+    """The head of the task of a checkpoint, which must have one."""
+    if config.task == "tag":
+        return TokenLogits(config)
+    return PooledLogits(config) if config.classifier_input == "pooled" else SequenceLogits(config, plan, pad_token_id)
+
+
+def class_logits(config: HeadConfig, params: Mapping[str, Any], rows: jax.Array) -> jax.Array:
+    """The classifier's raw logits of rows, [R, D] -> [R, labels]."""
+    logits = linear(rows.astype(jnp.float32), params["classifier.weight"])
+    return logits + params["classifier.bias"] if config.classifier_bias else logits
 
 
 def last_tokens(batch: Ragged, pad_token_id: int | None) -> Ints:
@@ -212,7 +244,8 @@ def pool_rows(rows: jax.Array, first: jax.Array, count: jax.Array, pooling: str)
         return rows[jnp.maximum(first + count - 1, 0)]
     sequence = sequence_of_row(rows.shape[0], first, count)
     if pooling == "max":
-        return jax.ops.segment_max(rows, sequence, num_segments=first.shape[0])
+        largest = jax.ops.segment_max(rows, sequence, num_segments=first.shape[0])
+        return jnp.where(count[:, None] > 0, largest, 0.0)  # the maximum of no rows is -infinity
     return jax.ops.segment_sum(rows, sequence, num_segments=first.shape[0]) / jnp.maximum(count, 1)[:, None]
 
 

@@ -99,6 +99,7 @@ def describe(model: SourceModel) -> Facts:
         "training": None if model.training is None else dataclasses.asdict(model.training),
         "task": head.task,
         "labels": list(head.labels),
+        "classifier_input": head.classifier_input,
         "tokenizer": "tokenizer.json" if model.tokenizer_json else model.tokenizer_file and model.tokenizer_file.name,
         "begin_id": text.begin,
         "end_id": text.end,

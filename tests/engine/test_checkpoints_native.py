@@ -66,7 +66,7 @@ def edit(checkpoint: Path, path: str, value: Any) -> None:
 def test_manifest_says_what_is_there(checkpoint):
     found, fields = read_checkpoint(checkpoint), manifest(checkpoint)
     shapes = expected_shapes(found.config, found.head)
-    assert fields["version"] == 3
+    assert fields["version"] == 4
     assert fields["tensors"] == len(found.weights) == len(shapes)
     assert fields["parameters"] == sum(array.size for array in found.weights.values()) == count_parameters(shapes)
     assert fields["config"]["softcap"] == 1.7
@@ -112,8 +112,8 @@ def test_what_is_no_checkpoint(tmp_path, checkpoint):
         ("version", 1, "version 1"),
         ("version", "absent", "version None"),
         ("version", "1", "version '1'"),
-        ("version", 4, "version 4; this engine reads versions 2 to 3"),
-        ("version", 3.0, "version 3.0"),
+        ("version", 5, "version 5; this engine reads versions 2 to 4"),
+        ("version", 4.0, "version 4.0"),
         ("version", True, "version True"),
         ("funnel", "absent", "lacks 'funnel'"),
         ("funnel", None, "funnel is None"),
@@ -148,6 +148,8 @@ def test_what_is_no_checkpoint(tmp_path, checkpoint):
         ("config/extra", 1, "unknown 'extra'"),
         ("head/labels", ["no", "ja"], "misshapen: classifier.weight"),
         ("head/pooling", "attention", "pooler.query"),
+        ("head/classifier_input", "absent", "lacks 'classifier_input'"),
+        ("head/classifier_input", "first_token", "classifier_input='first_token' is unknown"),
         ("head/dense", [DENSE], "missing: dense.0.weight (3, 48)"),
         ("head/dense", [DENSE | {"in_features": 47}], "has in_features=47, but its input has 48"),
         ("head/dense", [DENSE, DENSE], "has in_features=48, but its input has 3"),
@@ -184,6 +186,7 @@ RECORD = TrainingRecord(
     loss="cosine",
     steps=300,
     agreement=Agreement(0.85, 0.82, 0.88),
+    held_out={"overlap": 0.85},
     versions={"jax": "0.10.2"},
 )
 
@@ -218,10 +221,23 @@ def test_a_trained_checkpoint_is_read_and_converted_with_its_funnel_and_record(c
 
 
 def test_version_2_is_read_and_has_no_funnel(checkpoint):
-    for path, value in (("version", 2), ("funnel", "absent"), ("training", "absent")):
+    changes = {"version": 2, "funnel": "absent", "training": "absent", "head/classifier_input": "absent"}
+    for path, value in changes.items():
         edit(checkpoint, path, value)
     assert read_checkpoint(checkpoint).manifest.funnel == FunnelConfig()
+    assert read_checkpoint(checkpoint).head.classifier_input == "last_token"
     assert Engine.load(checkpoint, max_batch_tokens=64).funnel == FunnelConfig()
+
+
+def test_version_3_is_read_and_its_classifier_reads_the_last_token(checkpoint, tmp_path):
+    train(checkpoint, {}, tmp_path / "trained")
+    changes = {"version": 3, "head/classifier_input": "absent", "training/held_out": "absent"}
+    for path, value in changes.items():
+        edit(tmp_path / "trained", path, value)
+    found = read_checkpoint(tmp_path / "trained")
+    assert found.head.classifier_input == "last_token"
+    assert found.manifest.funnel == FunnelConfig.after(1)
+    assert found.manifest.training == dataclasses.replace(RECORD, held_out={})
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", "[" * 100_000, '{"version": 1, "version": 1}'])

@@ -50,7 +50,18 @@ def assert_refused(result, *parts):
 def test_help_lists_every_command_with_a_line():
     result = run("--help")
     assert result.exit_code == 0
-    for command in ("bench", "convert", "demo", "distill", "doctor", "embed", "evaluate", "inspect", "plan"):
+    for command in (
+        "bench",
+        "convert",
+        "demo",
+        "distill",
+        "doctor",
+        "embed",
+        "evaluate",
+        "finetune",
+        "inspect",
+        "plan",
+    ):
         assert f"\n  {command} " in result.output
         assert run(command, "--help").exit_code == 0
 

@@ -11,7 +11,7 @@ from transformers import Gemma2Model
 import hugging_face_models as hf
 from funnel_engine import ConfigError, Engine, FunnelConfig, HeadConfig
 from funnel_engine.checkpoints.native import read_checkpoint
-from funnel_engine.heads import DenseConfig, head_shapes
+from funnel_engine.heads import DenseConfig, head_shapes, pool_rows
 
 SEQUENCES = hf.random_ids(1, 2, 9, 24, 17)
 TOLERANCE = 2e-5  # float32
@@ -205,6 +205,36 @@ def test_classification_with_a_funnel(classifier, funnel, row_of):
         for ids, last in zip(PADDED, LAST_TOKENS, strict=True)
     ]
     assert hf.worst(classifier.engine(funnel=funnel).classify(PADDED), truth) < TOLERANCE
+
+
+@pytest.mark.parametrize("funnel", FUNNELS.values(), ids=FUNNELS)
+@pytest.mark.parametrize(("pooling", "dense"), [("max", ()), ("attention", (DenseConfig(31, WIDTH, True, "tanh"),))])
+def test_a_classifier_of_the_pooled_vector(encoder, pooling, dense, funnel):
+    """Its logits are those of the vector that `embed` returns, unscaled."""
+    head = HeadConfig(pooling, True, dense, None, "classify", ("a", "b", "c"), True, "pooled")
+    generator = np.random.default_rng(3)
+    weights = {name: generator.standard_normal(shape) for name, shape in head_shapes(WIDTH, head).items()}
+    assert weights["classifier.weight"].shape == (3, 31 if dense else WIDTH)
+    engine = engine_with(encoder, head, weights, funnel=funnel)
+    vectors = engine.embed(SEQUENCES, normalize=False)
+    truth = vectors.astype(np.float64) @ weights["classifier.weight"].T + weights["classifier.bias"]
+    assert hf.worst(engine.classify(SEQUENCES), truth) < TOLERANCE
+    assert "task classify, of the pooled vector" in engine.describe()
+
+
+def test_only_a_classifier_of_texts_can_read_the_pooled_vector():
+    for task, labels in (("tag", ("a", "b")), (None, ())):
+        with pytest.raises(ConfigError, match=f"is for the task 'classify', but the task is {task or 'none'}"):
+            HeadConfig(task=task, labels=labels, classifier_input="pooled")
+    with pytest.raises(ConfigError, match="classifier_input='mean' is unknown; choose one of last_token, pooled"):
+        HeadConfig(task="classify", labels=("a", "b"), classifier_input="mean")
+
+
+def test_the_largest_of_no_rows_is_zero():
+    """As for a sequence that is padding: infinity would end up in the derivatives of all others."""
+    rows = normal(5, 4).astype(np.float32) - 3
+    found = np.asarray(pool_rows(rows, np.array([0, 2, 0]), np.array([2, 3, 0]), "max"))
+    np.testing.assert_array_equal(found, [rows[:2].max(0), rows[2:].max(0), np.zeros(4)])
 
 
 def test_tagging_as_transformers(tagger):

@@ -14,7 +14,6 @@ import jax
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from jax.experimental.compilation_cache import compilation_cache
 
 from funnel_engine import ConfigError, Engine, FunnelConfig, HeadConfig, InputError
 from funnel_engine.checkpoints.native import read_checkpoint
@@ -29,24 +28,13 @@ from funnel_training.metrics import agreement
 from funnel_training.student import Student
 from funnel_training.tasks.texts import read_texts
 from funnel_training.trainer import Settings, Trainer, data_mesh
-from topic_checkpoint import write_texts, write_toy
+from topic_checkpoint import weights_of, write_texts, write_toy
 
 FUNNEL = FunnelConfig.after(1)
 SHORT = Settings(steps=8, every=4, rows=256, texts=16, learning_rate=3e-3)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Runs with the same shapes share their compiled programs."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: jax.config.values[name] for name in names}
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("programs")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +81,7 @@ def test_the_new_checkpoint_says_how_it_was_trained(folder, trained):
     assert record.data == hash_file(folder / "texts.txt")
     assert record.steps == 200
     assert record.agreement == result
+    assert record.held_out["overlap"] == result.mean
     assert result.low < result.mean < result.high
     assert record.versions["jax"] == jax.__version__
     new = read_checkpoint(folder / "trained").weights
@@ -109,10 +98,6 @@ def test_the_folder_of_the_run_has_a_log_and_a_picture(folder, trained):
     assert [entry["step"] for entry in entries if "loss" in entry] == list(range(1, 201))
     assert [entry["step"] for entry in entries if "overlap" in entry] == [0, 100, 200]
     assert (run / "progress.png").read_bytes().startswith(b"\x89PNG")
-
-
-def weights_of(path: Path) -> dict[str, np.ndarray]:
-    return {name: np.array(array) for name, array in read_checkpoint(path).weights.items()}
 
 
 def test_a_trained_checkpoint_is_evaluated_against_the_one_before(folder, trained):

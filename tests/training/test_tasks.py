@@ -197,6 +197,7 @@ def test_the_checkpoints_classifier_predicts_names_and_numbers(tmp_path):
     lines = [json.dumps({"text": f"text {n}", "label": ["no", 1, "2"][n % 3]}) for n in range(30)]
     task = read_labels(write(tmp_path / "labels.jsonl", *lines), ("no", "yes", "perhaps"))
     assert type(task) is HeadLabels
+    assert task.sides[0].prompt is None  # as `Engine.classify`
     np.testing.assert_array_equal(task.gold, [n % 3 for n in range(30)])
     logits = np.random.default_rng(1).normal(size=(30, 3))
     scores, predicted = task.scores([logits], [logits]), logits.argmax(axis=1)

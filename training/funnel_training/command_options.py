@@ -63,6 +63,32 @@ model_options = options(
 )
 
 
+def training_options(train: str, learning_rate: float) -> Callable[[Command], Command]:
+    """The fields of `Settings`, with these defaults."""
+    return options(
+        click.option("--steps", type=int, default=300, show_default=True, help="Number of optimizer steps."),
+        click.option(
+            "--train",
+            default=train,
+            show_default=True,
+            help="Which weights move: all, after (the layers after the funnel), or lora:RANK (on these layers).",
+        ),
+        click.option(
+            "--learning-rate", type=float, default=learning_rate, show_default=True, help="The highest learning rate."
+        ),
+        click.option("--rows", type=int, default=1024, show_default=True, help="Tokens that are computed at once."),
+        click.option("--packs", type=int, default=1, show_default=True, help="Packs of --rows tokens in a step."),
+        click.option("--every", type=int, default=50, show_default=True, help="Steps from one evaluation to the next."),
+        click.option(
+            "--patience", type=int, default=5, show_default=True, help="Evaluations without a gain before the end."
+        ),
+        click.option(
+            "--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True, help="Of activations."
+        ),
+        click.option("--seed", type=int, default=0, show_default=True, help="Of everything random."),
+    )
+
+
 def given_data(**paths: Path | None) -> tuple[str, Path]:
     """The option of `data_options` that is given, and its path.
 

@@ -1,13 +1,13 @@
 """The command `funnel distill`. It imports late what takes long to import: `funnel --help` loads this file."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from funnel_engine.cli import funnel_option
 from funnel_engine.config import FunnelConfig
-from funnel_engine.weights import DTYPES
-from funnel_training.command_options import PATH, require_packages, vector_options
+from funnel_training.command_options import PATH, require_packages, training_options, vector_options
 
 
 @click.command()
@@ -15,21 +15,8 @@ from funnel_training.command_options import PATH, require_packages, vector_optio
 @funnel_option("that of the checkpoint")
 @click.option("--texts", type=PATH, required=True, help="UTF-8 file with a text in each line; labels are not needed.")
 @click.option("--output", "-o", type=PATH, required=True, help="Folder of the new checkpoint.")
-@click.option("--steps", type=int, default=300, show_default=True, help="Number of optimizer steps.")
-@click.option(
-    "--train",
-    default="after",
-    show_default=True,
-    help="Which weights move: all, after (the layers after the funnel), or lora:RANK (on these layers).",
-)
-@click.option("--learning-rate", type=float, default=1e-4, show_default=True, help="The highest learning rate.")
-@click.option("--rows", type=int, default=1024, show_default=True, help="Tokens that are computed at once.")
-@click.option("--packs", type=int, default=1, show_default=True, help="Packs of --rows tokens in a step.")
-@click.option("--every", type=int, default=50, show_default=True, help="Steps from one evaluation to the next.")
-@click.option("--patience", type=int, default=5, show_default=True, help="Evaluations without a gain before the end.")
 @click.option("--size", "sizes", type=int, multiple=True, help="A size at which vectors will be cut off (Matryoshka).")
-@click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True, help="Of activations.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of everything random.")
+@training_options(train="after", learning_rate=1e-4)
 @vector_options
 @click.option("--resume", is_flag=True, help="Continue a run that was stopped.")
 def distill(
@@ -37,20 +24,12 @@ def distill(
     funnel: FunnelConfig | None,
     texts: Path,
     output: Path,
-    steps: int,
-    train: str,
-    learning_rate: float,
-    rows: int,
-    packs: int,
-    every: int,
-    patience: int,
     sizes: tuple[int, ...],
-    dtype: str,
-    seed: int,
     attention: str | None,
     pooling: str | None,
     truncate: bool,
     resume: bool,
+    **settings: Any,
 ) -> None:
     """Train a checkpoint for a funnel, on texts without labels.
 
@@ -63,22 +42,11 @@ def distill(
     from funnel_training.distill import distill as run
     from funnel_training.trainer import Settings
 
-    settings = Settings(
-        steps=steps,
-        train=train,
-        learning_rate=learning_rate,
-        rows=rows,
-        packs=packs,
-        every=every,
-        patience=patience,
-        dtype=dtype,
-        seed=seed,
-    )
     agreed = run(
         checkpoint,
         texts,
         output,
-        settings,
+        Settings(**settings),
         funnel=funnel,
         sizes=sizes,
         attention=attention,

@@ -27,12 +27,12 @@ def read_checkpoint_as(
 
 
 def check_untrained(path: str | os.PathLike[str], checkpoint: Checkpoint, role: str) -> None:
-    """Raises `ConfigError` if a checkpoint was trained for a funnel: without one it is not what it was before.
+    """Raises `ConfigError` if a checkpoint was trained for a funnel: without it, it is not what it was before.
 
     Args:
         role: what it was to be without a funnel, e.g. "baseline".
     """
-    if checkpoint.manifest.training is not None:
+    if checkpoint.manifest.training is not None and checkpoint.manifest.funnel.total_stride > 1:
         raise ConfigError(
             f"{path} was trained for the funnel {checkpoint.manifest.funnel}, so it cannot be the {role}, which runs "
             "without a funnel; give the checkpoint that its training began with"

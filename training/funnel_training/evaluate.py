@@ -149,10 +149,7 @@ def compare_funnels(
         if funnel.total_stride == 1:
             raise ConfigError(f"funnel {str(funnel)!r} pools nothing, as the baseline; leave it out")
         make_plan(exact.config, funnel)  # raises if it does not fit
-        if task.per_token and funnel.output_stride > 1:
-            raise ConfigError(
-                f"funnel {funnel}: {task.kind} need a row for each token; add a recovery, as in {funnel}/mean_last"
-            )
+        task.check_funnel(funnel)
     inputs = task.inputs(exact, truncate)
     config, lengths = exact.config, [side.lengths for side in inputs]
     flops = [forward_flops(config, NO_FUNNEL, side) for side in lengths]

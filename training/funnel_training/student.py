@@ -46,8 +46,8 @@ class Student:
     Attributes:
         head: what runs on the rows of the encoder, in training as in serving.
         train: "after" moves the layers after the (first) funnel, the final norm and the head; "all" moves every weight;
-            "lora:R" moves products of two matrices of rank R, which are added to the matrices of the layers after the
-            funnel (LoRA, arXiv:2106.09685).
+            "lora:R" moves the head, and products of two matrices of rank R, which are added to the matrices of the
+            layers after the funnel (LoRA, arXiv:2106.09685).
         rows: rows of a pack; rounded up to whole windows.
         most_texts: the largest number of texts in a pack.
         dtype: the dtype of activations, "float32" or "bfloat16". Trained weights are float32.
@@ -69,6 +69,11 @@ class Student:
             raise ConfigError(f"train={self.train!r} is unknown; choose all, after, or lora:RANK, e.g. lora:16")
         if self.rank is not None:
             check_integer("rank of lora", self.rank, least=1, most=self.config.hidden_size)
+        if self.train != "all" and self.funnel.total_stride == 1:
+            raise ConfigError(
+                f"train={self.train!r} moves what comes after the funnel, but there is no funnel; give one, e.g. "
+                "--funnel 6:2/mean, or train all weights (--train all)"
+            )
         object.__setattr__(self, "plan", make_plan(self.config, self.funnel))
         object.__setattr__(self, "rows", round_up(self.rows, ROW_ALIGNMENT * self.plan.total_stride))
 
@@ -84,32 +89,33 @@ class Student:
         first = next(layer for layer, stride in enumerate(self.funnel.strides) if stride > 1)
         layers = {f"layers.{layer}" for layer in range(first, self.config.num_layers)}
         in_layers = [name for name in weights if name.rpartition(".")[0] in layers]
+        head = [name for name in weights if name not in ("embedding", "final_norm") and not name.startswith("layers.")]
         if self.rank is not None:
-            return [name for name in in_layers if name.rpartition(".")[2] in PRODUCTS]
-        return in_layers + [name for name in weights if name != "embedding" and not name.startswith("layers.")]
+            return [name for name in in_layers if name.rpartition(".")[2] in PRODUCTS] + head
+        return [*in_layers, "final_norm", *head]
 
     def divide(self, weights: Mapping[str, Any], seed: int) -> tuple[Weights, Weights]:
         """The weights that are trained, in float32, and all that stay as they are or, for LoRA, are added to."""
         names = self.trained_names(weights)
-        if self.rank is None:
-            trained: Weights = {name: jnp.asarray(weights[name], jnp.float32) for name in names}
-        else:
-            keys = jax.random.split(jax.random.key(seed), len(names))
-            trained = {}
-            for name, key in zip(names, keys, strict=True):
+        trained: Weights = {}
+        for name, key in zip(names, jax.random.split(jax.random.key(seed), len(names)), strict=True):
+            if self.rank is None or not name.startswith("layers."):
+                trained[name] = jnp.asarray(weights[name], jnp.float32)
+            else:
                 rows, columns = weights[name].shape
                 down = jax.random.normal(key, (self.rank, columns)) * columns**-0.5
                 trained[name] = {"down": down, "up": jnp.zeros((rows, self.rank))}
-        stay = [name for name in weights if self.rank is not None or name not in trained]
+        stay = [name for name in weights if not isinstance(trained.get(name), jax.Array)]
         return trained, {name: jnp.asarray(weights[name], self.dtype) for name in stay}
 
     def merge(self, trained: Weights, frozen: Mapping[str, Any], dtype: Any) -> Weights:
         """All weights by name, in a dtype; the products of LoRA are added in float32."""
-        if self.rank is not None:
-            trained = {
-                name: jnp.asarray(frozen[name], jnp.float32) + LORA_SCALE * (pair["up"] @ pair["down"])
-                for name, pair in trained.items()
-            }
+        trained = {
+            name: jnp.asarray(frozen[name], jnp.float32) + LORA_SCALE * (weight["up"] @ weight["down"])
+            if isinstance(weight, dict)
+            else weight
+            for name, weight in trained.items()
+        }
         return {name: jnp.asarray(weight, dtype) for name, weight in {**frozen, **trained}.items()}
 
     def outputs(self, trained: Weights, frozen: Weights, packs: Packs) -> jax.Array:

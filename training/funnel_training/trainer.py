@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -12,6 +12,9 @@ import optax
 from jax.sharding import Mesh
 
 from funnel_engine.checks import check_integer, check_number
+from funnel_engine.inputs import Ragged
+from funnel_engine.messages import abbreviate
+from funnel_engine.packing import Ints
 from funnel_engine.weights import check_dtype
 from funnel_kernels.errors import ConfigError
 from funnel_training.progress_plot import draw
@@ -71,7 +74,13 @@ class Settings:
 
 
 class Objective(Protocol):
-    """What a run trains for: its data, its loss, and what it measures on data held out of training."""
+    """What a run trains for: its data, its loss, and what it measures on data held out of training.
+
+    Attributes:
+        places: where each text is from, for messages, by its number.
+    """
+
+    places: Sequence[str]
 
     def batch(self, step: int) -> tuple[Packs, Any]:
         """The packs of a step and the arrays that the loss compares with; always of the same shapes.
@@ -143,8 +152,8 @@ class Trainer:
                 self.state.trained, self.state.optimizer, self.frozen, packs, targets
             )
             if not math.isfinite(loss):
-                numbers = packs.texts[packs.texts >= 0].tolist()
-                raise self.diverged(f"the loss of step {step} is {float(loss)}, on the texts {numbers!s:.60} (from 0)")
+                places = abbreviate([self.objective.places[number] for number in packs.texts[packs.texts >= 0]])
+                raise self.diverged(f"the loss of step {step} is {float(loss)}, on the texts {', '.join(places)}")
             self.state = State(np.int64(step), trained, optimizer, self.state.best)
             seconds = time.perf_counter() - begin
             entry = {"step": step, "loss": float(loss), **floats(figures), "seconds": round(seconds, 3)}
@@ -223,6 +232,16 @@ class Trainer:
             f"{self.settings.steps - int(self.state.step):,} steps of about {texts:,} texts and {tokens:,} tokens; "
             f"{trained:,} weights move; {gigabytes:.1f} GB"
         )
+
+
+def run_texts(student: Student, run: Run, texts: Ragged, numbers: Ints, packs: int) -> np.ndarray:
+    """What a head that reads texts returns for those with these numbers, which ascend; [numbers, ...]."""
+    found, outputs = [], []
+    for batch in student.batches(texts, numbers, packs):
+        real = batch.texts >= 0
+        found.append(batch.texts[real])
+        outputs.append(run(batch)[real])
+    return np.concatenate(outputs)[np.argsort(np.concatenate(found))]
 
 
 def floats(figures: Mapping[str, Any]) -> dict[str, float]:

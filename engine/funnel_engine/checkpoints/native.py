@@ -41,9 +41,12 @@ from funnel_engine.text import TextConfig
 from funnel_engine.weights import DTYPES, Shapes, count_parameters, expected_shapes
 from funnel_kernels.errors import CheckpointError
 
-VERSION = 3
+VERSION = 4
 # The fields that a version added to the one before it, and what they mean where they are missing.
-ADDED = {3: {"funnel": dataclasses.asdict(FunnelConfig()) | {"strides": []}, "training": None}}
+ADDED: dict[int, dict[str, Any]] = {
+    3: {"funnel": dataclasses.asdict(FunnelConfig()) | {"strides": []}, "training": None},
+    4: {"head": {"classifier_input": "last_token"}, "training": {"held_out": {}}},
+}
 MANIFEST = "funnel.json"
 SHARD_BYTES = 4_900_000_000  # bytes of tensors in a file; with its header it stays below 5 GB
 
@@ -182,7 +185,7 @@ def read_manifest(path: Path) -> Manifest:
             "source again"
         )
     for added in range(version + 1, VERSION + 1):
-        fields = ADDED[added] | fields
+        fields = with_missing(fields, ADDED[added])
     with reading(path):
         manifest: Manifest = decode(Manifest, fields, str(path))
         expected_shapes(manifest.config, manifest.head)
@@ -197,6 +200,13 @@ def read_manifest(path: Path) -> Manifest:
             f"{path}: tokenizer {manifest.tokenizer!r} is not one of its files. Convert the source again"
         )
     return manifest
+
+
+def with_missing(fields: Any, added: Any) -> Any:
+    """The fields, and those of `added` that are missing in them, at any depth."""
+    if not isinstance(fields, dict) or not isinstance(added, dict):
+        return fields
+    return added | {name: with_missing(value, added.get(name)) for name, value in fields.items()}
 
 
 def check_text_ids(where: Path, text: TextConfig, config: ModelConfig) -> None:

@@ -26,15 +26,16 @@ class Agreement(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TrainingRecord:
-    """How the weights of a checkpoint were trained for its funnel.
+    """How the weights of a checkpoint were trained for its funnel, or without one if it has none.
 
     Attributes:
-        method: the command, e.g. "distill".
+        method: the command, "distill" or "finetune".
         source: SHA-256 of the manifest of the checkpoint that training began with.
         data: SHA-256 of the training data.
         loss: the loss function, and which weights were trained.
         steps: number of optimizer steps.
         agreement: with the checkpoint that training began with, unfunneled; None if it was not measured.
+        held_out: figures on data held out of training, by name.
         versions: of the packages that computed it, by name.
     """
 
@@ -44,6 +45,7 @@ class TrainingRecord:
     loss: str
     steps: int
     agreement: Agreement | None
+    held_out: dict[str, float]
     versions: dict[str, str]
 
 

@@ -98,7 +98,8 @@ def read_labels(path: Path, head_labels: Sequence[str] = ()) -> ProbeLabels:
     for row, name in zip(rows, names, strict=True):
         if name not in numbers:
             raise InputError(f"{row.place}: label {name!r:.60} is not one of the checkpoint's labels: {quote(labels)}")
-    side = Side("texts", [row.text("text") for row in rows], [row.place for row in rows], "Classification")
+    prompt = None if head_labels else "Classification"  # `Engine.classify` puts the default prompt before texts
+    side = Side("texts", [row.text("text") for row in rows], [row.place for row in rows], prompt)
     gold = np.array([numbers[name] for name in names])
     if head_labels:
         return HeadLabels(hashes(file), duplicates, (side,), labels, gold)

@@ -99,11 +99,12 @@ class Tags(Task):
         }
 
 
-def read_tags(path: Path, labels: Sequence[str]) -> Tags:
+def read_tags(path: Path, labels: Sequence[str] = ()) -> Tags:
     """Reads CoNLL columns: a word first and its tag last in each line, and a blank line between sentences.
 
     Args:
-        labels: those of the checkpoint's token classifier. Spans are marked as IOB2 or IOBES: B-X, I-X, E-X, S-X, O.
+        labels: those of the checkpoint's token classifier; () are those of the file. Spans are marked as IOB2 or IOBES:
+            B-X, I-X, E-X, S-X, O.
 
     Raises:
         InputError: a line has one column, a tag is unknown, no word has a span, or there are too few sentences.
@@ -123,7 +124,7 @@ def read_tags(path: Path, labels: Sequence[str]) -> Tags:
             raise InputError(
                 f"{place}: tag {tag!r:.40} must be O, or B, I, E or S with a hyphen and a type, as in B-PER"
             )
-        if tag not in labels:
+        if labels and tag not in labels:
             raise InputError(f"{place}: tag {tag!r:.40} is not one of the checkpoint's labels: {quote(labels)}")
         if begins:
             sentences.append((place, [], []))
@@ -144,7 +145,7 @@ def read_tags(path: Path, labels: Sequence[str]) -> Tags:
         sides=(side,),
         words=tuple(map(tuple, words)),
         tags=tuple(map(tuple, tags)),
-        labels=tuple(labels),
+        labels=tuple(labels) or tuple(sorted(set().union(*tags))),
     )
 
 

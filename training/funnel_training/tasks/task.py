@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from funnel_engine import Engine
+from funnel_engine import Engine, FunnelConfig
 from funnel_engine.inputs import Ragged, TooLong
 from funnel_engine.text import TextConfig
-from funnel_kernels.errors import InputError
+from funnel_kernels.errors import ConfigError, InputError
 from funnel_training.data_files import Row
 from funnel_training.scores import Ints, Score
 from funnel_training.statistics import LEAST_UNITS
@@ -88,6 +88,13 @@ class Task(abc.ABC):
     def order(self, seed: int) -> Ints:
         """The units in random order, so that the first ones of them are a sample."""
         return np.random.default_rng(seed).permutation(self.units)
+
+    def check_funnel(self, funnel: FunnelConfig) -> None:
+        """Raises `ConfigError` unless a funnel leaves the rows that the task needs."""
+        if self.per_token and funnel.output_stride > 1:
+            raise ConfigError(
+                f"funnel {funnel}: {self.kind} need a row for each token; add a recovery, as in {funnel}/mean_last"
+            )
 
     @abc.abstractmethod
     def take(self, units: Ints, share: float) -> "Task":

@@ -196,6 +196,16 @@ class SequenceLogits:
         return TokenLogits(self.config)(params, rows[row], target=target)  # [B, labels]
 
 
+def make_heads(head: HeadConfig, plan: Plan, pad_token_id: int | None) -> list[Head]:
+    """The heads that can run on the rows of a funnel."""
+    heads: list[Head] = [SentenceVectors(head)]
+    if head.task == "classify":
+        heads.append(SequenceLogits(head, plan, pad_token_id))
+    if head.task == "tag" and plan.output_stride == 1:
+        heads.append(TokenLogits(head))
+    return heads
+
+
 def last_tokens(batch: Ragged, pad_token_id: int | None) -> Ints:
     """For each sequence, the index of its rightmost token that is not padding; 0 if all are padding; [B]."""
     if pad_token_id is None:

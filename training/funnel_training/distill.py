@@ -11,20 +11,21 @@ from typing import Any
 import jax
 import numpy as np
 
-from funnel_engine import Engine, FunnelConfig
+from funnel_engine import Engine
 from funnel_engine.checkpoints.convert import prepare_destination, save
 from funnel_engine.checkpoints.native import MANIFEST, read_source
 from funnel_engine.checkpoints.source import Agreement, TrainingRecord
 from funnel_engine.checkpoints.tensors import ArrayTensor
 from funnel_engine.checks import check_integer
+from funnel_engine.config import Funnel
 from funnel_engine.heads import SentenceVectors
 from funnel_engine.input_files import hash_file, to_path
 from funnel_engine.inputs import Ragged
 from funnel_engine.text import read_tokenizer
-from funnel_kernels.errors import ConfigError, InputError
+from funnel_kernels.errors import InputError
 from funnel_training.data_files import read_file
 from funnel_training.distill_loss import distillation_loss
-from funnel_training.engines import check_untrained, read_checkpoint_as
+from funnel_training.engines import check_untrained, funnel_to_train, read_checkpoint_as
 from funnel_training.metrics import agreement
 from funnel_training.run_folder import RunFolder
 from funnel_training.statistics import CONFIDENCE, RESAMPLES
@@ -43,7 +44,7 @@ def distill(
     output: str | os.PathLike[str],
     settings: Settings,
     *,
-    funnel: FunnelConfig | None = None,
+    funnel: Funnel | None = None,
     sizes: tuple[int, ...] = (),
     attention: str | None = None,
     pooling: str | None = None,
@@ -78,9 +79,7 @@ def distill(
     source, destination = to_path(checkpoint), to_path(output)
     destination = prepare_destination(destination, source, False)
     opened = read_checkpoint_as(source, attention=attention, pooling=pooling)
-    funnel = opened.manifest.funnel if funnel is None else funnel
-    if funnel.total_stride == 1:
-        raise ConfigError("a funnel to train for is missing; give one, e.g. --funnel 6:2/mean")
+    funnel = funnel_to_train(opened, funnel)
     check_untrained(source, opened, "teacher")
     file = read_file(to_path(texts))
     lines = list(dict.fromkeys(line for _, line in file.lines()))

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from funnel_engine.cli import funnel_option
-from funnel_engine.config import FunnelConfig
+from funnel_engine.config import Funnel
 from funnel_engine.weights import DTYPES
 from funnel_training.command_options import PATH, require_packages, vector_options
 
@@ -34,7 +34,7 @@ from funnel_training.command_options import PATH, require_packages, vector_optio
 @click.option("--resume", is_flag=True, help="Continue a run that was stopped.")
 def distill(
     checkpoint: Path,
-    funnel: FunnelConfig | None,
+    funnel: Funnel | None,
     texts: Path,
     output: Path,
     steps: int,

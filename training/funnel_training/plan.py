@@ -187,7 +187,10 @@ def plan(
     baseline = make_funneled(NO_FUNNEL)
     own = opened.manifest.funnel
     if funnels is None:
-        funnels = [own, *grid(baseline.config.num_layers, recovery="mean_last" if task.per_token else None)]
+        funnels = [
+            *(each for _, each in own.classes),
+            *grid(baseline.config.num_layers, recovery="mean_last" if task.per_token else None),
+        ]
     funnels = [funnel for funnel in dict.fromkeys(funnels) if funnel.total_stride > 1]
     lengths = np.concatenate([side.lengths for side in task.inputs(baseline, truncate)])
     contenders = [funnel_contender(baseline, make_funneled, funnel, lengths) for funnel in funnels]

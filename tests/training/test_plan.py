@@ -13,7 +13,7 @@ import torch
 import transformers
 from click.testing import CliRunner
 
-from funnel_engine import ConfigError, Engine, FunnelConfig, InputError, convert
+from funnel_engine import ConfigError, Engine, FunnelConfig, InputError, convert, parse_funnel
 from funnel_engine.checkpoints.convert import prepare_destination
 from funnel_engine.checkpoints.convert import save as save_checkpoint
 from funnel_engine.checkpoints.native import read_source
@@ -25,11 +25,13 @@ from funnel_training.engines import engine_maker, first_layers, read_checkpoint_
 from funnel_training.latency import Latency, measure_in_turns
 from funnel_training.metrics import agreement
 from funnel_training.plan import Plan, Search, count_half, plan, rung_sizes
+from funnel_training.plan_command import conclude
 from funnel_training.scores import mean
 from funnel_training.statistics import Ratio, judge, paired_ratio
 from funnel_training.tasks.pairs import read_pairs
 from funnel_training.tasks.tags import read_tags
 from funnel_training.tasks.texts import read_texts
+from tiny_models import WORDS
 from toy_checkpoints import random_texts, save
 
 FUNNELS = [
@@ -59,6 +61,10 @@ def texts(tmp_path_factory) -> Path:
 
 def computed(contender: Contender, baseline, other) -> Latency:
     return Latency(contender.computed, 1.0, contender.computed, contender.computed, contender.computed)
+
+
+def never(*arguments):
+    raise AssertionError("a complete run computes nothing again")
 
 
 def make_plan(checkpoint: Path, texts: Path, output: Path, **options) -> Plan:
@@ -109,6 +115,42 @@ def test_the_winner_is_that_of_a_brute_force_search(checkpoint, texts, expected)
             assert each.ratio == ratios[each.name][0]
             assert each.held_out == ratios[each.name][1]
             assert each.verdict == judge(each.held_out, 24, MAX_LOSS)
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory) -> Path:
+    """Texts of 3 to 40 words."""
+    generator = np.random.default_rng(3)
+    found = (" ".join(generator.choice(WORDS[4:], generator.integers(3, 40))) for _ in range(260))
+    path = tmp_path_factory.mktemp("mixed") / "texts.txt"
+    path.write_text("\n".join(list(dict.fromkeys(found))[:240]) + "\n")
+    return path
+
+
+def test_a_funnel_by_length_wins_where_it_is_faster(checkpoint, mixed, tmp_path):
+    """Its scores, which were composed of those of its funnels, are those of an engine that runs it."""
+    funnels = [FunnelConfig.parse(text) for text in ("1:2/mean", "2:2/mean", "1:3/mean")]
+    found = make_plan(checkpoint, mixed, tmp_path, funnels=funnels)
+    singles = [each for each in found.candidates if each.kind == "funnel"]
+    (composed,) = [each for each in found.candidates if each.kind == "by length"]
+    assert composed.computed < min(each.computed for each in singles if each.ratio.low >= 1 - MAX_LOSS) - 0.01
+    assert found.winner == composed.name
+    assert composed.verdict.kind == "within"
+    policy = parse_funnel(composed.name)
+    assert len({str(funnel) for _, funnel in policy.classes}) > 1
+    task = read_texts(mixed)
+    order, documents = task.order(planning.SEED), list(task.sides[1].texts)
+    exact, other = (
+        Engine.load(checkpoint, attention="bidirectional", funnel=funnel) for funnel in (FunnelConfig(), policy)
+    )
+    for units, ratio in ((order[:24], composed.ratio), (order[24:], composed.held_out)):
+        chosen = [task.sides[0].texts[unit] for unit in units] + documents
+        overlaps = agreement(exact.embed(chosen), other.embed(chosen), range(24)).overlaps
+        assert ratio == paired_ratio(mean(np.ones(24)), mean(overlaps))
+    lines = conclude(found, checkpoint)
+    assert f'  FunnelByLength.parse("{found.winner}")' in lines
+    assert f"  funnel convert {checkpoint} NEW --funnel {found.winner}" in lines
+    assert make_plan(checkpoint, mixed, tmp_path, funnels=funnels, resume=True, measure=never) == found
 
 
 def test_funnels_that_cannot_win_are_not_run(expected):
@@ -211,9 +253,6 @@ def test_an_interrupted_run_continues_to_the_same_result(checkpoint, texts, tmp_
     assert len(before) == done
     assert make_plan(checkpoint, texts, tmp_path, resume=True) == expected
     assert json.loads((tmp_path / "progress.json").read_text())["results"].items() >= before.items()
-
-    def never(*arguments):
-        raise AssertionError("a complete run computes nothing again")
 
     assert make_plan(checkpoint, texts, tmp_path, resume=True, measure=never) == expected
 
@@ -374,7 +413,7 @@ def made_up(funnels: dict[str, tuple[float, float, float, float]]) -> tuple[Sear
         results[f"first 500: {name}"] = {"low": low, "value": value, "high": 2 * value - low}
         results[f"latency: {name}"] = dataclasses.asdict(Latency(latency, 1.0, latency, latency, latency))
         results[f"held out: {name}"] = {"low": held_out, "value": held_out + 0.02, "high": held_out + 0.04}
-        contenders.append(Contender("funnel", name, latency, latency, lambda: None, FunnelConfig.parse(name)))
+        contenders.append(Contender("funnel", name, latency, latency, lambda: None))
     search = Search([FakeRung(Part(500))], FakeRung(Part(500)), results, computed, 0.05)
     for each in contenders:
         search.score(each, 0)
@@ -401,6 +440,16 @@ def test_certification_goes_from_the_safest_to_the_fastest_and_stops_at_a_failur
         "14:2/mean": "within",
     }
     assert tried["8:2/mean"].more_units > 0
+
+
+def test_a_funnel_by_length_has_its_place_in_the_order_of_certification():
+    """A failure of one that is safer ends the test before it."""
+    for held_out, winner in ((0.96, "0=none+64=2:2/mean"), (0.94, None)):
+        search, contenders = made_up(
+            {"8:2/mean": (0.7, 0.96, 0.97, held_out), "0=none+64=2:2/mean": (0.6, 0.951, 0.96, 0.955)}
+        )
+        assert [each.name for each in search.sequence(contenders)] == ["8:2/mean", "0=none+64=2:2/mean"]
+        assert search.certify(contenders) == winner
 
 
 def test_the_closest_funnel_is_tried_if_the_search_half_shows_none():

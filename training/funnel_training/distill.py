@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from funnel_engine import FunnelConfig
 from funnel_engine.checkpoints.source import Agreement
 from funnel_engine.checks import check_integer
+from funnel_engine.config import Funnel
 from funnel_engine.heads import SentenceVectors
 from funnel_engine.input_files import to_path
 from funnel_engine.inputs import Ragged
@@ -35,7 +35,7 @@ def distill(
     output: str | os.PathLike[str],
     settings: Settings,
     *,
-    funnel: FunnelConfig | None = None,
+    funnel: Funnel | None = None,
     sizes: tuple[int, ...] = (),
     attention: str | None = None,
     pooling: str | None = None,

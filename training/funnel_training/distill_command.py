@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from funnel_engine.cli import funnel_option
-from funnel_engine.config import FunnelConfig
+from funnel_engine.config import Funnel
 from funnel_training.command_options import PATH, require_packages, training_options, vector_options
 
 
@@ -21,7 +21,7 @@ from funnel_training.command_options import PATH, require_packages, training_opt
 @click.option("--resume", is_flag=True, help="Continue a run that was stopped.")
 def distill(
     checkpoint: Path,
-    funnel: FunnelConfig | None,
+    funnel: Funnel | None,
     texts: Path,
     output: Path,
     sizes: tuple[int, ...],

@@ -10,6 +10,7 @@ import click
 from rich.markup import escape
 from rich.table import Table
 
+from funnel_engine.config import parse_funnel
 from funnel_engine.output_files import write_text
 from funnel_training.command_options import (
     PATH,
@@ -157,7 +158,7 @@ def conclude(result: "Plan", checkpoint: Path) -> list[str]:
     if result.winner is not None:
         lines += [
             f"{result.winner} keeps at least {bound:g} of the score. Use it:",
-            f'  FunnelConfig.parse("{result.winner}")',
+            f'  {type(parse_funnel(result.winner)).__name__}.parse("{result.winner}")',
             f"  --funnel {result.winner}",
             f"  funnel convert {shlex.quote(str(checkpoint))} NEW --funnel {result.winner}",
         ]

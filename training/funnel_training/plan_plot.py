@@ -9,6 +9,7 @@ from funnel_training.plan import Plan
 # Colours of Okabe and Ito, which colour-blind people can tell apart.
 KINDS: dict[str, tuple[str, str]] = {
     "funnel": ("#0072b2", "o"),
+    "by length": ("#56b4e9", "D"),
     "layers": ("#d55e00", "s"),
     "tokens": ("#009e73", "^"),
 }

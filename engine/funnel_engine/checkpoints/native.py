@@ -23,7 +23,7 @@ import numpy as np
 from funnel_engine.checkpoints.safetensors_file import StoredTensor, map_tensors, read_header, write_tensors
 from funnel_engine.checkpoints.source import SourceModel, TrainingRecord
 from funnel_engine.checkpoints.tensors import Part, Rows, assemble, check_tensors, join_shards
-from funnel_engine.config import FunnelConfig, ModelConfig, layer_steps
+from funnel_engine.config import Funnel, FunnelConfig, ModelConfig, check_funnel, read_funnel, set_field
 from funnel_engine.heads import HeadConfig
 from funnel_engine.input_files import (
     check_file,
@@ -43,6 +43,7 @@ from funnel_kernels.errors import CheckpointError
 
 VERSION = 4
 # The fields that a version added to the one before it, and what they mean where they are missing.
+# Version 4 also allows a funnel by length.
 ADDED: dict[int, dict[str, Any]] = {
     3: {"funnel": dataclasses.asdict(FunnelConfig()) | {"strides": []}, "training": None},
     4: {"head": {"classifier_input": "last_token"}, "training": {"held_out": {}}},
@@ -90,7 +91,7 @@ class Manifest:
     config: ModelConfig
     head: HeadConfig
     text: TextConfig
-    funnel: FunnelConfig
+    funnel: Funnel
     training: TrainingRecord | None
     dtype: str
     tensors: int
@@ -98,6 +99,9 @@ class Manifest:
     tokenizer: str | None
     files: dict[str, FileFacts]
     source: Source
+
+    def __post_init__(self) -> None:
+        set_field(self, "funnel", read_funnel(self.funnel))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +193,7 @@ def read_manifest(path: Path) -> Manifest:
     with reading(path):
         manifest: Manifest = decode(Manifest, fields, str(path))
         expected_shapes(manifest.config, manifest.head)
-        layer_steps(manifest.config, manifest.funnel)
+        check_funnel(manifest.config, manifest.funnel)
     if manifest.dtype not in DTYPES:
         raise CheckpointError(
             f"{path}: dtype is {manifest.dtype!r}; it must be {' or '.join(DTYPES)}. Convert the source again"

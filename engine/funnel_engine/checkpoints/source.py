@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from funnel_engine.checkpoints.tensors import Rows
-from funnel_engine.config import FunnelConfig, ModelConfig
+from funnel_engine.config import Funnel, FunnelConfig, ModelConfig
 from funnel_engine.heads import HeadConfig
 from funnel_engine.text import TextConfig
 
@@ -72,7 +72,7 @@ class SourceModel:
     text: TextConfig
     tokenizer_file: Path | None
     directory: Path
-    funnel: FunnelConfig = FunnelConfig()
+    funnel: Funnel = FunnelConfig()
     training: TrainingRecord | None = None
     tokenizer_json: str | None = None
 

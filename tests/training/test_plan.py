@@ -174,7 +174,7 @@ def test_a_checkpoint_that_was_trained_for_a_funnel_has_no_funnels_skipped_for_p
 
 
 def test_a_checkpoint_with_a_record_of_training_is_refused(checkpoint, texts, tmp_path):
-    record = TrainingRecord("distill", "0" * 64, "f" * 64, "cosine", 3, None, {})
+    record = TrainingRecord("distill", "0" * 64, "f" * 64, "cosine", 3, None, {}, {})
     model = dataclasses.replace(read_source(checkpoint), funnel=FUNNELS[1], training=record)
     save_checkpoint(model, prepare_destination(tmp_path / "trained", checkpoint, False), "float32")
     with pytest.raises(ConfigError, match="so it cannot be the baseline, which runs without a funnel"):

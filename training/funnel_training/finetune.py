@@ -66,6 +66,7 @@ def finetune(
             score; or query, document).
         data: a file as for `funnel evaluate`.
         output: the folder of the new checkpoint.
+        settings: `train="all"` is the paper's; without a funnel it is the only choice.
         funnel: None takes the checkpoint's own; `FunnelConfig()` is no funnel.
         attention, pooling: as in `Engine.load`; the new checkpoint keeps them. `pooling="attention"` adds the learned
             query of the pooler if the checkpoint does not have it.

@@ -107,6 +107,7 @@ def distill(
         settings.texts,
         settings.dtype,
         data_mesh(settings.packs),
+        settings.recompute,
     )
     teacher = Engine(
         opened.config,

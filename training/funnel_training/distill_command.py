@@ -29,6 +29,7 @@ from funnel_training.command_options import PATH, require_packages, vector_optio
 @click.option("--patience", type=int, default=5, show_default=True, help="Evaluations without a gain before the end.")
 @click.option("--size", "sizes", type=int, multiple=True, help="A size at which vectors will be cut off (Matryoshka).")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True, help="Of activations.")
+@click.option("--recompute", is_flag=True, help="Compute each layer again for its derivative: less memory, more time.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of everything random.")
 @vector_options
 @click.option("--resume", is_flag=True, help="Continue a run that was stopped.")
@@ -46,6 +47,7 @@ def distill(
     patience: int,
     sizes: tuple[int, ...],
     dtype: str,
+    recompute: bool,
     seed: int,
     attention: str | None,
     pooling: str | None,
@@ -72,6 +74,7 @@ def distill(
         every=every,
         patience=patience,
         dtype=dtype,
+        recompute=recompute,
         seed=seed,
     )
     agreed = run(

@@ -14,7 +14,6 @@ import jax
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from jax.experimental.compilation_cache import compilation_cache
 
 from funnel_engine import ConfigError, Engine, FunnelConfig, HeadConfig, InputError
 from funnel_engine.checkpoints.native import read_checkpoint
@@ -33,20 +32,7 @@ from topic_checkpoint import write_texts, write_toy
 
 FUNNEL = FunnelConfig.after(1)
 SHORT = Settings(steps=8, every=4, rows=256, texts=16, learning_rate=3e-3)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Runs with the same shapes share their compiled programs."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: jax.config.values[name] for name in names}
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("programs")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 @pytest.fixture(scope="module")

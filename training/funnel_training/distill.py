@@ -1,11 +1,13 @@
-"""Self-distillation: trains a checkpoint so that its vectors with a funnel are those that it has without.
+"""Self-distillation: trains a checkpoint so that its vectors, or its rows, with a funnel are those that it has without.
 
-The teacher is the checkpoint itself, unfunneled; the texts need no labels. Its vectors are computed once.
+The teacher is the checkpoint itself, unfunneled; the texts need no labels. What it computes is computed once.
 """
 
 import dataclasses
 import importlib.metadata
 import os
+import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -24,16 +26,20 @@ from funnel_engine.text import read_tokenizer
 from funnel_kernels.errors import ConfigError, InputError
 from funnel_training.data_files import read_file
 from funnel_training.distill_loss import distillation_loss
+from funnel_training.distill_tokens import TokenDistillation, TokenOutputs
 from funnel_training.engines import check_untrained, read_checkpoint_as
 from funnel_training.metrics import agreement
 from funnel_training.run_folder import RunFolder
 from funnel_training.statistics import CONFIDENCE, RESAMPLES
 from funnel_training.student import Packs, Student
-from funnel_training.trainer import Report, Run, Settings, Trainer, data_mesh
+from funnel_training.teacher import TeacherCache, hash_texts, in_parts
+from funnel_training.trainer import Objective, Report, Run, Settings, Trainer, data_mesh
 
 HELD_OUT_PART, MOST_HELD_OUT = 10, 1000  # a tenth of the texts, at most 1000, is held out of training
 QUERY_PART = 5  # every fifth of these is a query
 LEAST_TEXTS = 200
+LOSS = "1 - cosine, and Kullback-Leibler divergence of similarities"
+TOKEN_LOSS = "relative squared error of rows, and Kullback-Leibler divergence of labels if it tags"
 PACKAGES = ("funnel-engine", "jax", "jaxlib", "numpy", "optax")
 
 
@@ -48,13 +54,15 @@ def distill(
     attention: str | None = None,
     pooling: str | None = None,
     truncate: bool = False,
+    per_token: bool = False,
+    teacher_cache: str | os.PathLike[str] | None = None,
     resume: bool = False,
     report: Report = lambda line: None,
-) -> Agreement:
+) -> Agreement | None:
     """Trains a copy of a checkpoint for a funnel, and writes it with the funnel and a record of the training.
 
     The state of the run, its log (log.jsonl) and a plot are in the folder OUTPUT.training, which stays. The weights
-    with the best agreement on the held-out texts are written.
+    with the best agreement on the held-out texts are written; see `TokenDistillation.evaluate` for that of tokens.
 
     Args:
         checkpoint: a folder that `convert` wrote.
@@ -64,15 +72,20 @@ def distill(
         sizes: dimensions at which vectors are compared (Matryoshka); () is the whole vector.
         attention, pooling: as in `Engine.load`; the new checkpoint keeps them.
         truncate: cut off the ends of texts that are longer than `settings.rows` or than the model allows.
+        per_token: train the rows of all tokens, and a tagger's labels, instead of a vector for each text. The funnel
+            must have a recovery.
+        teacher_cache: a folder with what the teacher computes; it is written if it is not there. Runs with other
+            funnels or settings can share it. None keeps it in OUTPUT.training until the end.
         resume: continue a run that was stopped.
         report: called with each line for people.
 
     Returns:
-        The agreement of the written checkpoint with the teacher on the held-out texts.
+        The agreement of the written checkpoint with the teacher on the held-out texts; None with `per_token`.
 
     Raises:
         CheckpointError: the checkpoint cannot be read, or the output cannot be written.
-        ConfigError: an option is wrong, or the loss is not finite.
+        ConfigError: an option is wrong, the teacher's cache is of another checkpoint or of other texts, or the loss is
+            not finite.
         InputError: the texts cannot be used, or the disk is full.
     """
     source, destination = to_path(checkpoint), to_path(output)
@@ -82,6 +95,7 @@ def distill(
     if funnel.total_stride == 1:
         raise ConfigError("a funnel to train for is missing; give one, e.g. --funnel 6:2/mean")
     check_untrained(source, opened, "teacher")
+    check_outputs(opened.head.task, funnel, sizes, per_token)
     file = read_file(to_path(texts))
     lines = list(dict.fromkeys(line for _, line in file.lines()))
     if len(lines) < LEAST_TEXTS:
@@ -96,11 +110,12 @@ def distill(
         "attention": opened.config.attention,
         "pooling": opened.head.pooling,
         "truncate": truncate,
+        "per_token": per_token,
         "settings": dataclasses.asdict(settings),
     }
     student = Student(
         opened.config,
-        SentenceVectors(opened.head),
+        TokenOutputs(opened.head) if per_token else SentenceVectors(opened.head),
         funnel,
         settings.train,
         settings.rows,
@@ -121,22 +136,49 @@ def distill(
     tokens = teacher.token_ids(lines, truncate=truncate)
     for size in sizes:
         check_integer("sizes", size, least=1, most=teacher.embedding_size)
+    cache = TeacherCache(
+        folder.path / "teacher" if teacher_cache is None else to_path(teacher_cache),
+        {
+            "checkpoint": manifest,
+            "texts": hash_texts(tokens),
+            "attention": opened.config.attention,
+            "outputs": "rows of tokens" if per_token else f"vectors, pooling {opened.head.pooling}",
+        },
+    )
+    if teacher_cache is not None:
+        cache.check()
     folder.open(run, resume=resume)
-    if not folder.has_arrays("teacher"):
-        report(f"computing the vectors of {len(lines):,} texts without a funnel")
-        folder.write_arrays("teacher", teacher.embed(tokens))
-    vectors = folder.read_arrays("teacher", 0)
+    if not cache.check():
+        what = "rows of all tokens" if per_token else "vectors"
+        report(f"computing the {what} of {len(lines):,} texts without a funnel")
+        cache.write(teacher_outputs(teacher, tokens, per_token))
+    width = opened.config.hidden_size if per_token else teacher.embedding_size
     del teacher
-    objective = Distillation(student, tokens, vectors, sizes, settings.packs, settings.seed)
-    report(f"{len(objective.training):,} texts to train on, {len(objective.held_out):,} held out")
+    rows = cache.read(len(tokens.ids) if per_token else len(lines), width)
+    held_out, training = divide_texts(len(lines), settings.seed)
+    report(f"{len(training):,} texts to train on, {len(held_out):,} held out")
+    objective: Objective
+    if per_token:
+        is_tagger = opened.head.task == "tag"
+        classifier = {
+            name: np.asarray(weight, np.float32)
+            for name, weight in opened.weights.items()
+            if is_tagger and name.startswith("classifier.")
+        }
+        objective = TokenDistillation(
+            student, tokens, rows, classifier, held_out, training, settings.packs, settings.seed
+        )
+    else:
+        objective = Distillation(student, tokens, rows, sizes, settings.packs, settings.seed)
     trainer = Trainer(student, objective, settings, folder, opened.weights, report)
     trainer.run()
-    agreed = with_interval(objective.overlaps, settings.seed)
+    agreed = with_interval(objective.overlaps, settings.seed) if isinstance(objective, Distillation) else None
+    loss = TOKEN_LOSS if per_token else LOSS
     record = TrainingRecord(
         method="distill",
         source=manifest,
         data=file.sha256,
-        loss=f"1 - cosine, and Kullback-Leibler divergence of similarities; weights: {settings.train}",
+        loss=f"{loss}; weights: {settings.train}",
         steps=trainer.best_step,
         agreement=agreed,
         versions={package: importlib.metadata.version(package) for package in PACKAGES},
@@ -152,8 +194,31 @@ def distill(
         training=record,
     )
     save(model, destination, opened.dtype)
-    folder.remove("state", "best", "teacher")
+    folder.remove("state", "best")
+    shutil.rmtree(folder.path / "teacher", ignore_errors=True)
     return agreed
+
+
+def teacher_outputs(teacher: Engine, tokens: Ragged, per_token: bool) -> Iterator[np.ndarray]:
+    """A row for each token or for each text, part by part."""
+    for part in in_parts(tokens):
+        yield np.concatenate(teacher.hidden_states(part)) if per_token else teacher.embed(part)
+
+
+def check_outputs(task: str | None, funnel: FunnelConfig, sizes: tuple[int, ...], per_token: bool) -> None:
+    """Raises `ConfigError` if the funnel, the task or another option does not fit what is trained."""
+    if per_token and funnel.output_stride > 1:
+        raise ConfigError(
+            f"funnel {funnel} has no row for each token, which training per token needs; add a recovery, as in "
+            f"{funnel}/mean_last"
+        )
+    if per_token and sizes:
+        raise ConfigError(f"sizes={sizes} are of sentence vectors; leave them out of training per token")
+    if task == "tag" and not per_token:
+        raise ConfigError(
+            "this checkpoint tags tokens, but without per_token (--per-token) its sentence vectors would be trained; "
+            "give it"
+        )
 
 
 class Distillation:

@@ -32,6 +32,14 @@ from funnel_training.command_options import PATH, require_packages, vector_optio
 @click.option("--recompute", is_flag=True, help="Compute each layer again for its derivative: less memory, more time.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of everything random.")
 @vector_options
+@click.option(
+    "--per-token", is_flag=True, help="Train the rows of all tokens, for taggers, and not a vector for each text."
+)
+@click.option(
+    "--teacher",
+    type=PATH,
+    help="Folder of the teacher's outputs, which is written if it is not there; runs for other funnels can share it.",
+)
 @click.option("--resume", is_flag=True, help="Continue a run that was stopped.")
 def distill(
     checkpoint: Path,
@@ -52,6 +60,8 @@ def distill(
     attention: str | None,
     pooling: str | None,
     truncate: bool,
+    per_token: bool,
+    teacher: Path | None,
     resume: bool,
 ) -> None:
     """Train a checkpoint for a funnel, on texts without labels.
@@ -87,10 +97,15 @@ def distill(
         attention=attention,
         pooling=pooling,
         truncate=truncate,
+        per_token=per_token,
+        teacher_cache=teacher,
         resume=resume,
         report=click.echo,
     )
-    click.echo(
-        f"Wrote {output}: it agrees with {checkpoint} on {100 * agreed.mean:.1f} % of the ten nearest texts "
-        f"(95 % interval {100 * agreed.low:.1f} to {100 * agreed.high:.1f})"
-    )
+    if agreed is None:
+        click.echo(f"Wrote {output}")
+    else:
+        click.echo(
+            f"Wrote {output}: it agrees with {checkpoint} on {100 * agreed.mean:.1f} % of the ten nearest texts "
+            f"(95 % interval {100 * agreed.low:.1f} to {100 * agreed.high:.1f})"
+        )

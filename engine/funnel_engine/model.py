@@ -81,7 +81,15 @@ def forward(
 
     for weights, step, next_norm in zip(layers, steps, next_norms, strict=True):
         run = partial(
-            layer, step, config=config, funnel=funnel, batch=batch, rotations=rotations, target=target, axis=axis
+            layer,
+            step,
+            config=config,
+            funnel=funnel,
+            batch=batch,
+            rotations=rotations,
+            target=target,
+            axis=axis,
+            recompute=recompute,
         )
         x, normed = (jax.checkpoint(run) if recompute else run)(weights, next_norm, x, normed)
 
@@ -118,6 +126,7 @@ def layer(
     rotations: Mapping[tuple[int, str], tuple[jax.Array, jax.Array]],
     target: Target,
     axis: str | None,
+    recompute: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """One layer, with the pooling before it: the residual stream `x` and its norm, [N, D] each, become the next ones.
 
@@ -178,6 +187,7 @@ def layer(
         update_weight=weights.get("mlp_output_norm"),
         eps=eps,
         axis=axis,
+        one_block=recompute,
         target=target,
     )
     return x, normed

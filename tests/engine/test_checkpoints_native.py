@@ -66,7 +66,7 @@ def edit(checkpoint: Path, path: str, value: Any) -> None:
 def test_manifest_says_what_is_there(checkpoint):
     found, fields = read_checkpoint(checkpoint), manifest(checkpoint)
     shapes = expected_shapes(found.config, found.head)
-    assert fields["version"] == 3
+    assert fields["version"] == 4
     assert fields["tensors"] == len(found.weights) == len(shapes)
     assert fields["parameters"] == sum(array.size for array in found.weights.values()) == count_parameters(shapes)
     assert fields["config"]["softcap"] == 1.7
@@ -112,7 +112,7 @@ def test_what_is_no_checkpoint(tmp_path, checkpoint):
         ("version", 1, "version 1"),
         ("version", "absent", "version None"),
         ("version", "1", "version '1'"),
-        ("version", 4, "version 4; this engine reads versions 2 to 3"),
+        ("version", 5, "version 5; this engine reads versions 2 to 4"),
         ("version", 3.0, "version 3.0"),
         ("version", True, "version True"),
         ("funnel", "absent", "lacks 'funnel'"),
@@ -222,6 +222,12 @@ def test_version_2_is_read_and_has_no_funnel(checkpoint):
         edit(checkpoint, path, value)
     assert read_checkpoint(checkpoint).manifest.funnel == FunnelConfig()
     assert Engine.load(checkpoint, max_batch_tokens=64).funnel == FunnelConfig()
+
+
+def test_version_3_is_read_and_is_not_quantized(checkpoint):
+    edit(checkpoint, "version", 3)
+    edit(checkpoint, "quantized", "absent")
+    assert read_checkpoint(checkpoint).manifest.quantized == {}
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", "[" * 100_000, '{"version": 1, "version": 1}'])

@@ -41,9 +41,12 @@ from funnel_engine.text import TextConfig
 from funnel_engine.weights import DTYPES, Shapes, count_parameters, expected_shapes
 from funnel_kernels.errors import CheckpointError
 
-VERSION = 3
+VERSION = 4
 # The fields that a version added to the one before it, and what they mean where they are missing.
-ADDED = {3: {"funnel": dataclasses.asdict(FunnelConfig()) | {"strides": []}, "training": None}}
+ADDED: dict[int, dict[str, Any]] = {
+    3: {"funnel": dataclasses.asdict(FunnelConfig()) | {"strides": []}, "training": None},
+    4: {"quantized": {}},
+}
 MANIFEST = "funnel.json"
 SHARD_BYTES = 4_900_000_000  # bytes of tensors in a file; with its header it stays below 5 GB
 
@@ -75,6 +78,7 @@ class Manifest:
 
     Attributes:
         dtype: the dtype of every tensor, "bfloat16" or "float32".
+        quantized: see `SourceModel`.
         funnel: the funnel that the model is meant to run with; `Engine.load` uses it.
         training: how the weights were trained for this funnel; None if they were not.
         tensors, parameters: their numbers, for people; the required tensors follow from `config` and `head`.
@@ -90,6 +94,7 @@ class Manifest:
     funnel: FunnelConfig
     training: TrainingRecord | None
     dtype: str
+    quantized: dict[str, int]
     tensors: int
     parameters: int
     tokenizer: str | None
@@ -256,6 +261,7 @@ def read_source(directory: Path, sliding_window: int | None = None) -> SourceMod
         directory=directory,
         funnel=manifest.funnel,
         training=manifest.training,
+        quantized=manifest.quantized,
     )
 
 
@@ -307,6 +313,7 @@ def write_checkpoint(
         funnel=model.funnel,
         training=model.training,
         dtype=dtype,
+        quantized=model.quantized,
         tensors=len(shapes),
         parameters=count_parameters(shapes),
         tokenizer=tokenizer,

@@ -85,6 +85,7 @@ def describe(model: SourceModel) -> Facts:
         "max_positions": config.max_positions,
         "parameters": parameters,
         "dtype": ", ".join(stored),
+        "quantized": model.quantized,
         "files": [file.relative_to(model.directory).as_posix() for file in model.files],
         "gigabytes": sum(file.stat().st_size for file in model.files) / 1e9,
         "gigabytes_converted": {name: parameters * dtype.itemsize / 1e9 for name, dtype in DTYPES.items()},

@@ -76,6 +76,7 @@ class TrainingRun:
             self.settings.texts,
             self.settings.dtype,
             data_mesh(self.settings.packs),
+            self.settings.recompute,
         )
 
     def engine(self, student: Student) -> Engine:

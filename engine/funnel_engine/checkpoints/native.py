@@ -46,7 +46,7 @@ VERSION = 4
 # Version 4 also allows a funnel by length.
 ADDED: dict[int, dict[str, Any]] = {
     3: {"funnel": dataclasses.asdict(FunnelConfig()) | {"strides": []}, "training": None},
-    4: {"head": {"classifier_input": "last_token"}, "training": {"held_out": {}}},
+    4: {"head": {"classifier_input": "last_token"}, "training": {"held_out": {}}, "quantized": {}},
 }
 MANIFEST = "funnel.json"
 SHARD_BYTES = 4_900_000_000  # bytes of tensors in a file; with its header it stays below 5 GB
@@ -79,6 +79,7 @@ class Manifest:
 
     Attributes:
         dtype: the dtype of every tensor, "bfloat16" or "float32".
+        quantized: see `SourceModel`.
         funnel: the funnel that the model is meant to run with; `Engine.load` uses it.
         training: how the weights were trained for this funnel; None if they were not.
         tensors, parameters: their numbers, for people; the required tensors follow from `config` and `head`.
@@ -94,6 +95,7 @@ class Manifest:
     funnel: Funnel
     training: TrainingRecord | None
     dtype: str
+    quantized: dict[str, int]
     tensors: int
     parameters: int
     tokenizer: str | None
@@ -270,6 +272,7 @@ def read_source(directory: Path, sliding_window: int | None = None) -> SourceMod
         directory=directory,
         funnel=manifest.funnel,
         training=manifest.training,
+        quantized=manifest.quantized,
     )
 
 
@@ -321,6 +324,7 @@ def write_checkpoint(
         funnel=model.funnel,
         training=model.training,
         dtype=dtype,
+        quantized=model.quantized,
         tensors=len(shapes),
         parameters=count_parameters(shapes),
         tokenizer=tokenizer,

@@ -61,6 +61,8 @@ class SourceModel:
         directory: the folder of the source.
         funnel: the funnel that the model is meant to run with.
         training: how it was trained for this funnel; None if it was not.
+        quantized: the quantized types that the weights had in their first source, e.g. "Q4_K", and how many tensors had
+            each; the weights are then not those that were published. Empty: none were.
         tokenizer_json: the content of a tokenizer.json that the reader made; then `tokenizer_file` is None.
     """
 
@@ -74,6 +76,7 @@ class SourceModel:
     directory: Path
     funnel: Funnel = FunnelConfig()
     training: TrainingRecord | None = None
+    quantized: dict[str, int] = dataclasses.field(default_factory=dict)
     tokenizer_json: str | None = None
 
     @property

@@ -304,6 +304,10 @@ def test_the_command_names_the_winner_and_what_to_paste(checkpoint, texts, tmp_p
     written = json.loads((tmp_path / "new" / "folder" / "plan.json").read_text())
     assert written == json.loads(json.dumps(dataclasses.asdict(expected)))
     assert (tmp_path / "new" / "folder" / "plan.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "new" / "folder" / "plan.html").read_text()
+    assert "data:image/png;base64," in page
+    assert all(f"<td>{each.name}</td>" in page for each, _, _ in expected.timed())
+    assert f"--funnel {expected.winner}\n" in page
 
 
 def test_the_exit_status_is_1_if_nothing_qualifies(checkpoint, texts, tmp_path, monkeypatch):

@@ -20,13 +20,18 @@ NAMES = {"plain": "plain pre-training", "aware": "funnel-aware pre-training"}
 
 def make_page(results: Results, verdicts: Sequence[Verdict], facts: dict[str, Any]) -> str:
     """One HTML file that needs no other."""
-    by_question = {
-        "Quality by the layer of the funnel (Figure 2, Table 1)": (draw_layers(results), verdicts[:4]),
-        "More fine-tuning steps (Figure 3)": (draw_steps(results), verdicts[4:5]),
-        "Quality beside latency (Figure 4)": (draw_latency(results), verdicts[5:6]),
-        "Recoveries (Figure 5)": (draw_recoveries(results), verdicts[6:]),
+    figures = {
+        2: ("Quality by the layer of the funnel (Figure 2, Table 1)", draw_layers),
+        3: ("More fine-tuning steps (Figure 3)", draw_steps),
+        4: ("Quality beside latency (Figure 4)", draw_latency),
+        5: ("Recoveries (Figure 5)", draw_recoveries),
     }
-    parts = [heading(title) + image(png, title) + verdict_table(own) for title, (png, own) in by_question.items()]
+    parts = [
+        heading(title)
+        + image(draw(results), title)
+        + verdict_table([verdict for verdict in verdicts if verdict.figure == figure])
+        for figure, (title, draw) in figures.items()
+    ]
     scores, circumstances = heading("All scores") + score_table(results), heading("Circumstances") + facts_table(facts)
     return page("Funnels in miniature", introduction(results), *parts, scores, circumstances)
 
@@ -93,6 +98,7 @@ def draw_latency(results: Results) -> bytes:
             if name == "plain":
                 axes.annotate(label, (place, mean), xytext=(6, -12), textcoords="offset points", fontsize=9)
     axes.set_xlabel("latency relative to no funnel")
+    axes.margins(x=0.1)
     return png_of(figure)
 
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from funnel_engine import Engine, FunnelConfig, FunnelError, InputError
+from funnel_engine import Engine, FunnelError, InputError, parse_funnel
 
 MAX_BODY_BYTES = 2**20
 MAX_WAITING = 256  # requests
@@ -126,7 +126,7 @@ def make_server(engine: Engine, port: int) -> ThreadingHTTPServer:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Serve the vectors of a checkpoint over HTTP.")
     parser.add_argument("checkpoint", help="a folder that `funnel convert` has made")
-    parser.add_argument("--funnel", type=FunnelConfig.parse, help="for example 12:2/mean; default: the checkpoint's")
+    parser.add_argument("--funnel", type=parse_funnel, help="for example 12:2/mean; default: the checkpoint's")
     parser.add_argument("--port", type=int, default=8000)
     options = parser.parse_args()
     engine = Engine.load(options.checkpoint, funnel=options.funnel, max_batch_tokens=BATCH_TOKENS)

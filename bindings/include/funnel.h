@@ -76,8 +76,9 @@ typedef struct funnel_options {
                              which already runs, or else that of the environment which the library is installed in
                              or was built for. An interpreter that runs cannot be exchanged: another value is refused */
   const char* options;    /* JSON object, or NULL for the defaults: the keyword arguments of Python's Engine.load by
-                             name, except path and mesh. "funnel" is a short form such as "6:2/mean", or an object with
-                             the fields of FunnelConfig; without it, the checkpoint's own is used.
+                             name, except path and mesh. "funnel" is a short form such as "6:2/mean", an object with
+                             the fields of FunnelConfig, or a list that chooses by the number of tokens of a sequence,
+                             [[0, null], [64, "6:2/mean"]]; without it, the checkpoint's own is used.
                              An empty string is not JSON. For example
                              {"backend": "xla", "max_batch_tokens": 4096, "funnel": {"strides": [1, 1, 2]}} */
 } funnel_options;
@@ -177,7 +178,8 @@ FUNNEL_API funnel_status funnel_tag(funnel_engine* engine, const int32_t* ids, c
                                     float* out, size_t out_floats, char* error, size_t error_size);
 
 /* Counters since the engine was opened, as a JSON object: calls, sequences, tokens, batches, padding_rows,
- * compilations, compilations_after_warmup, compile_seconds.
+ * compilations, compilations_after_warmup, compile_seconds. With a funnel by length, by_length is a list of objects,
+ * one for each class: from_tokens, funnel, and the same counters without calls.
  *   json       receives the text and its final 0
  *   json_size  bytes there; if they are too few, FUNNEL_BUFFER_TOO_SMALL is returned and nothing written
  *   needed     receives the bytes that are needed, final 0 included, whether they fit or not; may be NULL. With json

@@ -1,7 +1,7 @@
 """A forward-only engine for Gemma encoders whose token sequence is pooled partway through the stack."""
 
 from funnel_engine.checkpoints.convert import convert
-from funnel_engine.config import FunnelConfig, ModelConfig
+from funnel_engine.config import FunnelByLength, FunnelConfig, ModelConfig, parse_funnel
 from funnel_engine.engine import Engine
 from funnel_engine.heads import HeadConfig
 from funnel_engine.presets import preset
@@ -12,11 +12,13 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "Engine",
+    "FunnelByLength",
     "FunnelConfig",
     "FunnelError",
     "HeadConfig",
     "InputError",
     "ModelConfig",
     "convert",
+    "parse_funnel",
     "preset",
 ]

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from funnel_engine.config import FunnelConfig
+from funnel_engine.config import FunnelConfig, parse_funnel
 from funnel_engine.engine import Engine
 from funnel_engine.jax_settings import default_settings
 from funnel_kernels.errors import BackendUnavailable, CheckpointError, ConfigError, InputError
@@ -72,8 +72,8 @@ def read_options(text: bytes) -> dict[str, Any]:
         raise ConfigError(f"options are not JSON: {error}; {remedy}") from None
     check_names("options", options, ENGINE_OPTIONS)
     if isinstance(options.get("funnel"), str):
-        options["funnel"] = FunnelConfig.parse(options["funnel"])
-    elif options.get("funnel") is not None:
+        options["funnel"] = parse_funnel(options["funnel"])
+    elif options.get("funnel") is not None and not isinstance(options["funnel"], list):
         check_names("funnel", options["funnel"], FUNNEL_OPTIONS)
         options["funnel"] = FunnelConfig(**options["funnel"])
     return options

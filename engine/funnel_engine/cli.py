@@ -20,7 +20,7 @@ from rich.progress import track
 
 from funnel_engine.checkpoints.convert import convert as convert_checkpoint
 from funnel_engine.checkpoints.formats import FORMATS
-from funnel_engine.config import ATTENTIONS, FunnelConfig
+from funnel_engine.config import ATTENTIONS, Funnel, FunnelConfig, parse_funnel
 from funnel_engine.devices import local_target
 from funnel_engine.engine import Engine
 from funnel_engine.inputs import TooLong
@@ -84,12 +84,13 @@ def main() -> None:
 
 
 def funnel_option(default: str) -> Callable[..., Any]:
-    """The option that describes one funnel."""
+    """The option that describes a funnel, for all lengths or by length."""
     return click.option(
         "--funnel",
-        type=FunnelConfig.parse,
+        type=parse_funnel,
         metavar="LAYER:STRIDE[/OPTION]",
-        help=f"E.g. 6:2/mean: after layer 6, the mean of each two rows; none: no funnel. Default: {default}.",
+        help="E.g. 6:2/mean: after layer 6, the mean of each two rows; none: no funnel; 0=none+64=6:2/mean: by the "
+        f"number of tokens of a text. Default: {default}.",
     )
 
 
@@ -123,7 +124,7 @@ def convert(
     overwrite: bool,
     form: str | None,
     sliding_window: int | None,
-    funnel: FunnelConfig | None,
+    funnel: Funnel | None,
     allow_nonfinite: bool,
 ) -> None:
     """Convert a Gemma checkpoint for the engine.
@@ -162,7 +163,7 @@ def inspect(
     as_json: bool,
     form: str | None,
     sliding_window: int | None,
-    funnel: FunnelConfig | None,
+    funnel: Funnel | None,
 ) -> None:
     """Show the contents and the problems of a CHECKPOINT, converted or not, and what a funnel would save.
 
@@ -226,7 +227,7 @@ def embed(
     normalize: bool,
     attention: str | None,
     backend: str,
-    funnel: FunnelConfig | None,
+    funnel: Funnel | None,
 ) -> None:
     """Compute one vector for each line of TEXTS (a UTF-8 file, or - for standard input).
 

@@ -4,7 +4,9 @@ Differences between model families are data here, so `model.forward` has one cod
 """
 
 import dataclasses
+import itertools
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from funnel_engine.checks import check_flag, check_integer, check_number, check_option, check_positive
@@ -234,6 +236,11 @@ class FunnelConfig:
         return "/".join([places, *words]) if places else "none"
 
     @property
+    def classes(self) -> tuple["LengthClass", ...]:
+        """One class, as if it were a `FunnelByLength`: this funnel for sequences of every length."""
+        return (LengthClass(0, self),)
+
+    @property
     def total_stride(self) -> int:
         """Tokens per row after the last layer, which is the product of the strides."""
         total = 1
@@ -262,6 +269,122 @@ SHORT_OPTIONS: dict[str, tuple[str, Any]] = {
     "after_norm": ("recovery_site", "after_norm"),
 }
 SHORT_PAIR = re.compile(r"([0-9]{1,4}):([0-9]{1,9})")  # no model has 10,000 layers
+
+
+class LengthClass(NamedTuple):
+    """The funnel of sequences of at least `tokens` tokens, up to those of the next class."""
+
+    tokens: int
+    funnel: FunnelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class FunnelByLength:
+    """A funnel for each class of sequence lengths: short sequences gain little from a funnel and lose most.
+
+        FunnelByLength([(0, None), (64, "6:2/mean"), (512, "2:2/mean")])
+
+    Attributes:
+        classes: pairs of a number of tokens, ascending from 0, and the funnel of sequences from this length on. It may
+            be given as a `FunnelConfig`, as its short form, or as None for no funnel.
+
+    Raises:
+        ConfigError: the first class does not begin at 0, numbers do not ascend, or a funnel is not possible.
+    """
+
+    classes: tuple[LengthClass, ...]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.classes, (tuple, list)) or not self.classes:
+            raise ConfigError(f"classes={self.classes!r:.80} must be pairs (tokens, funnel), e.g. (64, '6:2/mean')")
+        classes = tuple(read_class(index, pair) for index, pair in enumerate(self.classes))
+        starts = [each.tokens for each in classes]
+        if starts[0] != 0:
+            raise ConfigError(f"the first funnel is for {starts[0]} tokens or more; add one for 0, e.g. (0, None)")
+        for before, tokens in itertools.pairwise(starts):
+            if tokens <= before:
+                raise ConfigError(f"numbers of tokens must ascend, but {tokens} comes after {before}")
+        set_field(self, "classes", classes)
+
+    @classmethod
+    def parse(cls, text: str) -> "FunnelByLength":
+        """The funnels of a short form, e.g. "0=none+64=6:2/mean+512=2:2/mean".
+
+        Raises:
+            ConfigError: the text is not a short form, or the funnels are not possible.
+        """
+        classes = []
+        for part in text.split("+"):
+            if (found := SHORT_CLASS.fullmatch(part)) is None:
+                raise ConfigError(
+                    f"funnel {text!r}: {part!r} must be TOKENS=FUNNEL, e.g. 64=6:2/mean for sequences of 64 tokens or "
+                    "more; a plus follows before the next one"
+                )
+            classes.append(LengthClass(int(found[1]), FunnelConfig.parse(found[2])))
+        return cls(tuple(classes))
+
+    def __str__(self) -> str:
+        """The short form, which `parse` reads."""
+        return "+".join(f"{tokens}={funnel}" for tokens, funnel in self.classes)
+
+    @property
+    def total_stride(self) -> int:
+        """The largest of any class."""
+        return max(funnel.total_stride for _, funnel in self.classes)
+
+    @property
+    def output_stride(self) -> int:
+        """The largest of any class."""
+        return max(funnel.output_stride for _, funnel in self.classes)
+
+
+Funnel = FunnelConfig | FunnelByLength
+FunnelLike = Funnel | Sequence[tuple[int, FunnelConfig | str | None]]  # what `read_funnel` takes
+SHORT_CLASS = re.compile(r"([0-9]{1,9})=(.+)")
+
+
+def read_class(index: int, pair: Any) -> LengthClass:
+    """One pair of `FunnelByLength`."""
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise ConfigError(f"funnel[{index}]={pair!r:.80} must be a pair (tokens, funnel), e.g. (64, '6:2/mean')")
+    tokens, funnel = pair
+    if funnel is None:
+        funnel = FunnelConfig()
+    elif isinstance(funnel, str):
+        funnel = FunnelConfig.parse(funnel)
+    elif not isinstance(funnel, FunnelConfig):
+        raise ConfigError(
+            f"funnel[{index}]: {funnel!r:.80} must be a FunnelConfig, its short form, e.g. '6:2/mean', or None for no "
+            "funnel"
+        )
+    return LengthClass(check_integer(f"funnel[{index}]: tokens", tokens, least=0), funnel)
+
+
+def read_funnel(value: FunnelLike) -> Funnel:
+    """A funnel as a user gives it. One for all lengths is a `FunnelConfig`, also if it is given as a list of one pair.
+
+    Raises:
+        ConfigError: it is not a funnel.
+    """
+    if isinstance(value, FunnelConfig):
+        return value
+    if isinstance(value, (tuple, list)):
+        value = FunnelByLength(tuple(value))
+    if not isinstance(value, FunnelByLength):
+        raise ConfigError(
+            f"funnel={value!r:.80} must be a FunnelConfig; FunnelConfig() means no funnel, and FunnelConfig.parse "
+            "reads the short form, e.g. '6:2/mean'. A list such as [(0, None), (64, '6:2/mean')] chooses by length"
+        )
+    return value if len(value.classes) > 1 else value.classes[0].funnel
+
+
+def parse_funnel(text: str) -> Funnel:
+    """The funnel of a short form, for all lengths ("6:2/mean") or by length ("0=none+64=6:2/mean").
+
+    Raises:
+        ConfigError: the text is not a short form, or the funnel is not possible.
+    """
+    return read_funnel(FunnelByLength.parse(text)) if "=" in text else FunnelConfig.parse(text)
 
 
 class LayerStep(NamedTuple):
@@ -298,14 +421,15 @@ def layer_steps(config: ModelConfig, funnel: FunnelConfig) -> list[LayerStep]:
     return steps
 
 
-def check_funnel(funnel: Any) -> FunnelConfig:
-    """Raises `ConfigError` unless `funnel` is a `FunnelConfig`."""
-    if not isinstance(funnel, FunnelConfig):
-        raise ConfigError(
-            f"funnel={funnel!r} must be a FunnelConfig; FunnelConfig() means no funnel, and FunnelConfig.parse reads "
-            "the short form, e.g. '6:2/mean'"
-        )
-    return funnel
+def check_funnel(config: ModelConfig, funnel: Funnel) -> None:
+    """Raises `ConfigError` unless a funnel fits a model: each class as in `layer_steps`, and none is out of reach."""
+    for tokens, each in funnel.classes:
+        layer_steps(config, each)
+        if tokens > config.max_positions:
+            raise ConfigError(
+                f"the funnel {each} is for {tokens} tokens or more, but the longest sequence of the model has "
+                f"{config.max_positions}; leave it out"
+            )
 
 
 def set_field(instance: Any, name: str, value: Any) -> None:

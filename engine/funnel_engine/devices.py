@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from funnel_engine.checkpoints.safetensors_file import release
-from funnel_engine.config import FunnelConfig, ModelConfig
+from funnel_engine.config import Funnel, ModelConfig
 from funnel_engine.jax_settings import default_device, device_name
 from funnel_engine.model import Params
 from funnel_engine.packing import Ints, Plan, pack, split
@@ -42,7 +42,7 @@ class Devices(Protocol):
             For each group and each of its batches, the indices of the sequences.
         """
 
-    def put(self, weights: Params, funnel: FunnelConfig, dtype: str) -> dict[str, Any]:
+    def put(self, weights: Params, funnel: Funnel, dtype: str) -> dict[str, Any]:
         """Casts, prepares and transfers a flat table of weights. Returns the tree that `model.forward` reads."""
 
     def stack(self, batches: Sequence[Tree]) -> Tree:
@@ -88,7 +88,7 @@ class OneDevice:
     def group_batches(self, plan: Plan, lengths: Ints, buckets: Sequence[int]) -> list[list[Ints]]:
         return [[batch] for batch in split(plan, lengths, buckets[-1])]
 
-    def put(self, weights: Params, funnel: FunnelConfig, dtype: str) -> dict[str, Any]:
+    def put(self, weights: Params, funnel: Funnel, dtype: str) -> dict[str, Any]:
         """Each weight is replaced as soon as it is on the device, so host memory contains at most one weight twice."""
         put = partial(to_device, dtype=dtype, target=self.target, device=self.device)
         return map_weights(put, nest(weights, self.config, funnel))

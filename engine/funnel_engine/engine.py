@@ -3,7 +3,6 @@
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from os import PathLike
 from typing import Any
 
@@ -13,21 +12,20 @@ from jax.sharding import Mesh
 
 from funnel_engine.checkpoints.native import read_checkpoint
 from funnel_engine.checks import check_flag, check_integer
-from funnel_engine.config import FunnelConfig, ModelConfig, check_funnel
+from funnel_engine.config import Funnel, FunnelConfig, FunnelLike, ModelConfig, check_funnel, read_funnel
 from funnel_engine.devices import Devices, OneDevice
 from funnel_engine.flops import ideal_ratio
-from funnel_engine.heads import Head, HeadConfig, SentenceVectors, classifier, head_shapes
+from funnel_engine.heads import HeadConfig
 from funnel_engine.inputs import Ragged, read_inputs
 from funnel_engine.jax_settings import guarded
 from funnel_engine.messages import abbreviate
-from funnel_engine.model import forward
-from funnel_engine.packing import Ints, Spans, make_plan, pack, row_buckets, spans
-from funnel_engine.programs import Programs, use_compilation_cache
+from funnel_engine.packing import Ints, Spans, divide, pack, spans
+from funnel_engine.programs import COUNTERS, Counters, Programs, use_compilation_cache, warm_up
 from funnel_engine.sharding import DeviceMesh
 from funnel_engine.text import TextConfig, Tokenize, read_tokenizer
 from funnel_engine.threads import count_threads
 from funnel_engine.weights import DTYPES, check_dtype, expected_shapes
-from funnel_kernels import native_calls
+from funnel_kernels import Record, native_calls
 from funnel_kernels.errors import CheckpointError, ConfigError, InputError
 from funnel_kernels.target import check_backend
 
@@ -39,7 +37,8 @@ class Engine:
 
     A call packs its sequences into batches of at most `max_batch_tokens` rows, longest sequences first, and returns
     its results in input order. Every batch runs in a *bucket*, a size of the packed axis. The program of a bucket is
-    compiled once, by `warmup` or else by the first call that needs it.
+    compiled once, by `warmup` or else by the first call that needs it. With a funnel by length, a batch has sequences
+    of one class, and every class has buckets and programs of its own; all of them read the same weights.
 
     JAX settings of the process, e.g. `jax_enable_x64`, do not affect an engine. If the process is forked after an
     engine was made, every method that needs JAX raises `BackendUnavailable` in the fork.
@@ -52,7 +51,7 @@ class Engine:
         head: HeadConfig,
         weights: Mapping[str, Any],
         *,
-        funnel: FunnelConfig = FunnelConfig(),
+        funnel: FunnelLike = FunnelConfig(),
         backend: str = "auto",
         tokenizer: Tokenize | None = None,
         text: TextConfig = TextConfig(),
@@ -61,7 +60,7 @@ class Engine:
         dtype: str | None = None,
         mesh: Mesh | None = None,
         threads: int | None = None,
-        intended_funnel: FunnelConfig | None = None,
+        intended_funnel: Funnel | None = None,
     ):
         """Puts the weights on the device, or on the devices of a mesh. Most callers want `Engine.load`.
 
@@ -70,7 +69,8 @@ class Engine:
             head: what runs on the rows of the encoder.
             weights: arrays with the names and shapes of `weights.expected_shapes`, all float32 or all bfloat16. Without
                 a mesh, JAX arrays on the device are not copied, so engines can share them.
-            funnel: where and how the token axis is pooled.
+            funnel: where and how the token axis is pooled; or by the number of tokens of a sequence, see
+                `FunnelByLength`: `[(0, None), (64, "6:2/mean")]`. A class that no sequence can reach is not compiled.
             backend: "auto" or one of `funnel_kernels.BACKENDS`, see `funnel_kernels.Target`.
             tokenizer: converts texts to ids; with None the engine takes token ids only.
             text: how else texts are prepared: begin and end of sequence, prompts, length limit.
@@ -90,12 +90,12 @@ class Engine:
             BackendUnavailable: the backend is not available here, or does not support this model.
         """
         max_batch_tokens = check_integer("max_batch_tokens", max_batch_tokens, least=1, most=MAX_BATCH_TOKENS)
-        check_funnel(funnel)
+        funnel = read_funnel(funnel)
         if dtype is not None:
             dtype = check_dtype(dtype)
         check_backend(backend)
         count = count_threads(threads)
-        self.plan = make_plan(config, funnel)
+        check_funnel(config, funnel)
         self.devices: Devices = (
             OneDevice(config, backend=backend, threads=count)
             if mesh is None
@@ -110,28 +110,31 @@ class Engine:
         self.intended_funnel = funnel if intended_funnel is None else intended_funnel
         self.tokenizer, self.text = tokenizer, text
         self.max_length = min(config.max_positions, text.max_tokens or max_batch_tokens, max_batch_tokens)
-        self.buckets = row_buckets(self.plan, max_batch_tokens)
         self.params = self.devices.put(weights, funnel, dtype or str(weights["embedding"].dtype))
-        heads: list[Head] = [SentenceVectors(head)]
-        if head.task == "classify" or (head.task == "tag" and self.plan.output_stride == 1):
-            heads.append(classifier(head, self.plan, config.pad_token_id))
-        self.programs = Programs(
-            partial(forward, config=self.devices.config, funnel=funnel, axis=self.devices.axis),
-            heads,
-            params=self.params,
-            head_params={name: self.params[name] for name in head_shapes(config.hidden_size, head)},
-            plan=self.plan,
-            devices=self.devices,
+        self.counters = Counters("calls")
+        self.programs = tuple(
+            Programs(
+                config,
+                each,
+                head,
+                params=self.params,
+                devices=self.devices,
+                max_batch_tokens=max_batch_tokens,
+                min_tokens=tokens,
+            )
+            for tokens, each in funnel.classes
+            if tokens <= self.max_length
         )
         if backend != "auto":  # a named backend may refuse an op; then it must do so now, not in the first call
-            self.programs.trace(self.buckets[0])
+            for programs in self.programs:
+                programs.trace()
 
     @classmethod
     def load(
         cls,
         path: str | PathLike[str],
         *,
-        funnel: FunnelConfig | None = None,
+        funnel: FunnelLike | None = None,
         backend: str = "auto",
         dtype: str | None = None,
         attention: str | None = None,
@@ -146,8 +149,9 @@ class Engine:
 
         Args:
             path: its directory.
-            funnel: None takes the checkpoint's own, see `convert`; `FunnelConfig()` is no funnel. A warning is given if
-                the checkpoint has one and this is another.
+            funnel: None takes the checkpoint's own, see `convert`; `FunnelConfig()` is no funnel. A list of pairs
+                chooses by the number of tokens of a sequence, e.g. `[(0, None), (64, "6:2/mean"), (512, "2:2/mean")]`,
+                see `FunnelByLength`. A warning is given if the checkpoint has a funnel and this is another.
             dtype: "bfloat16" or "float32"; None keeps the checkpoint's.
             attention: "bidirectional" or "causal"; None keeps the checkpoint's.
             pooling: how rows become a vector, see `HeadConfig`; None keeps the checkpoint's.
@@ -166,9 +170,8 @@ class Engine:
         if pooling is not None:
             head = dataclasses.replace(head, pooling=pooling)
         own = checkpoint.manifest.funnel
-        if funnel is None:
-            funnel = own
-        elif check_funnel(funnel) != own != FunnelConfig():
+        funnel = own if funnel is None else read_funnel(funnel)
+        if funnel != own != FunnelConfig():
             warnings.warn(
                 f"{path} is meant for the funnel {own}, but it is loaded with {funnel}; its results may be worse. "
                 "Leave funnel out to use its own",
@@ -274,11 +277,14 @@ class Engine:
             InputError: the inputs cannot be run.
         """
         self._require_task("tag")
-        if self.plan.output_stride != 1:
-            raise ConfigError(
-                f"tag needs one row per token, but with strides {self.funnel.strides} there is one row per "
-                f"{self.plan.output_stride} tokens; load with a recovery, e.g. FunnelConfig(..., recovery='mean_last')"
-            )
+        for programs in self.programs:
+            if programs.plan.output_stride != 1:
+                which = f", for {programs.min_tokens} tokens or more," if len(self.programs) > 1 else ""
+                raise ConfigError(
+                    f"tag needs one row per token, but with strides {programs.funnel.strides}{which} there is one row "
+                    f"per {programs.plan.output_stride} tokens; load with a recovery, e.g. FunnelConfig(..., "
+                    "recovery='mean_last')"
+                )
         return self._split_rows(inputs, truncate, "tag")
 
     @guarded
@@ -301,42 +307,53 @@ class Engine:
         Args:
             progress: True shows a progress bar if standard error is a terminal. A function is called as
                 `progress(compiled, total)` after each program; an exception from it ends the warm-up.
-            buckets: numbers of rows. For each number, the smallest bucket with at least this many rows is compiled;
-                None compiles all buckets. A sequence takes as many rows as it has tokens, rounded up to a multiple of
-                the funnel's total stride.
+            buckets: numbers of rows. For each number, the smallest bucket with at least this many rows is compiled,
+                for every funnel; None compiles all buckets. A sequence takes as many rows as it has tokens, rounded up
+                to a multiple of the funnel's total stride.
 
         Raises:
             InputError: `buckets` contains a number for which no bucket is large enough.
         """
         if not callable(progress):
             progress = check_flag("progress", progress, error=InputError)
-        self.programs.warm_up(self.buckets if buckets is None else self._buckets_for(buckets), progress)
+        asked = None if buckets is None else self._check_rows(buckets)
+        warm_up({programs: programs.buckets_for(asked) for programs in self.programs}, progress)
 
     @guarded
-    def stats(self) -> dict[str, float]:
-        """Counters since the engine was made, see `programs.COUNTERS`, and `compile_seconds`, summed over threads."""
-        return self.programs.counters()
+    def stats(self) -> dict[str, Any]:
+        """Counters since the engine was made, see `programs.COUNTERS`, and `compile_seconds`, summed over threads.
+
+        With a funnel by length, "by_length" has those of each class.
+        """
+        counters = [programs.counters.values() for programs in self.programs]
+        totals: dict[str, Any] = {name: sum(each[name] for each in counters) for name in COUNTERS}
+        if len(self.programs) > 1:
+            totals["by_length"] = [
+                {"from_tokens": tokens, "funnel": str(funnel), **each}
+                for (tokens, funnel), each in zip(self.funnel.classes, counters, strict=False)
+            ]
+        return self.counters.values() | totals
 
     @guarded
     def describe(self) -> str:
         """A description for people: the model, the ops of the programs, the backend of each op, devices and limits."""
-        config, lengths = self.config, np.full(1, min(512, self.max_length), np.int32)
-        ratio = ideal_ratio(config, self.funnel, lengths)
-        dtype = str(self.params["embedding"].dtype)
-        if not self.programs.record.served:
-            self.programs.trace(self.buckets[0])
+        config, dtype = self.config, str(self.params["embedding"].dtype)
+        for programs in self.programs:
+            if not programs.record.served:
+                programs.trace()
+        buckets = [programs.buckets for programs in self.programs]
         is_another = self.intended_funnel not in (self.funnel, FunnelConfig())
         facts = {
             "model": f"{config.family}, {config.num_layers} layers of width {config.hidden_size}, "
             f"{config.attention} attention, {dtype}",
-            "funnel": f"{describe_funnel(self.funnel)}; ideal latency ratio at {lengths[0]} tokens {ratio:.3f}",
+            **describe_funnels(config, self.funnel, self.max_length),
             **({"meant for": f"the funnel {self.intended_funnel}"} if is_another else {}),
             "head": f"pooling {self.head.pooling}, {len(self.head.dense)} dense layers, "
             f"task {self.head.task or 'none'}"
             + (", of the pooled vector" if self.head.classifier_input == "pooled" else ""),
-            **self.programs.record.facts(),
+            **Record.merged(programs.record for programs in self.programs).facts(),
             "devices": self.devices,
-            "buckets": f"{len(self.buckets)} from {self.buckets[0]} to {self.buckets[-1]} rows",
+            "buckets": "; ".join(f"{len(rows)} from {rows[0]} to {rows[-1]} rows" for rows in buckets),
             "limits": f"{self.max_length} tokens a sequence",
         }
         width = max(map(len, facts))
@@ -347,13 +364,25 @@ class Engine:
         """Dimensions of the vectors that `embed` returns."""
         return self.head.dense[-1].out_features if self.head.dense else self.config.hidden_size
 
-    def _buckets_for(self, asked: Sequence[int]) -> list[int]:
-        """The smallest buckets for these numbers of rows, without duplicates, ascending."""
+    def _check_rows(self, asked: Sequence[int]) -> Sequence[int]:
+        """Raises `InputError` unless these are numbers of rows that some bucket is large enough for."""
         if not isinstance(asked, (Sequence, np.ndarray)) or len(asked) == 0:
             raise InputError(f"buckets={asked!r} must be a list of numbers of rows, or None for all buckets")
-        for index, rows in enumerate(asked):
-            check_integer(f"buckets[{index}]", rows, least=1, most=self.buckets[-1], error=InputError)
-        return sorted({next(bucket for bucket in self.buckets if bucket >= rows) for rows in asked})
+        largest = max(programs.buckets[-1] for programs in self.programs)
+        return [
+            check_integer(f"buckets[{index}]", rows, least=1, most=largest, error=InputError)
+            for index, rows in enumerate(asked)
+        ]
+
+    def _groups(self, lengths: Ints) -> Iterator[tuple[Programs, list[Ints]]]:
+        """The batches of a call in groups that run at once, the longest sequences first.
+
+        With each group come the programs of its funnel. A batch is the indices of its sequences.
+        """
+        for number, members in divide([programs.min_tokens for programs in self.programs], lengths):
+            programs = self.programs[number]
+            for group in self.devices.group_batches(programs.plan, lengths[members], programs.buckets):
+                yield programs, [members[order] for order in group]
 
     def _run(self, ragged: Ragged, head: str | None) -> Iterator[tuple[Ints, Spans, np.ndarray]]:
         """Runs all batches. Yields for each batch its sequence indices, its output rows, and the result of the head.
@@ -364,17 +393,20 @@ class Engine:
         """
         pending: Iterable[tuple[Ints, Spans, np.ndarray]] = ()
         running: list[jax.Array] = []
-        programs = self.programs
         try:
-            for group in self.devices.group_batches(self.plan, ragged.lengths, self.buckets):
-                batches = [ragged.take(order) for order in group]
-                needed = max(int(self.plan.rows_needed(batch.lengths).sum()) for batch in batches)
-                rows = next(bucket for bucket in self.buckets if bucket >= needed)
-                packed = self.devices.stack([pack(self.plan, batch.ids, batch.offsets, rows) for batch in batches])
+            for programs, group in self._groups(ragged.lengths):
+                plan, batches = programs.plan, [ragged.take(order) for order in group]
+                rows = programs.bucket(max(int(plan.rows_needed(batch.lengths).sum()) for batch in batches))
+                packed = self.devices.stack([pack(plan, batch.ids, batch.offsets, rows) for batch in batches])
                 running.append(programs.run_encoder(packed, rows))
                 tokens = sum(len(batch.ids) for batch in batches)
-                programs.count(batches=len(batches), padding_rows=self.devices.data * rows - tokens)
-                row_spans = [spans(self.plan, batch.lengths, self.plan.output_stride) for batch in batches]
+                programs.counters.add(
+                    sequences=sum(map(len, group)),
+                    tokens=tokens,
+                    batches=len(batches),
+                    padding_rows=self.devices.data * rows - tokens,
+                )
+                row_spans = [spans(plan, batch.lengths, plan.output_stride) for batch in batches]
                 if head is not None:
                     reader = programs.heads[head]
                     inputs = [reader.sequence_inputs(*pair) for pair in zip(batches, row_spans, strict=True)]
@@ -383,7 +415,7 @@ class Engine:
                 results = self.devices.unstack(running[-1])  # those of idle devices come last
                 pending = zip(group, row_spans, results, strict=False)
                 running = running[-2:]
-            programs.count(calls=1, sequences=len(ragged.lengths), tokens=len(ragged.ids))
+            self.counters.add(calls=1)
             yield from pending
         finally:
             jax.block_until_ready(running)  # an interrupted caller must not free weights that a program still reads
@@ -403,6 +435,19 @@ class Engine:
                 f"{task} needs a classifier for this task, but this checkpoint's task is {self.head.task or 'none'}; "
                 f"convert a For{'Sequence' if task == 'classify' else 'Token'}Classification checkpoint"
             )
+
+
+def describe_funnels(config: ModelConfig, funnel: Funnel, max_length: int) -> dict[str, str]:
+    """For each class of lengths its funnel, and what that saves at 512 tokens or at the nearest length of the class."""
+    facts, ends = {}, [*(tokens - 1 for tokens, _ in funnel.classes[1:]), max_length]
+    for (tokens, each), end in zip(funnel.classes, ends, strict=True):
+        length = max(1, min(max(512, tokens), end, max_length))
+        ratio = ideal_ratio(config, each, np.array([length], np.int32))
+        saving = f"ideal latency ratio at {length} tokens {ratio:.3f}"
+        unused = f"not used: a sequence has at most {max_length} tokens"
+        name = "funnel" if len(ends) == 1 else f"funnel from {tokens}"
+        facts[name] = f"{describe_funnel(each)}; {saving if tokens <= max_length else unused}"
+    return facts
 
 
 def describe_funnel(funnel: FunnelConfig) -> str:

@@ -7,16 +7,27 @@ for causality, windows, ragged lengths, odd tails, and queries on a different st
 
 import numpy as np
 
-from funnel_engine.config import FunnelConfig, ModelConfig, layer_steps
-from funnel_engine.packing import LevelRows, make_plan
+from funnel_engine.config import Funnel, FunnelConfig, ModelConfig, layer_steps
+from funnel_engine.packing import Ints, LevelRows, divide, make_plan
 
 
-def forward_flops(config: ModelConfig, funnel: FunnelConfig, lengths: np.ndarray) -> int:
+def forward_flops(config: ModelConfig, funnel: Funnel, lengths: np.ndarray) -> int:
     """FLOPs of one forward pass over sequences of these lengths (in tokens), without padding.
 
     Raises:
         ConfigError: the funnel does not fit the model.
     """
+    return sum(class_flops(config, each, part) for each, part in lengths_by_funnel(funnel, lengths))
+
+
+def lengths_by_funnel(funnel: Funnel, lengths: np.ndarray) -> list[tuple[FunnelConfig, Ints]]:
+    """The funnels that sequences of these lengths run with, and the lengths of the sequences of each."""
+    starts = [tokens for tokens, _ in funnel.classes]
+    return [(funnel.classes[number].funnel, lengths[index]) for number, index in divide(starts, lengths)]
+
+
+def class_flops(config: ModelConfig, funnel: FunnelConfig, lengths: Ints) -> int:
+    """FLOPs of sequences that run with the same funnel."""
     plan = make_plan(config, funnel)
     levels = {stride: LevelRows(plan, lengths, stride) for stride in plan.strides}
     visible = {
@@ -34,7 +45,7 @@ def forward_flops(config: ModelConfig, funnel: FunnelConfig, lengths: np.ndarray
     )
 
 
-def ideal_ratio(config: ModelConfig, funnel: FunnelConfig, lengths: np.ndarray) -> float:
+def ideal_ratio(config: ModelConfig, funnel: Funnel, lengths: np.ndarray) -> float:
     """FLOPs with the funnel divided by FLOPs without: the latency ratio if everything but the products were free."""
     return forward_flops(config, funnel, lengths) / forward_flops(config, FunnelConfig(), lengths)
 

@@ -228,6 +228,14 @@ def class_logits(config: HeadConfig, params: Mapping[str, Any], rows: jax.Array)
     return logits + params["classifier.bias"] if config.classifier_bias else logits
 
 
+def make_heads(head: HeadConfig, plan: Plan, pad_token_id: int | None) -> list[Head]:
+    """The heads that can run on the rows of a funnel."""
+    heads: list[Head] = [SentenceVectors(head)]
+    if head.task == "classify" or (head.task == "tag" and plan.output_stride == 1):
+        heads.append(classifier(head, plan, pad_token_id))
+    return heads
+
+
 def last_tokens(batch: Ragged, pad_token_id: int | None) -> Ints:
     """For each sequence, the index of its rightmost token that is not padding; 0 if all are padding; [B]."""
     if pad_token_id is None:

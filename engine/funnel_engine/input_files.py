@@ -16,7 +16,7 @@ import stat
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -89,7 +89,8 @@ def decode(kind: Any, value: Any, where: str) -> Any:
     """Converts a JSON value to a `kind`; the inverse of `json.dumps(dataclasses.asdict(...))`.
 
     Args:
-        kind: a type annotation of dataclasses, NamedTuples, tuples, dicts, `X | None`, and plain types.
+        kind: a type annotation of dataclasses, NamedTuples, tuples, dicts, `X | None`, `X | Y` of dataclasses without
+            common fields, and plain types.
         where: the name of the value in messages, e.g. "funnel.json: config.head_dim".
 
     Raises:
@@ -100,7 +101,7 @@ def decode(kind: Any, value: Any, where: str) -> Any:
     if kind is Any:
         return value
     if origin in (typing.Union, types.UnionType):
-        return None if value is None else decode(arguments[0], value, where)
+        return None if value is None and type(None) in arguments else decode(fitting(arguments, value), value, where)
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         annotations = typing.get_type_hints(kind)
         hints = {field.name: annotations[field.name] for field in dataclasses.fields(kind)}
@@ -131,6 +132,12 @@ def decode(kind: Any, value: Any, where: str) -> Any:
         return float(value)
     check_type(kind, value, where)
     return value
+
+
+def fitting(kinds: Sequence[Any], value: Any) -> Any:
+    """The first of several types that is a dataclass with a field of the JSON value; else the first one."""
+    names = value.keys() if isinstance(value, dict) else set()
+    return next((kind for kind in kinds if names & getattr(kind, "__dataclass_fields__", {}).keys()), kinds[0])
 
 
 def check_type(kind: type, value: Any, where: str) -> None:

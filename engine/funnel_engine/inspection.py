@@ -9,7 +9,7 @@ import numpy as np
 from funnel_engine.checkpoints.formats import detect_format, read_source
 from funnel_engine.checkpoints.native import open_checkpoint, verify_files
 from funnel_engine.checkpoints.source import SourceModel
-from funnel_engine.config import FunnelConfig
+from funnel_engine.config import Funnel, FunnelConfig
 from funnel_engine.flops import forward_flops, ideal_ratio
 from funnel_engine.weights import DTYPES, count_parameters, expected_shapes
 from funnel_kernels.errors import CheckpointError, FunnelError
@@ -22,7 +22,7 @@ def inspect_checkpoint(
     form: str | None = None,
     sliding_window: int | None = None,
     *,
-    funnel: FunnelConfig | None = None,
+    funnel: Funnel | None = None,
     seq_len: int = 512,
     verify: bool = False,
 ) -> Facts:
@@ -85,6 +85,7 @@ def describe(model: SourceModel) -> Facts:
         "max_positions": config.max_positions,
         "parameters": parameters,
         "dtype": ", ".join(stored),
+        "quantized": model.quantized,
         "files": [file.relative_to(model.directory).as_posix() for file in model.files],
         "gigabytes": sum(file.stat().st_size for file in model.files) / 1e9,
         "gigabytes_converted": {name: parameters * dtype.itemsize / 1e9 for name, dtype in DTYPES.items()},
@@ -109,7 +110,7 @@ def describe(model: SourceModel) -> Facts:
     }
 
 
-def costs(model: SourceModel, funnel: FunnelConfig, seq_len: int) -> Facts:
+def costs(model: SourceModel, funnel: Funnel, seq_len: int) -> Facts:
     """The FLOPs per token without a funnel, and the ratio of FLOPs with this funnel and without it."""
     lengths = np.array([seq_len], np.int32)
     return {

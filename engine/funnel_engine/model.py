@@ -1,4 +1,4 @@
-"""The forward pass of a funneled Gemma encoder: one pure function, to be read from top to bottom.
+"""The forward pass of a funneled Gemma encoder: two pure functions, to be read from top to bottom.
 
 Weights are matrices `[out, in]`, as in Hugging Face checkpoints. `q`, `k` and `v` are one matrix, and so are gate and
 up. A backend may store them in its own layout (`funnel_kernels.linear.prepare`). The layers are a Python loop over a
@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from funnel_engine.config import RECOVERIES, FunnelConfig, ModelConfig, Rope, layer_steps
+from funnel_engine.config import RECOVERIES, FunnelConfig, LayerStep, ModelConfig, Rope, layer_steps
 from funnel_engine.packing import Batch
 from funnel_kernels import (
     Target,
@@ -36,6 +36,7 @@ def forward(
     funnel: FunnelConfig,
     target: Target,
     axis: str | None = None,
+    recompute: bool = False,
 ) -> jax.Array:
     """Runs the encoder on a packed batch.
 
@@ -46,6 +47,7 @@ def forward(
         target: where it runs, and with which kernels.
         axis: inside a `jax.shard_map`, the mesh axis along which the heads and the MLP's width are divided; `config`
             and `params` are then the part of one device, see `sharding`.
+        recompute: keep only the arrays between layers for the derivative, which computes each layer once more.
 
     Returns:
         [N / funnel.output_stride, hidden_size] rows after the final norm, in the dtype of the weights. Rows without
@@ -78,59 +80,18 @@ def forward(
     next_norms = [*(weights["attention_input_norm"] for weights in layers[1:]), params["final_norm"]]
 
     for weights, step, next_norm in zip(layers, steps, next_norms, strict=True):
-        unpooled = normed
-        if step.pool > 1:
-            real = batch.levels[step.query_stride // step.pool].real
-            x, normed = pool_norm(
-                x, real, weights["attention_input_norm"], stride=step.pool, pool=funnel.pool, eps=eps, target=target
-            )
-
-        # Attention: queries from the (pooled) rows, keys and values from the same rows or from the unpooled ones.
-        norms = (weights["query_norm"], weights["key_norm"]) if config.qk_norm else None
-        heads, kv_heads = config.num_heads, config.num_kv_heads
-        project = partial(project_heads, eps=eps, target=target)
-        if step.key_stride == step.query_stride:
-            angles = rotations[step.query_stride, step.layer_type]
-            q, k, v = project(normed, weights["qkv"], *angles, norms, heads=(heads, kv_heads), plain_heads=kv_heads)
-        else:
-            query_angles, key_angles = (rotations[s, step.layer_type] for s in (step.query_stride, step.key_stride))
-            query_norm, key_norm = ((norm,) for norm in norms) if norms else (None, None)
-            (q,) = project(normed, weights["q"], *query_angles, query_norm, heads=(heads,))
-            k, v = project(unpooled, weights["kv"], *key_angles, key_norm, heads=(kv_heads,), plain_heads=kv_heads)
-        lo, hi = batch.intervals[step.query_stride, step.key_stride, step.layer_type]
-        attended = attention(
-            q,
-            k,
-            v,
-            lo,
-            hi,
-            heads=heads,
-            kv_heads=kv_heads,
-            scale=config.query_scale,
-            softcap=config.softcap,
+        run = partial(
+            layer,
+            step,
+            config=config,
+            funnel=funnel,
+            batch=batch,
+            rotations=rotations,
             target=target,
-        )
-        x, normed = linear_add_norm(
-            attended,
-            weights["attention_output"],
-            x,
-            weights["mlp_input_norm"],
-            update_weight=weights.get("attention_output_norm"),
-            eps=eps,
             axis=axis,
-            target=target,
+            recompute=recompute,
         )
-        x, normed = mlp(
-            x,
-            normed,
-            weights["gate_up"],
-            weights["down"],
-            next_norm,
-            update_weight=weights.get("mlp_output_norm"),
-            eps=eps,
-            axis=axis,
-            target=target,
-        )
+        x, normed = (jax.checkpoint(run) if recompute else run)(weights, next_norm, x, normed)
 
         if source and step.query_stride == 1:
             full_layers += 1
@@ -150,6 +111,86 @@ def forward(
         eps=eps,
         target=target,
     )
+
+
+def layer(
+    step: LayerStep,
+    weights: Params,
+    next_norm: jax.Array,
+    x: jax.Array,
+    normed: jax.Array,
+    *,
+    config: ModelConfig,
+    funnel: FunnelConfig,
+    batch: Batch,
+    rotations: Mapping[tuple[int, str], tuple[jax.Array, jax.Array]],
+    target: Target,
+    axis: str | None,
+    recompute: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """One layer, with the pooling before it: the residual stream `x` and its norm, [N, D] each, become the next ones.
+
+    Args:
+        weights: of this layer.
+        next_norm: the weight of the norm that the next layer begins with.
+        rotations: RoPE's cosines and sines by stride and type of layer.
+    """
+    eps = config.norm_eps
+    unpooled = normed
+    if step.pool > 1:
+        real = batch.levels[step.query_stride // step.pool].real
+        x, normed = pool_norm(
+            x, real, weights["attention_input_norm"], stride=step.pool, pool=funnel.pool, eps=eps, target=target
+        )
+
+    # Attention: queries from the (pooled) rows, keys and values from the same rows or from the unpooled ones.
+    norms = (weights["query_norm"], weights["key_norm"]) if config.qk_norm else None
+    heads, kv_heads = config.num_heads, config.num_kv_heads
+    project = partial(project_heads, eps=eps, target=target)
+    if step.key_stride == step.query_stride:
+        angles = rotations[step.query_stride, step.layer_type]
+        q, k, v = project(normed, weights["qkv"], *angles, norms, heads=(heads, kv_heads), plain_heads=kv_heads)
+    else:
+        query_angles, key_angles = (rotations[s, step.layer_type] for s in (step.query_stride, step.key_stride))
+        query_norm, key_norm = ((norm,) for norm in norms) if norms else (None, None)
+        (q,) = project(normed, weights["q"], *query_angles, query_norm, heads=(heads,))
+        k, v = project(unpooled, weights["kv"], *key_angles, key_norm, heads=(kv_heads,), plain_heads=kv_heads)
+    lo, hi = batch.intervals[step.query_stride, step.key_stride, step.layer_type]
+    attended = attention(
+        q,
+        k,
+        v,
+        lo,
+        hi,
+        heads=heads,
+        kv_heads=kv_heads,
+        scale=config.query_scale,
+        softcap=config.softcap,
+        target=target,
+    )
+    x, normed = linear_add_norm(
+        attended,
+        weights["attention_output"],
+        x,
+        weights["mlp_input_norm"],
+        update_weight=weights.get("attention_output_norm"),
+        eps=eps,
+        axis=axis,
+        target=target,
+    )
+    x, normed = mlp(
+        x,
+        normed,
+        weights["gate_up"],
+        weights["down"],
+        next_norm,
+        update_weight=weights.get("mlp_output_norm"),
+        eps=eps,
+        axis=axis,
+        one_block=recompute,
+        target=target,
+    )
+    return x, normed
 
 
 def gather_columns(x: jax.Array, axis: str | None) -> jax.Array:

@@ -15,6 +15,7 @@ one interval of keys.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -56,8 +57,8 @@ class Plan:
         """The number of padding rows of stride 1 in the first window of every sequence at this level."""
         return self.lead % stride
 
-    def rows_needed(self, lengths: Ints) -> Ints:
-        """The number of rows of stride 1 that each of these sequences needs."""
+    def rows_needed(self, lengths: Any) -> Any:
+        """The number of rows of stride 1 that each of these sequences needs; lengths are integers, in any form."""
         return -(-(self.lead + lengths) // self.total_stride) * self.total_stride
 
 
@@ -201,21 +202,21 @@ class LevelRows:
         return out
 
 
-def row_buckets(plan: Plan, max_tokens: int) -> tuple[int, ...]:
+def row_buckets(plan: Plan, max_tokens: int, min_tokens: int = 1) -> tuple[int, ...]:
     """The sizes of the packed axis that are compiled, ascending: 4, 5, 6 and 7 times each power of two.
 
     Each is rounded up to a multiple of 8 rows at the deepest level. A batch of `n` rows gets a bucket of at most
     `1.25 * n + 8 * total_stride` rows and at least 16. The largest bucket has room for one sequence of `max_tokens`
-    tokens.
+    tokens, the smallest one for a sequence of `min_tokens`.
     """
     unit = ROW_ALIGNMENT * plan.total_stride
-    largest = round_up(int(plan.rows_needed(np.array(max_tokens, np.int32))), unit)
+    largest = round_up(plan.rows_needed(max_tokens), unit)
     sizes = {largest}
     scale = LEAST_BUCKET // 4
     while 4 * scale < largest:
         sizes.update(round_up(step * scale, unit) for step in (4, 5, 6, 7))
         scale *= 2
-    return tuple(sorted(size for size in sizes if size <= largest))
+    return tuple(sorted(size for size in sizes if plan.rows_needed(min_tokens) <= size <= largest))
 
 
 def sequence_bucket(sequences: int) -> int:
@@ -229,6 +230,16 @@ def sequence_buckets(most: int) -> list[int]:
     while buckets[-1] < most:
         buckets.append(buckets[-1] * 4)
     return buckets
+
+
+def divide(starts: Sequence[int], lengths: Ints) -> list[tuple[int, Ints]]:
+    """Divides sequences into classes by length; class `c` begins at `starts[c]` tokens, ascending from 0.
+
+    Returns:
+        The number of each class that has sequences, from the longest to the shortest, and the indices of these.
+    """
+    classes = np.searchsorted(starts, lengths, side="right") - 1
+    return [(int(number), np.flatnonzero(classes == number).astype(np.int32)) for number in np.unique(classes)[::-1]]
 
 
 def split(plan: Plan, lengths: Ints, max_rows: int) -> list[Ints]:

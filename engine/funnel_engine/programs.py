@@ -1,10 +1,10 @@
-"""The compiled programs of an engine, for each bucket one of the encoder and some of each head, and its counters."""
+"""The compiled programs of a funnel, for each bucket one of the encoder and some of each head, and its counters."""
 
 import dataclasses
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from os import PathLike
@@ -15,23 +15,25 @@ import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
+from funnel_engine.config import FunnelConfig, ModelConfig
 from funnel_engine.devices import Devices, batch_shapes
-from funnel_engine.heads import Head
+from funnel_engine.heads import HeadConfig, head_shapes, make_heads
 from funnel_engine.jax_settings import default_settings
-from funnel_engine.packing import Batch, Ints, Plan, sequence_bucket, sequence_buckets
+from funnel_engine.model import forward
+from funnel_engine.packing import Batch, Ints, make_plan, row_buckets, sequence_bucket, sequence_buckets
 from funnel_engine.xla_options import compiler_options
 from funnel_kernels import Record
 from funnel_kernels.errors import ConfigError
 
 Program = Callable[..., jax.Array]
 COUNTERS = (
-    "calls",
     "sequences",
     "tokens",
     "batches",
     "padding_rows",  # rows that were computed but contain no token
     "compilations",
     "compilations_after_warmup",
+    "compile_seconds",
 )
 
 
@@ -49,39 +51,79 @@ class ProgramKey(NamedTuple):
     sequences: int = 0
 
 
+class Counters:
+    """Numbers that only grow, by name. Any thread may add to them."""
+
+    def __init__(self, *names: str):
+        self._values: dict[str, float] = dict.fromkeys(names, 0)
+        self._lock = threading.Lock()
+
+    def add(self, **counts: float) -> None:
+        with self._lock:
+            for name, count in counts.items():
+                self._values[name] += count
+
+    def values(self) -> dict[str, float]:
+        with self._lock:
+            return dict(self._values)
+
+
 class Programs:
-    """Compiles each program when it is first needed. Every method may be called from any thread.
+    """The programs of one funnel. Each is compiled when it is first needed. Any thread may call any method.
 
     Attributes:
+        funnel, min_tokens: the funnel, and the least number of tokens of a sequence that runs with it.
+        plan: how batches are packed for it.
+        buckets: the numbers of rows that batches are packed into, ascending.
+        heads: those that can run on its rows, by name.
         record: which backends serve the ops of the programs that were traced.
+        counters: see `COUNTERS`; `compile_seconds` is summed over threads.
         compiled: the programs, also those that are being compiled.
+        is_warm: whether a warm-up has ended, so that a compilation is counted as one too many.
     """
 
     def __init__(
         self,
-        encoder: Callable[..., jax.Array],
-        heads: Sequence[Head],
+        config: ModelConfig,
+        funnel: FunnelConfig,
+        head: HeadConfig,
         *,
         params: Any,
-        head_params: Any,
-        plan: Plan,
         devices: Devices,
+        max_batch_tokens: int,
+        min_tokens: int,
     ):
         """
         Args:
-            encoder: `model.forward` with all arguments but params, batch and target.
-            heads: the heads that the engine may run.
-            params: the encoder's weights, as `devices.put` returns them.
-            head_params: the weights of all heads.
+            config: the whole model, also where each device computes a part of it.
+            params: the weights, as `devices.put` returns them; funnels can share them.
+            max_batch_tokens: tokens of the largest batch.
         """
-        self.encoder, self.heads = encoder, {head.name: head for head in heads}
-        self.params, self.head_params, self.plan, self.devices = params, head_params, plan, devices
+        self.funnel, self.min_tokens = funnel, max(1, min_tokens)
+        self.plan = make_plan(config, funnel)
+        self.buckets = row_buckets(self.plan, max_batch_tokens, self.min_tokens)
+        self.heads = {each.name: each for each in make_heads(head, self.plan, config.pad_token_id)}
+        self.params, self.devices = params, devices
+        self.head_params = {name: params[name] for name in head_shapes(config.hidden_size, head)}
         self.record = Record()
+        self.counters = Counters(*COUNTERS)
         self.compiled: dict[ProgramKey, Future[Program]] = {}
+        self._encoder: Callable[..., jax.Array] = partial(
+            forward, config=devices.config, funnel=funnel, axis=devices.axis
+        )
         self._target = dataclasses.replace(devices.target, record=self.record)
-        self._counters = dict.fromkeys(COUNTERS, 0) | {"compile_seconds": 0.0}
-        self._lock = threading.Lock()  # guards what is compiled and the counters
-        self._is_warm = False
+        self._lock = threading.Lock()  # guards what is compiled
+        self.is_warm = False
+
+    def bucket(self, rows: int) -> int:
+        """The smallest bucket with at least this many rows."""
+        return next(bucket for bucket in self.buckets if bucket >= rows)
+
+    def buckets_for(self, asked: Sequence[int] | None) -> list[int]:
+        """The buckets for these numbers of rows, if they are not larger than all buckets; None is all buckets."""
+        if asked is None:
+            return list(self.buckets)
+        return sorted({self.bucket(rows) for rows in asked if rows <= self.buckets[-1]})
 
     def run_encoder(self, packed: Batch, rows: int) -> jax.Array:
         """Runs the encoder on the output of `devices.stack` for a group of batches of `rows` rows each."""
@@ -99,29 +141,9 @@ class Programs:
         program = self.program(ProgramKey(name, bucket, sequences))
         return program(self.head_params, rows, *self.devices.stack([tuple(batch) for batch in padded]))
 
-    def warm_up(self, buckets: Sequence[int], progress: bool | Callable[[int, int], None]) -> None:
-        """Compiles all programs of these buckets; see `Engine.warmup`."""
-        from rich.console import Console  # imported here: a process that only serves needs neither
-        from rich.progress import track
-
-        keys = [key for rows in buckets for key in self.keys(rows)]
-        console = Console(stderr=True)
-        hidden = progress is not True or not console.is_terminal
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            compiled = [pool.submit(self.program, key) for key in keys]
-            bar = track(compiled, "Compiling", console=console, disable=hidden, transient=True)
-            try:
-                for done, program in enumerate(bar, 1):
-                    program.result()
-                    if callable(progress):
-                        progress(done, len(keys))
-            finally:
-                pool.shutdown(cancel_futures=True)  # if one failed, those that wait are not compiled
-        self._is_warm = True
-
     def keys(self, rows: int) -> list[ProgramKey]:
         """The programs of a bucket."""
-        counts = sequence_buckets(rows // self.plan.total_stride)
+        counts = sequence_buckets(rows // self.plan.rows_needed(self.min_tokens))
         heads = [
             ProgramKey(head.name, rows, n)
             for head in self.heads.values()
@@ -149,31 +171,20 @@ class Programs:
                 raise
             else:
                 seconds = time.perf_counter() - begin
-                self.count(compilations=1, compilations_after_warmup=int(self._is_warm), compile_seconds=seconds)
+                self.counters.add(compilations=1, compilations_after_warmup=int(self.is_warm), compile_seconds=seconds)
         return program.result()
 
-    def trace(self, rows: int) -> None:
-        """Traces the encoder and each head for one bucket, so that the record contains the backends of their ops.
+    def trace(self) -> None:
+        """Traces the encoder and each head for the smallest bucket, so that the record has the backends of their ops.
 
         Nothing is kept but the record: to trace takes a tenth of a second, and the bucket may never be compiled.
 
         Raises:
             BackendUnavailable: the backend does not support one of the ops.
         """
-        for key in {key.name: key for key in self.keys(rows)}.values():
+        for key in {key.name: key for key in self.keys(self.buckets[0])}.values():
             with jax.default_device(self.devices.device):
                 self._trace(key)
-
-    def count(self, **counts: float) -> None:
-        """Adds to the counters of these names."""
-        with self._lock:
-            for name, count in counts.items():
-                self._counters[name] += count
-
-    def counters(self) -> dict[str, float]:
-        """Counters since the programs were made, see `COUNTERS`, and `compile_seconds`, summed over threads."""
-        with self._lock:
-            return dict(self._counters)
 
     def _compile(self, key: ProgramKey) -> Program:
         options = compiler_options(self._target.platform, self._target.threads)
@@ -183,7 +194,7 @@ class Programs:
         """The traced program for a group of batches."""
         shapes: tuple[Any, ...]
         if key.name == "forward":
-            function, params, shapes = self.encoder, self.params, (batch_shapes(self.plan, key.rows),)
+            function, params, shapes = self._encoder, self.params, (batch_shapes(self.plan, key.rows),)
         else:
             function, params, norm = self.heads[key.name], self.head_params, self.params["final_norm"]
             hidden = jax.ShapeDtypeStruct((key.rows // self.plan.output_stride, *norm.shape), norm.dtype)
@@ -191,6 +202,28 @@ class Programs:
             shapes = (hidden, *[per_sequence] * self.heads[key.name].inputs_per_sequence)
         sharded = self.devices.shard(partial(function, target=self._target), params)
         return jax.jit(sharded).trace(params, *self.devices.stacked_shapes(shapes))
+
+
+def warm_up(buckets: Mapping[Programs, Sequence[int]], progress: bool | Callable[[int, int], None]) -> None:
+    """Compiles the programs of these buckets; see `Engine.warmup`."""
+    from rich.console import Console  # imported here: a process that only serves needs neither
+    from rich.progress import track
+
+    needed = [(programs, key) for programs, some in buckets.items() for rows in some for key in programs.keys(rows)]
+    console = Console(stderr=True)
+    hidden = progress is not True or not console.is_terminal
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        compiled = [pool.submit(programs.program, key) for programs, key in needed]
+        bar = track(compiled, "Compiling", console=console, disable=hidden, transient=True)
+        try:
+            for done, program in enumerate(bar, 1):
+                program.result()
+                if callable(progress):
+                    progress(done, len(needed))
+        finally:
+            pool.shutdown(cancel_futures=True)  # if one failed, those that wait are not compiled
+    for programs in buckets:
+        programs.is_warm = True
 
 
 def use_compilation_cache(path: str | PathLike[str]) -> None:

@@ -27,7 +27,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from funnel_engine.config import FunnelConfig, ModelConfig
+from funnel_engine.config import Funnel, FunnelConfig, ModelConfig
 from funnel_engine.devices import Tree, batch_shapes, map_weights
 from funnel_engine.heads import HeadConfig
 from funnel_engine.jax_settings import device_name
@@ -87,7 +87,7 @@ class DeviceMesh:
         batches = next(batches for batches in tried if len(batches) <= most)
         return [batches[start : start + self.data] for start in range(0, len(batches), self.data)]
 
-    def put(self, weights: Params, funnel: FunnelConfig, dtype: str) -> dict[str, Any]:
+    def put(self, weights: Params, funnel: Funnel, dtype: str) -> dict[str, Any]:
         """Copies every device's part of the weights directly to it; host memory contains one part at a time."""
         if foreign := [device for device in self.mesh.devices.flat if device.process_index != jax.process_index()]:
             raise ConfigError(

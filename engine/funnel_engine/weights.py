@@ -11,7 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from funnel_engine.config import FunnelConfig, ModelConfig, layer_steps
+from funnel_engine.config import Funnel, ModelConfig, layer_steps
 from funnel_engine.heads import HeadConfig, head_shapes
 from funnel_kernels import PackedWeight, Target, Weight, prepare
 from funnel_kernels.errors import ConfigError
@@ -64,11 +64,11 @@ def expected_shapes(config: ModelConfig, head: HeadConfig) -> Shapes:
     return shapes | {"final_norm": (hidden,)} | head_shapes(config.hidden_size, head)
 
 
-def nest(flat: Mapping[str, Any], config: ModelConfig, funnel: FunnelConfig) -> dict[str, Any]:
+def nest(flat: Mapping[str, Any], config: ModelConfig, funnel: Funnel) -> dict[str, Any]:
     """The tree that `model.forward` reads: `layers` is a list, all other weights keep their names.
 
     A layer that takes its keys from unpooled rows (`pool_query_only`) gets `q` and `kv` instead of `qkv`, so that no
-    weight is split at run time.
+    weight is split at run time. It gets all three if only some of the funnels by length do this.
     """
     layers: list[dict[str, Any]] = [{} for _ in range(config.num_layers)]
     tree: dict[str, Any] = {"layers": layers}
@@ -79,10 +79,12 @@ def nest(flat: Mapping[str, Any], config: ModelConfig, funnel: FunnelConfig) -> 
         else:
             tree[name] = weight
     q_width = config.num_heads * config.head_dim
-    for layer, step in zip(layers, layer_steps(config, funnel), strict=True):
-        if step.key_stride != step.query_stride:
-            qkv = layer.pop("qkv")
-            layer |= {"q": qkv[:q_width], "kv": qkv[q_width:]}
+    for layer, *steps in zip(layers, *(layer_steps(config, each) for _, each in funnel.classes), strict=True):
+        is_split = [step.key_stride != step.query_stride for step in steps]
+        if any(is_split):
+            layer |= {"q": layer["qkv"][:q_width], "kv": layer["qkv"][q_width:]}
+        if all(is_split):
+            del layer["qkv"]
     return tree
 
 

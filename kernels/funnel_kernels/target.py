@@ -2,7 +2,7 @@
 
 import dataclasses
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -58,6 +58,17 @@ class Record:
             if served not in known:
                 self._served[op] = (*known, served)
             self._unavailable |= unavailable or {}
+
+    @classmethod
+    def merged(cls, records: Iterable["Record"]) -> "Record":
+        """What all of these records say."""
+        merged = cls()
+        for record in records:
+            merged._unavailable |= record.unavailable
+            for op, answers in record.served.items():
+                for served in answers:
+                    merged.add(op, served)
+        return merged
 
     @property
     def served(self) -> dict[str, tuple[Served, ...]]:

@@ -157,6 +157,15 @@ def test_tag():
     assert_close(many.tag(ids), one.tag(ids))
 
 
+def test_a_funnel_by_length():
+    """Also where a layer has its projections in one matrix for one class and in two for another."""
+    funnel = [(0, None), (10, FunnelConfig.after(1, pool_query_only=True)), (33, "0:3/mean")]
+    ids = random_ids(RAGGED * 2)
+    one, many = (make_engine(POOLED, GROUPED, funnel=funnel, mesh=mesh) for mesh in (None, mesh_of(data=2, model=2)))
+    for call in ("embed", "classify", "hidden_states"):
+        assert_close(getattr(many, call)(ids), getattr(one, call)(ids))
+
+
 def test_few_sequences_are_spread_over_all_devices():
     """32 sequences that one batch would hold: a batch of four on each of eight devices, in the smallest bucket."""
     many = make_engine(HeadConfig(), GROUPED, mesh=mesh_of(data=8), max_batch_tokens=1024)
@@ -199,7 +208,7 @@ def test_nothing_compiles_after_warmup():
     many = make_engine(POOLED, config, funnel=funnel, mesh=mesh_of(data=2, model=2), max_batch_tokens=24)
     many.warmup(progress=False)
     compiled = many.stats()["compilations"]
-    assert compiled >= 3 * len(many.buckets)
+    assert compiled >= 3 * len(many.programs[0].buckets)
     for lengths in ([1], [24], [1] * 30, [5, 24, 3, 3, 9], [2] * 7):
         ids = random_ids(lengths)
         many.embed(ids), many.classify(ids), many.hidden_states(ids)
@@ -303,13 +312,13 @@ def test_compiled_ahead_from_shapes_alone(name):
     facts = functools.partial(jax.tree.map, lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding))
     assert facts(params) == facts(many.params)
     ids, offsets = np.concatenate(random_ids(RAGGED)), np.cumsum([0, *RAGGED]).astype(np.int32)
-    packed = pack(many.plan, ids, offsets, 72)
+    packed = pack(many.programs[0].plan, ids, offsets, 72)
     rows = np.asarray(
         compiled(many.params, jax.tree.map(lambda array: np.stack([np.zeros_like(array), array]), packed))
     )
     assert rows.shape == (2, 72 // funnel.output_stride, config.hidden_size)
     for first, count, expected in zip(
-        *spans(many.plan, np.array(RAGGED), funnel.output_stride), on_one_device(name), strict=True
+        *spans(many.programs[0].plan, np.array(RAGGED), funnel.output_stride), on_one_device(name), strict=True
     ):
         assert_close(rows[1, first : first + count], expected)
 

@@ -213,6 +213,11 @@ def test_every_type(tmp_path, monkeypatch, kind):
     checkpoint = read_checkpoint(check_as_hugging_face(model, source, tmp_path))
     assert len(np.unique(checkpoint.weights["layers.1.down"])) > 200
     assert inspect_checkpoint(source)["dtype"] == ", ".join(sorted({"F32", kind}))
+    matrices = 1 + 7 * model.config.num_hidden_layers
+    quantized = {kind: matrices} if kind.startswith("Q") else {}
+    assert checkpoint.manifest.quantized == quantized
+    convert(tmp_path / "ours", tmp_path / "again", dtype="bfloat16")
+    assert inspect_checkpoint(tmp_path / "again")["quantized"] == quantized
 
 
 @pytest.mark.parametrize("architecture", ["gemma2", "gemma-embedding"])

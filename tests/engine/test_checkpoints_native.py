@@ -229,15 +229,17 @@ def test_version_2_is_read_and_has_no_funnel(checkpoint):
     assert Engine.load(checkpoint, max_batch_tokens=64).funnel == FunnelConfig()
 
 
-def test_version_3_is_read_and_its_classifier_reads_the_last_token(checkpoint, tmp_path):
+def test_version_3_is_read(checkpoint, tmp_path):
+    """Its classifier reads the last token, and it does not say how its weights were quantized."""
     train(checkpoint, {}, tmp_path / "trained")
-    changes = {"version": 3, "head/classifier_input": "absent", "training/held_out": "absent"}
-    for path, value in changes.items():
+    absent = ("head/classifier_input", "training/held_out", "quantized")
+    for path, value in {"version": 3, **dict.fromkeys(absent, "absent")}.items():
         edit(tmp_path / "trained", path, value)
     found = read_checkpoint(tmp_path / "trained")
     assert found.head.classifier_input == "last_token"
     assert found.manifest.funnel == FunnelConfig.after(1)
     assert found.manifest.training == dataclasses.replace(RECORD, held_out={})
+    assert found.manifest.quantized == {}
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", "[" * 100_000, '{"version": 1, "version": 1}'])

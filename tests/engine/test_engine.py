@@ -154,7 +154,7 @@ def test_nothing_compiles_after_warmup(funnel):
     engine = make_engine(CLASSIFIER, funnel=funnel, max_batch_tokens=24)
     engine.warmup(progress=False)
     compiled = engine.stats()["compilations"]
-    assert compiled >= len(engine.buckets) * 3
+    assert compiled >= len(engine.programs[0].buckets) * 3
     for lengths in ([1], [24], [1] * 30, [5, 24, 3, 3, 9], [2] * 7):
         ids = random_ids(lengths)
         engine.embed(ids), engine.classify(ids), engine.hidden_states(ids)
@@ -165,13 +165,13 @@ def test_nothing_compiles_after_warmup(funnel):
 
 def test_a_warmup_of_chosen_buckets_compiles_those_that_hold_the_rows():
     engine = make_engine()
-    small, *_, largest = engine.buckets
+    small, *_, largest = engine.programs[0].buckets
     engine.warmup(progress=False, buckets=[small - 1, np.int32(small), 1])
-    assert {rows for _, rows, _ in engine.programs.compiled} == {small}
+    assert {rows for _, rows, _ in engine.programs[0].compiled} == {small}
     engine.embed([[5, 6, 7]])
     assert engine.stats()["compilations_after_warmup"] == 0
     engine.warmup(progress=False, buckets=[largest])
-    assert {rows for _, rows, _ in engine.programs.compiled} == {small, largest}
+    assert {rows for _, rows, _ in engine.programs[0].compiled} == {small, largest}
     for wrong, message in (
         ([0], rf"buckets\[0\]=0 must be an integer from 1 to {largest}"),
         ([1, largest + 1], rf"buckets\[1\]={largest + 1} must"),
@@ -197,7 +197,7 @@ def test_a_warmup_reports_its_progress_and_ends_with_what_that_raises():
 
     with pytest.raises(StopAsyncIteration):
         engine.warmup(progress=stop)
-    assert engine.stats()["compilations"] < 2 * len(engine.buckets)
+    assert engine.stats()["compilations"] < 2 * len(engine.programs[0].buckets)
     engine.embed([[5, 6, 7]])
     assert engine.stats()["compilations_after_warmup"] == 0
 
@@ -205,7 +205,8 @@ def test_a_warmup_reports_its_progress_and_ends_with_what_that_raises():
 def test_a_compilation_after_warmup_is_counted():
     engine = make_engine(max_batch_tokens=16)
     engine.warmup(progress=False)
-    engine.buckets = (*engine.buckets, 48)  # as if a bucket had been forgotten
+    (programs,) = engine.programs
+    programs.buckets = (*programs.buckets, 48)  # as if a bucket had been forgotten
     engine.embed(random_ids([16, 16, 16]))
     assert engine.stats()["compilations_after_warmup"] == 2  # the encoder and its head
 
@@ -230,7 +231,7 @@ def test_many_threads_get_the_same_as_one(engine):
     for a, b in zip(alone, together, strict=True):
         np.testing.assert_array_equal(a, b)
     assert fresh.stats()["calls"] == len(calls)
-    assert fresh.stats()["compilations"] == len(fresh.programs.compiled)  # none was compiled twice
+    assert fresh.stats()["compilations"] == len(fresh.programs[0].compiled)  # none was compiled twice
 
 
 def test_bfloat16_is_close_to_float32():

@@ -168,7 +168,7 @@ assert "cpu:2" in engine.describe()
 np.testing.assert_array_equal(engine.embed(ids), expected)
 with jax.default_device(jax.devices()[3]):
     np.testing.assert_array_equal(engine.embed(ids[:1]), first.embed(ids[:1]))
-for program in engine.programs.compiled.values():
+for program in engine.programs[0].compiled.values():
     shardings = jax.tree.leaves(program.result().input_shardings)
     devices = {device for sharding in shardings for device in sharding.device_set}
     assert devices == {jax.devices()[2]}, devices

@@ -263,6 +263,21 @@ def test_buckets_bound_the_padding(plan, max_tokens):
     assert len(buckets) <= 4 * math.log2(max(buckets[-1], 16)) + 1
 
 
+@pytest.mark.parametrize("least", [1, 40, 100])
+def test_buckets_are_no_smaller_than_the_shortest_sequence(least):
+    plan = packing.make_plan(model("full", "full"), FunnelConfig((1, 4), keep_first=True))
+    buckets = packing.row_buckets(plan, 100, least)
+    assert buckets == tuple(size for size in packing.row_buckets(plan, 100) if size >= plan.rows_needed(least))
+    assert buckets
+
+
+def test_sequences_are_divided_by_length():
+    lengths = np.array([9, 1, 40, 10, 39, 12, 100], np.int32)
+    divided = [(number, index.tolist()) for number, index in packing.divide([0, 10, 20, 40], lengths)]
+    assert divided == [(3, [2, 6]), (2, [4]), (1, [3, 5]), (0, [0, 1])]
+    assert packing.divide([0], lengths)[0][1].tolist() == list(range(7))
+
+
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(plans, st.lists(st.integers(1, 60), max_size=40), st.integers(75, 300))
 def test_split_takes_every_sequence_once_and_fills_no_batch_beyond_its_rows(plan, lengths, max_rows):

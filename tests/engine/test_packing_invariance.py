@@ -73,7 +73,7 @@ def test_among_others_in_a_larger_bucket(engine, alone):
 
 def test_split_over_several_batches(engine, alone):
     """More than one bucket holds: the call is cut into batches, and the results come back in input order."""
-    repeats = 1 + engine.buckets[-1] // sum(LENGTHS)
+    repeats = 1 + engine.programs[0].buckets[-1] // sum(LENGTHS)
     before = engine.stats()["batches"]
     rows, vectors = engine.hidden_states(SEQUENCES * repeats), engine.embed(SEQUENCES * repeats)
     assert engine.stats()["batches"] - before > 2

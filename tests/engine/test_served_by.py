@@ -36,7 +36,7 @@ def answers(engine) -> dict[str, str]:
 
 def forward_text(engine) -> str:
     """The encoder's program of the smallest bucket, as it is given to XLA."""
-    return engine.programs._trace(ProgramKey("forward", engine.buckets[0])).lower().as_text()
+    return engine.programs[0]._trace(ProgramKey("forward", engine.programs[0].buckets[0])).lower().as_text()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -68,15 +68,15 @@ def test_a_mesh_has_products_and_norms_of_their_own():
 
 def test_a_head_that_runs_an_op_is_in_it_too():
     engine = make_engine(HeadConfig(pooling="attention", pooler=True), backend="reference")
-    engine.programs.record._served.clear()
-    engine.programs._trace(ProgramKey("embed", engine.buckets[0], 1))
-    assert engine.programs.record.facts() == {"attention": "reference"}
+    engine.programs[0].record._served.clear()
+    engine.programs[0]._trace(ProgramKey("embed", engine.programs[0].buckets[0], 1))
+    assert engine.programs[0].record.facts() == {"attention": "reference"}
 
 
 def test_the_record_of_programs_that_are_served_differently_has_each_answer():
     engine = make_engine(backend="xla")
     engine.embed([np.arange(3, 9)])
-    facts = engine.programs.record.facts()
+    facts = engine.programs[0].record.facts()
     assert set(facts) == {"add_norm", "project_heads", "attention", "linear_add_norm", "gated_linear"}
     assert set(facts.values()) == {"xla"}
 
@@ -86,4 +86,4 @@ def test_without_weights_the_answers_are_those_of_an_engine(dtype):
     """Which is how `doctor` and the benchmarks ask."""
     engine = make_engine(funnel=FUNNEL, dtype=dtype)
     engine.describe()
-    assert served_by(CONFIG, FUNNEL, dtype, local_target()).facts() == engine.programs.record.facts()
+    assert served_by(CONFIG, FUNNEL, dtype, local_target()).facts() == engine.programs[0].record.facts()

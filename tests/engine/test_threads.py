@@ -47,7 +47,7 @@ def test_more_threads_than_the_kernels_ever_use(monkeypatch):
 def test_the_kernels_of_an_engine_are_told(threads):
     engine = make_engine(funnel=FunnelConfig.after(1), threads=threads)
     engine.embed(IDS)
-    (forward,) = [program.result() for key, program in engine.programs.compiled.items() if key[0] == "forward"]
+    (forward,) = [program.result() for key, program in engine.programs[0].compiled.items() if key[0] == "forward"]
     told = re.findall(r"threads = (\d+)", forward.as_text())
     assert len(told) > 10
     assert set(told) == {str(threads)}

@@ -186,6 +186,19 @@ def test_a_record_can_be_read_while_a_program_is_traced():
     assert record.facts() == {"attention": "cpu", "op after 1": "xla"}
 
 
+def test_records_are_merged():
+    """As `describe` does with those of several funnels."""
+    first, second = Record(), Record()
+    first.add("attention", Served("cpu"), {"tpu": "no TPU"})
+    second.add("attention", Served("cpu"))
+    second.add("attention", Served("xla"), {"triton": "no GPU"})
+    second.add("pool_norm", Served("cpu"))
+    merged = Record.merged([first, second])
+    assert merged.served == {"attention": (Served("cpu"), Served("xla")), "pool_norm": (Served("cpu"),)}
+    assert merged.unavailable == {"tpu": "no TPU", "triton": "no GPU"}
+    assert first.served == {"attention": (Served("cpu"),)}
+
+
 def test_every_error_of_the_project_is_a_funnel_error():
     names = ("ConfigError", "CheckpointError", "InputError", "BackendUnavailable")
     assert all(issubclass(getattr(errors, name), FunnelError) for name in names)

@@ -1,3 +1,5 @@
+"""What tests of training share."""
+
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache

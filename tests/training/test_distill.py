@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from funnel_engine import ConfigError, Engine, FunnelConfig, HeadConfig, InputError
+from funnel_engine import ConfigError, Engine, FunnelConfig, HeadConfig, InputError, parse_funnel
 from funnel_engine.checkpoints.native import read_checkpoint
 from funnel_engine.cli import main
 from funnel_engine.heads import DenseConfig, SentenceVectors
@@ -32,8 +32,6 @@ from topic_checkpoint import weights_of, write_texts, write_toy
 
 FUNNEL = FunnelConfig.after(1)
 SHORT = Settings(steps=8, every=4, rows=256, texts=16, learning_rate=3e-3)
-
-
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
@@ -212,6 +210,8 @@ def test_what_cannot_be_distilled(folder, tmp_path, trained):
         distill(folder / "model", few, new, SHORT, funnel=FUNNEL)
     with pytest.raises(ConfigError, match=r"a funnel to train for is missing; give one, e.g. --funnel 6:2/mean"):
         distill(folder / "model", folder / "few.txt", new, SHORT)
+    with pytest.raises(ConfigError, match=r"0=none\+9=1:2 has several funnels, by length, and training is for one"):
+        distill(folder / "model", folder / "few.txt", new, SHORT, funnel=parse_funnel("0=none+9=1:2"))
     with pytest.raises(ConfigError, match=r"the funnel has 6 strides but the model has only 2 layers"):
         distill(folder / "model", folder / "few.txt", new, SHORT, funnel=FunnelConfig.after(5))
     with pytest.raises(

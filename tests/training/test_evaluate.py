@@ -15,7 +15,7 @@ import transformers
 from click.testing import CliRunner
 from scipy.stats import spearmanr
 
-from funnel_engine import ConfigError, Engine, FunnelConfig, InputError, convert
+from funnel_engine import ConfigError, Engine, FunnelByLength, FunnelConfig, InputError, convert
 from funnel_engine.cli import main
 from funnel_engine.flops import forward_flops
 from funnel_training.evaluate import compare_funnels, evaluate
@@ -63,11 +63,12 @@ def assert_refused(result, *parts: str):
 
 def test_scores_are_those_of_engines_that_are_loaded_with_the_funnels(checkpoint, files):
     task = read_pairs(files / "pairs.csv")
-    result = evaluate(checkpoint, FUNNELS, task, attention="bidirectional", pooling="max")
+    by_length = FunnelByLength([(0, None), (9, FUNNELS[0])])
+    result = evaluate(checkpoint, [*FUNNELS, by_length], task, attention="bidirectional", pooling="max")
     rows = [line.split(",") for line in (files / "pairs.csv").read_text().splitlines()]
     left, right, gold = zip(*rows, strict=True)
     expected = []
-    for funnel in (FunnelConfig(), *FUNNELS):
+    for funnel in (FunnelConfig(), *FUNNELS, by_length):
         engine = Engine.load(checkpoint, funnel=funnel, attention="bidirectional", pooling="max")
         cosines = (engine.embed(left) * engine.embed(right)).sum(axis=1)
         expected.append(spearmanr(cosines, np.array(gold, float)).statistic)
@@ -76,8 +77,10 @@ def test_scores_are_those_of_engines_that_are_loaded_with_the_funnels(checkpoint
         ("none", "nothing"),
         ("1:2/mean", "all"),
         ("2:2/keep_first", "all"),
+        ("0=none+9=1:2/mean", "all"),
     ]
-    assert len(set(expected)) == 3
+    assert result.lines[1].ideal_latency < result.lines[3].ideal_latency < 1
+    assert len(set(expected)) == 4
     for line, score in zip(result.lines[1:], expected[1:], strict=True):
         ratio = line.ratios["Spearman"]
         assert ratio.value == pytest.approx(score / expected[0])

@@ -19,6 +19,7 @@ from funnel_engine.heads import SentenceVectors, classifier
 from funnel_engine.input_files import hash_file
 from funnel_engine.packing import make_plan
 from funnel_training import run_folder
+from funnel_training.engines import check_untrained
 from funnel_training.evaluate import evaluate
 from funnel_training.finetune import Answering, divide_units, finetune, read_data
 from funnel_training.finetune_loss import TEMPERATURE, cosent, cross_entropy, info_nce
@@ -176,9 +177,11 @@ def test_the_new_checkpoint_says_how_it_was_trained(folder, classified):
 
 
 def test_without_a_funnel(folder, tmp_path, classified):
-    """The baseline of a classifier with a funnel: `evaluate` compares the two."""
+    """The baseline of a classifier with a funnel: `evaluate` compares the two. It could be a teacher too."""
     assert short(folder, tmp_path / "new", SETTINGS, funnel=FunnelConfig())["accuracy"] > 0.8
-    assert read_checkpoint(tmp_path / "new").manifest.funnel == FunnelConfig()
+    opened = read_checkpoint(tmp_path / "new")
+    assert (opened.manifest.funnel, opened.manifest.training.method) == (FunnelConfig(), "finetune")
+    check_untrained(tmp_path / "new", opened, "teacher")
     task = read_labels(write_labels(tmp_path / "others.tsv", seed=1), tuple(TOPICS))
     lines = evaluate(folder / "classifier", [], task, baseline=tmp_path / "new").lines
     assert [line.funnel for line in lines] == ["none", "1:2"]
@@ -272,7 +275,9 @@ def test_the_student_computes_what_the_engine_does(tmp_path, head, funnel):
 
 
 def test_the_command(folder, commanded):
-    assert re.search(rf"Wrote {folder / 'commanded'}: accuracy 0\.\d+, macro F1 0\.\d+ on held-out data", commanded)
+    assert re.search(
+        rf"Wrote {folder / 'commanded'}: accuracy [01]\.\d+, macro F1 [01]\.\d+ on held-out data", commanded
+    )
     assert read_checkpoint(folder / "commanded").manifest.funnel == FUNNEL
     arguments = ["finetune", "--checkpoint", folder / "model", "--labels", folder / "labels.tsv"]
     again = CliRunner().invoke(main, list(map(str, [*arguments, "-o", folder / "commanded"])))

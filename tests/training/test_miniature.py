@@ -72,15 +72,17 @@ def run_tiny(folder: Path) -> str:
     return result.output
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("study")
-    return folder, run_tiny(folder)
-
-
 @pytest.mark.slow
-def test_a_study_measures_every_kind_of_run_and_writes_a_page(finished):
-    folder, output = finished
+def test_a_study_from_end_to_end(tmp_path):
+    """One test, because the study takes long and each process of the tests would compute it again."""
+    folder, output = tmp_path, run_tiny(tmp_path)
+    measures_every_kind_of_run_and_writes_a_page(folder, output)
+    models_can_be_served(folder)
+    continues_after_a_stop(folder)
+    refuses_a_folder_of_another_study(folder)
+
+
+def measures_every_kind_of_run_and_writes_a_page(folder, output):
     content = json.loads((folder / "results.json").read_text())
     assert [Run(*(each[name] for name in Run._fields)) for each in content["runs"]] == study.runs(TINY)
     assert all(len(each["scores"]) == 1 and 0 <= each["scores"][0] <= 1 for each in content["runs"])
@@ -93,18 +95,14 @@ def test_a_study_measures_every_kind_of_run_and_writes_a_page(finished):
         assert escape(verdict["reason"]) in html
 
 
-@pytest.mark.slow
-def test_the_models_of_a_study_can_be_served(finished):
-    folder, _ = finished
+def models_can_be_served(folder):
     engine = Engine.load(folder / "tags-aware-2-2-mean_last-4-0")
     assert engine.funnel == FunnelConfig.parse("2:2/mean_last")
     assert engine.tag("nn1 vb2")[0].shape[1] == 3
 
 
-@pytest.mark.slow
-def test_a_study_that_was_stopped_continues(finished):
+def continues_after_a_stop(folder):
     """What is missing is computed again to the same score; what is there is not."""
-    folder, _ = finished
     journal, key = folder / "progress.json", "groups-plain-2-2-4-0"
     content = json.loads(journal.read_text())
     missing = content["results"].pop(key)
@@ -117,9 +115,7 @@ def test_a_study_that_was_stopped_continues(finished):
     assert {file: file.stat().st_mtime_ns for file in folder.glob("pretrained-*/*")} == times
 
 
-@pytest.mark.slow
-def test_a_folder_of_another_study_is_refused(finished):
-    folder, _ = finished
+def refuses_a_folder_of_another_study(folder):
     sizes = dataclasses.replace(TINY, rows=512)
     with pytest.raises(ConfigError, match="had another sizes"):
         study.study(folder, made_up_documents(), sizes, {"data": brown.SHA256}, lambda line: None)

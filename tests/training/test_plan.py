@@ -13,7 +13,7 @@ import torch
 import transformers
 from click.testing import CliRunner
 
-from funnel_engine import ConfigError, Engine, FunnelConfig, InputError, convert
+from funnel_engine import ConfigError, Engine, FunnelConfig, InputError, convert, parse_funnel
 from funnel_engine.checkpoints.convert import prepare_destination
 from funnel_engine.checkpoints.convert import save as save_checkpoint
 from funnel_engine.checkpoints.native import read_source
@@ -25,11 +25,13 @@ from funnel_training.engines import engine_maker, first_layers, read_checkpoint_
 from funnel_training.latency import Latency, measure_in_turns
 from funnel_training.metrics import agreement
 from funnel_training.plan import Plan, Search, count_half, plan, rung_sizes
+from funnel_training.plan_command import conclude
 from funnel_training.scores import mean
 from funnel_training.statistics import Ratio, judge, paired_ratio
 from funnel_training.tasks.pairs import read_pairs
 from funnel_training.tasks.tags import read_tags
 from funnel_training.tasks.texts import read_texts
+from tiny_models import WORDS
 from toy_checkpoints import random_texts, save
 
 FUNNELS = [
@@ -59,6 +61,10 @@ def texts(tmp_path_factory) -> Path:
 
 def computed(contender: Contender, baseline, other) -> Latency:
     return Latency(contender.computed, 1.0, contender.computed, contender.computed, contender.computed)
+
+
+def never(*arguments):
+    raise AssertionError("a complete run computes nothing again")
 
 
 def make_plan(checkpoint: Path, texts: Path, output: Path, **options) -> Plan:
@@ -111,6 +117,42 @@ def test_the_winner_is_that_of_a_brute_force_search(checkpoint, texts, expected)
             assert each.verdict == judge(each.held_out, 24, MAX_LOSS)
 
 
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory) -> Path:
+    """Texts of 3 to 40 words."""
+    generator = np.random.default_rng(3)
+    found = (" ".join(generator.choice(WORDS[4:], generator.integers(3, 40))) for _ in range(260))
+    path = tmp_path_factory.mktemp("mixed") / "texts.txt"
+    path.write_text("\n".join(list(dict.fromkeys(found))[:240]) + "\n")
+    return path
+
+
+def test_a_funnel_by_length_wins_where_it_is_faster(checkpoint, mixed, tmp_path):
+    """Its scores, which were composed of those of its funnels, are those of an engine that runs it."""
+    funnels = [FunnelConfig.parse(text) for text in ("1:2/mean", "2:2/mean", "1:3/mean")]
+    found = make_plan(checkpoint, mixed, tmp_path, funnels=funnels)
+    singles = [each for each in found.candidates if each.kind == "funnel"]
+    (composed,) = [each for each in found.candidates if each.kind == "by length"]
+    assert composed.computed < min(each.computed for each in singles if each.ratio.low >= 1 - MAX_LOSS) - 0.01
+    assert found.winner == composed.name
+    assert composed.verdict.kind == "within"
+    policy = parse_funnel(composed.name)
+    assert len({str(funnel) for _, funnel in policy.classes}) > 1
+    task = read_texts(mixed)
+    order, documents = task.order(planning.SEED), list(task.sides[1].texts)
+    exact, other = (
+        Engine.load(checkpoint, attention="bidirectional", funnel=funnel) for funnel in (FunnelConfig(), policy)
+    )
+    for units, ratio in ((order[:24], composed.ratio), (order[24:], composed.held_out)):
+        chosen = [task.sides[0].texts[unit] for unit in units] + documents
+        overlaps = agreement(exact.embed(chosen), other.embed(chosen), range(24)).overlaps
+        assert ratio == paired_ratio(mean(np.ones(24)), mean(overlaps))
+    lines = conclude(found, checkpoint)
+    assert f'  FunnelByLength.parse("{found.winner}")' in lines
+    assert f"  funnel convert {checkpoint} NEW --funnel {found.winner}" in lines
+    assert make_plan(checkpoint, mixed, tmp_path, funnels=funnels, resume=True, measure=never) == found
+
+
 def test_funnels_that_cannot_win_are_not_run(expected):
     by_name = {each.name: each for each in expected.candidates}
     assert by_name["1:4/first"].ideal < by_name["1:2/first"].ideal
@@ -132,7 +174,7 @@ def test_a_checkpoint_that_was_trained_for_a_funnel_has_no_funnels_skipped_for_p
 
 
 def test_a_checkpoint_with_a_record_of_training_is_refused(checkpoint, texts, tmp_path):
-    record = TrainingRecord("distill", "0" * 64, "f" * 64, "cosine", 3, None, {})
+    record = TrainingRecord("distill", "0" * 64, "f" * 64, "cosine", 3, None, {}, {})
     model = dataclasses.replace(read_source(checkpoint), funnel=FUNNELS[1], training=record)
     save_checkpoint(model, prepare_destination(tmp_path / "trained", checkpoint, False), "float32")
     with pytest.raises(ConfigError, match="so it cannot be the baseline, which runs without a funnel"):
@@ -212,9 +254,6 @@ def test_an_interrupted_run_continues_to_the_same_result(checkpoint, texts, tmp_
     assert make_plan(checkpoint, texts, tmp_path, resume=True) == expected
     assert json.loads((tmp_path / "progress.json").read_text())["results"].items() >= before.items()
 
-    def never(*arguments):
-        raise AssertionError("a complete run computes nothing again")
-
     assert make_plan(checkpoint, texts, tmp_path, resume=True, measure=never) == expected
 
 
@@ -265,6 +304,10 @@ def test_the_command_names_the_winner_and_what_to_paste(checkpoint, texts, tmp_p
     written = json.loads((tmp_path / "new" / "folder" / "plan.json").read_text())
     assert written == json.loads(json.dumps(dataclasses.asdict(expected)))
     assert (tmp_path / "new" / "folder" / "plan.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "new" / "folder" / "plan.html").read_text()
+    assert "data:image/png;base64," in page
+    assert all(f"<td>{each.name}</td>" in page for each, _, _ in expected.timed())
+    assert f"--funnel {expected.winner}\n" in page
 
 
 def test_the_exit_status_is_1_if_nothing_qualifies(checkpoint, texts, tmp_path, monkeypatch):
@@ -374,7 +417,7 @@ def made_up(funnels: dict[str, tuple[float, float, float, float]]) -> tuple[Sear
         results[f"first 500: {name}"] = {"low": low, "value": value, "high": 2 * value - low}
         results[f"latency: {name}"] = dataclasses.asdict(Latency(latency, 1.0, latency, latency, latency))
         results[f"held out: {name}"] = {"low": held_out, "value": held_out + 0.02, "high": held_out + 0.04}
-        contenders.append(Contender("funnel", name, latency, latency, lambda: None, FunnelConfig.parse(name)))
+        contenders.append(Contender("funnel", name, latency, latency, lambda: None))
     search = Search([FakeRung(Part(500))], FakeRung(Part(500)), results, computed, 0.05)
     for each in contenders:
         search.score(each, 0)
@@ -401,6 +444,16 @@ def test_certification_goes_from_the_safest_to_the_fastest_and_stops_at_a_failur
         "14:2/mean": "within",
     }
     assert tried["8:2/mean"].more_units > 0
+
+
+def test_a_funnel_by_length_has_its_place_in_the_order_of_certification():
+    """A failure of one that is safer ends the test before it."""
+    for held_out, winner in ((0.96, "0=none+64=2:2/mean"), (0.94, None)):
+        search, contenders = made_up(
+            {"8:2/mean": (0.7, 0.96, 0.97, held_out), "0=none+64=2:2/mean": (0.6, 0.951, 0.96, 0.955)}
+        )
+        assert [each.name for each in search.sequence(contenders)] == ["8:2/mean", "0=none+64=2:2/mean"]
+        assert search.certify(contenders) == winner
 
 
 def test_the_closest_funnel_is_tried_if_the_search_half_shows_none():

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from funnel_engine.config import FunnelConfig, ModelConfig, layer_steps
-from funnel_engine.flops import forward_flops, layer_flops
+from funnel_engine.config import Funnel, FunnelConfig, ModelConfig, layer_steps
+from funnel_engine.flops import forward_flops, layer_flops, lengths_by_funnel
 from funnel_engine.packing import make_plan
 from funnel_training.scores import Ints
 
@@ -58,16 +58,23 @@ def pools_more(funnel: FunnelConfig, other: FunnelConfig) -> bool:
     return bool(np.greater_equal(*totals).all())
 
 
-def computed_flops(config: ModelConfig, funnel: FunnelConfig, lengths: Ints) -> int:
+def computed_flops(config: ModelConfig, funnel: Funnel, lengths: Ints) -> int:
     """FLOPs of a forward pass with the rows of padding that the funnel needs.
 
     A sequence starts at a multiple of the total stride. So a large stride, and `keep_first` even more, add rows before
     the funnel, which `forward_flops` leaves out.
     """
+    return forward_flops(config, funnel, lengths) + sum(
+        padding_flops(config, each, part) for each, part in lengths_by_funnel(funnel, lengths)
+    )
+
+
+def padding_flops(config: ModelConfig, funnel: FunnelConfig, lengths: Ints) -> int:
+    """FLOPs of the rows of padding of sequences that run with the same funnel."""
     plan, steps = make_plan(config, funnel), layer_steps(config, funnel)
     padded = int(plan.rows_needed(lengths).sum())
     padding = {stride: padded // stride - int(rows_at(lengths, plan.offset(stride), stride)) for stride in plan.strides}
-    return forward_flops(config, funnel, lengths) + sum(
+    return sum(
         layer_flops(config, queries=padding[step.query_stride], keys=padding[step.key_stride], pairs=0)
         for step in steps
     )

@@ -85,6 +85,9 @@ def training_options(train: str, learning_rate: float) -> Callable[[Command], Co
         click.option(
             "--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True, help="Of activations."
         ),
+        click.option(
+            "--recompute", is_flag=True, help="Compute each layer again for its derivative: less memory, more time."
+        ),
         click.option("--seed", type=int, default=0, show_default=True, help="Of everything random."),
     )
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from funnel_engine import Engine, FunnelConfig
 from funnel_engine.checkpoints.native import Checkpoint
+from funnel_engine.config import Funnel
 from funnel_engine.flops import forward_flops
 from funnel_engine.inputs import Ragged, join
 from funnel_training.candidates import computed_flops, depths
@@ -27,12 +28,13 @@ class Contender:
     """A way to run a checkpoint faster.
 
     Attributes:
-        kind: "funnel", "layers" (only the first ones) or "tokens" (only the first ones of each input).
+        kind: "funnel", "by length" (several funnels), "layers" (only the first ones) or "tokens" (only the first ones
+            of each input).
         name: a funnel's short form, or words.
         ideal: FLOPs relative to the unfunneled model, on the lengths of the data.
         computed: the same with the rows of padding that a funnel needs.
         open: makes the engine, which lives as long as the function that is returned.
-        funnel: None for a rival.
+        funnel: None for a rival and for a funnel by length.
     """
 
     kind: str
@@ -51,11 +53,14 @@ def runner(make: Callable[[], Engine]) -> Callable[[], Run]:
     return open_engine
 
 
-def funnel_contender(baseline: Engine, make: EngineMaker, funnel: FunnelConfig, lengths: Ints) -> Contender:
+def funnel_contender(baseline: Engine, make: EngineMaker, funnel: Funnel, lengths: Ints) -> Contender:
     config = baseline.config
     exact = forward_flops(config, NO_FUNNEL, lengths)
     ideal, computed = (flops(config, funnel, lengths) / exact for flops in (forward_flops, computed_flops))
-    return Contender("funnel", str(funnel), ideal, computed, runner(partial(make, funnel)), funnel)
+    run = runner(partial(make, funnel))
+    if isinstance(funnel, FunnelConfig):
+        return Contender("funnel", str(funnel), ideal, computed, run, funnel)
+    return Contender("by length", str(funnel), ideal, computed, run)
 
 
 def rivals(

@@ -1,32 +1,39 @@
-"""Self-distillation: trains a checkpoint so that its vectors with a funnel are those that it has without.
+"""Self-distillation: trains a checkpoint so that its vectors, or its rows, with a funnel are those that it has without.
 
-The teacher is the checkpoint itself, unfunneled; the texts need no labels. Its vectors are computed once.
+The teacher is the checkpoint itself, unfunneled; the texts need no labels. What it computes is computed once.
 """
 
 import os
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
-from funnel_engine import FunnelConfig
+from funnel_engine import Engine, FunnelConfig
+from funnel_engine.checkpoints.native import Checkpoint
 from funnel_engine.checkpoints.source import Agreement
 from funnel_engine.checks import check_integer
+from funnel_engine.config import Funnel
 from funnel_engine.heads import SentenceVectors
 from funnel_engine.input_files import to_path
 from funnel_engine.inputs import Ragged
 from funnel_kernels.errors import ConfigError, InputError
 from funnel_training.data_files import read_file
 from funnel_training.distill_loss import distillation_loss
+from funnel_training.distill_tokens import TokenDistillation, TokenOutputs
 from funnel_training.engines import check_untrained
 from funnel_training.metrics import agreement
 from funnel_training.statistics import CONFIDENCE, RESAMPLES
 from funnel_training.student import Packs, Student
-from funnel_training.trainer import Report, Run, Settings, run_texts
+from funnel_training.teacher import TaughtTexts, TeacherCache, hash_texts, in_parts
+from funnel_training.trainer import Objective, Report, Run, Settings, run_texts
 from funnel_training.training_run import LEAST_UNITS, TrainingRun, divide
 
 QUERY_PART = 5  # every fifth of the texts that are held out is a query
+LOSS = "1 - cosine, and Kullback-Leibler divergence of similarities"
+TOKEN_LOSS = "relative squared error of rows, and Kullback-Leibler divergence of labels if it tags"
 
 
 def distill(
@@ -35,18 +42,20 @@ def distill(
     output: str | os.PathLike[str],
     settings: Settings,
     *,
-    funnel: FunnelConfig | None = None,
+    funnel: Funnel | None = None,
     sizes: tuple[int, ...] = (),
     attention: str | None = None,
     pooling: str | None = None,
     truncate: bool = False,
+    per_token: bool = False,
+    teacher_cache: str | os.PathLike[str] | None = None,
     resume: bool = False,
     report: Report = lambda line: None,
-) -> Agreement:
+) -> Agreement | None:
     """Trains a copy of a checkpoint for a funnel, and writes it with the funnel and a record of the training.
 
-    A tenth of the texts is held out of training; the weights with the best agreement on them are written. See
-    `TrainingRun` for what the run leaves.
+    A tenth of the texts is held out of training; the weights with the best agreement on them are written, see
+    `TokenDistillation.evaluate` for that of tokens, and `TrainingRun` for what the run leaves.
 
     Args:
         checkpoint: a folder that `convert` wrote.
@@ -56,73 +65,116 @@ def distill(
         sizes: dimensions at which vectors are compared (Matryoshka); () is the whole vector.
         attention, pooling: as in `Engine.load`; the new checkpoint keeps them.
         truncate: cut off the ends of texts that are longer than `settings.rows` or than the model allows.
+        per_token: train the rows of all tokens, and a tagger's labels, instead of a vector for each text. The funnel
+            must have a recovery.
+        teacher_cache: a folder with what the teacher computes; it is written if it is not there. Runs with other
+            funnels or settings can share it. None keeps it in OUTPUT.training until the end.
         resume: continue a run that was stopped.
         report: called with each line for people.
 
     Returns:
-        The agreement of the written checkpoint with the teacher on the held-out texts.
+        The agreement of the written checkpoint with the teacher on the held-out texts; None with `per_token`.
 
     Raises:
         CheckpointError: the checkpoint cannot be read, or the output cannot be written.
-        ConfigError: an option is wrong, or the loss is not finite.
+        ConfigError: an option is wrong, the teacher's cache is of another checkpoint or of other texts, or the loss is
+            not finite.
         InputError: the texts cannot be used, or the disk is full.
     """
     run = TrainingRun(checkpoint, output, settings, report, funnel=funnel, attention=attention, pooling=pooling)
     if run.funnel.total_stride == 1:
         raise ConfigError("a funnel to train for is missing; give one, e.g. --funnel 6:2/mean")
     check_untrained(run.source, run.opened, "teacher")
+    head = run.opened.head
+    check_outputs(head.task, run.funnel, sizes, per_token)
     file = read_file(to_path(texts))
     places: dict[str, str] = {}
     for place, line in file.lines():
         places.setdefault(line, place)
     if len(places) < LEAST_UNITS:
         raise InputError(f"{file.path.name} has {len(places)} different texts; give at least {LEAST_UNITS}")
-    student = run.student(SentenceVectors(run.opened.head))
+    student = run.student(TokenOutputs(head) if per_token else SentenceVectors(head))
     teacher = run.engine(student)
     tokens = teacher.token_ids(list(places), truncate=truncate)
     for size in sizes:
         check_integer("sizes", size, least=1, most=teacher.embedding_size)
-    run.open({"data": file.sha256, "sizes": list(sizes), "truncate": truncate}, resume=resume)
-    if not run.folder.has_arrays("teacher"):
-        report(f"computing the vectors of {len(places):,} texts without a funnel")
-        run.folder.write_arrays("teacher", teacher.embed(tokens))
-    vectors = run.folder.read_arrays("teacher", 0)
+    cache = TeacherCache(
+        run.folder.path / "teacher" if teacher_cache is None else to_path(teacher_cache),
+        {
+            "checkpoint": run.manifest,
+            "texts": hash_texts(tokens),
+            "attention": run.opened.config.attention,
+            "outputs": "rows of tokens" if per_token else f"vectors, pooling {head.pooling}",
+        },
+    )
+    if teacher_cache is not None:
+        cache.check()
+    facts = {"data": file.sha256, "sizes": list(sizes), "truncate": truncate, "per_token": per_token}
+    run.open(facts, resume=resume)
+    if not cache.check():
+        what = "rows of all tokens" if per_token else "vectors"
+        report(f"computing the {what} of {len(places):,} texts without a funnel")
+        cache.write(teacher_outputs(teacher, tokens, per_token))
+    width = run.opened.config.hidden_size if per_token else teacher.embedding_size
     del teacher
-    objective = Distillation(student, list(places.values()), tokens, vectors, sizes, settings.packs, settings.seed)
-    report(f"{len(objective.training):,} texts to train on, {len(objective.held_out):,} held out")
+    rows = cache.read(len(tokens.ids) if per_token else len(places), width)
+    held_out, training = divide(np.random.default_rng(settings.seed).permutation(len(places)))
+    report(f"{len(training):,} texts to train on, {len(held_out):,} held out")
+    taught = TaughtTexts(list(places.values()), tokens, rows, held_out, training)
+    objective: Objective
+    if per_token:
+        objective = TokenDistillation(student, taught, classifier_of(run.opened), settings)
+    else:
+        objective = Distillation(student, taught, sizes, settings)
     trainer = run.trainer(student, objective)
     figures = trainer.run()
-    agreed = with_interval(objective.overlaps, settings.seed)
-    loss = "1 - cosine, and Kullback-Leibler divergence of similarities"
+    agreed = with_interval(objective.overlaps, settings.seed) if isinstance(objective, Distillation) else None
+    loss = TOKEN_LOSS if per_token else LOSS
     run.write(trainer, figures, method="distill", data=file.sha256, loss=loss, agreement=agreed)
-    run.folder.remove("teacher")
+    shutil.rmtree(run.folder.path / "teacher", ignore_errors=True)
     return agreed
+
+
+def teacher_outputs(teacher: Engine, tokens: Ragged, per_token: bool) -> Iterator[np.ndarray]:
+    """A row for each token or for each text, part by part."""
+    for part in in_parts(tokens):
+        yield np.concatenate(teacher.hidden_states(part)) if per_token else teacher.embed(part)
+
+
+def classifier_of(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+    """The weights of a tagger's classifier, by name, in float32; empty for other checkpoints."""
+    names = [name for name in checkpoint.weights if name.startswith("classifier.")]
+    return {n: np.asarray(checkpoint.weights[n], np.float32) for n in names if checkpoint.head.task == "tag"}
+
+
+def check_outputs(task: str | None, funnel: FunnelConfig, sizes: tuple[int, ...], per_token: bool) -> None:
+    """Raises `ConfigError` if the funnel, the task or another option does not fit what is trained."""
+    if per_token and funnel.output_stride > 1:
+        raise ConfigError(
+            f"funnel {funnel} has no row for each token, which training per token needs; add a recovery, as in "
+            f"{funnel}/mean_last"
+        )
+    if per_token and sizes:
+        raise ConfigError(f"sizes={sizes} are of sentence vectors; leave them out of training per token")
+    if task == "tag" and not per_token:
+        raise ConfigError(
+            "this checkpoint tags tokens, but without per_token (--per-token) its sentence vectors would be trained; "
+            "give it"
+        )
 
 
 class Distillation:
     """The student's vectors shall be the teacher's, see `Objective`."""
 
-    def __init__(
-        self,
-        student: Student,
-        places: Sequence[str],
-        tokens: Ragged,
-        teacher: np.ndarray,  # [texts, D]
-        sizes: tuple[int, ...],
-        packs: int,
-        seed: int,
-    ):
-        self.student, self.places, self.tokens, self.teacher = student, places, tokens, teacher
-        self.packs, self.seed = packs, seed
-        self.sizes = sizes or (teacher.shape[1],)
-        self.held_out, self.training = divide(np.random.default_rng(seed).permutation(len(teacher)))
+    def __init__(self, student: Student, texts: TaughtTexts, sizes: tuple[int, ...], settings: Settings):
+        self.student, self.texts, self.settings, self.places = student, texts, settings, texts.places
+        self.sizes = sizes or (texts.teacher.shape[1],)
         self.overlaps = np.zeros(0)  # of the last evaluation, one of each query
 
     def batch(self, step: int) -> tuple[Packs, np.ndarray]:
-        order = np.random.default_rng([self.seed, step]).permutation(self.training)
-        packs = self.student.pack(self.tokens, self.student.fill(self.tokens, order, self.packs), self.packs)
+        packs = self.texts.draw(self.student, self.settings, step)
         numbers = packs.texts.reshape(-1)
-        return packs, np.where(numbers[:, None] >= 0, self.teacher[numbers], 0.0).astype(np.float32)
+        return packs, np.where(numbers[:, None] >= 0, self.texts.teacher[numbers], 0.0).astype(np.float32)
 
     def loss(self, outputs: jax.Array, packs: Packs, targets: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         flat = outputs.reshape(-1, outputs.shape[-1])
@@ -130,9 +182,10 @@ class Distillation:
         return loss, {"cosine": cosine}
 
     def evaluate(self, run: Run) -> dict[str, float]:
-        vectors = run_texts(self.student, run, self.tokens, self.held_out, self.packs)
+        held_out = self.texts.held_out
+        vectors = run_texts(self.student, run, self.texts.tokens, held_out, self.settings.packs)
         queries = np.arange(len(vectors))[::QUERY_PART]
-        agreed = agreement(self.teacher[self.held_out], vectors, queries)
+        agreed = agreement(self.texts.teacher[held_out], vectors, queries)
         self.overlaps = agreed.overlaps
         return {"overlap": agreed.overlap, "ndcg": agreed.ndcg, "held_out_cosine": agreed.cosine}
 

@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 from funnel_engine import Engine, FunnelConfig
 from funnel_engine.checkpoints.native import Checkpoint, read_checkpoint
+from funnel_engine.config import Funnel
 from funnel_engine.text import read_tokenizer
 from funnel_kernels.errors import ConfigError
 
-EngineMaker = Callable[[FunnelConfig], Engine]
+EngineMaker = Callable[[Funnel], Engine]
 
 
 def read_checkpoint_as(
@@ -39,6 +40,20 @@ def check_untrained(path: str | os.PathLike[str], checkpoint: Checkpoint, role: 
         )
 
 
+def funnel_to_train(checkpoint: Checkpoint, funnel: Funnel | None) -> FunnelConfig:
+    """The funnel that a checkpoint is to be trained for; None is its own.
+
+    Raises:
+        ConfigError: there are several, by length.
+    """
+    chosen = checkpoint.manifest.funnel if funnel is None else funnel
+    if not isinstance(chosen, FunnelConfig):
+        raise ConfigError(
+            f"{chosen} has several funnels, by length, and training is for one; give that, e.g. --funnel 6:2/mean"
+        )
+    return chosen
+
+
 def first_layers(checkpoint: Checkpoint, count: int) -> Checkpoint:
     """The checkpoint with only its first layers; the final norm follows the last of them."""
     dropped = tuple(f"layers.{index}." for index in range(count, checkpoint.config.num_layers))
@@ -62,7 +77,7 @@ def engine_maker(
     """
     tokenizer = read_tokenizer(checkpoint.tokenizer_file) if checkpoint.tokenizer_file else None
 
-    def make(funnel: FunnelConfig) -> Engine:
+    def make(funnel: Funnel) -> Engine:
         return Engine(
             checkpoint.config,
             checkpoint.head,

@@ -10,9 +10,9 @@ from typing import Any
 from funnel_engine import FunnelConfig
 from funnel_engine.checkpoints.native import MANIFEST, Checkpoint
 from funnel_engine.cli import show_progress
+from funnel_engine.config import Funnel, check_funnel
 from funnel_engine.flops import forward_flops
 from funnel_engine.input_files import hash_file
-from funnel_engine.packing import make_plan
 from funnel_kernels.errors import ConfigError
 from funnel_training.engines import EngineMaker, check_untrained, engine_maker, read_checkpoint_as
 from funnel_training.statistics import CONFIDENCE, RESAMPLES, Ratio, paired_ratio
@@ -67,7 +67,7 @@ class Evaluation:
 
 def evaluate(
     checkpoint: str | os.PathLike[str],
-    funnels: Sequence[FunnelConfig],
+    funnels: Sequence[Funnel],
     task: Task,
     *,
     baseline: str | os.PathLike[str] | None = None,
@@ -134,7 +134,7 @@ def evaluate(
 
 def compare_funnels(
     make_engine: EngineMaker,
-    funnels: Sequence[FunnelConfig],
+    funnels: Sequence[Funnel],
     task: Task,
     *,
     make_baseline: EngineMaker | None = None,
@@ -148,7 +148,7 @@ def compare_funnels(
     for funnel in funnels:
         if funnel.total_stride == 1:
             raise ConfigError(f"funnel {str(funnel)!r} pools nothing, as the baseline; leave it out")
-        make_plan(exact.config, funnel)  # raises if it does not fit
+        check_funnel(exact.config, funnel)
         task.check_funnel(funnel)
     inputs = task.inputs(exact, truncate)
     config, lengths = exact.config, [side.lengths for side in inputs]

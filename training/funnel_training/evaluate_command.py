@@ -9,7 +9,7 @@ import click
 from rich.markup import escape
 from rich.table import Table
 
-from funnel_engine.config import FunnelConfig
+from funnel_engine.config import Funnel, parse_funnel
 from funnel_engine.output_files import check_writable, write_text
 from funnel_training.command_options import (
     PATH,
@@ -30,10 +30,11 @@ if TYPE_CHECKING:
 @click.option(
     "--funnel",
     "funnels",
-    type=FunnelConfig.parse,
+    type=parse_funnel,
     multiple=True,
     metavar="LAYER:STRIDE[/OPTION]",
-    help="A funnel to score, e.g. 6:2/mean; may be given again. Default: that of the checkpoint.",
+    help="A funnel to score, e.g. 6:2/mean, or 0=none+64=6:2/mean by length; may be given again. Default: that of the "
+    "checkpoint.",
 )
 @data_options
 @click.option(
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 @click.option("--json", "output", type=click.Path(path_type=Path, dir_okay=False), help="File to write: .json")
 def evaluate(
     checkpoint: Path,
-    funnels: tuple[FunnelConfig, ...],
+    funnels: tuple[Funnel, ...],
     texts: Path | None,
     pairs: Path | None,
     beir: Path | None,

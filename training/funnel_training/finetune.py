@@ -12,9 +12,10 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
-from funnel_engine import Engine, FunnelConfig, HeadConfig
+from funnel_engine import Engine, HeadConfig
 from funnel_engine.checkpoints.native import Checkpoint
 from funnel_engine.checks import check_option
+from funnel_engine.config import Funnel
 from funnel_engine.heads import SentenceVectors, classifier
 from funnel_engine.input_files import to_path
 from funnel_engine.inputs import join
@@ -44,7 +45,7 @@ def finetune(
     output: str | os.PathLike[str],
     settings: Settings,
     *,
-    funnel: FunnelConfig | None = None,
+    funnel: Funnel | None = None,
     attention: str | None = None,
     pooling: str | None = None,
     truncate: bool = False,
@@ -65,6 +66,7 @@ def finetune(
             score; or query, document).
         data: a file as for `funnel evaluate`.
         output: the folder of the new checkpoint.
+        settings: `train="all"` is the paper's; without a funnel it is the only choice.
         funnel: None takes the checkpoint's own; `FunnelConfig()` is no funnel.
         attention, pooling: as in `Engine.load`; the new checkpoint keeps them. `pooling="attention"` adds the learned
             query of the pooler if the checkpoint does not have it.

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from funnel_engine.cli import funnel_option
-from funnel_engine.config import FunnelConfig
+from funnel_engine.config import Funnel
 from funnel_training.command_options import PATH, given_data, require_packages, training_options, vector_options
 
 
@@ -26,7 +26,7 @@ from funnel_training.command_options import PATH, given_data, require_packages, 
 @click.option("--resume", is_flag=True, help="Continue a run that was stopped.")
 def finetune(
     checkpoint: Path,
-    funnel: FunnelConfig | None,
+    funnel: Funnel | None,
     labels: Path | None,
     tags: Path | None,
     pairs: Path | None,

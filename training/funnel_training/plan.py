@@ -16,8 +16,10 @@ import numpy as np
 
 from funnel_engine import Engine, FunnelConfig
 from funnel_engine.cli import show_progress
+from funnel_engine.config import Funnel, ModelConfig, parse_funnel
 from funnel_kernels.errors import ConfigError, InputError
-from funnel_training.candidates import grid, pools_more
+from funnel_training.by_length import Outputs, cheapest_by_length
+from funnel_training.candidates import computed_flops, grid, pools_more
 from funnel_training.contenders import NO_FUNNEL, Contender, Run, funnel_contender, rivals
 from funnel_training.engines import check_untrained, engine_maker, read_checkpoint_as
 from funnel_training.evaluate import PACKAGES, SEED, checkpoint_facts
@@ -73,7 +75,7 @@ class Plan:
         statistics: how intervals were computed.
         versions: of the packages.
         winner: the fastest certified funnel; None if there is none.
-        candidates: the funnels, then the rivals.
+        candidates: the funnels, one by length that was composed of them, if it is cheaper, then the rivals.
     """
 
     checkpoint: dict[str, str]
@@ -96,7 +98,7 @@ class Plan:
         return [
             each
             for each in timed
-            if each.candidate.kind != "funnel"
+            if each.candidate.kind in ("layers", "tokens")
             and each.latency.ratio < limit
             and each.ratio.low >= 1 - self.options["max_loss"]
         ]
@@ -187,7 +189,10 @@ def plan(
     baseline = make_funneled(NO_FUNNEL)
     own = opened.manifest.funnel
     if funnels is None:
-        funnels = [own, *grid(baseline.config.num_layers, recovery="mean_last" if task.per_token else None)]
+        funnels = [
+            *(each for _, each in own.classes),
+            *grid(baseline.config.num_layers, recovery="mean_last" if task.per_token else None),
+        ]
     funnels = [funnel for funnel in dict.fromkeys(funnels) if funnel.total_stride > 1]
     lengths = np.concatenate([side.lengths for side in task.inputs(baseline, truncate)])
     contenders = [funnel_contender(baseline, make_funneled, funnel, lengths) for funnel in funnels]
@@ -230,8 +235,11 @@ def plan(
     held_out = part(order[half:], 1.0)
     search = Search(rungs, held_out, journal, measure, max_loss)
     finalists = search.halve(search.start(contenders, nested=own == NO_FUNNEL))
-    for each in show_progress(others, "Scoring rivals"):
+    by_length = search.compose(finalists, baseline.config)
+    composed = [] if by_length is None else [funnel_contender(baseline, make_funneled, by_length, lengths)]
+    for each in show_progress([*composed, *others], "Scoring a funnel by length and rivals"):
         search.score(each, len(search.rungs) - 1)
+    finalists += composed
     timed = [part(order[:size], size / half) for size in timed_sizes(rungs[-1], baseline)]
     for each in show_progress([*finalists, *others], "Timing"):
         search.time(each, baseline, timed)
@@ -252,7 +260,7 @@ def plan(
         statistics=statistics,
         versions=versions,
         winner=winner,
-        candidates=[search.candidate(each) for each in [*contenders, *others]],
+        candidates=[search.candidate(each) for each in [*contenders, *composed, *others]],
     )
 
 
@@ -424,6 +432,34 @@ class Search:
         safest = sorted(contenders, key=lambda each: -self.ratio(each).low)
         within = sorted((each for each in safest if self.ratio(each).low >= self.bound), key=lambda each: each.computed)
         return list({each.name: each for each in [*safest[:1], *within, *safest]}.values())[:FINALISTS]
+
+    def compose(self, finalists: list[Contender], config: ModelConfig) -> Funnel | None:
+        """The cheapest funnel by length of finalists that keeps the bound on the search half.
+
+        Returns:
+            None if none is cheaper than every finalist that keeps the bound.
+        """
+        rung = self.rungs[-1]
+        within = [each.funnel for each in finalists if each.funnel and self.ratio(each).low >= self.bound]
+        begin_with = [NO_FUNNEL, *within]
+
+        def keeps_bound(outputs: Outputs) -> bool:
+            ratio = rung.ratio(lambda *_: outputs)
+            return ratio is not None and ratio["low"] >= self.bound
+
+        def find() -> str:
+            lengths = [side.lengths for side in rung.inputs]
+            outputs = {NO_FUNNEL: rung.outputs}
+            for each in show_progress(finalists, "Composing a funnel by length"):
+                if each.funnel:
+                    outputs[each.funnel] = each.open()(rung.task, rung.inputs)
+            found = cheapest_by_length(config, lengths, outputs, begin_with, keeps_bound)
+            cost = {funnel: computed_flops(config, funnel, np.concatenate(lengths)) for funnel in (*begin_with, found)}
+            is_cheaper = cost[found] <= min(cost[each] for each in begin_with) - LEAST_GAIN * cost[NO_FUNNEL]
+            return str(found if is_cheaper else NO_FUNNEL)
+
+        found = parse_funnel(self.journal.get("by length", find))
+        return None if found == NO_FUNNEL else found
 
     def certify(self, finalists: list[Contender]) -> str | None:
         """Tries funnels on the held-out half, from the safest to the fastest, until one fails.

@@ -10,7 +10,8 @@ import click
 from rich.markup import escape
 from rich.table import Table
 
-from funnel_engine.output_files import write_text
+from funnel_engine.config import parse_funnel
+from funnel_engine.output_files import write_bytes, write_text
 from funnel_training.command_options import (
     PATH,
     data_options,
@@ -20,6 +21,7 @@ from funnel_training.command_options import (
     read_task,
     require_packages,
 )
+from funnel_training.web_page import code, heading, image, page, paragraphs, table
 
 if TYPE_CHECKING:
     from funnel_training.plan import Plan
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path, file_okay=False),
     default=Path("funnel-plan"),
     show_default=True,
-    help="Folder to write: plan.json, plan.png, and what --resume needs.",
+    help="Folder to write: plan.json, plan.png, plan.html, and what --resume needs.",
 )
 @click.option("--resume", is_flag=True, help="Continue the run in the output folder after it was interrupted.")
 @model_options
@@ -67,7 +69,7 @@ def plan(
     form, path = given_data(texts=texts, pairs=pairs, beir=beir, labels=labels, tags=tags)
     require_packages()
     from funnel_training import plan as planning
-    from funnel_training.plan_plot import write_plot
+    from funnel_training.plan_plot import draw
 
     result = planning.plan(
         checkpoint,
@@ -82,12 +84,14 @@ def plan(
         truncate=truncate,
     )
     write_text(output / "plan.json", json.dumps(dataclasses.asdict(result), indent=2, allow_nan=False) + "\n")
-    write_plot(result, output / "plan.png")
+    picture, conclusion = draw(result), conclude(result, checkpoint)
+    write_bytes(output / "plan.png", picture)
+    write_text(output / "plan.html", web_page(result, picture, conclusion))
     console = output_console()
     console.print(describe(result), highlight=False, markup=False, soft_wrap=True)
-    console.print(table(result))
-    console.print("\n".join(conclude(result, checkpoint)), highlight=False, markup=False, soft_wrap=True)
-    click.echo(f"Wrote plan.json and plan.png to {output}")
+    console.print(terminal_table(result))
+    console.print("\n".join(conclusion), highlight=False, markup=False, soft_wrap=True)
+    click.echo(f"Wrote plan.json, plan.png and plan.html to {output}")
     if result.winner is None:
         raise SystemExit(1)
 
@@ -110,28 +114,53 @@ def describe(result: "Plan") -> str:
     )
 
 
-def table(result: "Plan") -> Table:
+def heads(result: "Plan") -> tuple[str, ...]:
+    """The titles of the columns of `rows`."""
+    score = result.data["score"]
+    held_out = ("held out", "95 % interval")
+    return ("", "funnel or rival", "ideal", "latency", "quartiles", score, "95 % interval", *held_out, "verdict")
+
+
+def rows(result: "Plan") -> list[tuple[str, ...]]:
     """What was timed, fastest first."""
-    shown = Table("", "funnel or rival")
-    titles = ("ideal", "latency", "quartiles", result.data["score"], "95 % interval", "held out", "95 % interval")
-    for title in titles:
-        shown.add_column(title, justify="right")
-    shown.add_column("verdict")
-    for each, ratio, latency in result.timed():
-        is_winner = each.name == result.winner
-        held_out = ("", "") if each.held_out is None else ratio_cells(each.held_out)
-        shown.add_row(
-            "winner" if is_winner else "",
-            escape(each.name),
+    return [
+        (
+            "winner" if each.name == result.winner else "",
+            each.name,
             f"{each.ideal:.3f}",
             f"{latency.ratio:.3f}",
             f"{latency.low:.3f} - {latency.high:.3f}",
             *ratio_cells(ratio),
-            *held_out,
+            *(("", "") if each.held_out is None else ratio_cells(each.held_out)),
             "" if each.verdict is None else each.verdict.kind,
-            style="bold" if is_winner else None,
         )
+        for each, ratio, latency in result.timed()
+    ]
+
+
+def terminal_table(result: "Plan") -> Table:
+    words = ("", "funnel or rival", "verdict")
+    shown = Table()
+    for title in heads(result):
+        shown.add_column(title, justify="left" if title in words else "right")
+    for row in rows(result):
+        shown.add_row(*map(escape, row), style="bold" if row[0] else None)
     return shown
+
+
+def web_page(result: "Plan", picture: bytes, conclusion: list[str]) -> str:
+    """All of it as one HTML file."""
+    title = f"A funnel for {result.checkpoint['name']}"
+    facts = {"checkpoint": result.checkpoint["manifest_sha256"], **result.data["files"], **result.versions}
+    return page(
+        title,
+        paragraphs(*describe(result).splitlines()),
+        image(picture, "Quality beside latency"),
+        table(heads(result), rows(result)),
+        code("\n".join(conclusion)),
+        heading("Circumstances"),
+        table(("what", "version or SHA-256"), list(facts.items())),
+    )
 
 
 def ratio_cells(ratio: "Ratio") -> tuple[str, str]:
@@ -157,7 +186,7 @@ def conclude(result: "Plan", checkpoint: Path) -> list[str]:
     if result.winner is not None:
         lines += [
             f"{result.winner} keeps at least {bound:g} of the score. Use it:",
-            f'  FunnelConfig.parse("{result.winner}")',
+            f'  {type(parse_funnel(result.winner)).__name__}.parse("{result.winner}")',
             f"  --funnel {result.winner}",
             f"  funnel convert {shlex.quote(str(checkpoint))} NEW --funnel {result.winner}",
         ]

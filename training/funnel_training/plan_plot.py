@@ -1,21 +1,20 @@
 """The picture of a plan: quality beside latency."""
 
 import io
-from pathlib import Path
 
-from funnel_engine.output_files import write_bytes
 from funnel_training.plan import Plan
 
 # Colours of Okabe and Ito, which colour-blind people can tell apart.
 KINDS: dict[str, tuple[str, str]] = {
     "funnel": ("#0072b2", "o"),
+    "by length": ("#56b4e9", "D"),
     "layers": ("#d55e00", "s"),
     "tokens": ("#009e73", "^"),
 }
 
 
-def write_plot(plan: Plan, path: Path) -> None:
-    """Draws what was timed as a PNG."""
+def draw(plan: Plan) -> bytes:
+    """What was timed, as a PNG."""
     from matplotlib.figure import Figure  # takes a second to import
 
     figure = Figure(figsize=(10, 6), layout="constrained")
@@ -63,7 +62,7 @@ def write_plot(plan: Plan, path: Path) -> None:
     figure.legend(loc="outside right upper", fontsize=8)
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=150)
-    write_bytes(path, content.getvalue())
+    return content.getvalue()
 
 
 def arms(low: float, middle: float, high: float) -> list[list[float]]:

@@ -52,6 +52,8 @@ class Student:
         most_texts: the largest number of texts in a pack.
         dtype: the dtype of activations, "float32" or "bfloat16". Trained weights are float32.
         mesh: the devices; each computes an equal part of the packs, along the axis "data".
+        recompute: the derivative computes each layer again, so that memory contains the arrays between the layers of a
+            pack, and the activations of one layer.
     """
 
     config: ModelConfig
@@ -62,6 +64,7 @@ class Student:
     most_texts: int
     dtype: str
     mesh: Mesh
+    recompute: bool = False
     plan: Plan = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
@@ -76,6 +79,16 @@ class Student:
             )
         object.__setattr__(self, "plan", make_plan(self.config, self.funnel))
         object.__setattr__(self, "rows", round_up(self.rows, ROW_ALIGNMENT * self.plan.total_stride))
+
+    @property
+    def compiler_options(self) -> dict[str, str | bool]:
+        """What XLA must know to compile a derivative of `outputs`.
+
+        For a CPU, XLA removes the barriers of `jax.checkpoint`, and then merges what is computed again with what was
+        computed before, which saves no memory. Without this pass they stay.
+        """
+        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+        return {"xla_disable_hlo_passes": "cse_barrier_expander"} if self.recompute and on_cpu else {}
 
     @property
     def rank(self) -> int | None:
@@ -121,7 +134,7 @@ class Student:
     def outputs(self, trained: Weights, frozen: Weights, packs: Packs) -> jax.Array:
         """What the head returns: [P, B, ...] if it reads texts, [P, R, ...] if it reads every row; float32."""
         target = Target.of(self.mesh.devices.flat[0], backend="xla")
-        encode = partial(forward, config=self.config, funnel=self.funnel, target=target)
+        encode = partial(forward, config=self.config, funnel=self.funnel, target=target, recompute=self.recompute)
 
         def pack_outputs(weights: Weights, one: Packs) -> jax.Array:
             rows = encode(nest(weights, self.config, self.funnel), one.batch)

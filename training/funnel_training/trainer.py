@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from funnel_engine.checks import check_integer, check_number
+from funnel_engine.checks import check_flag, check_integer, check_number
 from funnel_engine.inputs import Ragged
 from funnel_engine.messages import abbreviate
 from funnel_engine.packing import Ints
@@ -40,6 +40,8 @@ class Settings:
         every: steps from one evaluation on the held-out texts, and from one saved state, to the next.
         patience: training ends when this many evaluations in a row have not been better than the best.
         dtype: of activations, "float32" or "bfloat16". Weights that are trained are float32.
+        recompute: compute each layer again for its derivative, in place of keeping its activations: less memory, more
+            time.
         seed: of everything random.
 
     Raises:
@@ -55,6 +57,7 @@ class Settings:
     every: int = 50
     patience: int = 5
     dtype: str = "float32"
+    recompute: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -64,6 +67,7 @@ class Settings:
         check_integer("seed", self.seed, least=0)
         check_number("learning_rate", self.learning_rate)
         check_dtype(self.dtype)
+        check_flag("recompute", self.recompute)
 
     def optimizer(self) -> optax.GradientTransformation:
         warmup = min(100, max(1, self.steps // 10))
@@ -140,7 +144,8 @@ class Trainer:
         step, first = int(self.state.step), int(self.state.step) + 1
         entries = self.folder.entries(step)
         batch = self.objective.batch(first)
-        program = jax.jit(self.update).lower(self.state.trained, self.state.optimizer, self.frozen, *batch).compile()
+        lowered = jax.jit(self.update).lower(self.state.trained, self.state.optimizer, self.frozen, *batch)
+        program = lowered.compile(compiler_options=self.student.compiler_options)
         self.report(self.describe(program, batch[0]))
         if not entries:
             self.evaluate(entries)

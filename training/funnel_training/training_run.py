@@ -7,15 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from funnel_engine import Engine, FunnelConfig
+from funnel_engine import Engine
 from funnel_engine.checkpoints.convert import prepare_destination, save
 from funnel_engine.checkpoints.native import MANIFEST, Checkpoint, read_source
 from funnel_engine.checkpoints.source import Agreement, TrainingRecord
 from funnel_engine.checkpoints.tensors import ArrayTensor
+from funnel_engine.config import Funnel
 from funnel_engine.heads import Head
 from funnel_engine.input_files import hash_file, to_path
 from funnel_engine.text import read_tokenizer
-from funnel_training.engines import read_checkpoint_as
+from funnel_training.engines import funnel_to_train, read_checkpoint_as
 from funnel_training.run_folder import RunFolder
 from funnel_training.scores import Ints
 from funnel_training.student import Student
@@ -44,7 +45,7 @@ class TrainingRun:
         settings: Settings,
         report: Report,
         *,
-        funnel: FunnelConfig | None,
+        funnel: Funnel | None,
         attention: str | None,
         pooling: str | None = None,
     ):
@@ -61,7 +62,7 @@ class TrainingRun:
         self.source, self.settings, self.report = to_path(checkpoint), settings, report
         self.destination = prepare_destination(to_path(output), self.source, False)
         self.opened: Checkpoint = read_checkpoint_as(self.source, attention=attention, pooling=pooling)
-        self.funnel = self.opened.manifest.funnel if funnel is None else funnel
+        self.funnel = funnel_to_train(self.opened, funnel)
         self.manifest = hash_file(self.source / MANIFEST)
         self.folder = RunFolder(self.destination.with_name(f"{self.destination.name}.training"))
 
@@ -75,6 +76,7 @@ class TrainingRun:
             self.settings.texts,
             self.settings.dtype,
             data_mesh(self.settings.packs),
+            self.settings.recompute,
         )
 
     def engine(self, student: Student) -> Engine:

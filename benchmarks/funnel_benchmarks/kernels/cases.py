@@ -305,7 +305,8 @@ def forward_pass(engine: Engine, lengths: Ints, rows: int, options: dict[str, An
     Args:
         options: of XLA's compiler; None: those that the engine takes.
     """
-    batch = jax.device_put(pack(engine.plan, *random_inputs(engine.config.vocab_size, lengths), rows))
-    encoder = partial(forward, config=engine.config, funnel=engine.funnel, target=engine.devices.target)
+    (programs,) = engine.programs
+    batch = jax.device_put(pack(programs.plan, *random_inputs(engine.config.vocab_size, lengths), rows))
+    encoder = partial(forward, config=engine.config, funnel=programs.funnel, target=engine.devices.target)
     options = compiler_options(jax.default_backend()) if options is None else options
     return partial(jax.jit(encoder, compiler_options=options), engine.params, batch)

@@ -174,6 +174,7 @@ def run(suite: Suite, engine: Engine, kind: Requests, arrivals: np.ndarray) -> S
     def embed(first: int, stop: int) -> None:
         engine.embed(kind.take(first, stop))
 
+    assert isinstance(engine.funnel, FunnelConfig)
     return serve(arrivals, suite.sizes(kind, engine.funnel), suite.max_batch_tokens, embed)
 
 

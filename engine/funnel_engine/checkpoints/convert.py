@@ -17,7 +17,7 @@ from funnel_engine.checkpoints.formats import read_source
 from funnel_engine.checkpoints.native import MANIFEST, synchronize, write_checkpoint
 from funnel_engine.checkpoints.source import SourceModel
 from funnel_engine.checks import check_flag
-from funnel_engine.config import FunnelConfig, check_funnel, layer_steps
+from funnel_engine.config import Funnel, FunnelLike, check_funnel, read_funnel
 from funnel_engine.input_files import is_file, to_path
 from funnel_engine.weights import DTYPES, check_dtype, count_parameters, expected_shapes
 from funnel_kernels.errors import CheckpointError, ConfigError
@@ -32,7 +32,7 @@ def convert(
     *,
     dtype: Any = "bfloat16",
     overwrite: bool = False,
-    funnel: FunnelConfig | None = None,
+    funnel: FunnelLike | None = None,
     format: str | None = None,
     sliding_window: int | None = None,
     allow_nonfinite: bool = False,
@@ -48,8 +48,8 @@ def convert(
         destination: the directory to make.
         dtype: the dtype to which the weights are rounded: "bfloat16" or "float32", or the NumPy or JAX dtype.
         overwrite: replace `destination` if it is a checkpoint. The old one is kept until the new one is complete.
-        funnel: the funnel that `Engine.load` will use if it is given none. None keeps the source's, which only a
-            converted checkpoint has.
+        funnel: the funnel that `Engine.load` will use if it is given none; as there, it may be a list by length. None
+            keeps the source's, which only a converted checkpoint has.
         format: the format of the source, a key of `formats.FORMATS`; None detects it from the content.
         sliding_window: replaces the value in the source's config, if an old save wrote a wrong one.
         allow_nonfinite: accept weights that are NaN or infinite.
@@ -66,17 +66,17 @@ def convert(
     destination = prepare_destination(destination, source, overwrite)
     model = read_source(source, format, sliding_window)
     if funnel is not None:
-        model = with_funnel(model, check_funnel(funnel))
+        model = with_funnel(model, read_funnel(funnel))
     save(model, destination, dtype, overwrite=overwrite, allow_nonfinite=allow_nonfinite)
 
 
-def with_funnel(model: SourceModel, funnel: FunnelConfig) -> SourceModel:
+def with_funnel(model: SourceModel, funnel: Funnel) -> SourceModel:
     """The model, to be run with `funnel` by default.
 
     Raises:
         ConfigError: the funnel does not fit the model, or the model was trained for another one.
     """
-    layer_steps(model.config, funnel)
+    check_funnel(model.config, funnel)
     if model.training is not None and funnel != model.funnel:
         raise ConfigError(
             f"{model.directory} was trained for the funnel {model.funnel}; another one, {funnel}, cannot be stored "

@@ -11,6 +11,7 @@ A key of the architecture that is not listed here is refused, because it could c
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,7 @@ def read_gguf(path: Path, sliding_window: int | None = None) -> SourceModel:
         config, head = read_model(first, fields, tensors, sliding_window)
     weights, dropped = assemble(first, weight_parts(config, head), tensors, DROPPED, TYPES)
     text, tokenizer_json, tokenizer_file = read_tokenizer(first, fields, config)
+    used = {rows.tensor.name: rows.tensor.dtype for weight in weights.values() for rows in weight}
     return SourceModel(
         format="gguf",
         config=config,
@@ -112,6 +114,7 @@ def read_gguf(path: Path, sliding_window: int | None = None) -> SourceModel:
         tokenizer_file=tokenizer_file,
         directory=first.parent,
         tokenizer_json=tokenizer_json,
+        quantized=dict(sorted(Counter(kind for kind in used.values() if kind.startswith("Q")).items())),
     )
 
 

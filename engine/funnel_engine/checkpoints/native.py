@@ -23,7 +23,7 @@ import numpy as np
 from funnel_engine.checkpoints.safetensors_file import StoredTensor, map_tensors, read_header, write_tensors
 from funnel_engine.checkpoints.source import SourceModel, TrainingRecord
 from funnel_engine.checkpoints.tensors import Part, Rows, assemble, check_tensors, join_shards
-from funnel_engine.config import FunnelConfig, ModelConfig, layer_steps
+from funnel_engine.config import Funnel, FunnelConfig, ModelConfig, check_funnel, read_funnel, set_field
 from funnel_engine.heads import HeadConfig
 from funnel_engine.input_files import (
     check_file,
@@ -43,9 +43,10 @@ from funnel_kernels.errors import CheckpointError
 
 VERSION = 4
 # The fields that a version added to the one before it, and what they mean where they are missing.
+# Version 4 also allows a funnel by length.
 ADDED: dict[int, dict[str, Any]] = {
     3: {"funnel": dataclasses.asdict(FunnelConfig()) | {"strides": []}, "training": None},
-    4: {"head": {"classifier_input": "last_token"}, "training": {"held_out": {}}},
+    4: {"head": {"classifier_input": "last_token"}, "training": {"held_out": {}}, "quantized": {}},
 }
 MANIFEST = "funnel.json"
 SHARD_BYTES = 4_900_000_000  # bytes of tensors in a file; with its header it stays below 5 GB
@@ -78,6 +79,7 @@ class Manifest:
 
     Attributes:
         dtype: the dtype of every tensor, "bfloat16" or "float32".
+        quantized: see `SourceModel`.
         funnel: the funnel that the model is meant to run with; `Engine.load` uses it.
         training: how the weights were trained for this funnel; None if they were not.
         tensors, parameters: their numbers, for people; the required tensors follow from `config` and `head`.
@@ -90,14 +92,18 @@ class Manifest:
     config: ModelConfig
     head: HeadConfig
     text: TextConfig
-    funnel: FunnelConfig
+    funnel: Funnel
     training: TrainingRecord | None
     dtype: str
+    quantized: dict[str, int]
     tensors: int
     parameters: int
     tokenizer: str | None
     files: dict[str, FileFacts]
     source: Source
+
+    def __post_init__(self) -> None:
+        set_field(self, "funnel", read_funnel(self.funnel))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +195,7 @@ def read_manifest(path: Path) -> Manifest:
     with reading(path):
         manifest: Manifest = decode(Manifest, fields, str(path))
         expected_shapes(manifest.config, manifest.head)
-        layer_steps(manifest.config, manifest.funnel)
+        check_funnel(manifest.config, manifest.funnel)
     if manifest.dtype not in DTYPES:
         raise CheckpointError(
             f"{path}: dtype is {manifest.dtype!r}; it must be {' or '.join(DTYPES)}. Convert the source again"
@@ -266,6 +272,7 @@ def read_source(directory: Path, sliding_window: int | None = None) -> SourceMod
         directory=directory,
         funnel=manifest.funnel,
         training=manifest.training,
+        quantized=manifest.quantized,
     )
 
 
@@ -317,6 +324,7 @@ def write_checkpoint(
         funnel=model.funnel,
         training=model.training,
         dtype=dtype,
+        quantized=model.quantized,
         tensors=len(shapes),
         parameters=count_parameters(shapes),
         tokenizer=tokenizer,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from funnel_engine.checkpoints.tensors import Rows
-from funnel_engine.config import FunnelConfig, ModelConfig
+from funnel_engine.config import Funnel, FunnelConfig, ModelConfig
 from funnel_engine.heads import HeadConfig
 from funnel_engine.text import TextConfig
 
@@ -61,6 +61,8 @@ class SourceModel:
         directory: the folder of the source.
         funnel: the funnel that the model is meant to run with.
         training: how it was trained for this funnel; None if it was not.
+        quantized: the quantized types that the weights had in their first source, e.g. "Q4_K", and how many tensors had
+            each; the weights are then not those that were published. Empty: none were.
         tokenizer_json: the content of a tokenizer.json that the reader made; then `tokenizer_file` is None.
     """
 
@@ -72,8 +74,9 @@ class SourceModel:
     text: TextConfig
     tokenizer_file: Path | None
     directory: Path
-    funnel: FunnelConfig = FunnelConfig()
+    funnel: Funnel = FunnelConfig()
     training: TrainingRecord | None = None
+    quantized: dict[str, int] = dataclasses.field(default_factory=dict)
     tokenizer_json: str | None = None
 
     @property

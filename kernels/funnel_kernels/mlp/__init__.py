@@ -22,6 +22,7 @@ def mlp(
     update_weight: jax.Array | None = None,  # [D]
     eps: float,
     axis: str | None = None,
+    one_block: bool = False,
     target: Target,
 ) -> tuple[Rows, Rows]:  # [N, D] each, dtype of x
     """`x + down(gelu(gate(normed)) * up(normed))`, and Gemma's RMSNorm of the sum.
@@ -37,6 +38,7 @@ def mlp(
         normed: its norm, in the same dtype.
         gate_up, down: as `prepare` returns them for the target; gate_up with `parts=2`.
         norm_weight, update_weight, eps, axis: see `linear_add_norm`.
+        one_block: all rows are one block on a CPU too. The derivative of blocks keeps the hidden rows of all of them.
         target: where it runs, and with which kernels.
 
     Raises:
@@ -50,7 +52,8 @@ def mlp(
             hidden, down, x, norm_weight, update_weight=update_weight, eps=eps, axis=axis, target=target
         )
 
-    most_rows = rows_per_block(gate_up.shape[0] // 2) if target.platform == "cpu" else x.shape[0]
+    blocked = target.platform == "cpu" and not one_block
+    most_rows = rows_per_block(gate_up.shape[0] // 2) if blocked else x.shape[0]
     return in_blocks(block, most_rows, x, normed)
 
 

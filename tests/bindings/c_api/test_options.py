@@ -38,6 +38,14 @@ def test_a_funnel_may_be_a_short_form(library, checkpoints):
     engine = Engine.load(checkpoints["plain"], funnel=FunnelConfig((1, 2), pool="mean"), max_batch_tokens=16)
     np.testing.assert_array_equal(library.embed(handle), engine.embed((IDS, OFFSETS)))
     library.close(handle)
+    by_length = [[0, None], [4, "1:2/mean"]]
+    for funnel in (by_length, "0=none+4=1:2/mean"):
+        handle = library.open(checkpoints["plain"], json.dumps({"max_batch_tokens": 16, "funnel": funnel}))
+        engine = Engine.load(checkpoints["plain"], funnel=by_length, max_batch_tokens=16)
+        np.testing.assert_array_equal(library.embed(handle), engine.embed((IDS, OFFSETS)))
+        library.close(handle)
+    with refusal(r"CONFIG: funnel\[0\]=7 must be a pair"):
+        library.open(checkpoints["plain"], json.dumps({"funnel": [7]}))
     with refusal("CONFIG: funnel '1-2': '1-2' must be LAYER:STRIDE"):
         library.open(checkpoints["plain"], json.dumps({"funnel": "1-2"}))
 

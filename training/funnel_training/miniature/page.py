@@ -1,7 +1,5 @@
 """The page of a study: each figure beside the claim of the paper."""
 
-import base64
-import html
 import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,6 +8,7 @@ import numpy as np
 
 from funnel_training.miniature.claims import TASK_NAMES, Verdict, recovery_scores, scores_of
 from funnel_training.miniature.study import AWARE_FUNNEL, PRETRAININGS, Results, Run, funnels
+from funnel_training.web_page import heading, image, page, paragraphs, table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,12 +16,6 @@ if TYPE_CHECKING:
 # Colours of Okabe and Ito, which colour-blind people can tell apart.
 COLORS = {"plain": "#0072b2", "aware": "#d55e00", "other": "#009e73"}
 NAMES = {"plain": "plain pre-training", "aware": "funnel-aware pre-training"}
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 56rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-img { max-width: 100%; } table { border-collapse: collapse; margin: 1rem 0; font-size: 0.9rem; }
-th, td { border-bottom: 1px solid #ccc; padding: 0.3rem 0.7rem; text-align: left; vertical-align: top; }
-.agrees { color: #00734f; } .disagrees { color: #b04400; } .outcome { font-weight: bold; white-space: nowrap; }
-"""
 
 
 def make_page(results: Results, verdicts: Sequence[Verdict], facts: dict[str, Any]) -> str:
@@ -34,16 +27,13 @@ def make_page(results: Results, verdicts: Sequence[Verdict], facts: dict[str, An
         5: ("Recoveries (Figure 5)", draw_recoveries),
     }
     parts = [
-        f"<h2>{html.escape(title)}</h2>{image(draw(results), title)}"
+        heading(title)
+        + image(draw(results), title)
         + verdict_table([verdict for verdict in verdicts if verdict.figure == figure])
         for figure, (title, draw) in figures.items()
     ]
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Funnels in miniature</title>'
-        f"<style>{STYLE}</style></head><body><h1>Funnels in miniature</h1>{introduction(results)}"
-        f"{''.join(parts)}<h2>All scores</h2>{score_table(results)}<h2>Circumstances</h2>{facts_table(facts)}"
-        "</body></html>\n"
-    )
+    scores, circumstances = heading("All scores") + score_table(results), heading("Circumstances") + facts_table(facts)
+    return page("Funnels in miniature", introduction(results), *parts, scores, circumstances)
 
 
 def introduction(results: Results) -> str:
@@ -157,10 +147,6 @@ def png_of(figure: Any) -> bytes:
     return content.getvalue()
 
 
-def image(png: bytes, title: str) -> str:
-    return f'<img alt="{html.escape(title)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-
-
 def verdict_table(verdicts: Sequence[Verdict]) -> str:
     rows = [
         (verdict.question, verdict.claim, f"{verdict.outcome[0].upper()}{verdict.outcome[1:]}. {verdict.reason}")
@@ -186,14 +172,3 @@ def score_table(results: Results) -> str:
 
 def facts_table(facts: dict[str, Any]) -> str:
     return table(("what", "value"), [(name, str(value)) for name, value in facts.items()])
-
-
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    def line(tag: str, cells: Sequence[str]) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    return f"<table>{line('th', heads)}{''.join(line('td', row) for row in rows)}</table>"
-
-
-def paragraphs(*texts: str) -> str:
-    return "".join(f"<p>{html.escape(text)}</p>" for text in texts)

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from funnel_engine import Engine, FunnelConfig
+from funnel_engine import Engine
+from funnel_engine.config import Funnel
 from funnel_engine.inputs import Ragged, TooLong
 from funnel_engine.text import TextConfig
 from funnel_kernels.errors import ConfigError, InputError
@@ -89,12 +90,13 @@ class Task(abc.ABC):
         """The units in random order, so that the first ones of them are a sample."""
         return np.random.default_rng(seed).permutation(self.units)
 
-    def check_funnel(self, funnel: FunnelConfig) -> None:
+    def check_funnel(self, funnel: Funnel) -> None:
         """Raises `ConfigError` unless a funnel leaves the rows that the task needs."""
-        if self.per_token and funnel.output_stride > 1:
-            raise ConfigError(
-                f"funnel {funnel}: {self.kind} need a row for each token; add a recovery, as in {funnel}/mean_last"
-            )
+        for _, each in funnel.classes:
+            if self.per_token and each.output_stride > 1:
+                raise ConfigError(
+                    f"funnel {each}: {self.kind} need a row for each token; add a recovery, as in {each}/mean_last"
+                )
 
     @abc.abstractmethod
     def take(self, units: Ints, share: float) -> "Task":

@@ -332,11 +332,6 @@ class FunnelByLength:
         """The largest of any class."""
         return max(funnel.total_stride for _, funnel in self.classes)
 
-    @property
-    def output_stride(self) -> int:
-        """The largest of any class."""
-        return max(funnel.output_stride for _, funnel in self.classes)
-
 
 Funnel = FunnelConfig | FunnelByLength
 FunnelLike = Funnel | Sequence[tuple[int, FunnelConfig | str | None]]  # what `read_funnel` takes

@@ -279,7 +279,7 @@ class Engine:
         self._require_task("tag")
         for programs in self.programs:
             if programs.plan.output_stride != 1:
-                which = f", for {programs.min_tokens} tokens or more," if len(self.programs) > 1 else ""
+                which = f", for {programs.min_tokens} tokens or more," if programs.min_tokens > 1 else ""
                 raise ConfigError(
                     f"tag needs one row per token, but with strides {programs.funnel.strides}{which} there is one row "
                     f"per {programs.plan.output_stride} tokens; load with a recovery, e.g. FunnelConfig(..., "

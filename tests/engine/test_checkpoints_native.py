@@ -191,11 +191,14 @@ RECORD = TrainingRecord(
 )
 
 
-def train(checkpoint: Path, changes: dict[str, np.ndarray], new: Path) -> None:
+FUNNEL = FunnelConfig.after(1)
+
+
+def train(checkpoint: Path, changes: dict[str, np.ndarray], new: Path, funnel: FunnelConfig = FUNNEL) -> None:
     """Writes the checkpoint with other weights, as training does."""
     model = native.read_source(checkpoint)
     weights = {name: ArrayTensor.of(name, array, checkpoint) for name, array in changes.items()}
-    model = dataclasses.replace(model, weights=model.weights | weights, funnel=FunnelConfig.after(1), training=RECORD)
+    model = dataclasses.replace(model, weights=model.weights | weights, funnel=funnel, training=RECORD)
     save(model, prepare_destination(new, checkpoint, False), "float32")
 
 
@@ -218,6 +221,15 @@ def test_a_trained_checkpoint_is_read_and_converted_with_its_funnel_and_record(c
     with pytest.raises(CheckpointError, match=r"tensor final_norm in .* contains NaN"):
         train(checkpoint, {"final_norm": np.full(48, np.nan, np.float32)}, tmp_path / "broken")
     assert not (tmp_path / "broken").exists()
+
+
+def test_a_funnel_can_be_stored_with_weights_that_were_trained_without_one(checkpoint, tmp_path):
+    train(checkpoint, {}, tmp_path / "trained", FunnelConfig())
+    convert(tmp_path / "trained", tmp_path / "same", funnel=FunnelConfig())
+    assert read_checkpoint(tmp_path / "same").manifest.training == RECORD
+    convert(tmp_path / "trained", tmp_path / "funneled", funnel=FunnelConfig.after(1))
+    manifest = read_checkpoint(tmp_path / "funneled").manifest
+    assert (manifest.funnel, manifest.training) == (FunnelConfig.after(1), None)  # it was not trained for this funnel
 
 
 def test_version_2_is_read_and_has_no_funnel(checkpoint):

@@ -21,7 +21,7 @@ from funnel_engine.cli import main
 from funnel_engine.heads import DenseConfig, SentenceVectors
 from funnel_engine.input_files import hash_file
 from funnel_training import run_folder
-from funnel_training.distill import distill
+from funnel_training.distill import check_outputs, distill
 from funnel_training.distill_loss import TEMPERATURE, distillation_loss
 from funnel_training.evaluate import evaluate
 from funnel_training.metrics import agreement
@@ -105,6 +105,8 @@ def test_a_trained_checkpoint_is_evaluated_against_the_one_before(folder, traine
         match=r"was trained for the funnel 1:2, so it cannot be the baseline \(--baseline\), which runs without",
     ):
         evaluate(folder / "trained", [], task)
+    with pytest.raises(ConfigError, match="was trained for the funnel 1:2, so it cannot be the baseline, which runs"):
+        evaluate(folder / "trained", [], task, baseline=folder / "trained")
     after = evaluate(folder / "trained", [], task, baseline=folder / "model").lines
     before = evaluate(folder / "model", [FUNNEL], task).lines
     assert [line.funnel for line in after] == [line.funnel for line in before] == ["none", "1:2", "1:2"]
@@ -112,7 +114,7 @@ def test_a_trained_checkpoint_is_evaluated_against_the_one_before(folder, traine
     assert after[1].scores["cosine"] > before[1].scores["cosine"]
 
 
-@pytest.mark.parametrize("stopped_at", [3, 6])
+@pytest.mark.parametrize("stopped_at", [0, 3, 6])
 def test_a_run_that_was_stopped_continues_to_the_same_bits(folder, tmp_path, monkeypatch, stopped_at):
     """Stopped between two states, before and after the first one; the log has steps that the state does not have."""
     short(folder, tmp_path / "whole")
@@ -120,7 +122,7 @@ def test_a_run_that_was_stopped_continues_to_the_same_bits(folder, tmp_path, mon
 
     def stop(self, entry):
         log(self, entry)
-        if entry["step"] == stopped_at and "loss" in entry:
+        if entry["step"] == stopped_at and ("loss" in entry or stopped_at == 0):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(run_folder.RunFolder, "log", stop)
@@ -197,6 +199,10 @@ def test_a_folder_of_another_run_is_not_touched(folder, tmp_path):
         short(folder, tmp_path / "new", other, resume=True)
     with pytest.raises(ConfigError, match="had another data: data was"):
         distill(folder / "model", folder / "texts.txt", tmp_path / "new", SHORT, funnel=FUNNEL, resume=True)
+    run = tmp_path / "new.training" / "run.json"
+    run.write_text(run.read_text().replace(f'"jax": "{jax.__version__}"', '"jax": "0.1"'))
+    with pytest.raises(ConfigError, match=r"had another versions: versions was .*'jax': '0.1'"):
+        short(folder, tmp_path / "new", resume=True)
 
 
 def test_what_cannot_be_distilled(folder, tmp_path, trained):
@@ -218,6 +224,8 @@ def test_what_cannot_be_distilled(folder, tmp_path, trained):
         ConfigError, match="was trained for the funnel 1:2, so it cannot be the teacher, which runs without a funnel"
     ):
         distill(folder / "trained", folder / "few.txt", new, SHORT)
+    with pytest.raises(ConfigError, match="reads the row of the last token, which distillation does not train"):
+        check_outputs(HeadConfig(task="classify", labels=("a", "b")), FUNNEL, (), per_token=False)
     long = write_texts(tmp_path / "long.txt", 250)
     long.write_text(long.read_text() + "w1 " * 300 + "\n")
     with pytest.raises(InputError, match="input 250 has 300 tokens, more than the limit of 128"):

@@ -480,6 +480,10 @@ def test_both_texts_of_a_pair_are_in_a_step_and_what_answers_a_query_is_no_negat
         for column, (_, other) in enumerate(pairs):
             assert negatives[row, column] == (other not in training.relevant[query])
     assert not negatives[np.eye(len(counts), dtype=bool) & counts].any()
+    small = Student(opened.config, SentenceVectors(HeadConfig()), FUNNEL, "all", 16, 3, "float32", data_mesh(1))
+    objective = Answering(small, training, held_out, Engine.load(folder / "model"), False, Settings(steps=1))
+    with pytest.raises(ConfigError, match=r"step 3 has room for [01] pairs in 1 packs of 16 rows"):
+        objective.batch(3)
 
 
 # ------------------------------------------------------------------------------------------- losses

@@ -168,7 +168,7 @@ def test_the_end_of_a_document_that_fills_no_chunk_is_left_out():
 
 def test_whole_documents_of_every_group_are_held_out():
     documents = made_up_documents()
-    training, held_out = brown.divide(documents)
+    training, held_out = brown.hold_out(documents)
     assert not {document.name for document in training} & {document.name for document in held_out}
     assert len(training) + len(held_out) == len(documents)
     for group, letters in brown.GROUPS.items():

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from funnel_engine import Engine, FunnelConfig
+from funnel_engine import Engine, FunnelConfig, HeadConfig
 from funnel_engine.checkpoints.native import Checkpoint
 from funnel_engine.checkpoints.source import Agreement
 from funnel_engine.checks import check_integer
@@ -29,7 +29,7 @@ from funnel_training.statistics import CONFIDENCE, RESAMPLES
 from funnel_training.student import Packs, Student
 from funnel_training.teacher import TaughtTexts, TeacherCache, hash_texts, in_parts
 from funnel_training.trainer import Objective, Report, Run, Settings, run_texts
-from funnel_training.training_run import LEAST_UNITS, TrainingRun, divide
+from funnel_training.training_run import LEAST_UNITS, TrainingRun, hold_out
 
 QUERY_PART = 5  # every fifth of the texts that are held out is a query
 LOSS = "1 - cosine, and Kullback-Leibler divergence of similarities"
@@ -86,7 +86,7 @@ def distill(
         raise ConfigError("a funnel to train for is missing; give one, e.g. --funnel 6:2/mean")
     check_untrained(run.source, run.opened, "teacher")
     head = run.opened.head
-    check_outputs(head.task, run.funnel, sizes, per_token)
+    check_outputs(head, run.funnel, sizes, per_token)
     file = read_file(to_path(texts))
     places: dict[str, str] = {}
     for place, line in file.lines():
@@ -94,7 +94,7 @@ def distill(
     if len(places) < LEAST_UNITS:
         raise InputError(f"{file.path.name} has {len(places)} different texts; give at least {LEAST_UNITS}")
     student = run.student(TokenOutputs(head) if per_token else SentenceVectors(head))
-    teacher = run.engine(student)
+    teacher = run.engine(student, "float32")
     tokens = teacher.token_ids(list(places), truncate=truncate)
     for size in sizes:
         check_integer("sizes", size, least=1, most=teacher.embedding_size)
@@ -118,7 +118,7 @@ def distill(
     width = run.opened.config.hidden_size if per_token else teacher.embedding_size
     del teacher
     rows = cache.read(len(tokens.ids) if per_token else len(places), width)
-    held_out, training = divide(np.random.default_rng(settings.seed).permutation(len(places)))
+    held_out, training = hold_out(np.random.default_rng(settings.seed).permutation(len(places)))
     report(f"{len(training):,} texts to train on, {len(held_out):,} held out")
     taught = TaughtTexts(list(places.values()), tokens, rows, held_out, training)
     objective: Objective
@@ -147,8 +147,8 @@ def classifier_of(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
     return {n: np.asarray(checkpoint.weights[n], np.float32) for n in names if checkpoint.head.task == "tag"}
 
 
-def check_outputs(task: str | None, funnel: FunnelConfig, sizes: tuple[int, ...], per_token: bool) -> None:
-    """Raises `ConfigError` if the funnel, the task or another option does not fit what is trained."""
+def check_outputs(head: HeadConfig, funnel: FunnelConfig, sizes: tuple[int, ...], per_token: bool) -> None:
+    """Raises `ConfigError` if the funnel, the head or another option does not fit what is trained."""
     if per_token and funnel.output_stride > 1:
         raise ConfigError(
             f"funnel {funnel} has no row for each token, which training per token needs; add a recovery, as in "
@@ -156,7 +156,12 @@ def check_outputs(task: str | None, funnel: FunnelConfig, sizes: tuple[int, ...]
         )
     if per_token and sizes:
         raise ConfigError(f"sizes={sizes} are of sentence vectors; leave them out of training per token")
-    if task == "tag" and not per_token:
+    if head.task == "classify" and head.classifier_input == "last_token":
+        raise ConfigError(
+            "the classifier of this checkpoint reads the row of the last token, which distillation does not train; "
+            "train it on labels: funnel finetune --labels"
+        )
+    if head.task == "tag" and not per_token:
         raise ConfigError(
             "this checkpoint tags tokens, but without per_token (--per-token) its sentence vectors would be trained; "
             "give it"
@@ -164,7 +169,7 @@ def check_outputs(task: str | None, funnel: FunnelConfig, sizes: tuple[int, ...]
 
 
 class Distillation:
-    """The student's vectors shall be the teacher's, see `Objective`."""
+    """Trains the student's vectors to be the teacher's, see `Objective`."""
 
     def __init__(self, student: Student, texts: TaughtTexts, sizes: tuple[int, ...], settings: Settings):
         self.student, self.texts, self.settings, self.places = student, texts, settings, texts.places

@@ -66,7 +66,7 @@ def token_loss(
 
 
 class TokenDistillation:
-    """The student's rows shall be the teacher's, see `Objective`.
+    """Trains the student's rows to be the teacher's, see `Objective`.
 
     Args:
         texts: with a row of the teacher for each token.

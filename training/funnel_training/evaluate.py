@@ -1,7 +1,6 @@
 """What funnels cost in quality on a task: every score beside that of the unfunneled model, with its uncertainty."""
 
 import dataclasses
-import importlib.metadata
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,11 +14,11 @@ from funnel_engine.flops import forward_flops
 from funnel_engine.input_files import hash_file
 from funnel_kernels.errors import ConfigError
 from funnel_training.engines import EngineMaker, check_untrained, engine_maker, read_checkpoint_as
+from funnel_training.package_versions import package_versions
 from funnel_training.statistics import CONFIDENCE, RESAMPLES, Ratio, paired_ratio
 from funnel_training.tasks.task import Task
 
 SEED = 0
-PACKAGES = ("funnel-engine", "jax", "jaxlib", "numpy", "scikit-learn", "scipy")
 NO_FUNNEL = FunnelConfig()
 
 
@@ -104,6 +103,7 @@ def evaluate(
     make_baseline = make_engine
     if baseline is not None:
         original = read_checkpoint_as(baseline, attention=attention, pooling=pooling)
+        check_untrained(baseline, original, "baseline")
         check_comparable(opened, original)
         make_baseline = engine_maker(original, dtype=dtype, backend=backend)
     lines = compare_funnels(make_engine, funnels, task, make_baseline=make_baseline, truncate=truncate)
@@ -127,7 +127,7 @@ def evaluate(
             "truncate": truncate,
         },
         statistics={"interval": "paired bootstrap", "confidence": CONFIDENCE, "resamples": RESAMPLES, "seed": SEED},
-        versions={package: importlib.metadata.version(package) for package in PACKAGES},
+        versions=package_versions("scikit-learn", "scipy"),
         lines=lines,
     )
 

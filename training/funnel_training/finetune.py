@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
-from funnel_engine import Engine, HeadConfig
+from funnel_engine import Engine, FunnelConfig, HeadConfig
 from funnel_engine.checkpoints.native import Checkpoint
 from funnel_engine.checks import check_option
 from funnel_engine.config import Funnel
@@ -32,7 +32,7 @@ from funnel_training.tasks.tags import Tags, WordTokens, read_tags
 from funnel_training.tasks.tags import spans as tag_spans
 from funnel_training.tasks.task import Task
 from funnel_training.trainer import Objective, Report, Run, Settings, run_texts
-from funnel_training.training_run import LEAST_UNITS, MOST_HELD_OUT, TrainingRun, divide
+from funnel_training.training_run import LEAST_UNITS, MOST_HELD_OUT, TrainingRun, hold_out
 
 TASKS = {"labels": "classify", "tags": "tag", "pairs": None}  # the task of the head for each form of data
 DEVIATION = 0.02  # of the weights of a new head, as Gemma's
@@ -89,6 +89,9 @@ def finetune(
     task.check_funnel(run.funnel)
     held_out, training = divide_units(task, settings.seed)
     head = new_head(before, task, TASKS[form], pooling)
+    trained_for = run.opened.manifest.funnel
+    if run.opened.manifest.training is not None and trained_for not in (run.funnel, FunnelConfig()):
+        report(f"the checkpoint was trained for the funnel {trained_for}; now it is trained for {run.funnel}")
     if before.task not in (None, head.task):
         report(f"the checkpoint's classifier (task {before.task}, {len(before.labels)} labels) is left out")
     run.opened = with_head(run.opened, head, settings.seed)
@@ -96,7 +99,7 @@ def finetune(
     student = run.student(
         classifier(head, make_plan(config, run.funnel), config.pad_token_id) if head.task else SentenceVectors(head)
     )
-    objective = OBJECTIVES[type(task)](student, training, held_out, run.engine(student), truncate, settings)
+    objective = OBJECTIVES[type(task)](student, training, held_out, run.engine(student, None), truncate, settings)
     (sha256,) = task.files.values()
     run.open({"form": form, "data": sha256, "truncate": truncate}, resume=resume)
     report(f"{training.units:,} {task.unit} to train on, {held_out.units:,} held out")
@@ -136,8 +139,8 @@ def divide_units(task: Task, seed: int) -> tuple[Any, Any]:
     Raises:
         InputError: what is held out cannot tell how good a model is.
     """
-    numbers, others = divide(task.order(seed))
-    # At most so many documents are ranked for the queries that are held out; of the others, only those that are used.
+    numbers, others = hold_out(task.order(seed))
+    # At most MOST_HELD_OUT documents are ranked for the held-out queries; of the others, only those that are used.
     held_out = task.take(numbers, MOST_HELD_OUT / len(task.sides[-1].texts))
     (name,) = task.files
     if isinstance(task, HeadLabels) and isinstance(held_out, HeadLabels):
@@ -291,6 +294,11 @@ class Matching(FineTuning):
         place[numbers[numbers >= 0]] = np.flatnonzero(numbers >= 0)
         places = place[self.pairs[:, order]]
         whole = np.flatnonzero((places >= 0).all(axis=0))
+        if len(whole) < 2:
+            raise ConfigError(
+                f"step {step} has room for {len(whole)} pairs in {self.packs} packs of {self.student.rows} rows, and a "
+                "loss compares at least two; raise rows (--rows) or packs (--packs), or give shorter texts"
+            )
         unused = most - len(whole)
         pairs = np.pad(order[whole], (0, unused), constant_values=-1)
         return packs, pairs, np.pad(places[:, whole], ((0, 0), (0, unused)))

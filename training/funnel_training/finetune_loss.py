@@ -17,7 +17,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def cosent(first: jax.Array, second: jax.Array, scores: jax.Array, counts: jax.Array) -> jax.Array:
-    """CoSENT: a pair with a higher score shall have a higher cosine; only the order of the scores matters.
+    """CoSENT: a pair with a higher score must have a higher cosine; only the order of the scores matters.
 
     The log of 1 + the sum of exp((cosine of a - cosine of b) / 0.05) over all pairs a, b with score of a < score of b
     (the cosine objective of arXiv:2309.12871; CoSENTLoss of sentence-transformers).

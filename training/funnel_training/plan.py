@@ -6,7 +6,6 @@ few funnels on many. Only the last ones are timed.
 
 import dataclasses
 import functools
-import importlib.metadata
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,9 +21,10 @@ from funnel_training.by_length import Outputs, cheapest_by_length
 from funnel_training.candidates import computed_flops, grid, pools_more
 from funnel_training.contenders import NO_FUNNEL, Contender, Run, funnel_contender, rivals
 from funnel_training.engines import check_untrained, engine_maker, read_checkpoint_as
-from funnel_training.evaluate import PACKAGES, SEED, checkpoint_facts
+from funnel_training.evaluate import SEED, checkpoint_facts
 from funnel_training.journal import Journal
 from funnel_training.latency import ROUNDS, Latency, measure_in_turns
+from funnel_training.package_versions import package_versions
 from funnel_training.scores import Ints, Score
 from funnel_training.statistics import CONFIDENCE, RESAMPLES, Ratio, Verdict, judge, paired_ratio, units_needed
 from funnel_training.tasks.task import Task
@@ -213,7 +213,7 @@ def plan(
         "seed": SEED,
         "rounds": ROUNDS,
     }
-    versions = {package: importlib.metadata.version(package) for package in PACKAGES}
+    versions = package_versions("scikit-learn", "scipy")
     facts = checkpoint_facts(checkpoint)
     journal = Journal(
         output,

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ Tree = Any  # a pytree of arrays
 
 
 def check_same_run(folder: Path, before: Any, now: dict[str, Any]) -> None:
-    """Raises `ConfigError` unless a run that a folder has is the one that shall be continued.
+    """Raises `ConfigError` unless a folder has the run that is to be continued.
 
     Args:
         before, now: all that the results depend on, as JSON values.
@@ -48,16 +49,20 @@ class RunFolder:
         """
         file, run = self.path / "run.json", json.loads(json.dumps(run))
         if not resume:
-            try:
-                self.path.mkdir()
-            except FileExistsError as error:
+            if self.path.exists():
                 raise ConfigError(
                     f"{self.path} exists: a run was there before; continue it (--resume), remove it, or choose another "
                     "output"
-                ) from error
+                )
+            partial = self.path.with_name(f".{self.path.name}-{os.getpid()}.partial")  # the folder has its file at once
+            try:
+                partial.mkdir()
+                write_text(partial / file.name, json.dumps(run, indent=2) + "\n")
+                partial.rename(self.path)
             except OSError as error:
                 raise InputError(f"cannot make {self.path}: {error.strerror}; choose another output") from error
-            write_text(file, json.dumps(run, indent=2) + "\n")
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
             return
         try:
             earlier = json.loads(file.read_text(encoding="utf-8"))

@@ -157,7 +157,7 @@ class Student:
         )(trained, frozen, packs)
 
     def batches(self, texts: Ragged, numbers: Ints, packs: int) -> Iterator[Packs]:
-        """All of the texts with these numbers, longest first, in batches of as many packs."""
+        """Batches of `packs` packs with all texts of these numbers, longest first."""
         groups = self.fill(texts, numbers[np.argsort(-texts.lengths[numbers], kind="stable")])
         for start in range(0, len(groups), packs):
             yield self.pack(texts, groups[start : start + packs], packs)

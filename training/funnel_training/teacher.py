@@ -43,7 +43,7 @@ class TeacherCache:
         try:
             found = json.loads((self.path / FACTS).read_text(encoding="utf-8"))
             other = [name for name, value in self.facts.items() if found.get(name) != value]
-        except (OSError, ValueError, AttributeError) as error:
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
             raise ConfigError(f"{self.path / FACTS} cannot be read ({error}); remove {self.path}") from error
         if other:
             name = other[0]

@@ -142,12 +142,13 @@ class Trainer:
             InputError: the disk is full.
         """
         step, first = int(self.state.step), int(self.state.step) + 1
-        entries = self.folder.entries(step)
+        is_new = not self.folder.has_arrays("state")
+        entries = self.folder.entries(-1 if is_new else step)
         batch = self.objective.batch(first)
         lowered = jax.jit(self.update).lower(self.state.trained, self.state.optimizer, self.frozen, *batch)
         program = lowered.compile(compiler_options=self.student.compiler_options)
         self.report(self.describe(program, batch[0]))
-        if not entries:
+        if is_new:
             self.evaluate(entries)
         while step < self.settings.steps and self.state.best[2] < self.settings.patience:
             step += 1

@@ -1,10 +1,10 @@
 """What every command that trains a checkpoint does before its training and after it."""
 
 import dataclasses
-import importlib.metadata
 import os
 from typing import Any
 
+import jax
 import numpy as np
 
 from funnel_engine import Engine
@@ -17,6 +17,7 @@ from funnel_engine.heads import Head
 from funnel_engine.input_files import hash_file, to_path
 from funnel_engine.text import read_tokenizer
 from funnel_training.engines import funnel_to_train, read_checkpoint_as
+from funnel_training.package_versions import package_versions
 from funnel_training.run_folder import RunFolder
 from funnel_training.scores import Ints
 from funnel_training.student import Student
@@ -24,7 +25,6 @@ from funnel_training.trainer import Objective, Report, Settings, Trainer, data_m
 
 HELD_OUT_PART, MOST_HELD_OUT = 10, 1000  # a tenth of the data, at most 1000 units, is held out of training
 LEAST_UNITS = 200
-PACKAGES = ("funnel-engine", "jax", "jaxlib", "numpy", "optax")
 
 
 class TrainingRun:
@@ -79,7 +79,7 @@ class TrainingRun:
             self.settings.recompute,
         )
 
-    def engine(self, student: Student) -> Engine:
+    def engine(self, student: Student, dtype: str | None) -> Engine:
         """The model as it is before its training, without a funnel; it takes the texts that the student can."""
         return Engine(
             self.opened.config,
@@ -88,7 +88,7 @@ class TrainingRun:
             tokenizer=read_tokenizer(self.opened.tokenizer_file) if self.opened.tokenizer_file else None,
             text=self.opened.manifest.text,
             max_batch_tokens=student.rows - self.funnel.lead,
-            dtype="float32",
+            dtype=dtype,
         )
 
     def open(self, facts: dict[str, Any], *, resume: bool) -> None:
@@ -107,6 +107,8 @@ class TrainingRun:
             "attention": self.opened.config.attention,
             "pooling": self.opened.head.pooling,
             "settings": dataclasses.asdict(self.settings),
+            "versions": package_versions("optax"),
+            "devices": [device.device_kind for device in jax.devices()],
         }
         self.folder.open(run | facts, resume=resume)
 
@@ -138,7 +140,7 @@ class TrainingRun:
             steps=trainer.best_step,
             agreement=agreement,
             held_out=figures,
-            versions={package: importlib.metadata.version(package) for package in PACKAGES},
+            versions=package_versions("optax"),
         )
         trained = {
             name: ArrayTensor.of(name, np.asarray(array), self.source) for name, array in trainer.best_weights().items()
@@ -156,7 +158,7 @@ class TrainingRun:
         self.folder.remove("state", "best")
 
 
-def divide(order: Ints) -> tuple[Ints, Ints]:
+def hold_out(order: Ints) -> tuple[Ints, Ints]:
     """The units that are held out of training, the first ones in this order, and the others; indices, ascending."""
     held_out = min(len(order) // HELD_OUT_PART, MOST_HELD_OUT)
     order = order.astype(np.int32)

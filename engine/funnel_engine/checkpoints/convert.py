@@ -71,18 +71,20 @@ def convert(
 
 
 def with_funnel(model: SourceModel, funnel: Funnel) -> SourceModel:
-    """The model, to be run with `funnel` by default.
+    """The model, to be run with `funnel` by default. A record of training without a funnel is left out.
 
     Raises:
         ConfigError: the funnel does not fit the model, or the model was trained for another one.
     """
     check_funnel(model.config, funnel)
-    if model.training is not None and funnel != model.funnel:
+    if funnel == model.funnel:
+        return model
+    if model.training is not None and model.funnel.total_stride > 1:
         raise ConfigError(
             f"{model.directory} was trained for the funnel {model.funnel}; another one, {funnel}, cannot be stored "
             "with it. Give it to Engine.load, or convert the checkpoint that training began with"
         )
-    return dataclasses.replace(model, funnel=funnel)
+    return dataclasses.replace(model, funnel=funnel, training=None)
 
 
 def prepare_destination(destination: Path, source: Path, overwrite: bool) -> Path:

@@ -1,6 +1,5 @@
 """The command `python -m funnel_training.miniature`."""
 
-import importlib.metadata
 import json
 import platform
 from pathlib import Path
@@ -11,9 +10,9 @@ import click
 from funnel_engine.output_files import write_text
 from funnel_kernels.errors import FunnelError, InputError
 from funnel_training.command_options import PATH, require_packages
+from funnel_training.package_versions import package_versions
 
 CPUINFO = Path("/proc/cpuinfo")
-PACKAGES = ("funnel-engine", "jax", "jaxlib", "numpy", "optax", "tokenizers")
 
 
 @click.command()
@@ -23,7 +22,8 @@ PACKAGES = ("funnel-engine", "jax", "jaxlib", "numpy", "optax", "tokenizers")
 def main(out: Path, quick: bool, data: Path | None) -> None:
     """Ask the questions of arXiv:2504.02877 (funnels in Gemma) of models that a laptop can train.
 
-    Writes OUT/page.html, with each figure beside the claim of the paper, and OUT/results.json.
+    Writes OUT/page.html, with each figure beside the claim of the paper, and OUT/results.json. It trains on one device:
+    if there are several, let JAX see one, e.g. with CUDA_VISIBLE_DEVICES=0.
     """
     try:
         run(out, quick, data)
@@ -43,14 +43,14 @@ def run(out: Path, quick: bool, data: Path | None) -> None:
     except OSError as error:
         raise InputError(f"cannot make {out}: {error.strerror}; choose another folder") from error
     documents = brown.read(brown.fetch(out) if data is None else data)
-    versions = {package: importlib.metadata.version(package) for package in PACKAGES}
-    results = study(out, documents, QUICK if quick else Sizes(), {"data": brown.SHA256}, click.echo)
+    circumstances = {"processor": processor(), **package_versions("optax", "tokenizers")}
+    sizes = QUICK if quick else Sizes()
+    results = study(out, documents, sizes, {"data": brown.SHA256, **circumstances}, click.echo)
     found = verdicts(results)
     facts: dict[str, Any] = {
         "command": f"python -m funnel_training.miniature --out OUT{' --quick' if quick else ''}",
-        "processor": processor(),
         "data": f"{brown.FILE}, SHA-256 {brown.SHA256}",
-        **versions,
+        **circumstances,
     }
     content = {"facts": facts, **results.to_json(), "verdicts": [verdict._asdict() for verdict in found]}
     write_text(out / "results.json", compact_json(content))

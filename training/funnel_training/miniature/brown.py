@@ -18,7 +18,7 @@ SHA256 = "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2"
 DOCUMENT = re.compile(r"package/(c[a-r]\d\d)")
 GROUPS = {"press": "abc", "general prose": "defgh", "learned": "j", "fiction": "klmnpr"}  # genres by their letters
 HELD_OUT_PART = 5  # one document in five
-RARE = 1000  # a tag of fewer words than one in so many is called "other"
+RARE = 1000  # a tag of fewer than one word in 1,000 is called "other"
 
 
 class Word(NamedTuple):
@@ -106,7 +106,7 @@ def merge_rare_tags(documents: list[Document]) -> list[Document]:
     ]
 
 
-def divide(documents: Sequence[Document]) -> tuple[list[Document], list[Document]]:
+def hold_out(documents: Sequence[Document]) -> tuple[list[Document], list[Document]]:
     """The documents to train on, and those held out: one in five of each group."""
     training: list[Document] = []
     held_out: list[Document] = []

@@ -41,7 +41,7 @@ class MaskedTokenLogits:
 
 
 class MaskedTokens(Objective):
-    """The tokens behind the masks shall be guessed. The place of a chunk is its document."""
+    """Trains the model to predict the masked tokens. The place of a chunk is its document."""
 
     def __init__(self, student: Student, training: Sequence[tuple[str, Ints]], held_out: Ints, seed: int):
         """

@@ -14,12 +14,13 @@ from funnel_engine import Engine, FunnelConfig
 from funnel_engine.checkpoints.native import read_checkpoint
 from funnel_engine.config import RECOVERIES
 from funnel_engine.flops import ideal_ratio
+from funnel_engine.output_files import write_text
 from funnel_engine.programs import use_compilation_cache
 from funnel_training.engines import engine_maker
 from funnel_training.finetune import finetune
 from funnel_training.journal import Journal
 from funnel_training.latency import measure_in_turns
-from funnel_training.miniature.brown import Document, divide, text_of
+from funnel_training.miniature.brown import Document, hold_out, text_of
 from funnel_training.miniature.model import make_config, make_vocabulary
 from funnel_training.miniature.pretraining import cut_into_chunks, pretrain
 from funnel_training.miniature.tasks import TASKS
@@ -153,12 +154,12 @@ def study(folder: Path, documents: Sequence[Document], sizes: Sizes, facts: dict
     """
     journal = Journal(folder, {"sizes": dataclasses.asdict(sizes), **facts}, resume=True)
     use_compilation_cache(folder / "programs")
-    training, held_out = divide(documents)
+    training, held_out = hold_out(documents)
     vocabulary = folder / "tokenizer.json"
     if not vocabulary.exists():
         report("making the vocabulary")
         texts = (text_of(sentence) for document in training for sentence in document.sentences)
-        make_vocabulary(texts, sizes.vocabulary).save(str(vocabulary))
+        write_text(vocabulary, make_vocabulary(texts, sizes.vocabulary).to_str())
     for task in TASKS.values():
         task.write(folder / f"training.{task.file}", training, sizes.training_units)
         task.write(folder / f"test.{task.file}", held_out, sizes.test_units)
@@ -249,7 +250,7 @@ def finetuned(folder: Path, key: str, run: Run, sizes: Sizes, seed: int) -> floa
 
 
 def timed(folder: Path, funnel: str, sizes: Sizes) -> dict[str, float]:
-    """Latency of texts of the test data with a funnel, relative to none, in turns in the same engine's best form."""
+    """Latency of test texts with a funnel relative to none, measured in turns."""
     make = engine_maker(read_checkpoint(folder / "pretrained-plain-0"))
     lines = (folder / f"test.{TASKS['groups'].file}").read_text("utf-8").splitlines()[: sizes.timed_texts]
     baseline, funneled = make(FunnelConfig()), make(FunnelConfig.parse(funnel))

@@ -17,7 +17,7 @@ MOST_WORDS = 50  # of a sentence; longer ones are left out
 
 
 def write_groups(path: Path, documents: Sequence[Document], units: int) -> None:
-    """Writes texts of neighbouring sentences, labelled with the coarse genre; as many of each one."""
+    """Writes texts of neighbouring sentences, labelled with the coarse genre; the same number for each genre."""
     texts: dict[str, list[str]] = {group: [] for group in GROUPS}
     for document in documents:
         sentences = short(document)

@@ -40,7 +40,7 @@ class Tags(Task):
 
     words: tuple[tuple[str, ...], ...]
     tags: tuple[tuple[str, ...], ...]
-    labels: tuple[str, ...]  # of the checkpoint's classifier
+    labels: tuple[str, ...]  # of the checkpoint's classifier, or of the file
     kind: ClassVar[str] = "tags"
     unit: ClassVar[str] = "sentences"
     per_token: ClassVar[bool] = True

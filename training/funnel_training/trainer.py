@@ -50,7 +50,7 @@ class Settings:
 
     steps: int
     train: str = "after"
-    learning_rate: float = 1e-4
+    learning_rate: float = 2e-5
     rows: int = 1024
     packs: int = 1
     texts: int = 128

@@ -61,11 +61,11 @@ def test_hundreds_of_calls_keep_nothing(library, classifier, tagger, texts):
         "an error of an argument": lambda: refused(lambda: library.embed(classifier, count=0, out=vectors)),
         "an error of opening": lambda: refused(lambda: library.open("/nowhere")),
     }
-    limits = np.array([100, 100, 6400])  # less than one block, one reference or one allocation (32 bytes) a call
+    limits = np.array([40, 40, 2560])  # less than one block, one reference or one allocation (32 bytes) a call
     for name, call in calls.items():
-        for _ in range(8):  # Python and JAX fill caches of their own during the first thousand calls; a leak goes on
+        for _ in range(20):  # Python and JAX fill caches of their own during the first thousand calls; a leak goes on
             before = in_use(shared)
-            for _ in range(400):
+            for _ in range(160):
                 call()
             kept = in_use(shared) - before
             if (kept <= limits).all():

@@ -19,7 +19,7 @@ from funnel_engine.heads import HeadConfig
 from funnel_engine.inputs import Ragged, read_inputs
 from funnel_engine.jax_settings import guarded
 from funnel_engine.messages import abbreviate
-from funnel_engine.packing import Ints, Spans, divide, pack, spans
+from funnel_engine.packing import Ints, Spans, group_by_length, pack, spans
 from funnel_engine.programs import COUNTERS, Counters, Programs, use_compilation_cache, warm_up
 from funnel_engine.sharding import DeviceMesh
 from funnel_engine.text import TextConfig, Tokenize, read_tokenizer
@@ -379,7 +379,7 @@ class Engine:
 
         With each group come the programs of its funnel. A batch is the indices of its sequences.
         """
-        for number, members in divide([programs.min_tokens for programs in self.programs], lengths):
+        for number, members in group_by_length([programs.min_tokens for programs in self.programs], lengths):
             programs = self.programs[number]
             for group in self.devices.group_batches(programs.plan, lengths[members], programs.buckets):
                 yield programs, [members[order] for order in group]

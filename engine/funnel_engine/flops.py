@@ -8,7 +8,7 @@ for causality, windows, ragged lengths, odd tails, and queries on a different st
 import numpy as np
 
 from funnel_engine.config import Funnel, FunnelConfig, ModelConfig, layer_steps
-from funnel_engine.packing import Ints, LevelRows, divide, make_plan
+from funnel_engine.packing import Ints, LevelRows, group_by_length, make_plan
 
 
 def forward_flops(config: ModelConfig, funnel: Funnel, lengths: np.ndarray) -> int:
@@ -23,7 +23,7 @@ def forward_flops(config: ModelConfig, funnel: Funnel, lengths: np.ndarray) -> i
 def lengths_by_funnel(funnel: Funnel, lengths: np.ndarray) -> list[tuple[FunnelConfig, Ints]]:
     """The funnels that sequences of these lengths run with, and the lengths of the sequences of each."""
     starts = [tokens for tokens, _ in funnel.classes]
-    return [(funnel.classes[number].funnel, lengths[index]) for number, index in divide(starts, lengths)]
+    return [(funnel.classes[number].funnel, lengths[index]) for number, index in group_by_length(starts, lengths)]
 
 
 def class_flops(config: ModelConfig, funnel: FunnelConfig, lengths: Ints) -> int:

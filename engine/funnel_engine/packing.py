@@ -232,7 +232,7 @@ def sequence_buckets(most: int) -> list[int]:
     return buckets
 
 
-def divide(starts: Sequence[int], lengths: Ints) -> list[tuple[int, Ints]]:
+def group_by_length(starts: Sequence[int], lengths: Ints) -> list[tuple[int, Ints]]:
     """Divides sequences into classes by length; class `c` begins at `starts[c]` tokens, ascending from 0.
 
     Returns:

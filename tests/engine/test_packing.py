@@ -273,9 +273,9 @@ def test_buckets_are_no_smaller_than_the_shortest_sequence(least):
 
 def test_sequences_are_divided_by_length():
     lengths = np.array([9, 1, 40, 10, 39, 12, 100], np.int32)
-    divided = [(number, index.tolist()) for number, index in packing.divide([0, 10, 20, 40], lengths)]
+    divided = [(number, index.tolist()) for number, index in packing.group_by_length([0, 10, 20, 40], lengths)]
     assert divided == [(3, [2, 6]), (2, [4]), (1, [3, 5]), (0, [0, 1])]
-    assert packing.divide([0], lengths)[0][1].tolist() == list(range(7))
+    assert packing.group_by_length([0], lengths)[0][1].tolist() == list(range(7))
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)

@@ -174,6 +174,19 @@ def test_a_full_disk_keeps_the_state_before(folder, tmp_path, monkeypatch):
         np.testing.assert_array_equal(weights_of(tmp_path / "new")[name], array)
 
 
+def test_a_log_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    run = run_folder.RunFolder(tmp_path)
+    run.log({"step": 1})
+    assert run.entries(1) == [{"step": 1}]
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(InputError, match=r"cannot write .*log.jsonl: No space left on device; the state before it is"):
+        run.log({"step": 2})
+
+
 def test_a_damaged_state_is_named(tmp_path):
     run = run_folder.RunFolder(tmp_path)
     run.write_arrays("state", (np.arange(3.0), np.arange(5)))

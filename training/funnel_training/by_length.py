@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from funnel_engine.config import Funnel, FunnelConfig, ModelConfig, read_funnel
-from funnel_engine.packing import divide
+from funnel_engine.packing import group_by_length
 from funnel_training.candidates import computed_flops
 from funnel_training.scores import Ints
 from funnel_training.statistics import LEAST_UNITS
@@ -37,7 +37,7 @@ def compose(starts: Sequence[int], lengths: Sequence[Ints], chosen: Sequence[Out
     sides = []
     for side, side_lengths in enumerate(lengths):
         picked = list(chosen[0][side])
-        for number, index in divide(starts, side_lengths):
+        for number, index in group_by_length(starts, side_lengths):
             for text in index:
                 picked[text] = chosen[number][side][text]
         sides.append(np.stack(picked) if isinstance(chosen[0][side], np.ndarray) else picked)
@@ -67,7 +67,7 @@ def cheapest_by_length(
     """
     every = np.concatenate(lengths)
     starts = class_starts(every)
-    classes = sorted(divide(starts, every))
+    classes = sorted(group_by_length(starts, every))
     costs = [{funnel: computed_flops(config, funnel, every[index]) for funnel in outputs} for _, index in classes]
 
     def total(chosen: Sequence[FunnelConfig]) -> int:

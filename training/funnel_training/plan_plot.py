@@ -1,7 +1,6 @@
 """The picture of a plan: quality beside latency."""
 
-import io
-
+from funnel_training.pictures import png
 from funnel_training.plan import Plan
 
 # Colours of Okabe and Ito, which colour-blind people can tell apart.
@@ -60,9 +59,7 @@ def draw(plan: Plan) -> bytes:
     axes.set_title(f"{plan.checkpoint['name']} on {names}", parse_math=False)  # a name may have a dollar sign
     axes.grid(alpha=0.2)
     figure.legend(loc="outside right upper", fontsize=8)
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=150)
-    return content.getvalue()
+    return png(figure, dpi=150)
 
 
 def arms(low: float, middle: float, high: float) -> list[list[float]]:

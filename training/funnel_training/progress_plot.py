@@ -3,9 +3,16 @@
 from pathlib import Path
 from typing import Any
 
+from funnel_engine.output_files import write_bytes
+from funnel_training.pictures import png
+
 
 def draw(entries: list[dict[str, Any]], path: Path) -> None:
-    """Draws the entries of a log as a PNG file. Entries with `is_best` are evaluations."""
+    """Draws the entries of a log as a PNG file. Entries with `is_best` are evaluations.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
     from matplotlib.figure import Figure  # takes half a second to import
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -20,4 +27,4 @@ def draw(entries: list[dict[str, Any]], path: Path) -> None:
     figure_axes.set_ylabel("held-out texts")
     figure_axes.set_xlabel("step")
     figure_axes.legend(loc="lower right", frameon=False)
-    figure.savefig(path, dpi=120)
+    write_bytes(path, png(figure, dpi=120))

@@ -87,12 +87,15 @@ class RunFolder:
             partial.replace(self.path / f"{name}.npz")
             synchronize(self.path)
         except OSError as error:
-            raise InputError(
-                f"cannot write {self.path / name}.npz: {error.strerror or error}; the state before it is kept. Free "
-                "some space and continue with --resume"
-            ) from error
+            raise self.not_written(f"{name}.npz", error) from error
         finally:
             partial.unlink(missing_ok=True)
+
+    def not_written(self, name: str, error: OSError) -> InputError:
+        return InputError(
+            f"cannot write {self.path / name}: {error.strerror or error}; the state before it is kept. Free some space "
+            "and continue with --resume"
+        )
 
     def has_arrays(self, name: str) -> bool:
         return (self.path / f"{name}.npz").exists()
@@ -116,9 +119,16 @@ class RunFolder:
             (self.path / f"{name}.npz").unlink(missing_ok=True)
 
     def log(self, entry: dict[str, Any]) -> None:
-        """Appends a line to log.jsonl."""
-        with (self.path / "log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        """Appends a line to log.jsonl.
+
+        Raises:
+            InputError: it cannot be written, e.g. because the disk is full.
+        """
+        try:
+            with (self.path / "log.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+        except OSError as error:
+            raise self.not_written("log.jsonl", error) from error
 
     def entries(self, last_step: int) -> list[dict[str, Any]]:
         """The lines of the log up to a step; those after it are removed, because the run continues there."""

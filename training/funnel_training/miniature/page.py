@@ -1,6 +1,5 @@
 """The page of a study: each figure beside the claim of the paper."""
 
-import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -8,6 +7,7 @@ import numpy as np
 
 from funnel_training.miniature.claims import TASK_NAMES, Verdict, recovery_scores, scores_of
 from funnel_training.miniature.study import AWARE_FUNNEL, PRETRAININGS, Results, Run, funnels
+from funnel_training.pictures import png
 from funnel_training.web_page import heading, image, page, paragraphs, table
 
 if TYPE_CHECKING:
@@ -142,9 +142,7 @@ def png_of(figure: Any) -> bytes:
     for axes in figure.axes:
         axes.grid(alpha=0.2)
         axes.legend(frameon=False, fontsize=8)
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=110)
-    return content.getvalue()
+    return png(figure, dpi=110)
 
 
 def verdict_table(verdicts: Sequence[Verdict]) -> str:

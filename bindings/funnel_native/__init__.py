@@ -22,7 +22,7 @@ import numpy as np
 
 ONEDNN = "onednn-cpu-gomp"  # its wheel puts the library below the environment's prefix
 LIMIT = "FUNNEL_CPU_ISA"  # the variable that limits the kernels, and oneDNN, to an instruction set and those below it
-INSTRUCTION_SETS = ("avx2", "avx512", "avx512_bf16", "amx")
+INSTRUCTION_SETS = ("avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx")
 
 
 def limit() -> str | None:
@@ -92,27 +92,36 @@ def preload_onednn() -> None:
     ctypes.CDLL(libraries[0])
 
 
-def pack(weight: np.ndarray, parts: int = 1) -> np.ndarray:
-    """Lays a weight out for oneDNN's products: [out_features, in_features] -> [packed elements], the same dtype.
+def pack(weight: np.ndarray, parts: int = 1, scale: np.ndarray | None = None) -> np.ndarray:
+    """Lays a weight out for the products: [out_features, in_features] -> [packed elements], the same dtype.
 
     Args:
-        weight: float32 or bfloat16, with rows one after another.
-        parts: how many matrices of the same size it is made of; each is packed by itself.
+        weight: float32, bfloat16 or int8, with rows one after another.
+        parts: the number of matrices of equal size that the weight consists of; each is packed by itself.
+        scale: of int8, float32 [out_features]: what each row is multiplied with.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: an argument is something else.
     """
-    is_bfloat16 = str(weight.dtype) == "bfloat16"
-    if weight.ndim != 2 or not (is_bfloat16 or weight.dtype == np.float32) or not weight.flags.c_contiguous:
-        raise ValueError(f"a weight is a contiguous matrix of float32 or bfloat16, not {weight.dtype} {weight.shape}")
-    if not weight.size or weight.shape[0] % parts:
+    dtype = str(weight.dtype)
+    if weight.ndim != 2 or dtype not in ("float32", "bfloat16", "int8") or not weight.flags.c_contiguous:
+        raise ValueError(f"a weight is a contiguous matrix of float32, bfloat16 or int8, not {dtype} {weight.shape}")
+    if not weight.size or parts < 1 or weight.shape[0] % parts:
         raise ValueError(f"a weight of shape {weight.shape} cannot be packed in {parts} parts")
+    if (scale is not None) != (dtype == "int8"):
+        raise ValueError(f"a weight of {dtype} {'needs a scale for each row' if scale is None else 'has no scale'}")
+    scales = np.ones(weight.shape[0], np.float32) if scale is None else np.ascontiguousarray(scale)
+    if scales.dtype != np.float32 or scales.shape != weight.shape[:1]:
+        raise ValueError(f"scale is {scales.dtype} {scales.shape}; it must be float32 {weight.shape[:1]}")
     module, rows = handlers(), weight.shape[0] // parts
-    size = module.packed_size(rows, weight.shape[1], is_bfloat16)
+    size = module.packed_size(rows, weight.shape[1], dtype)
     packed = aligned_empty(parts * size, weight.dtype)
     for part in range(parts):
-        source, target = weight[part * rows :], packed[part * size :]
-        module.pack(source.ctypes.data, rows, weight.shape[1], is_bfloat16, target.ctypes.data)
+        first = part * rows
+        source, target = weight[first:], packed[part * size :]
+        module.pack(
+            source.ctypes.data, scales[first:].ctypes.data, rows, weight.shape[1], dtype, target.ctypes.data
+        )
     return packed
 
 

@@ -22,6 +22,13 @@ static py::tuple names(const char* const* begin, const char* const* end) {
   return py::tuple(all);
 }
 
+static funnel::Dtype dtype_named(const std::string& name) {
+  if (name == "float32") return funnel::Dtype::float32;
+  if (name == "bfloat16") return funnel::Dtype::bfloat16;
+  if (name == "int8") return funnel::Dtype::int8;
+  throw py::value_error("weights are float32, bfloat16 or int8, not " + name);
+}
+
 PYBIND11_MODULE(_handlers, module) {
   funnel::limit_onednn();
   module.def("handlers", [] {
@@ -33,6 +40,7 @@ PYBIND11_MODULE(_handlers, module) {
     return all;
   });
   module.attr("UNIT") = funnel::kUnit;
+  module.attr("GROUP") = funnel::kGroup;
   module.attr("MOST_THREADS") = funnel::kMostThreads;
   module.attr("LIMIT") = funnel::kLimit;
   module.attr("INSTRUCTION_SETS") = names(std::begin(funnel::kInstructionSets) + 1, std::end(funnel::kInstructionSets));
@@ -48,22 +56,37 @@ PYBIND11_MODULE(_handlers, module) {
   module.def("instruction_set", &funnel::instruction_set_name);
   module.def("processor", &funnel::processor_name);
   module.def("limit_instruction_set", &funnel::limit_instruction_set, py::arg("name"));
-  module.def("no_product", &funnel::no_product, py::arg("is_bfloat16"));
-  module.def("packed_size", &funnel::packed_size, py::arg("out_features"), py::arg("in_features"),
-             py::arg("is_bfloat16"));
-  module.def("prepare_product", &funnel::prepare_product, py::arg("rows"), py::arg("out_features"),
-             py::arg("in_features"), py::arg("is_bfloat16"), py::arg("step"), py::arg("threads"),
-             py::call_guard<py::gil_scoped_release>());
-  module.def("suits_whole_rows", &funnel::suits_whole_rows, py::arg("rows"), py::arg("out_features"),
-             py::arg("in_features"), py::arg("is_bfloat16"), py::arg("threads"),
-             py::call_guard<py::gil_scoped_release>());
+  module.def("multiplies_bfloat16", &funnel::multiplies_bfloat16);
+  module.def("prefer_onednn", &funnel::prefer_onednn, py::arg("preferred"));
+  module.def(
+      "packed_size",
+      [](int64_t out_features, int64_t in_features, const std::string& dtype) {
+        return funnel::packed_size(out_features, in_features, dtype_named(dtype));
+      },
+      py::arg("out_features"), py::arg("in_features"), py::arg("dtype"));
+  module.def(
+      "prepare_product",
+      [](int64_t rows, int64_t out_features, int64_t in_features, bool is_bfloat16, const std::string& weights,
+         int64_t step, int64_t threads) {
+        funnel::prepare_product(rows, out_features, in_features, is_bfloat16, dtype_named(weights), step, threads);
+      },
+      py::arg("rows"), py::arg("out_features"), py::arg("in_features"), py::arg("is_bfloat16"), py::arg("weights"),
+      py::arg("step"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+  module.def(
+      "suits_whole_rows",
+      [](int64_t rows, int64_t out_features, int64_t in_features, const std::string& weights, int64_t threads) {
+        return funnel::suits_whole_rows(rows, out_features, in_features, dtype_named(weights), threads);
+      },
+      py::arg("rows"), py::arg("out_features"), py::arg("in_features"), py::arg("weights"), py::arg("threads"),
+      py::call_guard<py::gil_scoped_release>());
   // Addresses, because NumPy's buffers do not know bfloat16; funnel_native.pack checks the arrays.
   module.def(
       "pack",
-      [](uintptr_t weight, int64_t out_features, int64_t in_features, bool is_bfloat16, uintptr_t packed) {
-        funnel::pack(reinterpret_cast<const void*>(weight), out_features, in_features, is_bfloat16,
-                     reinterpret_cast<void*>(packed));
+      [](uintptr_t weight, uintptr_t scales, int64_t out_features, int64_t in_features, const std::string& dtype,
+         uintptr_t packed) {
+        funnel::pack(reinterpret_cast<const void*>(weight), reinterpret_cast<const float*>(scales), out_features,
+                     in_features, dtype_named(dtype), reinterpret_cast<void*>(packed));
       },
-      py::arg("weight"), py::arg("out_features"), py::arg("in_features"), py::arg("is_bfloat16"), py::arg("packed"),
-      py::call_guard<py::gil_scoped_release>());
+      py::arg("weight"), py::arg("scales"), py::arg("out_features"), py::arg("in_features"), py::arg("dtype"),
+      py::arg("packed"), py::call_guard<py::gil_scoped_release>());
 }

@@ -94,27 +94,14 @@ def count_threads(target: Target) -> int:
     return target.threads or len(os.sched_getaffinity(0))
 
 
-def check_product(dtype: np.dtype, target: Target) -> None:
-    """Raises `Unsupported` unless the kernels have a fast matrix product for this dtype on the target."""
-    check(target)
-    if found := product_problem(str(dtype)):
-        raise Unsupported(found)
-
-
-@functools.cache
-def product_problem(dtype: str) -> str | None:
-    """Why the kernels have no fast matrix product for a dtype on this machine; None if they have one."""
-    if found := problem():
-        return found
+def multiplies_bfloat16() -> bool:
+    """Whether the kernels multiply bfloat16 faster than float32 on this machine."""
+    if problem():
+        return False
     import funnel_native
 
-    is_bfloat16, no_product = dtype == "bfloat16", funnel_native.handlers().no_product
-    if not (found := no_product(is_bfloat16)):
-        return None
-    limit = funnel_native.limit()
-    limited = f", with {funnel_native.LIMIT}={limit}" if limit else ""
-    other = "; dtype='float32' has one" if is_bfloat16 and not no_product(False) else ""
-    return f"{found}{limited}{other}"
+    found: bool = funnel_native.handlers().multiplies_bfloat16()
+    return found
 
 
 def call(

@@ -33,7 +33,8 @@ InstructionSet of_this_processor() {
       !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl")) {
     return InstructionSet::avx2;
   }
-  if (!__builtin_cpu_supports("avx512bf16")) return InstructionSet::avx512;
+  if (!__builtin_cpu_supports("avx512vnni")) return InstructionSet::avx512;
+  if (!__builtin_cpu_supports("avx512bf16")) return InstructionSet::avx512_vnni;
   return has_amx() ? InstructionSet::amx : InstructionSet::avx512_bf16;
 }
 
@@ -96,8 +97,9 @@ bool limit_instruction_set(const std::string& name) {
 }
 
 void limit_onednn() {
-  constexpr std::array<dnnl::cpu_isa, 4> kIsas = {dnnl::cpu_isa::isa_default, dnnl::cpu_isa::avx2,
-                                                  dnnl::cpu_isa::avx512_core_vnni, dnnl::cpu_isa::avx512_core_bf16};
+  constexpr std::array<dnnl::cpu_isa, 5> kIsas = {dnnl::cpu_isa::isa_default, dnnl::cpu_isa::avx2,
+                                                  dnnl::cpu_isa::avx512_core, dnnl::cpu_isa::avx512_core_vnni,
+                                                  dnnl::cpu_isa::avx512_core_bf16};
   if (kAllowed == InstructionSet::amx) return;  // without a limit
   // The bits that both have in common are an instruction set too.
   const unsigned isa = static_cast<unsigned>(kIsas[static_cast<size_t>(kAllowed)]) & onednn_allowed();

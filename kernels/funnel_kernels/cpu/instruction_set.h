@@ -10,9 +10,10 @@
 
 namespace funnel {
 
-// Each contains those before it. With `amx` our own kernels are those of avx512_bf16, and oneDNN computes the products.
-enum class InstructionSet { none, avx2, avx512, avx512_bf16, amx };
-constexpr const char* kInstructionSets[] = {"none", "avx2", "avx512", "avx512_bf16", "amx"};
+// Each contains those before it. Only products of int8 have a form for `avx512_vnni`. With `amx` our own kernels are those
+// of avx512_bf16, and oneDNN computes the products of bfloat16 and int8.
+enum class InstructionSet { none, avx2, avx512, avx512_vnni, avx512_bf16, amx };
+constexpr const char* kInstructionSets[] = {"none", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx"};
 constexpr const char* kLimit = "FUNNEL_CPU_ISA";  // the variable that limits the kernels, and oneDNN, to one of them
 
 InstructionSet instruction_set();  // the one that kernels run with
@@ -41,5 +42,5 @@ void limit_onednn();
 
 #define FUNNEL_BEST(name)                                                                             \
   (::funnel::instruction_set() >= ::funnel::InstructionSet::avx512_bf16 ? ::funnel::avx512_bf16::name \
-   : ::funnel::instruction_set() == ::funnel::InstructionSet::avx512    ? ::funnel::avx512::name      \
+   : ::funnel::instruction_set() >= ::funnel::InstructionSet::avx512    ? ::funnel::avx512::name      \
                                                                         : ::funnel::avx2::name)

@@ -2,6 +2,8 @@
 
 #include <immintrin.h>
 
+#include "cpu/packed_weight.h"
+
 namespace funnel::avx512_bf16 {
 namespace {
 
@@ -62,10 +64,11 @@ void multiply_up_to(int64_t rows, Arguments... arguments) {
 void multiply(const void* x, int64_t rows, int64_t in_features, const void* weights, int64_t units, const void* next,
               float* tile) {
   const int64_t depth = in_features / 2, stride = units * kUnit;
+  const int64_t unit_words = words_of(in_features, Dtype::bfloat16) * kUnit;
   const int64_t passes = (depth + kPairs - 1) / kPairs, pass = (depth + passes - 1) / passes;
   const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows, block = (rows + blocks - 1) / blocks;
   const auto packed = [&](int64_t unit, int64_t first) {
-    return static_cast<const Pair*>(weights) + (unit * depth + first) * kUnit;
+    return static_cast<const Pair*>(weights) + unit * unit_words + first * kUnit;
   };
   for (int64_t first = 0; first < depth; first += pass) {
     const auto* from = static_cast<const Pair*>(x) + first;

@@ -4,15 +4,10 @@
 #include <stdint.h>
 
 namespace funnel {
-
-// Output features that are packed together. The last unit of a weight is filled up with zeros.
-constexpr int64_t kUnit = 64;
-
 namespace avx512_bf16 {
 
-// tile [rows, units * kUnit] = x [rows, in_features] times `units` packed units. There is at least one row and one
-// unit, and in_features is a multiple of 32. A unit holds pairs of input features, one pair of every column after
-// another: [in_features / 2, kUnit, 2].
+// tile [rows, units * kUnit] = x [rows, in_features] times `units` packed units (packed_weight.h). There is at least one
+// row and one unit, and in_features is even.
 //
 // While a unit is multiplied, the next one is fetched from memory; after the last one it is the unit at `next`.
 // oneDNN's kernel waits for a tile's weights when it first reads them, and computes then: with 19 rows of 768 input

@@ -34,7 +34,7 @@ def linear(
 
     Args:
         x: float32 or bfloat16.
-        weight: in the dtype of `x`, as `prepare` returns it for the target.
+        weight: in the dtype of `x` or bfloat16, as `prepare` returns it for the target.
         add: in the dtype of `x`, e.g. the residual stream.
         target: where it runs, and with which kernels.
 
@@ -98,7 +98,7 @@ def linear_add_norm(
 
     Args:
         x: float32 or bfloat16.
-        weight: in the dtype of `x`, as `prepare` returns it for the target.
+        weight: in the dtype of `x` or bfloat16, as `prepare` returns it for the target.
         add: in the dtype of `x`, the residual stream.
         norm_weight: zero-centred weight of the norm of the sum (the factor is `1 + weight`).
         update_weight: if given, the product is normalised before it is added (the post-norms of Gemma 2 and 3).
@@ -147,7 +147,7 @@ def project_heads(
 
     Args:
         x: float32 or bfloat16.
-        weight: in the dtype of `x`, as `prepare` returns it for the target.
+        weight: in the dtype of `x` or bfloat16, as `prepare` returns it for the target.
         cos, sin: float32, cosines and sines of the d / 2 angles of each row.
         norms: for each of `heads`, the zero-centred weight of an RMSNorm over d before the rotation (the factor is
             `1 + weight`). None applies no norm.
@@ -190,11 +190,10 @@ def project_heads(
 def check_product(x: jax.Array, weight: Any) -> None:
     """Raises `InputError` unless `x` [N, in] can be multiplied with `weight` [out, in]."""
     check_float("x", x, ndim=2)
-    if isinstance(weight, PackedWeight):
-        if weight.dtype != x.dtype:
-            raise InputError(f"weight is packed as {weight.dtype}; it must be {x.dtype}, so cast it before `prepare`")
-    else:
-        check_float("weight", weight, ndim=2, dtype=x.dtype)
+    if not isinstance(weight, PackedWeight):
+        check_float("weight", weight, ndim=2)
+    if weight.dtype == jnp.float32 != x.dtype:
+        raise InputError(f"weight is float32 and x {x.dtype}; cast the weight to {x.dtype}, or x to float32")
     check_shape("weight", weight, (weight.shape[0], x.shape[1]))
     if not x.shape[0] or not x.shape[1] or not weight.shape[0]:
         raise InputError(f"x has shape {x.shape} and weight {weight.shape}; each needs at least one row and one column")

@@ -14,7 +14,7 @@ namespace {
 
 constexpr int64_t kMostFeatures = int64_t{1} << 24;  // so that no size overflows
 
-// Fills in a product whose x is [rows, in_features] and whose weights are one packed buffer of the same dtype.
+// Fills in a product whose x is [rows, in_features] and whose weights are one packed buffer.
 bool read_product(const ffi::AnyBuffer& x, const ffi::AnyBuffer& weights, int64_t out_features, int64_t parts,
                   Product& product, ffi::Error& error) {
   const auto dtype = x.element_type();
@@ -27,13 +27,19 @@ bool read_product(const ffi::AnyBuffer& x, const ffi::AnyBuffer& weights, int64_
     error = invalid("a product needs at least one row, and from 1 to 2^24 input and output features");
     return false;
   }
-  if (const std::string reason = no_product(dtype == ffi::BF16); !reason.empty()) {
-    error = ffi::Error(ffi::ErrorCode::kUnimplemented, "funnel_native: " + reason);
+  const auto of_weights = weights.element_type();
+  const bool is_bfloat16 = dtype == ffi::BF16;
+  if (of_weights != ffi::S8 && of_weights != ffi::BF16 && (of_weights != ffi::F32 || is_bfloat16)) {
+    error = invalid("packed weights must be int8 or bfloat16, or float32 if x is float32");
     return false;
   }
-  const int64_t size = parts * packed_size(out_features, in_features, dtype == ffi::BF16);
-  if (!fits("packed weights", weights, dtype, {size}, error)) return false;
-  product = {x.untyped_data(), weights.untyped_data(), rows, in_features, out_features, parts, 1, dtype == ffi::BF16};
+  const Dtype weights_dtype = of_weights == ffi::S8     ? Dtype::int8
+                              : of_weights == ffi::BF16 ? Dtype::bfloat16
+                                                        : Dtype::float32;
+  const int64_t size = parts * packed_size(out_features, in_features, weights_dtype);
+  if (!fits("packed weights", weights, of_weights, {size}, error)) return false;
+  product = {x.untyped_data(), weights.untyped_data(), rows, in_features, out_features,
+             parts, 1, is_bfloat16, weights_dtype};
   return true;
 }
 

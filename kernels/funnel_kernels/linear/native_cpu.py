@@ -43,6 +43,7 @@ def linear_add_norm(
         return add_norm(add, product, norm_weight, update_weight, eps=eps, target=target)
     result = jax.ShapeDtypeStruct(add.shape, add.dtype)
     norms = (norm_weight,) if update_weight is None else (norm_weight, update_weight)
+    generate_code(x, weight, weight.shape[0], target, weight.shape[0] // funnel_native.handlers().UNIT)
     return native_calls.call(
         "funnel_linear_add_norm", (result, result), x, weight.packed, add, *norms, eps=float(eps), target=target
     )
@@ -62,11 +63,12 @@ def project_heads(
 ) -> tuple[Heads, ...]:
     rows, head_dim = x.shape[0], 2 * cos.shape[1]
     units, remainder = divmod(head_dim, funnel_native.handlers().UNIT)
-    if remainder or not generate_code(x, weight, weight.shape[0], target, units):
+    if remainder:
         product = linear(x, weight, None, target=target)  # tiles would split heads, so XLA rotates them
         return xla.finish_heads(
             product, cos, sin, norms, x.dtype, heads=heads, plain_heads=plain_heads, eps=eps, target=target
         )
+    generate_code(x, weight, weight.shape[0], target, units)
     groups = (*heads, plain_heads) if plain_heads else heads
     outs = tuple(jax.ShapeDtypeStruct((rows, count * head_dim), x.dtype) for count in groups)
     return native_calls.call(
@@ -88,26 +90,25 @@ def project_heads(
 def has_whole_rows(x: Rows, weight: Weight, target: Target) -> bool:
     """Whether the tiles of the product contain whole rows, so that a norm can follow on each tile."""
     check(weight, target)
-    is_bfloat16, threads = str(x.dtype) == "bfloat16", native_calls.count_threads(target)
-    found: bool = funnel_native.handlers().suits_whole_rows(x.shape[0], *weight.shape, is_bfloat16, threads)
+    dtype, threads = str(weight.dtype), native_calls.count_threads(target)
+    found: bool = funnel_native.handlers().suits_whole_rows(x.shape[0], *weight.shape, dtype, threads)
     return found
 
 
-def generate_code(x: Rows, weight: Weight, out_features: int, target: Target, step: int = 1) -> bool:
+def generate_code(x: Rows, weight: Weight, out_features: int, target: Target, step: int = 1) -> None:
     """Makes oneDNN generate its code for the tiles now, while the program is traced, and not in the first call.
 
-    Each tile has a multiple of `step` units of output features. Returns False if no tile can.
+    Each tile has a multiple of `step` units of output features.
     """
     check(weight, target)
-    is_bfloat16, threads = str(x.dtype) == "bfloat16", native_calls.count_threads(target)
-    shape = x.shape[0], out_features, x.shape[1]
-    made: bool = funnel_native.handlers().prepare_product(*shape, is_bfloat16, step, threads)
-    return made
+    shape, is_bfloat16 = (x.shape[0], out_features, x.shape[1]), str(x.dtype) == "bfloat16"
+    threads = native_calls.count_threads(target)
+    funnel_native.handlers().prepare_product(*shape, is_bfloat16, str(weight.dtype), step, threads)
 
 
 def check(weight: Weight, target: Target) -> None:
     """Raises `Unsupported` unless the kernels can multiply with this weight."""
-    native_calls.check_product(weight.dtype, target)
+    native_calls.check(target)
     if not isinstance(weight, PackedWeight):
         over_mesh = not jax.sharding.get_abstract_mesh().empty
         raise Unsupported(

@@ -16,10 +16,10 @@ Weight = Any  # jax.Array [out_features, in_features] | PackedWeight
 @partial(jax.tree_util.register_dataclass, data_fields=["packed"], meta_fields=["shape", "parts"])
 @dataclasses.dataclass(frozen=True)
 class PackedWeight:
-    """A weight [out_features, in_features] in oneDNN's layout. For JAX it is a pytree of one array.
+    """A weight [out_features, in_features] in the layout of cpu/packed_weight.h. For JAX it is a pytree of one array.
 
     Attributes:
-        packed: a vector of the elements in oneDNN's order.
+        packed: a vector of the weight's elements in that order.
         shape: the shape of the weight.
         parts: the number of matrices of equal size that are packed one after another; 2 for gate and up.
     """
@@ -55,12 +55,13 @@ def prepare(weight: Any, *, parts: int = 1, target: Target) -> Weight:
     """A weight [out_features, in_features] in the layout that the products read on a target.
 
     This is a `PackedWeight`, a copy, if the kernels for CPUs serve the products; otherwise it is the weight itself. A
-    weight that is already packed is returned unchanged.
+    weight that is already packed is returned unchanged. The dtype stays: products of float32 rows read weights of
+    float32 or bfloat16.
 
     Args:
         parts: 2 for `gated_linear`, else 1.
     """
-    if isinstance(weight, PackedWeight) or not packs(weight.dtype, target):
+    if isinstance(weight, PackedWeight) or not packs(target):
         return weight
     if isinstance(weight, jax.ShapeDtypeStruct):  # for tracing: the kernels only look at the shape of the weight
         return PackedWeight(jax.ShapeDtypeStruct((1,), weight.dtype), weight.shape, parts)
@@ -69,12 +70,12 @@ def prepare(weight: Any, *, parts: int = 1, target: Target) -> Weight:
     return PackedWeight(jax.device_put(funnel_native.pack(np.asarray(weight), parts)), weight.shape, parts)
 
 
-def packs(dtype: Any, target: Target) -> bool:
-    """Whether `prepare` packs weights of this dtype for a target."""
+def packs(target: Target) -> bool:
+    """Whether `prepare` packs weights for a target."""
     if "cpu" not in target.candidates:
         return False
     try:
-        native_calls.check_product(np.dtype(dtype), target)
+        native_calls.check(target)
     except Unsupported:
         return False
     return True

@@ -1,0 +1,175 @@
+#include "cpu/product_kernels.h"
+
+#include "cpu/packed_weight.h"
+#include "cpu/simd.h"
+
+namespace funnel::FUNNEL_INSTRUCTION_SET {
+namespace {
+
+// The sums of a block of rows and a few vectors of columns stay in registers: 24 of AVX-512's 32, 12 of AVX2's 16.
+constexpr int kBlockRows = 6;
+constexpr int kVectors = kLanes == 16 ? 4 : 2;
+constexpr int64_t kColumns = kVectors * kLanes;
+constexpr int64_t kPass = kPanel / kUnit;  // input features whose part of a unit stays in a core's cache
+constexpr int64_t kLine = 64;              // bytes
+constexpr int64_t kFetchingBlocks = 3;     // with at least this many there is time to fetch while multiplying
+
+typedef uint32_t WordsAt __attribute__((vector_size(4 * FUNNEL_LANES), aligned(4), may_alias));
+
+// Not std::min, see instruction_set.h.
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <int kRows>
+struct Sums {
+  Floats of[kRows][kVectors];
+
+  void begin(bool fresh, const float* tile, int64_t stride) {
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) of[r][v] = fresh ? Floats{} : load(tile + r * stride + v * kLanes);
+    }
+  }
+
+  // Adds the product of one input feature: of each row at x, and of the weights' vector `v`.
+  void add(const float* x, int64_t x_stride, int v, Floats weights) {
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r) of[r][v] += x[r * x_stride] * weights;
+  }
+
+  void end(float* tile, int64_t stride) const {
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) store(tile + r * stride + v * kLanes, of[r][v]);
+    }
+  }
+};
+
+// kColumns columns of a unit, whose weights are [features, kUnit] float32. With each feature a cache line of `ahead` is
+// fetched, if that is not null.
+struct Wide {
+  const float* weights;
+
+  template <int kRows>
+  void multiply(const float* x, int64_t x_stride, int64_t features, const char* ahead, Sums<kRows>& sums) const {
+    const float* from = weights;
+    for (int64_t i = 0; i < features; ++i, from += kUnit) {
+      if (ahead != nullptr) _mm_prefetch(ahead + i * kLine, _MM_HINT_T1);
+      Floats columns[kVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) columns[v] = load(from + v * kLanes);
+#pragma GCC unroll 6
+      for (int r = 0; r < kRows; ++r) {
+        const float value = x[r * x_stride + i];
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) sums.of[r][v] += value * columns[v];
+      }
+    }
+  }
+};
+
+// The same for weights that are pairs of bfloat16. The first of a pair is the lower half of a word.
+struct Narrow {
+  const uint32_t* weights;
+
+  template <int kRows>
+  void multiply(const float* x, int64_t x_stride, int64_t features, const char*, Sums<kRows>& sums) const {
+    int64_t i = 0;
+    for (; i + 1 < features; i += 2) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        const Words pairs = pairs_at(i, v);
+        sums.add(x + i, x_stride, v, (Floats)(pairs << 16));
+        sums.add(x + i + 1, x_stride, v, (Floats)(pairs & 0xffff0000));
+      }
+    }
+    if (i == features) return;
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) sums.add(x + i, x_stride, v, (Floats)(pairs_at(i, v) << 16));
+  }
+
+  Words pairs_at(int64_t feature, int v) const {
+    return *reinterpret_cast<const WordsAt*>(weights + feature / 2 * kUnit + v * kLanes);
+  }
+};
+
+// The rows of a tile, kColumns columns wide.
+template <int kRows, typename Weights>
+void multiply_rows(const Weights& weights, const float* x, int64_t x_stride, int64_t features, const char* ahead,
+                   bool fresh, float* tile, int64_t tile_stride) {
+  Sums<kRows> sums;
+  sums.begin(fresh, tile, tile_stride);
+  weights.multiply(x, x_stride, features, ahead, sums);
+  sums.end(tile, tile_stride);
+}
+
+// The same for any number of rows up to kRows.
+template <int kRows, typename... Arguments>
+void multiply_up_to(int64_t rows, const Arguments&... arguments) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) return multiply_up_to<kRows - 1>(rows, arguments...);
+  }
+  multiply_rows<kRows>(arguments...);
+}
+
+// `features` features of a unit of bfloat16 as float32, [features, kUnit].
+void widen_unit(const uint32_t* pairs, int64_t features, float* panel) {
+  for (int64_t i = 0; i < features; i += 2, pairs += kUnit, panel += 2 * kUnit) {
+    for (int64_t j = 0; j < kUnit; j += kLanes) {
+      const Words pair = *reinterpret_cast<const WordsAt*>(pairs + j);
+      store(panel + j, (Floats)(pair << 16));
+      store(panel + kUnit + j, (Floats)(pair & 0xffff0000));
+    }
+  }
+}
+
+}  // namespace
+
+void multiply_float32(const float* x, int64_t rows, int64_t in_features, const void* weights,
+                      bool weights_are_bfloat16, int64_t units, const void* next, float* panel, float* tile) {
+  const Dtype dtype = weights_are_bfloat16 ? Dtype::bfloat16 : Dtype::float32;
+  const int64_t per_word = weights_are_bfloat16 ? 2 : 1, lines = 4 / per_word;  // of a feature, in a unit
+  const int64_t stride = units * kUnit, unit_words = words_of(in_features, dtype) * kUnit;
+  const int64_t passes = (in_features + kPass - 1) / kPass, pass = round_up((in_features + passes - 1) / passes, 2);
+  const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows, block = (rows + blocks - 1) / blocks;
+  const auto words = [&](int64_t unit, int64_t first) {
+    return static_cast<const uint32_t*>(weights) + unit * unit_words + first / per_word * kUnit;
+  };
+  for (int64_t first = 0; first < in_features; first += pass) {
+    const int64_t features = smaller(pass, in_features - first);
+    for (int64_t unit = 0; unit < units; ++unit) {
+      const uint32_t* packed = words(unit, first);
+      const auto* ahead = reinterpret_cast<const char*>(unit + 1 < units             ? words(unit + 1, first)
+                                                        : first + pass < in_features ? words(0, first + pass)
+                                                                                     : next);
+      const bool widened = weights_are_bfloat16 && blocks > 1;
+      if (widened) widen_unit(packed, features, panel);
+      int64_t fetched = blocks >= kFetchingBlocks ? 0 : lines;  // of the lines of each feature
+      for (int64_t column = 0; column < kUnit; column += kColumns) {
+        for (int64_t row = 0; row < rows; row += block) {
+          const char* fetch = fetched < lines ? ahead + fetched++ * features * kLine : nullptr;
+          const auto multiply = [&](const auto& part) {
+            multiply_up_to<kBlockRows>(smaller(block, rows - row), part, x + row * in_features + first, in_features,
+                                       features, fetch, first == 0, tile + row * stride + unit * kUnit + column,
+                                       stride);
+          };
+          if (weights_are_bfloat16 && !widened) {
+            multiply(Narrow{packed + column});
+          } else {
+            multiply(Wide{(widened ? panel : reinterpret_cast<const float*>(packed)) + column});
+          }
+        }
+      }
+    }
+  }
+}
+
+void widen(const void* bfloat16, int64_t count, float* out) {
+  const auto* from = static_cast<const Bfloat16*>(bfloat16);
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(out + i, load(from + i));
+  if (i < count) store_some(out + i, load_some(from + i, count - i), count - i);
+}
+
+}  // namespace funnel::FUNNEL_INSTRUCTION_SET

@@ -20,7 +20,7 @@ namespace {
 constexpr int64_t kTileRows = 128;  // with kTileUnits, a tile's float32 result takes 128 KB of a core's cache
 constexpr int64_t kTileUnits = 4;
 constexpr int64_t kFewestRows = 48;     // that make it worthwhile to read a tile's weights again
-constexpr int64_t kTilesPerThread = 4;  // at least, so that threads finish together
+constexpr int64_t kTilesPerThread = 8;  // at least, so that threads finish together
 constexpr int64_t kBlockRows = 6;       // that the kernels compute together
 constexpr int64_t kQuantizedTogether = 1 << 15;  // elements of x: short inputs need no second thread
 

@@ -29,7 +29,7 @@ Array = Any  # np.ndarray on the host, jax.Array inside a compiled program
 IntervalKey = tuple[int, int, str]  # (query stride, key stride, layer type)
 
 ROW_ALIGNMENT = 8  # rows, at every stride level: a TPU register is 8 rows tall
-LEAST_BUCKET = 16  # rows; below this, weight traffic hides the cost of padding
+ROW_ALIGNMENT_OF_CPUS = 4  # their kernels take any number; fewer numbers of rows mean fewer programs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,21 +202,29 @@ class LevelRows:
         return out
 
 
-def row_buckets(plan: Plan, max_tokens: int, min_tokens: int = 1) -> tuple[int, ...]:
+def row_buckets(
+    plan: Plan, max_tokens: int, min_tokens: int = 1, *, alignment: int = ROW_ALIGNMENT
+) -> tuple[int, ...]:
     """The sizes of the packed axis that are compiled, ascending: 4, 5, 6 and 7 times each power of two.
 
-    Each is rounded up to a multiple of 8 rows at the deepest level. A batch of `n` rows gets a bucket of at most
-    `1.25 * n + 8 * total_stride` rows and at least 16. The largest bucket has room for one sequence of `max_tokens`
-    tokens, the smallest one for a sequence of `min_tokens`.
+    Each is rounded up to a multiple of `alignment` rows at the deepest level. A batch of `n` rows gets a bucket of at
+    most `1.25 * n + alignment * total_stride` rows and at least `2 * alignment`: with fewer rows, weight traffic hides
+    the cost of padding. The largest bucket has room for one sequence of `max_tokens` tokens, the smallest one for a
+    sequence of `min_tokens`.
     """
-    unit = ROW_ALIGNMENT * plan.total_stride
+    unit = alignment * plan.total_stride
     largest = round_up(plan.rows_needed(max_tokens), unit)
     sizes = {largest}
-    scale = LEAST_BUCKET // 4
+    scale = alignment // 2
     while 4 * scale < largest:
         sizes.update(round_up(step * scale, unit) for step in (4, 5, 6, 7))
         scale *= 2
     return tuple(sorted(size for size in sizes if plan.rows_needed(min_tokens) <= size <= largest))
+
+
+def row_alignment(platform: str) -> int:
+    """The alignment of the buckets for a JAX platform: "cpu", "gpu" or "tpu"."""
+    return ROW_ALIGNMENT_OF_CPUS if platform == "cpu" else ROW_ALIGNMENT
 
 
 def sequence_bucket(sequences: int) -> int:

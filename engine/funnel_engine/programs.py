@@ -20,7 +20,7 @@ from funnel_engine.devices import Devices, batch_shapes
 from funnel_engine.heads import HeadConfig, head_shapes, make_heads
 from funnel_engine.jax_settings import default_settings
 from funnel_engine.model import forward
-from funnel_engine.packing import Batch, Ints, make_plan, row_buckets, sequence_bucket, sequence_buckets
+from funnel_engine.packing import Batch, Ints, make_plan, row_alignment, row_buckets, sequence_bucket, sequence_buckets
 from funnel_engine.xla_options import compiler_options
 from funnel_kernels import Record
 from funnel_kernels.errors import ConfigError
@@ -101,7 +101,8 @@ class Programs:
         """
         self.funnel, self.min_tokens = funnel, max(1, min_tokens)
         self.plan = make_plan(config, funnel)
-        self.buckets = row_buckets(self.plan, max_batch_tokens, self.min_tokens)
+        alignment = row_alignment(devices.target.platform)
+        self.buckets = row_buckets(self.plan, max_batch_tokens, self.min_tokens, alignment=alignment)
         self.heads = {each.name: each for each in make_heads(head, self.plan, config.pad_token_id)}
         self.params, self.devices = params, devices
         self.head_params = {name: params[name] for name in head_shapes(config.hidden_size, head)}

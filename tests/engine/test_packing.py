@@ -249,17 +249,19 @@ plans = st.sampled_from(PLANS)
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
-@given(plans, st.integers(1, 20_000))
-def test_buckets_bound_the_padding(plan, max_tokens):
-    buckets = packing.row_buckets(plan, max_tokens)
-    unit = 8 * plan.total_stride
+@given(plans, st.integers(1, 20_000), st.sampled_from(["cpu", "gpu", "tpu"]))
+def test_buckets_bound_the_padding(plan, max_tokens, platform):
+    alignment = packing.row_alignment(platform)
+    assert alignment == (4 if platform == "cpu" else 8)
+    buckets = packing.row_buckets(plan, max_tokens, alignment=alignment)
+    unit = alignment * plan.total_stride
     assert list(buckets) == sorted(set(buckets))
     assert all(bucket % unit == 0 for bucket in buckets)
     one_sequence = int(plan.rows_needed(np.array([max_tokens], np.int32))[0])
     assert one_sequence <= buckets[-1] < one_sequence + unit
     for smaller, bucket in itertools.pairwise((0, *buckets)):  # the least that falls into a bucket wastes the most
         least = smaller + 1
-        assert bucket <= max(1.25 * least + unit, packing.LEAST_BUCKET)
+        assert bucket <= max(1.25 * least + unit, 2 * alignment)
     assert len(buckets) <= 4 * math.log2(max(buckets[-1], 16)) + 1
 
 

@@ -10,8 +10,8 @@
 
 namespace funnel {
 
-// Each contains those before it. Only products of int8 have a form for `avx512_vnni`. With `amx` our own kernels are those
-// of avx512_bf16, and oneDNN computes the products of bfloat16 and int8.
+// Each contains those before it. Only products of int8 have a form for `avx512_vnni`. With `amx` our own kernels are
+// those of avx512_bf16, and oneDNN computes the products of bfloat16 and int8.
 enum class InstructionSet { none, avx2, avx512, avx512_vnni, avx512_bf16, amx };
 constexpr const char* kInstructionSets[] = {"none", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx"};
 constexpr const char* kLimit = "FUNNEL_CPU_ISA";  // the variable that limits the kernels, and oneDNN, to one of them

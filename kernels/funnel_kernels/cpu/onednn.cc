@@ -46,10 +46,10 @@ class Matmul {
     OneThread one_thread;
     dnnl::primitive_attr attributes;
     attributes.set_scratchpad_mode(dnnl::scratchpad_mode::user);
-    description_ = dnnl::matmul::primitive_desc(
-        cpu(), memory::desc({rows, features}, x_type, memory::dims{x_stride, 1}),
-        memory::desc({features, columns}, weights_type, layout),
-        memory::desc({rows, columns}, out_type, memory::format_tag::ab), attributes);
+    description_ =
+        dnnl::matmul::primitive_desc(cpu(), memory::desc({rows, features}, x_type, memory::dims{x_stride, 1}),
+                                     memory::desc({features, columns}, weights_type, layout),
+                                     memory::desc({rows, columns}, out_type, memory::format_tag::ab), attributes);
     product_ = dnnl::matmul(description_);
   }
 
@@ -83,9 +83,7 @@ class Matmul {
       arguments[DNNL_ARG_SCRATCHPAD].set_data_handle(scratchpad);
     }
 
-    static memory without_data(const memory::desc& description) {
-      return memory(description, cpu(), DNNL_MEMORY_NONE);
-    }
+    static memory without_data(const memory::desc& description) { return memory(description, cpu(), DNNL_MEMORY_NONE); }
   };
 
   dnnl::matmul::primitive_desc description_;
@@ -107,9 +105,7 @@ const Matmul& matmul(int64_t rows, int64_t units, int64_t features, int64_t x_st
   return *all.emplace(key, std::move(made)).first->second;
 }
 
-int64_t features_of_group(int64_t group, int64_t in_features) {
-  return std::min(kGroup, in_features - group * kGroup);
-}
+int64_t features_of_group(int64_t group, int64_t in_features) { return std::min(kGroup, in_features - group * kGroup); }
 
 }  // namespace
 

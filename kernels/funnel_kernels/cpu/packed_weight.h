@@ -19,9 +19,13 @@ constexpr int64_t kGroup = 256;     // input features of a row of x that share a
 // The functions are static: sources that are compiled for several instruction sets read this header too.
 enum class Dtype { float32, bfloat16, int8 };
 
-static constexpr int64_t bytes_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : dtype == Dtype::bfloat16 ? 2 : 1; }
+static constexpr int64_t bytes_of(Dtype dtype) {
+  return dtype == Dtype::float32 ? 4 : dtype == Dtype::bfloat16 ? 2 : 1;
+}
 
-static constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+static constexpr int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
 
 static constexpr int64_t units_of(int64_t features) { return (features + kUnit - 1) / kUnit; }
 

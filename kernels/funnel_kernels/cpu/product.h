@@ -25,7 +25,7 @@ struct Product {
   const void* x;        // [rows, in_features]
   const void* weights;  // `parts` packed weights of out_features rows each, one after another
   int64_t rows, in_features, out_features, parts;
-  int64_t step;  // units; a tile has a multiple of them, so that heads, or rows, are whole
+  int64_t step;      // units; a tile has a multiple of them, so that heads, or rows, are whole
   bool is_bfloat16;  // x, and what is made of the tiles; else float32
   Dtype weights_dtype;
 

@@ -6,8 +6,8 @@
 namespace funnel {
 namespace avx512_bf16 {
 
-// tile [rows, units * kUnit] = x [rows, in_features] times `units` packed units (packed_weight.h). There is at least one
-// row and one unit, and in_features is even.
+// tile [rows, units * kUnit] = x [rows, in_features] times `units` packed units (packed_weight.h). There is at least
+// one row and one unit, and in_features is even.
 //
 // While a unit is multiplied, the next one is fetched from memory; after the last one it is the unit at `next`.
 // oneDNN's kernel waits for a tile's weights when it first reads them, and computes then: with 19 rows of 768 input

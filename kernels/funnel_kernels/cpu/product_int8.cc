@@ -31,9 +31,7 @@ static Ints add_products(Ints sums, FourValues x, Ints weights) {
   return (Ints)_mm512_dpbusd_epi32((__m512i)sums, _mm512_set1_epi32(static_cast<int>(x)), (__m512i)weights);
 }
 
-static Ints first_sums(const int32_t* offsets, int v) {
-  return *reinterpret_cast<const IntsAt*>(offsets + v * kLanes);
-}
+static Ints first_sums(const int32_t* offsets, int v) { return *reinterpret_cast<const IntsAt*>(offsets + v * kLanes); }
 
 // Vector `v` of the columns' sums.
 static Ints column_sums(const Ints* sums, int v) { return sums[v]; }
@@ -85,8 +83,7 @@ static void store_values(Value* to, Ints values) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_maskz_cvtepi32_epi16(-1, (__m512i)values));
 #else  // packs within each half of the register, then brings the two results together
   const __m256i packed = _mm256_packs_epi32((__m256i)values, (__m256i)values);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
-                   _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
 #endif
 }
 
@@ -196,7 +193,8 @@ void quantize(const void* x, bool is_bfloat16, int64_t rows, int64_t in_features
 void multiply_int8(QuantizedRows x, int64_t rows, int64_t in_features, const void* weights, int64_t units,
                    const void* next, float* tile) {
   const int64_t words = (in_features + 3) / 4, groups = groups_of(in_features), stride = units * kUnit;
-  const int64_t all_words = words_of(in_features, Dtype::int8) * kUnit * 4, unit_size = unit_bytes(in_features, Dtype::int8);
+  const int64_t all_words = words_of(in_features, Dtype::int8) * kUnit * 4,
+                unit_size = unit_bytes(in_features, Dtype::int8);
   const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows, block = (rows + blocks - 1) / blocks;
   const int64_t x_stride = x.value_stride / static_cast<int64_t>(sizeof(Value)), lines = 4;  // of a word, in a unit
   const auto packed = [&](int64_t unit, int64_t group) {
@@ -207,17 +205,18 @@ void multiply_int8(QuantizedRows x, int64_t rows, int64_t in_features, const voi
     for (int64_t unit = 0; unit < units; ++unit) {
       const auto* scales = reinterpret_cast<const float*>(packed(unit, 0) + all_words);
       const auto* offsets = reinterpret_cast<const int32_t*>(scales + kUnit) + group * kUnit;
-      const auto* ahead = reinterpret_cast<const char*>(unit + 1 < units    ? packed(unit + 1, group)
+      const auto* ahead = reinterpret_cast<const char*>(unit + 1 < units     ? packed(unit + 1, group)
                                                         : group + 1 < groups ? packed(0, group + 1)
                                                                              : next);
       int64_t fetched = blocks >= kFetchingBlocks ? 0 : lines;
       for (int64_t column = 0; column < kUnit; column += kColumns) {
         for (int64_t row = 0; row < rows; row += block) {
           const char* fetch = fetched < lines ? ahead + fetched++ * group_words * kLine : nullptr;
-          multiply_up_to<kBlockRows>(
-              smaller(block, rows - row), static_cast<const Value*>(x.values) + row * x_stride + group * kGroup,
-              x_stride, x.scales + row * groups + group, groups, group_words, packed(unit, group) + column * 4,
-              offsets + column, scales + column, fetch, group == 0, tile + row * stride + unit * kUnit + column, stride);
+          multiply_up_to<kBlockRows>(smaller(block, rows - row),
+                                     static_cast<const Value*>(x.values) + row * x_stride + group * kGroup, x_stride,
+                                     x.scales + row * groups + group, groups, group_words,
+                                     packed(unit, group) + column * 4, offsets + column, scales + column, fetch,
+                                     group == 0, tile + row * stride + unit * kUnit + column, stride);
         }
       }
     }
@@ -228,8 +227,8 @@ void multiply_int8(QuantizedRows x, int64_t rows, int64_t in_features, const voi
 
 void add_group(const int32_t* sums, const QuantizedRows& x, int64_t rows, int64_t in_features, int64_t group,
                const void* unit, float* tile, int64_t tile_stride) {
-  const auto* scales = reinterpret_cast<const float*>(static_cast<const char*>(unit) +
-                                                      words_of(in_features, Dtype::int8) * kUnit * 4);
+  const auto* scales =
+      reinterpret_cast<const float*>(static_cast<const char*>(unit) + words_of(in_features, Dtype::int8) * kUnit * 4);
   const auto* offsets = reinterpret_cast<const int32_t*>(scales + kUnit) + group * kUnit;
   const float* x_scales = x.scales + group;
   for (int64_t row = 0; row < rows; ++row, sums += kUnit, tile += tile_stride, x_scales += groups_of(in_features)) {

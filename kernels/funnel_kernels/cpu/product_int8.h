@@ -1,10 +1,10 @@
 // The product of a tile with weights of int8, for every processor with AVX2.
 //
-// x is quantized while it runs: in each row, kGroup neighbouring input features have a scale, the largest absolute value
-// divided by 127, and a value is the nearest integer to x / scale. int32 sums of a group become float32, times the scale
-// of x and the scale of the weight. With VNNI, one instruction multiplies four values without sign by four with sign, so
-// there x is stored as uint8, 128 too large, and the sums begin with the `offsets` of the packed weight. Without it, x is
-// int16.
+// x is quantized while it runs: in each row, kGroup neighbouring input features have a scale, the largest absolute
+// value divided by 127, and a value is the nearest integer to x / scale. int32 sums of a group become float32, times
+// the scale of x and the scale of the weight. With VNNI, one instruction multiplies four values without sign by four
+// with sign, so there x is stored as uint8, 128 too large, and the sums begin with the `offsets` of the packed weight.
+// Without it, x is int16.
 #pragma once
 
 #include <stdint.h>
@@ -41,8 +41,7 @@ struct QuantizedRows {
 FUNNEL_INT8_KERNEL(int64_t, quantized_bytes, int64_t in_features)
 
 // x [rows, in_features] of float32 or bfloat16. A group with a value that is not finite gets a scale that is not.
-FUNNEL_INT8_KERNEL(void, quantize, const void* x, bool is_bfloat16, int64_t rows, int64_t in_features,
-                   QuantizedRows to)
+FUNNEL_INT8_KERNEL(void, quantize, const void* x, bool is_bfloat16, int64_t rows, int64_t in_features, QuantizedRows to)
 
 // tile [rows, units * kUnit] = x times `units` packed units, as multiply_float32 in product_kernels.h.
 FUNNEL_INT8_KERNEL(void, multiply_int8, QuantizedRows x, int64_t rows, int64_t in_features, const void* weights,
@@ -51,7 +50,8 @@ FUNNEL_INT8_KERNEL(void, multiply_int8, QuantizedRows x, int64_t rows, int64_t i
 namespace avx512_vnni {
 
 // What follows the product of one group with another kernel: tile [rows, kUnit] += (sums + the offsets of the group),
-// times the scales. sums: [rows, kUnit]; the tile is not read for group 0, and has `tile_stride` elements from row to row.
+// times the scales. sums: [rows, kUnit]; the tile is not read for group 0, and has `tile_stride` elements from row to
+// row.
 void add_group(const int32_t* sums, const QuantizedRows& x, int64_t rows, int64_t in_features, int64_t group,
                const void* unit, float* tile, int64_t tile_stride);
 

@@ -31,7 +31,7 @@ struct Sums {
     }
   }
 
-  // Adds the product of one input feature: of each row at x, and of the weights' vector `v`.
+  // Adds the product of one input feature: of each row at x, and of one vector of its weights.
   void add(const float* x, int64_t x_stride, int v, Floats weights) {
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) of[r][v] += x[r * x_stride] * weights;
@@ -126,8 +126,8 @@ void widen_unit(const uint32_t* pairs, int64_t features, float* panel) {
 
 }  // namespace
 
-void multiply_float32(const float* x, int64_t rows, int64_t in_features, const void* weights,
-                      bool weights_are_bfloat16, int64_t units, const void* next, float* panel, float* tile) {
+void multiply_float32(const float* x, int64_t rows, int64_t in_features, const void* weights, bool weights_are_bfloat16,
+                      int64_t units, const void* next, float* panel, float* tile) {
   const Dtype dtype = weights_are_bfloat16 ? Dtype::bfloat16 : Dtype::float32;
   const int64_t per_word = weights_are_bfloat16 ? 2 : 1, lines = 4 / per_word;  // of a feature, in a unit
   const int64_t stride = units * kUnit, unit_words = words_of(in_features, dtype) * kUnit;

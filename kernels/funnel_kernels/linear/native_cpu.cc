@@ -38,8 +38,8 @@ bool read_product(const ffi::AnyBuffer& x, const ffi::AnyBuffer& weights, int64_
                                                         : Dtype::float32;
   const int64_t size = parts * packed_size(out_features, in_features, weights_dtype);
   if (!fits("packed weights", weights, of_weights, {size}, error)) return false;
-  product = {x.untyped_data(), weights.untyped_data(), rows, in_features, out_features,
-             parts, 1, is_bfloat16, weights_dtype};
+  product = {x.untyped_data(), weights.untyped_data(), rows, in_features, out_features, parts, 1,
+             is_bfloat16,      weights_dtype};
   return true;
 }
 

@@ -7,10 +7,8 @@ case, most of it compilation: it gets a part of the grid, in which every value o
 Nothing here uses the engine: the intervals of packed sequences are spelled out row by row.
 """
 
-import contextlib
 import dataclasses
 import itertools
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -20,7 +18,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from funnel_kernels import BACKENDS as BACKEND_TABLE
-from funnel_kernels import BackendUnavailable, PackedWeight, Target, native_calls, prepare
+from funnel_kernels import PackedWeight, Target, prepare
 from funnel_kernels.recover_norm import MODES, SITES
 
 BACKENDS = tuple(BACKEND_TABLE)
@@ -47,27 +45,11 @@ def refuses(op: str, backend: str, case: Any) -> bool:
     return REFUSALS.get((op, backend), lambda case: False)(case)
 
 
-def no_product(dtype: str) -> str | None:
-    """Why backend "cpu" has no matrix products of a dtype on this processor; None if it has."""
-    return native_calls.product_problem(dtype)
-
-
 def packed_weight(weight: np.ndarray, parts: int = 1) -> PackedWeight:
-    """As `prepare` packs it for backend "cpu"; where that has no products, one that nothing may read."""
+    """As `prepare` packs it for backend "cpu"."""
     prepared = prepare(weight, parts=parts, target=target("cpu"))
-    if no_product(str(weight.dtype)):
-        assert prepared is weight
-        return PackedWeight(weight.ravel(), weight.shape, parts)
     assert isinstance(prepared, PackedWeight)
     return prepared
-
-
-@contextlib.contextmanager
-def served_or_refused(dtype: str, backend: str = "cpu") -> Iterator[None]:
-    """Products of a dtype inside are served where the backend has them, and elsewhere refused with the reason."""
-    reason = no_product(dtype) if backend == "cpu" else None
-    with pytest.raises(BackendUnavailable, match=re.escape(reason)) if reason else contextlib.nullcontext():
-        yield
 
 
 def over_the_grid(op: str, backends: Iterable[str] = BACKENDS) -> pytest.MarkDecorator:
@@ -380,9 +362,19 @@ ADD_NORM_CASES = {
 # -------------------------------------------------------------------------------------------------------- linear
 
 
+PRODUCT_DTYPES = (("float32", None), ("bfloat16", None), ("float32", "bfloat16"))  # `dtype` and `weights` of a case
+
+
+def dtypes_named(dtype: str, weights: str | None) -> str:
+    return f"{dtype} with {weights}" if weights else dtype
+
+
 @dataclasses.dataclass(frozen=True)
 class LinearCase:
-    """A product, or with `gated` a gate and what it gates: twice as many rows of weights."""
+    """A product, or with `gated` a gate and what it gates: twice as many rows of weights.
+
+    `weights` is their dtype, if it is not that of x.
+    """
 
     rows: int
     in_features: int
@@ -390,6 +382,7 @@ class LinearCase:
     dtype: str = "float32"
     add: bool = False
     gated: bool = False
+    weights: str | None = None
 
     def arrays(self) -> tuple[np.ndarray | None, ...]:
         """x, weight and what is added (None without); the products are of the size of what is added."""
@@ -397,24 +390,26 @@ class LinearCase:
         x = normal(10, self.rows, self.in_features)
         weight = normal(11, self.out_features * (1 + self.gated), self.in_features) / self.in_features**0.5
         add = normal(12, self.rows, self.out_features).astype(dtype) if self.add else None
-        return x.astype(dtype), weight.astype(dtype), add
+        return x.astype(dtype), weight.astype(jnp.dtype(self.weights or self.dtype)), add
 
 
 LINEAR_SIZES = ((1, 1, 1), (1, 64, 128), (3, 7, 5), (16, 256, 320), (129, 96, 65), (130, 48, 600), (300, 640, 64))
 LINEAR_CASES = {
-    f"{'x'.join(map(str, size))}, {dtype}{', add' if add else ''}": LinearCase(*size, dtype, add=add)
+    f"{'x'.join(map(str, size))}, {dtypes_named(dtype, weights)}{', add' if add else ''}": LinearCase(
+        *size, dtype, add=add, weights=weights
+    )
     for size in LINEAR_SIZES
-    for dtype in DTYPES
+    for dtype, weights in PRODUCT_DTYPES
     for add in (False, True)
 } | {
     # More rows than a core's cache holds: the kernels for CPUs work on them in groups, the last of which is smaller.
-    f"1100x768x520, {dtype}": LinearCase(1100, 768, 520, dtype)
-    for dtype in DTYPES
+    f"1100x768x520, {dtypes_named(dtype, weights)}": LinearCase(1100, 768, 520, dtype, weights=weights)
+    for dtype, weights in PRODUCT_DTYPES
 }
 GATED_CASES = {
-    f"{'x'.join(map(str, size))}, {dtype}": LinearCase(*size, dtype, gated=True)
+    f"{'x'.join(map(str, size))}, {dtypes_named(dtype, weights)}": LinearCase(*size, dtype, gated=True, weights=weights)
     for size in LINEAR_SIZES
-    for dtype in DTYPES
+    for dtype, weights in PRODUCT_DTYPES
 }
 
 
@@ -427,18 +422,20 @@ class LinearAddNormCase:
     width: int
     dtype: str = "float32"
     normed: bool = False
+    weights: str | None = None
 
     def arrays(self) -> tuple[np.ndarray | None, ...]:
         """x, weight, what is added to, the norm's weight and update_weight."""
-        x, weight, add = LinearCase(self.rows, self.in_features, self.width, self.dtype, add=True).arrays()
+        product = LinearCase(self.rows, self.in_features, self.width, self.dtype, add=True, weights=self.weights)
+        x, weight, add = product.arrays()
         norm_weight, update_weight = 0.3 * normal(16, 2, self.width).astype(x.dtype)
         return x, weight, add, norm_weight, update_weight if self.normed else None
 
 
 # From some hundred rows on the kernels for CPUs make whole rows at a time, if these are whole units of packed weights.
 LINEAR_ADD_NORM_CASES = {
-    f"{rows}x{in_features}x{width}, {dtype}{', normed' if normed else ''}": LinearAddNormCase(
-        rows, in_features, width, dtype, normed
+    f"{rows}x{in_features}x{width}, {dtypes_named(dtype, weights)}{', normed' if normed else ''}": LinearAddNormCase(
+        rows, in_features, width, dtype, normed, weights
     )
     for rows, in_features, width in (
         (1, 1, 1),
@@ -449,7 +446,7 @@ LINEAR_ADD_NORM_CASES = {
         (500, 64, 100),
         (400, 32, 1152),
     )
-    for dtype in DTYPES
+    for dtype, weights in PRODUCT_DTYPES
     for normed in (False, True)
 }
 
@@ -465,15 +462,17 @@ class HeadsCase:
     plain_heads: int
     dtype: str = "float32"
     normed: bool = False
+    weights: str | None = None
 
     def arrays(self) -> tuple[Any, ...]:
         """x, weight, cosines, sines and norms; a product is about 1 in size, an angle anything."""
         dtype = jnp.dtype(self.dtype)
         out_features = (sum(self.heads) + self.plain_heads) * self.head_dim
         x = normal(20, self.rows, self.in_features).astype(dtype)
-        weight = (normal(21, out_features, self.in_features) / self.in_features**0.5).astype(dtype)
+        weight = normal(21, out_features, self.in_features) / self.in_features**0.5
         angles = (10 * normal(22, self.rows, self.head_dim // 2)).astype(np.float32)
         norms = tuple(0.3 * normal(23 + index, self.head_dim).astype(dtype) for index in range(len(self.heads)))
+        weight = weight.astype(jnp.dtype(self.weights or self.dtype))
         return x, weight, np.cos(angles), np.sin(angles), norms if self.normed else None
 
     def options(self) -> dict[str, Any]:
@@ -492,11 +491,12 @@ HEADS_SIZES = (  # rows, input features, head dim, heads, plain heads
     (9, 64, 512, (2, 1), 0),
 )
 HEADS_CASES = {
-    f"{rows} rows, {'+'.join(map(str, heads))}+{plain} heads of {d}, {dtype}{', normed' * normed}": HeadsCase(
-        rows, in_features, d, heads, plain, dtype, normed
-    )
+    (
+        f"{rows} rows, {'+'.join(map(str, heads))}+{plain} heads of {d}, "
+        f"{dtypes_named(dtype, weights)}{', normed' * normed}"
+    ): HeadsCase(rows, in_features, d, heads, plain, dtype, normed, weights)
     for rows, in_features, d, heads, plain in HEADS_SIZES
-    for dtype in DTYPES
+    for dtype, weights in PRODUCT_DTYPES
     for normed in (False, True)
 }
 

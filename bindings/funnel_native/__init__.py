@@ -119,9 +119,7 @@ def pack(weight: np.ndarray, parts: int = 1, scale: np.ndarray | None = None) ->
     for part in range(parts):
         first = part * rows
         source, target = weight[first:], packed[part * size :]
-        module.pack(
-            source.ctypes.data, scales[first:].ctypes.data, rows, weight.shape[1], dtype, target.ctypes.data
-        )
+        module.pack(source.ctypes.data, scales[first:].ctypes.data, rows, weight.shape[1], dtype, target.ctypes.data)
     return packed
 
 

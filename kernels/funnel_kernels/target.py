@@ -12,7 +12,7 @@ from funnel_kernels.errors import BackendUnavailable
 BACKENDS = {
     "triton": "NVIDIA GPUs of compute capability 8.0 and newer: kernels in Triton; products are XLA's",
     "tpu": "TPUs v4, v5e, v5p, v6e and 7x: kernels in Pallas; products are XLA's",
-    "cpu": "x86-64 CPUs with AVX2 and newer: kernels in C++; float32 products need AVX-512, bfloat16 ones AVX-512-BF16",
+    "cpu": "x86-64 CPUs with AVX2 and newer: kernels in C++; without AVX-512-BF16, bfloat16 is multiplied in float32",
     "xla": "anywhere: portable jax.numpy, block by block",
     "reference": "anywhere: the specification, dense and slow; served only when asked for by name",
 }

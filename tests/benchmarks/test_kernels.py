@@ -27,7 +27,7 @@ from funnel_benchmarks.results import LeftOut, read_results
 from funnel_benchmarks.suite import row_line
 from funnel_engine import ConfigError, FunnelError
 from funnel_engine.hugging_face_config import read_model_config
-from option_grid import no_product, served_or_refused
+from funnel_kernels import native_calls
 
 CONFIG = read_model_config(
     {
@@ -130,13 +130,11 @@ def test_row_wise_ops_take_more_rows_than_a_cache_holds():
 
 def test_every_case_computes_the_same_on_every_backend():
     for case in cases(sizes()):
-        native = case.name.startswith(("linear_add_norm", "attention", "add_norm", "pool_norm", "recover_norm"))
-        with served_or_refused("float32", "xla" if native else "cpu"):
-            results = (jax.tree.leaves(case.make(backend)()) for backend in ("cpu", "xla"))
-            for one, other in zip(*results, strict=True):
-                one, other = (np.asarray(each, np.float64) for each in (one, other))
-                assert np.abs(other).max() > 0.1
-                np.testing.assert_allclose(one, other, rtol=0, atol=1e-4 * np.abs(other).max(), err_msg=case.name)
+        results = (jax.tree.leaves(case.make(backend)()) for backend in ("cpu", "xla"))
+        for one, other in zip(*results, strict=True):
+            one, other = (np.asarray(each, np.float64) for each in (one, other))
+            assert np.abs(other).max() > 0.1
+            np.testing.assert_allclose(one, other, rtol=0, atol=1e-4 * np.abs(other).max(), err_msg=case.name)
 
 
 def test_backends_here_are_those_of_the_device():
@@ -198,10 +196,12 @@ def test_cudnn_gets_the_same_data_in_its_own_shape(monkeypatch):
         dict(make_suite([theirs]).cells(None))[f"{ours.name}; {CUDNN}"]()
 
 
-def test_ceilings_of_a_cpu():
-    with ceilings("float32", 64, 0.0) as (product, copy):
-        assert (product.name, product.work) == ("product", 2 * (32**3 if no_product("float32") else 16 * 32 * 256))
-        assert ("oneDNN" in product.about) != bool(no_product("float32"))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_ceilings_of_a_cpu(dtype):
+    computed = dtype if native_calls.multiplies_bfloat16() else "float32"
+    with ceilings(dtype, 64, 0.0) as (product, copy):
+        assert (product.name, product.work) == ("product", 2 * 16 * 32 * 256)
+        assert product.about.startswith(f"16 x 32 x 256, {computed}, oneDNN (")
         assert (copy.name, copy.work) == ("copy", 2 * 2**16)
         assert all(ceiling.sample() > 0 for ceiling in (product, copy))
 
@@ -226,7 +226,7 @@ def test_ceilings_elsewhere_are_those_of_xla(monkeypatch):
 
 
 def test_without_our_kernels_the_product_is_that_of_xla(monkeypatch):
-    monkeypatch.setattr(ceilings_module, "packs", lambda dtype, backend: False)
+    monkeypatch.setattr(ceilings_module, "packs", lambda target: False)
     with ceilings("float32", 64, 0.0) as (product, _):
         assert product.about == "32 x 32 x 32, float32, XLA"
 
@@ -295,13 +295,13 @@ def result(tmp_path_factory):
 
 
 def test_the_command(result):
-    rows, reason = result["rows"], no_product("float32")  # which these cases are
+    rows = result["rows"]
     assert result["complete"]
+    assert not result["left_out"]
     assert result["options"]["lengths"] == [8, 8, 8]
     names = [row["cell"].rpartition("; ")[2] for row in rows]
     assert names[:4] == ["ceiling: product", "ceiling: copy", "xla", "xla"]
-    assert [row["backend"] for row in rows[2:]] == ["xla", "xla", "cpu", "cpu"][: 3 if reason else 4]
-    assert [reason in entry["reason"] for entry in result["left_out"]] == ([True] if reason else [])
+    assert [row["backend"] for row in rows[2:]] == ["xla", "xla", "cpu", "cpu"]
     for row in rows:
         assert row_line(Suite.section, result, row).startswith(f"{row['cell']}: ")
 
@@ -319,16 +319,15 @@ def test_the_section_of_a_result(result):
     made = Suite.section(content)
     shares = {row["cell"]: row["share"]["median"] for row in content["rows"] if "share" in row}
     whole = [share for cell, share in shares.items() if cell.startswith("embed") and cell.endswith("cpu")]
-    assert len(whole) == (0 if no_product("float32") else 1)
-    assert all(f"{share:.2f} with cpu" in made.summary for share in whole)
+    (share,) = whole
+    assert f"{share:.2f} with cpu" in made.summary
     ceiling_table, table = made.tables
     assert [row[0].text for row in ceiling_table.cells] == ["product", "copy"]
     assert [row[1].value for row in table.cells] == list(shares.values())
     assert len(made.plots) == 2  # what products bound, and what copies do
     for plot in made.plots:
         (panel,) = plot.panels
-        backends = ["xla", "cpu"] if whole or plot is made.plots[1] else ["xla"]
-        assert [series.label for series in panel.series] == backends
+        assert [series.label for series in panel.series] == ["xla", "cpu"]
         assert list(panel.references.values()) == [1.0]
         for series in panel.series:
             ((place,), (value,)) = series.at, series.values

@@ -25,7 +25,6 @@ CACHES = (
     funnel_native.problem,
     funnel_native.handlers,
     native_calls.problem,
-    native_calls.product_problem,
     native_calls.warn_without_kernels,
 )
 REASON = Path(funnel_native.__file__).with_name("not_built.txt")
@@ -53,6 +52,7 @@ def test_here_they_run():
 
 def test_a_module_that_was_not_built(unbuilt):
     assert "the compiled module was not built (it is not there); install a C++17 compiler" in funnel_native.problem()
+    assert not native_calls.multiplies_bfloat16()
     REASON.write_text("No CMAKE_CXX_COMPILER\n  could be found.\n")
     try:
         for cache in CACHES:
@@ -129,13 +129,16 @@ def test_on_another_platform_they_refuse():
 
 
 KERNELS = ROOT / "kernels" / "funnel_kernels"
-AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16")
+AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni")
+FLAGS = {"avx2": (), "avx512_vnni": AVX512, "avx512_bf16": (*AVX512, "-mavx512bf16")}
 
 
 @pytest.mark.parametrize(
     ("source", "instruction_set"),
     [
         *((path, "avx2") for path in sorted(KERNELS.glob("*/*_kernels.cc"))),
+        (KERNELS / "cpu" / "product_int8.cc", "avx2"),
+        (KERNELS / "cpu" / "product_int8.cc", "avx512_vnni"),
         (KERNELS / "cpu" / "product_avx512_bf16.cc", "avx512_bf16"),
     ],
     ids=lambda value: str(value.relative_to(KERNELS)) if isinstance(value, Path) else value,
@@ -144,7 +147,7 @@ def test_no_kernel_brings_functions_of_the_standard_library(source, instruction_
     """The linker keeps one copy of an inline function: were it one of a kernel's, older machines could not run it."""
     built = tmp_path / "kernels.o"
     flags = ["-std=c++17", "-O2", f"-I{KERNELS}", "-mavx2", "-mfma", f"-DFUNNEL_INSTRUCTION_SET={instruction_set}"]
-    flags += AVX512 if instruction_set == "avx512_bf16" else ()
+    flags += FLAGS[instruction_set]
     subprocess.run(["g++", *flags, "-c", source, "-o", built], check=True)
     symbols = subprocess.run(["nm", "-C", built], capture_output=True, text=True, check=True).stdout.splitlines()
     assert any(f"T funnel::{instruction_set}::" in line for line in symbols)

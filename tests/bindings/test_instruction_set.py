@@ -18,15 +18,14 @@ from tiny_models import make_engine
 
 PROCESSOR = funnel_native.handlers().processor()
 # What oneDNN calls its best instruction set, by its bits: those of AVX2, and those that AVX-512 adds.
-ONEDNN = {"avx2": 0x7, "avx512": 0x67, "avx512_bf16": 0xE7}
-PRODUCTS = {"avx2": [], "avx512": ["float32"], "avx512_bf16": ["float32", "bfloat16"], "amx": ["float32", "bfloat16"]}
+ONEDNN = {"avx2": 0x7, "avx512": 0x27, "avx512_vnni": 0x67, "avx512_bf16": 0xE7}
 STATE = """
 import ctypes, importlib.metadata, json
 import funnel_native
 module = funnel_native.handlers()
 found = {
     "set": module.instruction_set(),
-    "products": [name for name in ("float32", "bfloat16") if not module.no_product(name == "bfloat16")],
+    "bfloat16": module.multiplies_bfloat16(),
     "onednn": ctypes.CDLL("libdnnl.so.3").dnnl_get_effective_cpu_isa(),
     "lifted": [module.limit_instruction_set(s) and module.instruction_set() for s in funnel_native.INSTRUCTION_SETS],
 }
@@ -55,7 +54,7 @@ def state(**variables: str) -> dict:
 def test_kernels_and_onednn_keep_to_the_limit(limit):
     found = state(FUNNEL_CPU_ISA=limit)
     assert found["set"] == best(limit, PROCESSOR)
-    assert found["products"] == PRODUCTS[best(limit, PROCESSOR)]
+    assert found["bfloat16"] == (best(limit, PROCESSOR) in ("avx512_bf16", "amx"))
     assert found["onednn"] & ~ONEDNN.get(limit, ~0) == 0
 
 
@@ -68,7 +67,7 @@ def test_within_a_process_nothing_lifts_it(limit):
 def test_without_a_limit_it_is_all_that_the_processor_has(variables):
     found = state(**variables)
     assert found["set"] == PROCESSOR
-    assert found["products"] == PRODUCTS[PROCESSOR]
+    assert found["bfloat16"] == (PROCESSOR in ("avx512_bf16", "amx"))
 
 
 @pytest.mark.parametrize(
@@ -78,7 +77,8 @@ def test_without_a_limit_it_is_all_that_the_processor_has(variables):
         for row, (limit, onednn, bits) in enumerate(
             [
                 ("avx512_bf16", "AVX2", 0x7),
-                ("avx512", "avx512_core", 0x27),
+                ("avx512_vnni", "avx512_core", 0x27),
+                ("avx512", "AVX512_CORE_VNNI", 0x27),
                 ("avx2", "AVX512_CORE_AMX", 0x7),
                 ("avx2", "ALL", 0x7),
             ]
@@ -103,11 +103,11 @@ print(funnel_native.problem())
 
 @pytest.fixture
 def unknown(monkeypatch):
-    caches = (funnel_native.problem, funnel_native.handlers, native_calls.problem, native_calls.product_problem)
+    caches = (funnel_native.problem, funnel_native.handlers, native_calls.problem)
     for cache in caches:
         cache.cache_clear()
     monkeypatch.setenv("FUNNEL_CPU_ISA", "sse2")
-    yield "FUNNEL_CPU_ISA='sse2' must be one of avx2, avx512, avx512_bf16, amx; correct it or unset it"
+    yield "FUNNEL_CPU_ISA='sse2' must be one of avx2, avx512, avx512_vnni, avx512_bf16, amx; correct it or unset it"
     for cache in caches:
         cache.cache_clear()
 
@@ -125,34 +125,19 @@ def test_doctor_says_what_the_processor_has_and_the_limit():
     assert json.loads(run(doctor).stdout)["instruction set"] == PROCESSOR
     facts = json.loads(run(doctor, FUNNEL_CPU_ISA="avx2").stdout)
     assert facts["instruction set"] == f"{PROCESSOR}, limited by FUNNEL_CPU_ISA=avx2"
-    assert "not cpu: oneDNN has no blocked product of bfloat16 for this processor" in facts["gated_linear"]
-    assert facts["attention"] == "cpu"
+    assert facts["gated_linear"] == facts["attention"] == "cpu"
+    assert "without AVX-512-BF16, bfloat16 is multiplied in float32" in facts["cpu"]
 
 
 @pytest.mark.parametrize("limit", INSTRUCTION_SETS)
-def test_a_model_that_the_backend_cannot_serve_is_refused_when_it_is_loaded(limit):
-    """In a dtype without products; `auto` leaves those to XLA and serves it all the same."""
+def test_the_backend_serves_a_model_with_every_limit(limit):
     code = """
+import numpy as np
 from tiny_models import make_engine
-for dtype in ("float32", "bfloat16"):
-    assert make_engine(dtype=dtype).embed([[1, 2, 3]]).shape == (1, 24)
-    try:
-        make_engine(backend="cpu", dtype=dtype)
-        print("served")
-    except Exception as error:
-        print(repr(error))
+for dtype, bound in (("float32", 1e-5), ("bfloat16", 0.02)):
+    ours, xla = (make_engine(backend=backend, dtype=dtype).embed([[1, 2, 3]]) for backend in ("cpu", "xla"))
+    assert ours.shape == (1, 24)
+    np.testing.assert_allclose(ours, xla, rtol=0, atol=bound)
 """
     done = run(f"import sys; sys.path.append({str(Path(__file__).parents[1])!r})" + code, FUNNEL_CPU_ISA=limit)
     assert done.returncode == 0, done.stderr
-    products = PRODUCTS[best(limit, PROCESSOR)]
-    for dtype, line in zip(("float32", "bfloat16"), done.stdout.splitlines(), strict=True):
-        if dtype in products:
-            assert line == "served"
-        else:
-            assert line.startswith(
-                "BackendUnavailable(\"project_heads is not served by backend 'cpu': cpu: oneDNN has no "
-            )
-            assert f"product of {dtype} for this processor" in line
-            assert f"FUNNEL_CPU_ISA={limit}" in line
-            assert ("dtype='float32' has one" in line) == (products == ["float32"])
-            assert "choose one of auto, " in line

@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 AVX512 = "-mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl"
 # As kernels/CMakeLists.txt compiles the kernels.
-FLAGS = {"avx2": "-mavx2 -mfma", "avx512": AVX512, "avx512_bf16": f"{AVX512} -mavx512bf16"}
+FLAGS = {"avx2": "-mavx2 -mfma", "avx512": AVX512, "avx512_vnni": f"{AVX512} -mavx512vnni"}
+FLAGS["avx512_bf16"] = f"{FLAGS['avx512_vnni']} -mavx512bf16"
 FLAGS["amx"] = FLAGS["avx512_bf16"]
 INFINITY = np.float32(np.inf)
 

@@ -12,7 +12,7 @@ from funnel_engine.config import FunnelConfig, ModelConfig, Rope
 from funnel_engine.heads import DenseConfig, HeadConfig
 from funnel_engine.weights import count_parameters, expected_shapes, nest, prepare_weight, random_weights
 from funnel_kernels import PackedWeight
-from option_grid import no_product, packed_weight, served_or_refused, target
+from option_grid import packed_weight, target
 
 GEMMA_1 = ModelConfig(
     family="gemma",
@@ -131,7 +131,7 @@ def test_only_the_matrices_of_products_are_prepared():
         "down": ((10, 7), 1),
     }
     found = {name: (weight.shape, weight.parts) for name, weight in packed.items()}
-    assert found == ({} if no_product("float32") else matrices)
+    assert found == matrices
     for name, weight in prepared.items():
         assert isinstance(weight, PackedWeight) or weight is flat[name]
         assert prepare_weight(name, flat[name], "float32", target("xla")) is flat[name]
@@ -142,7 +142,7 @@ def test_a_weight_is_cast_before_it_is_packed():
     flat = random_weights(GEMMA_1, HeadConfig(), "float32", seed=2)
     prepared = prepare_weight("layers.0.qkv", flat["layers.0.qkv"], "bfloat16", target("cpu"))
     assert prepared.dtype == ml_dtypes.bfloat16
-    assert isinstance(prepared, PackedWeight) != bool(no_product("bfloat16"))
+    assert isinstance(prepared, PackedWeight)
     packed = packed_weight(flat["layers.0.qkv"].astype(ml_dtypes.bfloat16))
     assert prepare_weight("final_norm", flat["final_norm"], "bfloat16", target("cpu")).dtype == ml_dtypes.bfloat16
     with pytest.raises(ConfigError, match=r"layers\.0\.qkv is packed as bfloat16; cast it to float32 before"):
@@ -154,15 +154,14 @@ def test_engines_share_weights_that_are_prepared():
     config = dataclasses.replace(GEMMA_1, hidden_size=32, num_heads=4, num_kv_heads=2, head_dim=32, max_positions=64)
     flat = random_weights(config, HeadConfig(), "float32", seed=3)
     shared = {name: prepare_weight(name, weight, "float32", target("cpu")) for name, weight in flat.items()}
-    with served_or_refused("float32"):
-        for funnel in (FunnelConfig(), FunnelConfig((1, 2), pool_query_only=True)):
-            engines = [
-                Engine(config, HeadConfig(), weights, funnel=funnel, backend=backend, max_batch_tokens=16)
-                for weights, backend in ((shared, "cpu"), (flat, "xla"))
-            ]
-            np.testing.assert_allclose(*(engine.embed([[1, 2, 3, 4, 5]]) for engine in engines), atol=1e-5)
-            assert engines[0].params["layers"][0]["down"].packed is shared["layers.0.down"].packed
-        with pytest.raises(ConfigError, match=r"layers.0.qkv is packed for one device and cannot be divided"):
-            Engine(config, HeadConfig(), shared, mesh=jax.make_mesh((1,), ("model",)), max_batch_tokens=16)
-        with pytest.raises(BackendUnavailable, match="xla: the weight is packed for backend 'cpu'"):
-            Engine(config, HeadConfig(), shared, backend="xla", max_batch_tokens=16)
+    for funnel in (FunnelConfig(), FunnelConfig((1, 2), pool_query_only=True)):
+        engines = [
+            Engine(config, HeadConfig(), weights, funnel=funnel, backend=backend, max_batch_tokens=16)
+            for weights, backend in ((shared, "cpu"), (flat, "xla"))
+        ]
+        np.testing.assert_allclose(*(engine.embed([[1, 2, 3, 4, 5]]) for engine in engines), atol=1e-5)
+        assert engines[0].params["layers"][0]["down"].packed is shared["layers.0.down"].packed
+    with pytest.raises(ConfigError, match=r"layers.0.qkv is packed for one device and cannot be divided"):
+        Engine(config, HeadConfig(), shared, mesh=jax.make_mesh((1,), ("model",)), max_batch_tokens=16)
+    with pytest.raises(BackendUnavailable, match="xla: the weight is packed for backend 'cpu'"):
+        Engine(config, HeadConfig(), shared, backend="xla", max_batch_tokens=16)

@@ -1,8 +1,8 @@
 """What this machine can do at best: a large matrix product, and a copy of memory that no cache holds.
 
-On a CPU the product is oneDNN's own, where our kernels have it, with a packed weight, in a process of its own that
-sleeps meanwhile; the copy is NumPy's into memory that is there already, by as many threads as there are cores.
-Elsewhere both are XLA's.
+On a CPU where our kernels run, the product is oneDNN's own with a packed weight, in a process of its own that sleeps
+meanwhile; in float32 where the processor does not multiply bfloat16, because our kernels compute in float32 there too.
+The copy is NumPy's into memory that is there already, by as many threads as there are cores. Elsewhere both are XLA's.
 """
 
 import math
@@ -20,6 +20,7 @@ from funnel_benchmarks.machine import usable_cores
 from funnel_benchmarks.measure import Sample, sampler
 from funnel_benchmarks.peers.peer import Peer
 from funnel_engine.devices import local_target
+from funnel_kernels import native_calls
 from funnel_kernels.linear.packed import packs
 
 HOST_PRODUCT = {"rows": 1024, "in": 2048, "out": 16384}
@@ -55,8 +56,9 @@ def ceilings(dtype: str, shrink: int = 1, seconds: float = SAMPLE_SECONDS) -> It
     host = jax.default_backend() == "cpu"
     side, size = (HOST_SIDE, HOST_BYTES) if host else (DEVICE_SIDE, DEVICE_BYTES)
     with ExitStack() as stack:
-        if host and packs(dtype, local_target("cpu")):
-            product = stack.enter_context(onednn(dtype, shrink))
+        if host and packs(local_target("cpu")):
+            computed = dtype if native_calls.multiplies_bfloat16() else "float32"
+            product = stack.enter_context(onednn(computed, shrink))
         else:
             product = xla_product(dtype, side // shrink, seconds)
         copy = (

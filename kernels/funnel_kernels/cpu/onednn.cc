@@ -3,6 +3,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <cstring>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -36,7 +37,7 @@ const dnnl::engine& cpu() {
 // [rows, features] times `units` packed units, into a dense [rows, units * kUnit] of float32, or of int32 for int8.
 class Matmul {
  public:
-  Matmul(int64_t rows, int64_t units, int64_t features, int64_t x_stride, Dtype weights) {
+  Matmul(int64_t rows, int64_t units, int64_t features, Dtype weights) {
     const bool is_int8 = weights == Dtype::int8;
     const auto x_type = is_int8 ? memory::data_type::u8 : memory::data_type::bf16;
     const auto weights_type = is_int8 ? memory::data_type::s8 : memory::data_type::bf16;
@@ -47,7 +48,7 @@ class Matmul {
     dnnl::primitive_attr attributes;
     attributes.set_scratchpad_mode(dnnl::scratchpad_mode::user);
     description_ =
-        dnnl::matmul::primitive_desc(cpu(), memory::desc({rows, features}, x_type, memory::dims{x_stride, 1}),
+        dnnl::matmul::primitive_desc(cpu(), memory::desc({rows, features}, x_type, memory::format_tag::ab),
                                      memory::desc({features, columns}, weights_type, layout),
                                      memory::desc({rows, columns}, out_type, memory::format_tag::ab), attributes);
     product_ = dnnl::matmul(description_);
@@ -91,16 +92,16 @@ class Matmul {
 };
 
 // Made once for each shape. There are at most a few hundred, since the engine has few buckets.
-const Matmul& matmul(int64_t rows, int64_t units, int64_t features, int64_t x_stride, Dtype weights) {
+const Matmul& matmul(int64_t rows, int64_t units, int64_t features, Dtype weights) {
   static std::shared_mutex mutex;
-  static auto& all = *new std::map<std::tuple<int64_t, int64_t, int64_t, int64_t, Dtype>, std::unique_ptr<Matmul>>;
-  const auto key = std::make_tuple(rows, units, features, x_stride, weights);
+  static auto& all = *new std::map<std::tuple<int64_t, int64_t, int64_t, Dtype>, std::unique_ptr<Matmul>>;
+  const auto key = std::make_tuple(rows, units, features, weights);
   {
     std::shared_lock<std::shared_mutex> lock(mutex);
     const auto found = all.find(key);
     if (found != all.end()) return *found->second;
   }
-  auto made = std::make_unique<Matmul>(rows, units, features, x_stride, weights);
+  auto made = std::make_unique<Matmul>(rows, units, features, weights);
   std::unique_lock<std::shared_mutex> lock(mutex);
   return *all.emplace(key, std::move(made)).first->second;
 }
@@ -111,19 +112,26 @@ int64_t features_of_group(int64_t group, int64_t in_features) { return std::min(
 
 void multiply_bfloat16(const void* x, int64_t rows, int64_t in_features, const void* weights, int64_t units,
                        float* tile) {
-  matmul(rows, units, in_features, in_features, Dtype::bfloat16).run(x, weights, tile);
+  matmul(rows, units, in_features, Dtype::bfloat16).run(x, weights, tile);
 }
 
-// One group of one unit at a time: only these lie one after another.
+// One group of one unit at a time: only these lie one after another. The rows of x have to as well, or else oneDNN has
+// nothing but its reference.
 void multiply_int8(const QuantizedRows& x, int64_t rows, int64_t in_features, const void* weights, int64_t units,
                    float* tile) {
-  thread_local Scratch sums;
+  thread_local Scratch dense, sums;
+  auto* x_of_group = dense.at_least<char>(rows * kGroup);
   auto* group_sums = sums.at_least<int32_t>(rows * kUnit);
-  for (int64_t unit = 0; unit < units; ++unit) {
-    const char* packed = static_cast<const char*>(weights) + unit * unit_bytes(in_features, Dtype::int8);
-    for (int64_t group = 0; group < groups_of(in_features); ++group) {
-      const auto& product = matmul(rows, 1, features_of_group(group, in_features), x.value_stride, Dtype::int8);
-      product.run(static_cast<const char*>(x.values) + group * kGroup, packed + group * kGroup * kUnit, group_sums);
+  for (int64_t group = 0; group < groups_of(in_features); ++group) {
+    const int64_t features = features_of_group(group, in_features);
+    const char* values = static_cast<const char*>(x.values) + group * kGroup;
+    for (int64_t row = 0; row < rows; ++row) {
+      std::memcpy(x_of_group + row * features, values + row * x.value_stride, features);
+    }
+    const auto& product = matmul(rows, 1, features, Dtype::int8);
+    for (int64_t unit = 0; unit < units; ++unit) {
+      const char* packed = static_cast<const char*>(weights) + unit * unit_bytes(in_features, Dtype::int8);
+      product.run(x_of_group, packed + group * kGroup * kUnit, group_sums);
       avx512_vnni::add_group(group_sums, x, rows, in_features, group, packed, tile + unit * kUnit, units * kUnit);
     }
   }
@@ -131,12 +139,11 @@ void multiply_int8(const QuantizedRows& x, int64_t rows, int64_t in_features, co
 
 void prepare(int64_t rows, int64_t units, int64_t in_features, Dtype weights) {
   if (weights != Dtype::int8) {
-    matmul(rows, units, in_features, in_features, weights);
+    matmul(rows, units, in_features, weights);
     return;
   }
-  const int64_t x_stride = avx512_vnni::quantized_bytes(in_features), groups = groups_of(in_features);
-  for (const int64_t group : {int64_t{0}, groups - 1}) {
-    matmul(rows, 1, features_of_group(group, in_features), x_stride, weights);
+  for (const int64_t group : {int64_t{0}, groups_of(in_features) - 1}) {
+    matmul(rows, 1, features_of_group(group, in_features), weights);
   }
 }
 

@@ -159,7 +159,7 @@ void multiply_rows(const Value* x, int64_t x_stride, const float* x_scales, int6
       float* to = tile + r * tile_stride + v * kLanes;
       const Floats sum = __builtin_convertvector(column_sums(sums[r], v), Floats) * x_scales[r * x_groups];
       const Floats before = fresh ? Floats{} : load(to);
-      store(to, before + sum * load(scales + v * kLanes));
+      store(to, multiply_add(sum, load(scales + v * kLanes), before));
     }
   }
 }
@@ -235,7 +235,8 @@ void add_group(const int32_t* sums, const QuantizedRows& x, int64_t rows, int64_
     for (int64_t j = 0; j < kUnit; j += kLanes) {
       const Ints sum = *reinterpret_cast<const IntsAt*>(sums + j) + *reinterpret_cast<const IntsAt*>(offsets + j);
       const Floats product = __builtin_convertvector(sum, Floats) * *x_scales;
-      store(tile + j, (group == 0 ? Floats{} : load(tile + j)) + product * load(scales + j));
+      const Floats before = group == 0 ? Floats{} : load(tile + j);
+      store(tile + j, multiply_add(product, load(scales + j), before));
     }
   }
 }

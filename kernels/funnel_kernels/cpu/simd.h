@@ -32,6 +32,14 @@ struct Bfloat16 {
 static inline Floats broadcast(float value) { return Floats{} + value; }
 static inline Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
 static inline Floats minimum(Floats a, Floats b) { return a < b ? a : b; }
+// a * b + c, always one operation: GCC makes two of the expression where a branch is between product and sum.
+static inline Floats multiply_add(Floats a, Floats b, Floats c) {
+#ifdef __AVX512F__
+  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#else
+  return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#endif
+}
 
 static inline Floats load(const float* from) { return *reinterpret_cast<const FloatsAt*>(from); }
 // With intrinsics, because GCC 12 makes five instructions of the one that widens, and more of those that narrow.

@@ -122,4 +122,6 @@ def project(x: Rows, weight: Weight, result: Any) -> Rows:
         raise Unsupported("the weight is packed for backend 'cpu'; give the plain weight")
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     dimensions = (((1,), (1,)), ((), ()))
-    return jax.lax.dot_general(x, weight.astype(x.dtype), dimensions, precision=precision, preferred_element_type=result)
+    return jax.lax.dot_general(
+        x, weight.astype(x.dtype), dimensions, precision=precision, preferred_element_type=result
+    )

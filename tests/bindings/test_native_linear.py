@@ -79,13 +79,16 @@ over_cases = pytest.mark.parametrize(
 
 @over_cases
 def test_every_instruction_set_rounds_alike(instruction_set, case, kind):
-    """What follows the product is the same in all of them: one rounding to bfloat16, gelu to the last place."""
+    """What follows the product is the same in all of them: one rounding to bfloat16, gelu to the last place.
+
+    The product too, but for that of bfloat16, which AVX-512-BF16 adds in another order.
+    """
     limited = run(case, kind).astype(np.float64)
     HANDLERS.limit_instruction_set(BEST)
     best = run(case, kind).astype(np.float64)
     step = 2**-8 if case.dtype == "bfloat16" and (case.add or case.gated) else 2**-20
     assert np.abs(limited - best).max() <= step * np.abs(best).max()
-    assert (limited == best).mean() > 0.99 or case.gated
+    assert (limited == best).mean() > 0.99 or case.gated or (kind == ("bfloat16", "bfloat16") and not case.add)
 
 
 def quantized_product(x: np.ndarray, values: np.ndarray, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -165,7 +168,7 @@ def test_results_are_equal_to_the_bit_from_run_to_run(case, kind):
         assert all((run(case, kind, threads) == expected).all() for _ in range(5))
 
 
-SLICES = ((0, 400), (0, 1), (5, 7), (3, 15), (100, 148), (7, 136), (1, 130), (200, 400), (1, 399))
+SLICES = ((0, 800), (0, 1), (5, 7), (3, 15), (100, 148), (7, 136), (1, 130), (200, 400), (1, 799))
 OPS = ("linear", "gated_linear", "linear_add_norm", "project_heads")
 
 
@@ -175,16 +178,16 @@ def sliced(op: str, kind: tuple[str, str]):
     takes the first slice, and x and weights as the kernels round them."""
     options = {}
     if op == "project_heads":
-        case = HeadsCase(400, 384, 128, (3, 1), 1, normed=True, **weights_of(kind))
+        case = HeadsCase(800, 384, 128, (3, 1), 1, normed=True, **weights_of(kind))
         x, weight, *by_row, norms = case.arrays()
         options = case.options() | {"norms": norms}
     elif op == "linear_add_norm":
         x, weight, *by_row, norm, update_norm = LinearAddNormCase(
-            400, 384, 384, normed=True, **weights_of(kind)
+            800, 384, 384, normed=True, **weights_of(kind)
         ).arrays()
         options = {"norm_weight": norm, "update_weight": update_norm, "eps": EPS}
     else:
-        x, weight, _ = LinearCase(400, 384, 600, gated=op == "gated_linear", **weights_of(kind)).arrays()
+        x, weight, _ = LinearCase(800, 384, 600, gated=op == "gated_linear", **weights_of(kind)).arrays()
         by_row = []
     arrays = (x, packed(weight, kind, 1 + (op == "gated_linear")), *by_row)
     function = globals()[op]
@@ -242,23 +245,23 @@ def test_a_row_has_the_same_bits_among_any_number_of_rows(instruction_set, op, k
             np.testing.assert_array_equal(part, all_rows[first:last], err_msg=f"rows {first} to {last}")
 
 
+# Rows and threads. The last five cut rows into fewer tiles than there were to be, because a tile has whole rows.
+SUMS = ((383, 1), (384, 1), (385, 1), (2000, 2), (2000, 20))
+SUMS += ((4993, 13), (4994, 13), (4995, 13), (8192, 20), (6913, 18))
+
+
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize(
     ("rows", "threads", "kind"),
     [
-        # The last five cut rows into fewer tiles than there were to be, because a tile has whole rows.
-        *(
-            (*sizes, ("bfloat16", "bfloat16"))
-            for sizes in (
-                *((191, 1), (192, 1), (193, 1), (1000, 2), (1000, 20)),
-                *((2497, 13), (2498, 13), (2499, 13), (4096, 20), (3457, 18)),
-            )
-        ),
-        *((*sizes, kind) for sizes in ((191, 1), (192, 1), (2498, 13)) for kind in KINDS if kind != KINDS[2]),
+        (*sizes, kind)
+        for sizes in SUMS
+        for kind in KINDS
+        if kind == KINDS[2] or sizes in ((383, 1), (384, 1), (4994, 13))
     ],
 )
 def test_a_sum_and_its_norm_are_the_same_with_the_product_and_after_it(rows, threads, kind, normed):
-    """Every thread needs 192 rows, for the product to make whole ones."""
+    """Every thread needs 384 rows, for the product to make whole ones."""
     case = LinearAddNormCase(rows, 96, 128, normed=normed, **weights_of(kind))
     x, weight, add, norm_weight, update_weight = case.arrays()
     weight = packed(weight, kind)
@@ -268,7 +271,7 @@ def test_a_sum_and_its_norm_are_the_same_with_the_product_and_after_it(rows, thr
     for ours, two_ops in zip(program.compile()(x, weight, add, norm_weight), expected, strict=True):
         np.testing.assert_array_equal(ours, two_ops)
     with_product = HANDLERS.suits_whole_rows(rows, *weight.shape, kind[1], threads)
-    assert ("funnel_linear_add_norm" in program.as_text()) == with_product == (rows >= 192 * threads)
+    assert ("funnel_linear_add_norm" in program.as_text()) == with_product == (rows >= 384 * threads)
 
 
 @pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2), ("int8", 1)])
@@ -400,7 +403,7 @@ def test_any_number_of_rows_by_onednn(prefer_onednn, kind, width, out):
 @over_onednn
 @pytest.mark.parametrize("op", OPS)
 def test_every_op_by_onednn(prefer_onednn, op, kind):
-    """Whole rows too: 400 are enough for them. Sums of int8 are integers, so that every bit is that of our kernels."""
+    """Whole rows too: 800 are enough for them. Sums of int8 are integers, so that every bit is that of our kernels."""
     compiled, arrays, expected = sliced(op, kind)
     results = [as_list(result) for result in compiled(*arrays)]
     check_op(results[0], expected, kind)
@@ -662,5 +665,6 @@ for rows in (1, 16, 300):  # one tile, and tiles of different sizes
         made[what, preferred] = done.stdout.count("create:cache_miss,cpu,matmul")
         used = BEST == "amx" or (preferred and BEST == "avx512_bf16")
         assert ("exec,cpu,matmul" in done.stdout) == (used and what == "call")
+        assert "matmul,ref" not in done.stdout  # which is a thousand times slower
         assert (made[what, preferred] > 10) == used
     assert made["call", True] == made["compile", True]

@@ -89,6 +89,15 @@ def instruction_set() -> str | None:
     return f"{found}, limited by {funnel_native.LIMIT}={limit}" if limit else found
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether the kernels run here and this processor multiplies bfloat16: from AVX-512-BF16 on."""
+    if problem():
+        return False
+    import funnel_native
+
+    return funnel_native.handlers().instruction_set() in ("avx512_bf16", "amx")
+
+
 def count_threads(target: Target) -> int:
     """The largest number of threads that a kernel uses on the target."""
     return target.threads or len(os.sched_getaffinity(0))
@@ -108,6 +117,8 @@ def product_problem(dtype: str) -> str | None:
         return found
     import funnel_native
 
+    if dtype == "int8":
+        return "the kernels have no product for int8 weights"
     is_bfloat16, no_product = dtype == "bfloat16", funnel_native.handlers().no_product
     if not (found := no_product(is_bfloat16)):
         return None

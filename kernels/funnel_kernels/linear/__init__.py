@@ -8,11 +8,21 @@ import jax.numpy as jnp
 from funnel_kernels.add_norm import add_norm
 from funnel_kernels.checks import check_float, check_shape
 from funnel_kernels.errors import InputError
-from funnel_kernels.linear.packed import PackedWeight, Weight, prepare
+from funnel_kernels.linear.packed import PackedWeight, QuantizedWeight, Weight, prepare, quantize
 from funnel_kernels.op import Op
 from funnel_kernels.target import Target
 
-__all__ = ["PackedWeight", "Weight", "gated_linear", "linear", "linear_add_norm", "prepare", "project_heads"]
+__all__ = [
+    "PackedWeight",
+    "QuantizedWeight",
+    "Weight",
+    "gated_linear",
+    "linear",
+    "linear_add_norm",
+    "prepare",
+    "project_heads",
+    "quantize",
+]
 
 # On GPUs and TPUs XLA computes the products: it calls cuBLAS, or uses the matrix unit of the TPU.
 LINEAR: Op[jax.Array] = Op("linear", __name__, "xla", "cpu")
@@ -34,7 +44,7 @@ def linear(
 
     Args:
         x: float32 or bfloat16.
-        weight: in the dtype of `x`, as `prepare` returns it for the target.
+        weight: in the dtype of `x`, or int8 (`quantize`), as `prepare` returns it for the target.
         add: in the dtype of `x`, e.g. the residual stream.
         target: where it runs, and with which kernels.
 
@@ -98,7 +108,7 @@ def linear_add_norm(
 
     Args:
         x: float32 or bfloat16.
-        weight: in the dtype of `x`, as `prepare` returns it for the target.
+        weight: in the dtype of `x`, or int8, as `prepare` returns it for the target.
         add: in the dtype of `x`, the residual stream.
         norm_weight: zero-centred weight of the norm of the sum (the factor is `1 + weight`).
         update_weight: if given, the product is normalised before it is added (the post-norms of Gemma 2 and 3).
@@ -147,7 +157,7 @@ def project_heads(
 
     Args:
         x: float32 or bfloat16.
-        weight: in the dtype of `x`, as `prepare` returns it for the target.
+        weight: in the dtype of `x`, or int8, as `prepare` returns it for the target.
         cos, sin: float32, cosines and sines of the d / 2 angles of each row.
         norms: for each of `heads`, the zero-centred weight of an RMSNorm over d before the rotation (the factor is
             `1 + weight`). None applies no norm.
@@ -193,6 +203,13 @@ def check_product(x: jax.Array, weight: Any) -> None:
     if isinstance(weight, PackedWeight):
         if weight.dtype != x.dtype:
             raise InputError(f"weight is packed as {weight.dtype}; it must be {x.dtype}, so cast it before `prepare`")
+    elif isinstance(weight, QuantizedWeight):
+        if (weight.values.dtype, weight.scale.dtype) != (jnp.int8, jnp.float32) or weight.values.ndim != 2:
+            raise InputError(
+                f"weight is {weight.values.dtype} {weight.shape} with scales of {weight.scale.dtype}; it must be an "
+                "int8 matrix with float32 scales, as `quantize` returns it"
+            )
+        check_shape("scale of weight", weight.scale, weight.shape[:1])
     else:
         check_float("weight", weight, ndim=2, dtype=x.dtype)
     check_shape("weight", weight, (weight.shape[0], x.shape[1]))

@@ -13,7 +13,7 @@ from funnel_engine.jax_settings import default_device, device_name
 from funnel_engine.model import Params
 from funnel_engine.packing import Ints, Plan, pack, split
 from funnel_engine.weights import nest, prepare_weight
-from funnel_kernels import PackedWeight, Target, Weight
+from funnel_kernels import PackedWeight, QuantizedWeight, Target, Weight, native_calls
 
 Tree = Any  # a pytree of arrays
 
@@ -42,8 +42,12 @@ class Devices(Protocol):
             For each group and each of its batches, the indices of the sequences.
         """
 
-    def put(self, weights: Params, funnel: Funnel, dtype: str) -> dict[str, Any]:
-        """Casts, prepares and transfers a flat table of weights. Returns the tree that `model.forward` reads."""
+    def put(self, weights: Params, funnel: Funnel, dtype: str, activations: str) -> dict[str, Any]:
+        """Casts, prepares and transfers a flat table of weights. Returns the tree that `model.forward` reads.
+
+        Args:
+            dtype, activations: as in `weights.prepare_weight`.
+        """
 
     def stack(self, batches: Sequence[Tree]) -> Tree:
         """The input arrays of a program for a group of batches, all of one bucket."""
@@ -75,6 +79,17 @@ def local_target(backend: str = "auto", threads: int = 0) -> Target:
     return Target.of(default_device(), backend=backend, threads=threads)
 
 
+def default_activations(dtype: str, target: Target) -> str:
+    """The dtype of activations for weights of a dtype, where the user gives none.
+
+    Float weights: their dtype. int8: bfloat16 where the device multiplies it, else float32. All GPUs and TPUs that
+    kernels are written for multiply bfloat16; of CPUs those with AVX-512-BF16 or AMX.
+    """
+    if dtype != "int8":
+        return dtype
+    return "bfloat16" if target.platform != "cpu" or native_calls.multiplies_bfloat16() else "float32"
+
+
 class OneDevice:
     """One device, which runs one batch after another: JAX's default device at the time when the engine is made."""
 
@@ -88,9 +103,9 @@ class OneDevice:
     def group_batches(self, plan: Plan, lengths: Ints, buckets: Sequence[int]) -> list[list[Ints]]:
         return [[batch] for batch in split(plan, lengths, buckets[-1])]
 
-    def put(self, weights: Params, funnel: Funnel, dtype: str) -> dict[str, Any]:
+    def put(self, weights: Params, funnel: Funnel, dtype: str, activations: str) -> dict[str, Any]:
         """Each weight is replaced as soon as it is on the device, so host memory contains at most one weight twice."""
-        put = partial(to_device, dtype=dtype, target=self.target, device=self.device)
+        put = partial(to_device, dtype=dtype, activations=activations, target=self.target, device=self.device)
         return map_weights(put, nest(weights, self.config, funnel))
 
     def stack(self, batches: Sequence[Tree]) -> Tree:
@@ -115,20 +130,27 @@ class OneDevice:
 def map_weights(function: Callable[[str, Any], Any], tree: dict[str, Any]) -> dict[str, Any]:
     """Applies a function to the name and the value of every weight of a tree."""
     mapped: dict[str, Any] = jax.tree.map_with_path(
-        lambda path, weight: function(path[-1].key, weight), tree, is_leaf=lambda node: isinstance(node, PackedWeight)
+        lambda path, weight: function(path[-1].key, weight),
+        tree,
+        is_leaf=lambda node: isinstance(node, PackedWeight | QuantizedWeight),
     )
     return mapped
 
 
-def to_device(name: str, weight: Any, dtype: str, target: Target, device: jax.Device | None = None) -> Weight:
+def to_device(
+    name: str, weight: Any, dtype: str, activations: str, target: Target, device: jax.Device | None = None
+) -> Weight:
     """Casts, prepares and transfers one weight. On a CPU, a weight that needs none of these stays in its mapped file.
 
     Args:
+        dtype, activations: as in `weights.prepare_weight`.
         device: the destination; None is JAX's default device.
     """
-    prepared = prepare_weight(name, weight, dtype, target)
-    if prepared is not weight and isinstance(weight, np.ndarray):
-        release(weight)
+    prepared = prepare_weight(name, weight, dtype, activations, target)
+    if prepared is not weight:
+        for array in jax.tree.leaves(weight):
+            if isinstance(array, np.ndarray):
+                release(array)
     arrays = jax.tree.leaves(prepared)
     is_on_device = all(isinstance(array, jax.Array) and array.devices() == {device} for array in arrays)
     return prepared if is_on_device else jax.device_put(prepared, device)

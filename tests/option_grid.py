@@ -18,11 +18,12 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from funnel_kernels import BACKENDS as BACKEND_TABLE
-from funnel_kernels import PackedWeight, Target, prepare
+from funnel_kernels import PackedWeight, QuantizedWeight, Target, prepare, quantize
 from funnel_kernels.recover_norm import MODES, SITES
 
 BACKENDS = tuple(BACKEND_TABLE)
 DTYPES = ("float32", "bfloat16")
+GROUP = 128  # input features that share a scale of the activations, where weights are int8
 EPS = 0.1  # much, so that a norm which leaves it out shows
 # (op, backend) -> whether the backend refuses a case. A pair that is not listed serves every case.
 REFUSALS: dict[tuple[str, str], Callable[[Any], bool]] = {
@@ -362,11 +363,52 @@ ADD_NORM_CASES = {
 # -------------------------------------------------------------------------------------------------------- linear
 
 
-PRODUCT_DTYPES = (("float32", None), ("bfloat16", None), ("float32", "bfloat16"))  # `dtype` and `weights` of a case
+def operands(case: Any, x: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray | QuantizedWeight]:
+    """Both in the dtypes of a case of a product."""
+    x = x.astype(jnp.dtype(case.dtype))
+    if weight_dtype(case) == "int8":
+        return without_ties(x), quantize(weight)
+    return x, weight.astype(jnp.dtype(weight_dtype(case)))
 
 
-def dtypes_named(dtype: str, weights: str | None) -> str:
-    return f"{dtype} with {weights}" if weights else dtype
+def weight_dtype(case: Any) -> str:
+    """That of the weight of a case of a product."""
+    return case.weights or case.dtype
+
+
+def without_ties(x: np.ndarray) -> np.ndarray:
+    """x without the numbers that are nearly halfway between two integers of their group: float32 and float64 could
+    round them to different ones."""
+    scale, _ = integers(x)
+    ratio = np.asarray(x, np.float64) / scale
+    is_tie = np.abs(ratio - np.floor(ratio) - 0.5) < 0.01
+    return np.where(is_tie, (np.trunc(ratio) * scale).astype(x.dtype), x)
+
+
+def integers(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of x [N, in] the scale of each number's group and row, and the integer that it is rounded to, in float64."""
+    x = np.asarray(x, np.float64)
+    scale = np.ones_like(x)
+    for first in range(0, x.shape[1], GROUP):
+        part = slice(first, first + GROUP)
+        largest = np.abs(x[:, part]).max(axis=1, keepdims=True)
+        scale[:, part] = np.where(largest > 0, largest, 1) / 127
+    return scale, np.round(x / scale)
+
+
+def exact_product(x: np.ndarray, weight: np.ndarray | QuantizedWeight, backend: str) -> tuple[np.ndarray, np.ndarray]:
+    """x @ weight.T in float64, and the sums of the absolute values of everything that is added up.
+
+    With an int8 weight the reference and the kernels for CPUs round x to integers too; XLA does not.
+    """
+    x = np.asarray(x, np.float64)
+    if isinstance(weight, QuantizedWeight):
+        if backend != "xla":
+            scale, rounded = integers(x)
+            x = scale * rounded
+        weight = np.asarray(weight.values, np.float64) * np.asarray(weight.scale, np.float64)[:, None]
+    weight = np.asarray(weight, np.float64)
+    return x @ weight.T, np.abs(x) @ np.abs(weight.T)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -382,34 +424,38 @@ class LinearCase:
     dtype: str = "float32"
     add: bool = False
     gated: bool = False
-    weights: str | None = None
+    weights: str | None = None  # the dtype of the weight; None is that of x
 
-    def arrays(self) -> tuple[np.ndarray | None, ...]:
+    def arrays(self) -> tuple[Any, ...]:
         """x, weight and what is added (None without); the products are of the size of what is added."""
-        dtype = jnp.dtype(self.dtype)
         x = normal(10, self.rows, self.in_features)
         weight = normal(11, self.out_features * (1 + self.gated), self.in_features) / self.in_features**0.5
-        add = normal(12, self.rows, self.out_features).astype(dtype) if self.add else None
-        return x.astype(dtype), weight.astype(jnp.dtype(self.weights or self.dtype)), add
+        add = normal(12, self.rows, self.out_features).astype(jnp.dtype(self.dtype)) if self.add else None
+        return *operands(self, x, weight), add
 
 
 LINEAR_SIZES = ((1, 1, 1), (1, 64, 128), (3, 7, 5), (16, 256, 320), (129, 96, 65), (130, 48, 600), (300, 640, 64))
+OPERANDS = {  # the name of each pair of dtypes, of x and of the weight
+    "float32": ("float32", None),
+    "bfloat16": ("bfloat16", None),
+    "float32, bfloat16 weight": ("float32", "bfloat16"),
+    "float32, int8 weight": ("float32", "int8"),
+    "bfloat16, int8 weight": ("bfloat16", "int8"),
+}
 LINEAR_CASES = {
-    f"{'x'.join(map(str, size))}, {dtypes_named(dtype, weights)}{', add' if add else ''}": LinearCase(
-        *size, dtype, add=add, weights=weights
-    )
+    f"{'x'.join(map(str, size))}, {name}{', add' if add else ''}": LinearCase(*size, dtype, add=add, weights=weights)
     for size in LINEAR_SIZES
-    for dtype, weights in PRODUCT_DTYPES
+    for name, (dtype, weights) in OPERANDS.items()
     for add in (False, True)
 } | {
     # More rows than a core's cache holds: the kernels for CPUs work on them in groups, the last of which is smaller.
-    f"1100x768x520, {dtypes_named(dtype, weights)}": LinearCase(1100, 768, 520, dtype, weights=weights)
-    for dtype, weights in PRODUCT_DTYPES
+    f"1100x768x520, {name}": LinearCase(1100, 768, 520, dtype, weights=weights)
+    for name, (dtype, weights) in OPERANDS.items()
 }
 GATED_CASES = {
-    f"{'x'.join(map(str, size))}, {dtypes_named(dtype, weights)}": LinearCase(*size, dtype, gated=True, weights=weights)
+    f"{'x'.join(map(str, size))}, {name}": LinearCase(*size, dtype, gated=True, weights=weights)
     for size in LINEAR_SIZES
-    for dtype, weights in PRODUCT_DTYPES
+    for name, (dtype, weights) in OPERANDS.items()
 }
 
 
@@ -424,7 +470,7 @@ class LinearAddNormCase:
     normed: bool = False
     weights: str | None = None
 
-    def arrays(self) -> tuple[np.ndarray | None, ...]:
+    def arrays(self) -> tuple[Any, ...]:
         """x, weight, what is added to, the norm's weight and update_weight."""
         product = LinearCase(self.rows, self.in_features, self.width, self.dtype, add=True, weights=self.weights)
         x, weight, add = product.arrays()
@@ -434,7 +480,7 @@ class LinearAddNormCase:
 
 # From some hundred rows on the kernels for CPUs make whole rows at a time, if these are whole units of packed weights.
 LINEAR_ADD_NORM_CASES = {
-    f"{rows}x{in_features}x{width}, {dtypes_named(dtype, weights)}{', normed' if normed else ''}": LinearAddNormCase(
+    f"{rows}x{in_features}x{width}, {name}{', normed' if normed else ''}": LinearAddNormCase(
         rows, in_features, width, dtype, normed, weights
     )
     for rows, in_features, width in (
@@ -446,7 +492,7 @@ LINEAR_ADD_NORM_CASES = {
         (500, 64, 100),
         (400, 32, 1152),
     )
-    for dtype, weights in PRODUCT_DTYPES
+    for name, (dtype, weights) in OPERANDS.items()
     for normed in (False, True)
 }
 
@@ -468,11 +514,10 @@ class HeadsCase:
         """x, weight, cosines, sines and norms; a product is about 1 in size, an angle anything."""
         dtype = jnp.dtype(self.dtype)
         out_features = (sum(self.heads) + self.plain_heads) * self.head_dim
-        x = normal(20, self.rows, self.in_features).astype(dtype)
-        weight = normal(21, out_features, self.in_features) / self.in_features**0.5
+        x = normal(20, self.rows, self.in_features)
+        x, weight = operands(self, x, normal(21, out_features, self.in_features) / self.in_features**0.5)
         angles = (10 * normal(22, self.rows, self.head_dim // 2)).astype(np.float32)
         norms = tuple(0.3 * normal(23 + index, self.head_dim).astype(dtype) for index in range(len(self.heads)))
-        weight = weight.astype(jnp.dtype(self.weights or self.dtype))
         return x, weight, np.cos(angles), np.sin(angles), norms if self.normed else None
 
     def options(self) -> dict[str, Any]:
@@ -491,12 +536,11 @@ HEADS_SIZES = (  # rows, input features, head dim, heads, plain heads
     (9, 64, 512, (2, 1), 0),
 )
 HEADS_CASES = {
-    (
-        f"{rows} rows, {'+'.join(map(str, heads))}+{plain} heads of {d}, "
-        f"{dtypes_named(dtype, weights)}{', normed' * normed}"
-    ): HeadsCase(rows, in_features, d, heads, plain, dtype, normed, weights)
+    f"{rows} rows, {'+'.join(map(str, heads))}+{plain} heads of {d}, {name}{', normed' * normed}": HeadsCase(
+        rows, in_features, d, heads, plain, dtype, normed, weights
+    )
     for rows, in_features, d, heads, plain in HEADS_SIZES
-    for dtype, weights in PRODUCT_DTYPES
+    for name, (dtype, weights) in OPERANDS.items()
     for normed in (False, True)
 }
 

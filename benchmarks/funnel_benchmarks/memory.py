@@ -8,7 +8,7 @@ import jax
 from funnel_engine.config import ModelConfig
 from funnel_engine.heads import HeadConfig
 from funnel_engine.jax_settings import default_device
-from funnel_engine.weights import DTYPES, count_parameters, expected_shapes
+from funnel_engine.weights import count_bytes, expected_shapes
 from funnel_kernels.errors import InputError
 from funnel_kernels.mlp import rows_per_block
 
@@ -30,7 +30,7 @@ def check_memory(config: ModelConfig, head: HeadConfig, dtype: str, rows: int) -
 
 
 def weight_bytes(config: ModelConfig, head: HeadConfig, dtype: str) -> int:
-    return count_parameters(expected_shapes(config, head)) * DTYPES[dtype].itemsize
+    return count_bytes(expected_shapes(config, head), dtype)
 
 
 def activation_bytes(config: ModelConfig, rows: int) -> int:

@@ -13,9 +13,10 @@ from rich.progress import track
 from funnel_benchmarks.results import Row
 from funnel_engine import Engine, FunnelConfig, HeadConfig, ModelConfig, preset
 from funnel_engine.checkpoints.native import read_checkpoint
-from funnel_engine.devices import local_target, to_device
+from funnel_engine.devices import default_activations, local_target, to_device
 from funnel_engine.served_by import served_by
-from funnel_engine.weights import check_dtype, count_parameters, expected_shapes, random_array
+from funnel_engine.weights import check_dtype, count_parameters, expected_shapes, random_weight
+from funnel_kernels import Target
 from funnel_kernels.errors import ConfigError
 
 Item = TypeVar("Item")
@@ -28,7 +29,7 @@ class Model:
     Attributes:
         name: what reports call it.
         weights: where they are from: "random" or the checkpoint's name.
-        dtype: of weights and activations.
+        dtype: of the weights; activations have `devices.default_activations`.
         load: puts the weights on the device, as a backend wants them; names are those of `weights.expected_shapes`.
             On a terminal it shows how far it has got.
         made: weights and engines that were made so far.
@@ -108,10 +109,15 @@ def random_model(name: str, config: ModelConfig, dtype: str) -> Model:
     def load(backend: str) -> dict[str, Any]:
         generator = np.random.default_rng(0)
         shapes = with_bar("Making weights", expected_shapes(config, head).items())
-        put = partial(to_device, dtype=dtype, target=local_target(backend))
-        return {name: put(name, random_array(generator, shape, dtype)) for name, shape in shapes}
+        put = partial(put_weight, dtype=dtype, target=local_target(backend))
+        return {name: put(name, random_weight(generator, name, shape, dtype)) for name, shape in shapes}
 
     return Model(name, "random", config, head, dtype, load)
+
+
+def put_weight(name: str, weight: Any, dtype: str, target: Target) -> Any:
+    """One weight on the device, as an engine of this dtype puts it there."""
+    return to_device(name, weight, dtype, default_activations(dtype, target), target)
 
 
 def check_depth(depth: int, name: str, layers: int) -> None:
@@ -134,7 +140,7 @@ def checkpoint_model(directory: Path, dtype: str | None) -> Model:
     def load(backend: str) -> dict[str, Any]:
         weights = with_bar("Loading weights", checkpoint.weights.items())
         target = local_target(backend)
-        return {name: to_device(name, weight, dtype, target) for name, weight in weights}
+        return {name: put_weight(name, weight, dtype, target) for name, weight in weights}
 
     name = directory.resolve().name
     return Model(name, name, checkpoint.config, checkpoint.head, dtype, load)

@@ -10,7 +10,7 @@ from funnel_engine import ModelConfig
 from funnel_engine.checkpoints.safetensors_file import write_tensors
 from funnel_engine.hugging_face_config import read_model_config
 from funnel_engine.presets import Fields
-from funnel_engine.weights import DTYPES, Shapes, random_array
+from funnel_engine.weights import Shapes, random_array, tensor_types
 
 ARCHITECTURES = {"gemma": "GemmaModel", "gemma3_text": "Gemma3TextModel"}
 DTYPE = "bfloat16"
@@ -30,7 +30,7 @@ def write_random_model(directory: Path, fields: Fields) -> None:
     values = {name: one_array(generator, shape) for name, shape in shapes.items()}
     file = directory / "model.safetensors"
     file.unlink(missing_ok=True)
-    write_tensors(file, DTYPES[DTYPE], shapes, values, lambda size: None)
+    write_tensors(file, tensor_types(shapes, DTYPE), values, lambda size: None)
 
 
 def one_array(generator: np.random.Generator, shape: tuple[int, ...]) -> Iterator[np.ndarray]:

@@ -40,11 +40,7 @@ layer_option = click.option(
     help="How many full-length layers come before the 2:1 funnel. Default: a sixth of the layers, at least 1.",
 )
 dtype_option = click.option(
-    "--dtype",
-    type=click.Choice(list(DTYPES)),
-    default="bfloat16",
-    show_default=True,
-    help="Of weights and activations.",
+    "--dtype", type=click.Choice(list(DTYPES)), default="bfloat16", show_default=True, help="Of weights."
 )
 backend_option = click.option(
     "--backend", default="auto", show_default=True, help="What runs the engine's kernels; see `funnel doctor`."

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from funnel_engine.checkpoints.native import read_checkpoint
 from funnel_engine.checks import check_flag, check_integer
 from funnel_engine.config import Funnel, FunnelConfig, FunnelLike, ModelConfig, check_funnel, read_funnel
-from funnel_engine.devices import Devices, OneDevice
+from funnel_engine.devices import Devices, OneDevice, choose_dtypes
 from funnel_engine.flops import ideal_ratio
 from funnel_engine.heads import HeadConfig
 from funnel_engine.inputs import Ragged, read_inputs
@@ -24,8 +24,8 @@ from funnel_engine.programs import COUNTERS, Counters, Programs, use_compilation
 from funnel_engine.sharding import DeviceMesh
 from funnel_engine.text import TextConfig, Tokenize, read_tokenizer
 from funnel_engine.threads import count_threads
-from funnel_engine.weights import DTYPES, check_dtype, expected_shapes
-from funnel_kernels import Record, native_calls
+from funnel_engine.weights import ACTIVATIONS, MATRICES, check_dtype, dtype_of, expected_shapes, leaf_of
+from funnel_kernels import PackedWeight, QuantizedWeight, Record, native_calls
 from funnel_kernels.errors import CheckpointError, ConfigError, InputError
 from funnel_kernels.target import check_backend
 
@@ -67,8 +67,9 @@ class Engine:
         Args:
             config: the architecture.
             head: what runs on the rows of the encoder.
-            weights: arrays with the names and shapes of `weights.expected_shapes`, all float32 or all bfloat16. Without
-                a mesh, JAX arrays on the device are not copied, so engines can share them.
+            weights: arrays with the names and shapes of `weights.expected_shapes`, all float32 or all bfloat16; or all
+                matrices of the encoder int8 (`funnel_kernels.quantize`) and the others either. Without a mesh, JAX
+                arrays on the device are not copied, so engines can share them.
             funnel: where and how the token axis is pooled; or by the number of tokens of a sequence, see
                 `FunnelByLength`: `[(0, None), (64, "6:2/mean")]`. A class that no sequence can reach is not compiled.
             backend: "auto" or one of `funnel_kernels.BACKENDS`, see `funnel_kernels.Target`.
@@ -76,7 +77,9 @@ class Engine:
             text: how else texts are prepared: begin and end of sequence, prompts, length limit.
             max_batch_tokens: tokens of the largest batch, and of the longest sequence.
             compilation_cache: directory where JAX stores compiled programs, for the whole process.
-            dtype: "bfloat16" or "float32", to which the weights are cast; None keeps their dtype.
+            dtype: "bfloat16" or "float32", to which the weights are cast, and the dtype of activations. "int8"
+                quantizes the matrices of the encoder. None keeps the dtype of the weights; then, and with int8,
+                activations are bfloat16 where the device multiplies it, else float32.
             mesh: devices to run on, see `sharding`. Devices along the axis "model" share the layers; devices along
                 "data" run a batch each. None runs on JAX's default device.
             threads: number of threads of the kernels for CPUs, see `threads.py`; None takes OMP_NUM_THREADS, or else
@@ -110,7 +113,7 @@ class Engine:
         self.intended_funnel = funnel if intended_funnel is None else intended_funnel
         self.tokenizer, self.text = tokenizer, text
         self.max_length = min(config.max_positions, text.max_tokens or max_batch_tokens, max_batch_tokens)
-        self.params = self.devices.put(weights, funnel, dtype or str(weights["embedding"].dtype))
+        self.params = self.devices.put(weights, funnel, *choose_dtypes(dtype_of(weights), dtype, self.devices))
         self.counters = Counters("calls")
         self.programs = tuple(
             Programs(
@@ -152,7 +155,7 @@ class Engine:
             funnel: None takes the checkpoint's own, see `convert`; `FunnelConfig()` is no funnel. A list of pairs
                 chooses by the number of tokens of a sequence, e.g. `[(0, None), (64, "6:2/mean"), (512, "2:2/mean")]`,
                 see `FunnelByLength`. A warning is given if the checkpoint has a funnel and this is another.
-            dtype: "bfloat16" or "float32"; None keeps the checkpoint's.
+            dtype: "bfloat16", "float32" or "int8", see `Engine`; None keeps the checkpoint's.
             attention: "bidirectional" or "causal"; None keeps the checkpoint's.
             pooling: how rows become a vector, see `HeadConfig`; None keeps the checkpoint's.
             verify: first read every file and compare its SHA-256 with the one that `convert` recorded.
@@ -337,7 +340,7 @@ class Engine:
     @guarded
     def describe(self) -> str:
         """A description for people: the model, the ops of the programs, the backend of each op, devices and limits."""
-        config, dtype = self.config, str(self.params["embedding"].dtype)
+        config, dtype, activations = self.config, dtype_of(self.params), str(self.params["final_norm"].dtype)
         for programs in self.programs:
             if not programs.record.served:
                 programs.trace()
@@ -345,7 +348,8 @@ class Engine:
         is_another = self.intended_funnel not in (self.funnel, FunnelConfig())
         facts = {
             "model": f"{config.family}, {config.num_layers} layers of width {config.hidden_size}, "
-            f"{config.attention} attention, {dtype}",
+            f"{config.attention} attention, {dtype}"
+            + (f" weights, {activations} activations" if activations != dtype else ""),
             **describe_funnels(config, self.funnel, self.max_length),
             **({"meant for": f"the funnel {self.intended_funnel}"} if is_another else {}),
             "head": f"pooling {self.head.pooling}, {len(self.head.dense)} dense layers, "
@@ -459,7 +463,7 @@ def describe_funnel(funnel: FunnelConfig) -> str:
 
 
 def check_weights(weights: Mapping[str, Any], config: ModelConfig, head: HeadConfig) -> None:
-    """Raises `CheckpointError` unless the table contains exactly the expected weights, all of one dtype."""
+    """Raises `CheckpointError` unless the table contains exactly the expected weights, in dtypes that fit together."""
     expected = expected_shapes(config, head)
     wrong = [f"{name} is missing" for name in expected if name not in weights]
     wrong += [f"{name} is unknown" for name in weights if name not in expected]
@@ -470,6 +474,18 @@ def check_weights(weights: Mapping[str, Any], config: ModelConfig, head: HeadCon
     ]
     if wrong:
         raise CheckpointError(f"weights do not fit the config: {'; '.join(abbreviate(wrong))}")
-    dtypes = {str(weight.dtype) for weight in weights.values()}
-    if len(dtypes) > 1 or not dtypes <= set(DTYPES):
-        raise CheckpointError(f"weights are {', '.join(sorted(dtypes))}; they must all be bfloat16 or all float32")
+    kinds: dict[bool, set[str]] = {True: set(), False: set()}  # the dtypes of matrices, and of other weights
+    for name, weight in weights.items():
+        kinds[leaf_of(name) in MATRICES].add(str(weight.dtype))
+    matrices, others = kinds[True], kinds[False]
+    if not (others <= set(ACTIVATIONS) and len(others) == len(matrices) == 1 and matrices <= {"int8", *others}):
+        raise CheckpointError(
+            f"weights are {', '.join(sorted(matrices | others))}; they must all be bfloat16 or all float32, or all "
+            "matrices int8 and all others bfloat16 or float32"
+        )
+    if plain := [name for name, weight in weights.items() if is_plain_int8(weight)]:
+        raise CheckpointError(f"{plain[0]} is int8 without scales; give what funnel_kernels.quantize returns")
+
+
+def is_plain_int8(weight: Any) -> bool:
+    return str(weight.dtype) == "int8" and not isinstance(weight, QuantizedWeight | PackedWeight)

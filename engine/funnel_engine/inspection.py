@@ -11,7 +11,7 @@ from funnel_engine.checkpoints.native import open_checkpoint, verify_files
 from funnel_engine.checkpoints.source import SourceModel
 from funnel_engine.config import Funnel, FunnelConfig
 from funnel_engine.flops import forward_flops, ideal_ratio
-from funnel_engine.weights import DTYPES, count_parameters, expected_shapes
+from funnel_engine.weights import DTYPES, count_bytes, count_parameters, expected_shapes
 from funnel_kernels.errors import CheckpointError, FunnelError
 
 Facts = dict[str, Any]
@@ -67,7 +67,7 @@ def check_hashes(path: Path, form: str) -> None:
 def describe(model: SourceModel) -> Facts:
     """The model, its head and its texts."""
     config, head, text = model.config, model.head, model.text
-    parameters = count_parameters(expected_shapes(config, head))
+    shapes = expected_shapes(config, head)
     sliding = config.layer_types.count("sliding")
     stored = sorted({rows.tensor.dtype for weight in model.weights.values() for rows in weight})
     return {
@@ -83,12 +83,12 @@ def describe(model: SourceModel) -> Facts:
         "head_dim": config.head_dim,
         "vocab_size": config.vocab_size,
         "max_positions": config.max_positions,
-        "parameters": parameters,
+        "parameters": count_parameters(shapes),
         "dtype": ", ".join(stored),
         "quantized": model.quantized,
         "files": [file.relative_to(model.directory).as_posix() for file in model.files],
         "gigabytes": sum(file.stat().st_size for file in model.files) / 1e9,
-        "gigabytes_converted": {name: parameters * dtype.itemsize / 1e9 for name, dtype in DTYPES.items()},
+        "gigabytes_converted": {dtype: count_bytes(shapes, dtype) / 1e9 for dtype in DTYPES},
         "left_out": model.dropped,
         "pooling": head.pooling,
         "dense_layers": [

@@ -41,7 +41,8 @@ def forward(
     """Runs the encoder on a packed batch.
 
     Args:
-        params: weights, see `weights.expected_shapes`; float32 or bfloat16, which is the dtype of the activations.
+        params: weights, see `weights.expected_shapes`. The dtype of the norms is that of the activations; matrices
+            may be int8.
         batch: N packed rows, made by `packing.pack` with the plan of the same `config` and `funnel`.
         config, funnel: the architecture and its funnel.
         target: where it runs, and with which kernels.
@@ -50,20 +51,20 @@ def forward(
         recompute: keep only the arrays between layers for the derivative, which computes each layer once more.
 
     Returns:
-        [N / funnel.output_stride, hidden_size] rows after the final norm, in the dtype of the weights. Rows without
-        a token are finite, but have no meaning.
+        [N / funnel.output_stride, hidden_size] rows after the final norm, in the dtype of the activations. Rows
+        without a token are finite, but have no meaning.
 
     Raises:
         ConfigError: the funnel does not fit the model.
         BackendUnavailable: the backend does not support an op.
     """
-    dtype = params["embedding"].dtype
+    dtype = params["final_norm"].dtype
     eps = config.norm_eps
     recovery = RECOVERIES[funnel.recovery] if funnel.recovery else None
     source = recovery.source if recovery else None
     steps = layer_steps(config, funnel)
 
-    x = gather_columns(params["embedding"][batch.ids], axis)  # [N, D], the residual stream
+    x = gather_columns(params["embedding"][batch.ids].astype(dtype), axis)  # [N, D], the residual stream
     x = x * jnp.asarray(config.hidden_size**0.5, dtype)
     full: Any = x if source else None  # one buffer of full-length activations, for the recovery
     full_layers = 0  # the number of layers whose outputs are in it

@@ -202,9 +202,7 @@ class LevelRows:
         return out
 
 
-def row_buckets(
-    plan: Plan, max_tokens: int, min_tokens: int = 1, *, alignment: int = ROW_ALIGNMENT
-) -> tuple[int, ...]:
+def row_buckets(plan: Plan, max_tokens: int, min_tokens: int = 1, *, alignment: int = ROW_ALIGNMENT) -> tuple[int, ...]:
     """The sizes of the packed axis that are compiled, ascending: 4, 5, 6 and 7 times each power of two.
 
     Each is rounded up to a multiple of `alignment` rows at the deepest level. A batch of `n` rows gets a bucket of at

@@ -1,21 +1,32 @@
 """Finds out which backends serve the ops of a model: traces its forward pass without weights."""
 
 import dataclasses
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import jax
 
 from funnel_engine.config import FunnelConfig, ModelConfig
-from funnel_engine.devices import batch_shapes, map_weights
+from funnel_engine.devices import Tree, batch_shapes, default_activations, map_weights
 from funnel_engine.heads import HeadConfig
 from funnel_engine.model import forward
 from funnel_engine.packing import make_plan, row_buckets
-from funnel_engine.weights import DTYPES, expected_shapes, nest, prepare_weight
+from funnel_engine.weights import (
+    MATRICES,
+    cast,
+    expected_shapes,
+    join_scales,
+    leaf_of,
+    nest,
+    prepare_weight,
+    tensor_types,
+)
 from funnel_kernels import Record, Target
 
 
 def served_by(config: ModelConfig, funnel: FunnelConfig, dtype: str, target: Target) -> Record:
-    """The record of the program for the smallest bucket. Nothing is computed.
+    """The record of the program for the smallest bucket, with weights of a dtype. Nothing is computed.
 
     Raises:
         BackendUnavailable: the target's backend does not support an op.
@@ -23,9 +34,14 @@ def served_by(config: ModelConfig, funnel: FunnelConfig, dtype: str, target: Tar
     record = Record()
     plan = make_plan(config, funnel)
     shapes = expected_shapes(config, HeadConfig())
-    weights = {name: jax.ShapeDtypeStruct(shape, DTYPES[dtype]) for name, shape in shapes.items()}
-    tree = jax.eval_shape(partial(nest, config=config, funnel=funnel), weights)
-    params = map_weights(partial(prepare_weight, dtype=dtype, target=target), tree)
+    activations = default_activations(dtype, target)
+
+    def make_tree(weights: Mapping[str, Any]) -> Tree:
+        cast_to = {name: dtype if leaf_of(name) in MATRICES else activations for name in weights}
+        return nest({name: cast(name, weight, cast_to[name]) for name, weight in weights.items()}, config, funnel)
+
+    tree = jax.eval_shape(make_tree, join_scales(tensor_types(shapes, dtype)))
+    params = map_weights(partial(prepare_weight, dtype=dtype, activations=activations, target=target), tree)
     encoder = partial(forward, config=config, funnel=funnel, target=dataclasses.replace(target, record=record))
     jax.eval_shape(encoder, params, batch_shapes(plan, row_buckets(plan, 1)[0]))
     return record

@@ -33,8 +33,8 @@ from funnel_engine.heads import HeadConfig
 from funnel_engine.jax_settings import device_name
 from funnel_engine.model import Params, forward
 from funnel_engine.packing import Ints, Plan, make_plan, split
-from funnel_engine.weights import DTYPES, check_dtype, expected_shapes, nest
-from funnel_kernels import PackedWeight, Target
+from funnel_engine.weights import ACTIVATIONS, DTYPES, MATRICES, check_dtype, expected_shapes, nest
+from funnel_kernels import PackedWeight, QuantizedWeight, Target
 from funnel_kernels.errors import ConfigError
 
 AXES = ("data", "model")
@@ -55,6 +55,8 @@ class DeviceMesh:
         whole: the whole model; `config` is the part of one device.
         splits: how weights are divided, by name; a weight that is not in the table is on every device.
     """
+
+    packs = False
 
     def __init__(self, mesh: Mesh, config: ModelConfig, *, backend: str = "auto", threads: int = 0):
         """Raises `ConfigError` for a mesh with other axes, or one that does not divide the model."""
@@ -87,21 +89,25 @@ class DeviceMesh:
         batches = next(batches for batches in tried if len(batches) <= most)
         return [batches[start : start + self.data] for start in range(0, len(batches), self.data)]
 
-    def put(self, weights: Params, funnel: Funnel, dtype: str) -> dict[str, Any]:
+    def put(self, weights: Params, funnel: Funnel, dtype: str, activations: str) -> dict[str, Any]:
         """Copies every device's part of the weights directly to it; host memory contains one part at a time."""
         if foreign := [device for device in self.mesh.devices.flat if device.process_index != jax.process_index()]:
             raise ConfigError(
                 f"the mesh has devices of other processes, e.g. {foreign[0]}; an engine runs in one process, so make "
                 "the mesh of jax.local_devices()"
             )
-
+        if dtype == "int8":
+            raise ConfigError("int8 weights do not run on a mesh; load with dtype='bfloat16' or without a mesh")
         if packed := [name for name, weight in weights.items() if isinstance(weight, PackedWeight)]:
             raise ConfigError(f"{packed[0]} is packed for one device and cannot be divided; give the weight itself")
 
         def put(name: str, weight: Any) -> jax.Array:
             split, shards = self.splits.get(name), []
+            form = DTYPES[dtype if name in MATRICES else activations]
+            if isinstance(weight, QuantizedWeight):
+                weight = weight.astype(form)
             for index, devices in enumerate(self.mesh.devices.T):
-                part = (split.part(weight, index) if split else weight).astype(DTYPES[dtype], copy=False)
+                part = (split.part(weight, index) if split else weight).astype(form, copy=False)
                 shards += [jax.device_put(part, device) for device in devices]
             sharded = self._weight_shape(name, weight)
             return jax.make_array_from_single_device_arrays(sharded.shape, sharded.sharding, shards)
@@ -265,7 +271,7 @@ def abstract_forward(
     Raises:
         ConfigError: the mesh or the funnel does not fit the model, or the dtype is unknown.
     """
-    dtype = check_dtype(dtype)
+    dtype = check_dtype(dtype, ACTIVATIONS)
     devices = DeviceMesh(mesh, config, backend=backend)
     encoder = partial(forward, config=devices.config, funnel=funnel, target=devices.target, axis=devices.axis)
     params = devices.weight_shapes(funnel, dtype)

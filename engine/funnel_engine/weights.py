@@ -5,38 +5,42 @@ The weights of a model are a flat table by name, in memory and on disk. `nest` t
 """
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 
 from funnel_engine.config import Funnel, ModelConfig, layer_steps
 from funnel_engine.heads import HeadConfig, head_shapes
-from funnel_kernels import PackedWeight, Target, Weight, prepare
-from funnel_kernels.errors import ConfigError
+from funnel_kernels import PackedWeight, QuantizedWeight, Target, Weight, prepare, quantize
+from funnel_kernels.errors import CheckpointError, ConfigError, InputError
 
-DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "int8": np.dtype(np.int8)}
+ACTIVATIONS = ("float32", "bfloat16")  # the dtypes of activations; norms and heads have the same dtype
 Shapes = dict[str, tuple[int, ...]]
 # The matrices of the products, and the number of matrices that each one consists of.
 PRODUCTS = {"qkv": 1, "q": 1, "kv": 1, "attention_output": 1, "gate_up": 2, "down": 1}
+MATRICES = ("embedding", *PRODUCTS)  # the weights that can be int8, by the last part of their names
+SCALE = ".scale"  # of the name of a tensor with the scales of an int8 matrix
 
 
-def check_dtype(dtype: Any) -> str:
+def check_dtype(dtype: Any, choices: Collection[str] = tuple(DTYPES)) -> str:
     """The name of a dtype, which is given as a name or as a NumPy or JAX dtype, e.g. `jnp.bfloat16`.
 
     Raises:
-        ConfigError: the engine does not support weights of this dtype, or the value is not a dtype.
+        ConfigError: the dtype is not one of the choices, or the value is not a dtype.
     """
     name = dtype
     if dtype is not None and not isinstance(dtype, str):
         with contextlib.suppress(TypeError):
             name = np.dtype(dtype).name
-    if isinstance(name, str) and name in DTYPES:
+    if isinstance(name, str) and name in choices:
         return name
     if isinstance(name, str) and name == "float16":
         raise ConfigError("dtype 'float16' is refused: Gemma's residual stream overflows it; use bfloat16 or float32")
-    raise ConfigError(f"dtype={name!r:.80} is unknown; choose one of {', '.join(DTYPES)}")
+    raise ConfigError(f"dtype={name!r:.80} is not supported here; choose one of {', '.join(choices)}")
 
 
 def expected_shapes(config: ModelConfig, head: HeadConfig) -> Shapes:
@@ -88,27 +92,90 @@ def nest(flat: Mapping[str, Any], config: ModelConfig, funnel: Funnel) -> dict[s
     return tree
 
 
-def prepare_weight(name: str, weight: Any, dtype: str, target: Target) -> Weight:
+def tensor_types(shapes: Shapes, dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shape and dtype of each tensor of a checkpoint, by name, if weights of these shapes are stored in a dtype.
+
+    With int8, a matrix NAME is a tensor of that name and float32 scales NAME.scale, and the other weights are float32.
+    """
+    if dtype != "int8":
+        return {name: jax.ShapeDtypeStruct(shape, DTYPES[dtype]) for name, shape in shapes.items()}
+    types = {}
+    for name, shape in shapes.items():
+        is_matrix = leaf_of(name) in MATRICES
+        types[name] = jax.ShapeDtypeStruct(shape, np.int8 if is_matrix else np.float32)
+        if is_matrix:
+            types[name + SCALE] = jax.ShapeDtypeStruct(shape[:1], np.float32)
+    return types
+
+
+def leaf_of(name: str) -> str:
+    """The last part of a name, e.g. "qkv"."""
+    return name.rpartition(".")[2]
+
+
+def count_bytes(shapes: Shapes, dtype: str) -> int:
+    """The bytes of all tensors of `tensor_types`."""
+    return sum(tensor.size * tensor.dtype.itemsize for tensor in tensor_types(shapes, dtype).values())
+
+
+def join_scales(tensors: Mapping[str, Any], join: Callable[[Any, Any], Any] = QuantizedWeight) -> dict[str, Any]:
+    """A table of weights from a table of tensors: a matrix and its scales become one."""
+    return {
+        name: join(tensor, tensors[name + SCALE]) if name + SCALE in tensors else tensor
+        for name, tensor in tensors.items()
+        if not name.endswith(SCALE)
+    }
+
+
+def dtype_of(weights: Mapping[str, Any]) -> str:
+    """The dtype of the matrices in a table or a tree of weights."""
+    return str(weights["embedding"].dtype)
+
+
+def prepare_weight(name: str, weight: Any, dtype: str, activations: str, target: Target) -> Weight:
     """Casts one weight and puts it into the layout for a target (`funnel_kernels.linear.prepare`).
 
     Args:
         name: its name in the flat table or in the tree.
+        dtype: of matrices.
+        activations: the dtype of activations, and of norms and heads.
 
     Raises:
         ConfigError: the weight is already packed, with another dtype.
+        CheckpointError: the weight contains NaN or infinity, and int8 cannot represent them.
     """
-    if str(weight.dtype) != dtype:
-        if isinstance(weight, PackedWeight):
-            raise ConfigError(f"{name} is packed as {weight.dtype}; cast it to {dtype} before it is prepared")
-        weight = weight.astype(DTYPES[dtype])
-    leaf = name.rpartition(".")[2]
+    leaf = leaf_of(name)
+    weight = cast(name, weight, dtype if leaf in MATRICES else activations)
     return prepare(weight, parts=PRODUCTS[leaf], target=target) if leaf in PRODUCTS else weight
 
 
-def random_weights(config: ModelConfig, head: HeadConfig, dtype: str, seed: int) -> dict[str, np.ndarray]:
+def cast(name: str, weight: Any, dtype: str) -> Any:
+    """A weight in another dtype; quantizes it, or widens a quantized one."""
+    if str(weight.dtype) == dtype:
+        return weight
+    if isinstance(weight, PackedWeight):
+        raise ConfigError(f"{name} is packed as {weight.dtype}; cast it to {dtype} before it is prepared")
+    if dtype != "int8":
+        return weight.astype(DTYPES[dtype])
+    try:
+        return quantize(weight)
+    except InputError as error:
+        raise CheckpointError(f"{name}: {error}") from error
+
+
+def random_weights(config: ModelConfig, head: HeadConfig, dtype: str, seed: int) -> dict[str, Any]:
     """A flat table of uniform random weights of standard deviation 0.02, norm weights included."""
     generator = np.random.default_rng(seed)
-    return {name: random_array(generator, shape, dtype) for name, shape in expected_shapes(config, head).items()}
+    shapes = expected_shapes(config, head)
+    return {name: random_weight(generator, name, shape, dtype) for name, shape in shapes.items()}
+
+
+def random_weight(generator: np.random.Generator, name: str, shape: tuple[int, ...], dtype: str) -> Any:
+    """One weight of `random_weights`; with int8, a quantized matrix or a float32 vector."""
+    if dtype != "int8":
+        return random_array(generator, shape, dtype)
+    weight = random_array(generator, shape, "float32")
+    return quantize(weight) if leaf_of(name) in MATRICES else weight
 
 
 def random_array(generator: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:

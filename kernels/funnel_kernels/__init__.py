@@ -5,12 +5,14 @@ from funnel_kernels.attention import attention
 from funnel_kernels.errors import BackendUnavailable, CheckpointError, ConfigError, FunnelError, InputError
 from funnel_kernels.linear import (
     PackedWeight,
+    QuantizedWeight,
     Weight,
     gated_linear,
     linear,
     linear_add_norm,
     prepare,
     project_heads,
+    quantize,
 )
 from funnel_kernels.mlp import mlp
 from funnel_kernels.norm import rms_norm
@@ -26,6 +28,7 @@ __all__ = [
     "FunnelError",
     "InputError",
     "PackedWeight",
+    "QuantizedWeight",
     "Record",
     "Target",
     "Weight",
@@ -38,6 +41,7 @@ __all__ = [
     "pool_norm",
     "prepare",
     "project_heads",
+    "quantize",
     "recover_norm",
     "rms_norm",
 ]

@@ -308,7 +308,7 @@ def test_everything_wrong_is_listed_at_once(source):
         "missing: norm.weight (48,)",
         "missing: layers.1.self_attn.k_proj.weight (28, 48)",
         "misshapen: layers.0.self_attn.q_proj.weight is (48, 84), but the config says (84, 48)",
-        "dtype: layers.2.mlp.up_proj.weight is 'safetensors I8', not float32 or bfloat16 or float16",
+        "dtype: layers.2.mlp.up_proj.weight is 'int8', not float32 or bfloat16 or float16",
         "unknown: 'layers.0.adapter.weight' (84, 48)",
         "unknown: 'vision_tower.probe' (84, 48)",  # Gemma 1 has no vision tower
         "unknown: 'lm_head.weight_scale' (84, 48)",  # only lm_head.weight itself is known

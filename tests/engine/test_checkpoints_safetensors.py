@@ -152,6 +152,10 @@ def test_file_that_shrinks_while_it_is_read(tmp_path):
 SHAPES = {"odd": (3, 5), "matrix": (32, 9), "vector": (32,), "last odd": (1,), "cube": (2, 4, 16)}
 
 
+def types(dtype: np.dtype) -> dict[str, jax.ShapeDtypeStruct]:
+    return {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in SHAPES.items()}
+
+
 def random_tensors(dtype: np.dtype) -> dict[str, np.ndarray]:
     generator = np.random.default_rng(3)
     return {name: generator.standard_normal(shape).astype(dtype) for name, shape in SHAPES.items()}
@@ -163,7 +167,7 @@ def test_writes_what_the_library_reads(tmp_path, dtype):
     path = tmp_path / "ours.safetensors"
     written = []
     values = {name: np.array_split(tensor.ravel(), 2) for name, tensor in tensors.items()}
-    write_tensors(path, dtype, SHAPES, values, written.append)
+    write_tensors(path, types(dtype), values, written.append)
     assert sum(written) == sum(tensor.nbytes for tensor in tensors.values())
     for loaded in (safetensors.numpy.load_file(path), map_tensors(path, read_header(path))):
         assert loaded.keys() == tensors.keys()
@@ -175,7 +179,7 @@ def test_writes_what_the_library_reads(tmp_path, dtype):
 def test_mapped_tensors_are_aligned_and_used_in_place(tmp_path, dtype):
     tensors = random_tensors(dtype)
     path = tmp_path / "ours.safetensors"
-    write_tensors(path, dtype, SHAPES, {name: [tensor] for name, tensor in tensors.items()}, lambda size: None)
+    write_tensors(path, types(dtype), {name: [tensor] for name, tensor in tensors.items()}, lambda size: None)
     header = read_header(path)
     in_place = {name for name, tensor in tensors.items() if tensor.nbytes % 64 == 0}
     assert in_place == ({"matrix", "vector", "cube"})
@@ -192,7 +196,7 @@ def test_existing_file_is_not_written_over(tmp_path):
     path = tmp_path / "ours.safetensors"
     path.write_text("precious")
     with pytest.raises(FileExistsError):
-        write_tensors(path, BFLOAT16, {}, {}, lambda size: None)
+        write_tensors(path, {}, {}, lambda size: None)
     assert path.read_text() == "precious"
 
 

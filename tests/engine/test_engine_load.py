@@ -52,8 +52,8 @@ def test_verify_is_true_or_false(folder):
 def test_float16_is_refused(folder):
     with pytest.raises(ConfigError, match="dtype 'float16' is refused: Gemma's residual stream overflows it"):
         Engine.load(folder / "float32", dtype="float16")
-    with pytest.raises(ConfigError, match="dtype='int8' is unknown; choose one of float32, bfloat16"):
-        Engine.load(folder / "float32", dtype="int8")
+    with pytest.raises(ConfigError, match="dtype='int4' is not supported here; choose one of float32, bfloat16, int8"):
+        Engine.load(folder / "float32", dtype="int4")
 
 
 def test_attention_is_the_checkpoints_or_the_one_asked_for(folder):

@@ -173,7 +173,9 @@ def test_every_backend_gives_what_the_reference_gives(backend, name, config, dty
     params, batch, plan, lengths = example(config, funnel, dtype)
     rows, results = token_rows(plan, lengths), []
     for served_by in ("reference", backend):
-        prepared = map_weights(functools.partial(prepare_weight, dtype=dtype, target=target(served_by)), params)
+        prepared = map_weights(
+            functools.partial(prepare_weight, dtype=dtype, activations=dtype, target=target(served_by)), params
+        )
         result = run(prepared, batch, config=config, funnel=funnel, target=target(served_by))
         assert result.dtype == DTYPES[dtype]
         assert result.shape == (len(batch.ids) // funnel.output_stride, config.hidden_size)

@@ -122,7 +122,9 @@ def test_random_weights_are_uniform_reproducible_and_all_different(name, dtype):
 
 def test_only_the_matrices_of_products_are_prepared():
     flat = random_weights(GEMMA_3, HeadConfig(task="tag", labels=("a", "b")), "float32", seed=2)
-    prepared = {name: prepare_weight(name, weight, "float32", target("cpu")) for name, weight in flat.items()}
+    prepared = {
+        name: prepare_weight(name, weight, "float32", "float32", target("cpu")) for name, weight in flat.items()
+    }
     packed = {name.rpartition(".")[2]: weight for name, weight in prepared.items() if isinstance(weight, PackedWeight)}
     matrices = {
         "qkv": ((40, 10), 1),
@@ -134,26 +136,26 @@ def test_only_the_matrices_of_products_are_prepared():
     assert found == matrices
     for name, weight in prepared.items():
         assert isinstance(weight, PackedWeight) or weight is flat[name]
-        assert prepare_weight(name, flat[name], "float32", target("xla")) is flat[name]
-        assert prepare_weight(name, weight, "float32", target("cpu")) is weight
+        assert prepare_weight(name, flat[name], "float32", "float32", target("xla")) is flat[name]
+        assert prepare_weight(name, weight, "float32", "float32", target("cpu")) is weight
 
 
 def test_a_weight_is_cast_before_it_is_packed():
     flat = random_weights(GEMMA_1, HeadConfig(), "float32", seed=2)
-    prepared = prepare_weight("layers.0.qkv", flat["layers.0.qkv"], "bfloat16", target("cpu"))
+    prepared = prepare_weight("layers.0.qkv", flat["layers.0.qkv"], "bfloat16", "bfloat16", target("cpu"))
     assert prepared.dtype == ml_dtypes.bfloat16
     assert isinstance(prepared, PackedWeight)
     packed = packed_weight(flat["layers.0.qkv"].astype(ml_dtypes.bfloat16))
-    assert prepare_weight("final_norm", flat["final_norm"], "bfloat16", target("cpu")).dtype == ml_dtypes.bfloat16
+    assert prepare_weight("final_norm", flat["final_norm"], "float32", "bfloat16", target("cpu")).dtype == "bfloat16"
     with pytest.raises(ConfigError, match=r"layers\.0\.qkv is packed as bfloat16; cast it to float32 before"):
-        prepare_weight("layers.0.qkv", packed, "float32", target("cpu"))
+        prepare_weight("layers.0.qkv", packed, "float32", "float32", target("cpu"))
 
 
 def test_engines_share_weights_that_are_prepared():
     """No engine packs them again, also one that takes its queries' weights apart."""
     config = dataclasses.replace(GEMMA_1, hidden_size=32, num_heads=4, num_kv_heads=2, head_dim=32, max_positions=64)
     flat = random_weights(config, HeadConfig(), "float32", seed=3)
-    shared = {name: prepare_weight(name, weight, "float32", target("cpu")) for name, weight in flat.items()}
+    shared = {name: prepare_weight(name, weight, "float32", "float32", target("cpu")) for name, weight in flat.items()}
     for funnel in (FunnelConfig(), FunnelConfig((1, 2), pool_query_only=True)):
         engines = [
             Engine(config, HeadConfig(), weights, funnel=funnel, backend=backend, max_batch_tokens=16)

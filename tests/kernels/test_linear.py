@@ -14,12 +14,14 @@ from funnel_kernels import (
     BackendUnavailable,
     InputError,
     PackedWeight,
+    QuantizedWeight,
     Target,
     gated_linear,
     linear,
     linear_add_norm,
     prepare,
     project_heads,
+    quantize,
 )
 from option_grid import (
     BACKENDS,
@@ -32,8 +34,10 @@ from option_grid import (
     HeadsCase,
     LinearAddNormCase,
     LinearCase,
+    exact_product,
     packed_weight,
     target,
+    without_ties,
 )
 
 SERVED = [backend for backend in BACKENDS if backend not in ("triton", "tpu")]  # these two are XLA's products
@@ -58,11 +62,11 @@ def test_linear_agrees_with_float64(backend, case):
     prepared = prepare(weight, target=target(backend))
     assert isinstance(prepared, PackedWeight) == (backend == "cpu")
     actual = jax.jit(lambda *arrays: linear(*arrays, target=target(backend)))(x, prepared, add)
-    exact_x, exact_weight, exact_add = exact(x, weight, add)
+    expected, size = exact_product(x, weight, backend)
+    if add is not None:
+        expected, size = expected + np.asarray(add, np.float64), size + np.abs(np.asarray(add, np.float64))
     assert actual.shape == (case.rows, case.out_features)
     assert actual.dtype == (x.dtype if case.add else jnp.float32)
-    expected = exact_x @ exact_weight.T + (0.0 if exact_add is None else exact_add)
-    size = np.abs(exact_x) @ np.abs(exact_weight.T) + (0.0 if exact_add is None else np.abs(exact_add))
     check(actual, expected, size, WIDE_ROUNDING[case.dtype] if case.add else 0.0)
 
 
@@ -73,13 +77,11 @@ def test_gated_linear_agrees_with_float64(backend, case):
     actual = jax.jit(lambda *arrays: gated_linear(*arrays, target=target(backend)))(
         x, prepare(weight, parts=2, target=target(backend))
     )
-    exact_x, exact_weight = exact(x, weight)
-    gate, up = exact_x @ exact_weight[: case.out_features].T, exact_x @ exact_weight[case.out_features :].T
+    (gate, up), sizes = (np.split(part, 2, axis=1) for part in exact_product(x, weight, backend))
     inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
     expected = 0.5 * gate * (1 + np.tanh(inner)) * up
     assert actual.shape == expected.shape
     assert actual.dtype == x.dtype
-    sizes = [np.abs(exact_x) @ np.abs(part.T) for part in np.split(exact_weight, 2)]
     check(actual, expected, (1 + sizes[0]) * (1 + sizes[1]), WIDE_ROUNDING[case.dtype])
 
 
@@ -94,8 +96,8 @@ def test_linear_add_norm_agrees_with_float64(backend, case):
     assert total.shape == normed.shape == add.shape
     assert total.dtype == normed.dtype == x.dtype
 
-    exact_x, exact_weight, exact_add, factor, update_factor = exact(x, weight, add, norm_weight, update_weight)
-    update, size = exact_x @ exact_weight.T, np.abs(exact_x) @ np.abs(exact_weight.T)
+    exact_add, factor, update_factor = exact(add, norm_weight, update_weight)
+    update, size = exact_product(x, weight, backend)
     if case.normed:
         scale = (1 + update_factor) / np.sqrt((update**2).mean(1, keepdims=True) + EPS)
         update, size = update * scale, size * np.abs(scale)
@@ -132,8 +134,8 @@ def test_what_an_accelerator_sums_is_two_roundings_from_float64(case):
     norm_weight = np.ones(case.width, np.float32)
     options = {"update_weight": update_weight, "eps": EPS, "target": Target("xla", "gpu")}
     total, _ = linear_add_norm(x, weight, add, norm_weight, **options)
-    exact_x, exact_weight, exact_add, update_factor = exact(x, weight, add, update_weight)
-    update, size = exact_x @ exact_weight.T, np.abs(exact_x) @ np.abs(exact_weight.T)
+    exact_add, update_factor = exact(add, update_weight)
+    update, size = exact_product(x, weight, "xla")
     if case.normed:
         scale = (1 + update_factor) / np.sqrt((update**2).mean(1, keepdims=True) + EPS)
         update, size = update * scale, size * np.abs(scale)
@@ -142,11 +144,11 @@ def test_what_an_accelerator_sums_is_two_roundings_from_float64(case):
     assert (error <= 2**-8 * (np.abs(update) + np.abs(expected)) + 2**-20 * (np.abs(exact_add) + size)).all()
 
 
-def exact_heads(case: HeadsCase) -> list[np.ndarray]:
+def exact_heads(case: HeadsCase, backend: str) -> list[np.ndarray]:
     """Each group of heads, [N, count * d] float64: pairs of a head as complex numbers, turned by multiplication."""
     x, weight, cos, sin, norms = case.arrays()
-    x, weight, cos, sin = exact(x, weight, cos, sin)
-    product = (x @ weight.T).reshape(case.rows, -1, case.head_dim)
+    cos, sin = exact(cos, sin)
+    product = exact_product(x, weight, backend)[0].reshape(case.rows, -1, case.head_dim)
     first, groups = 0, []
     for index, count in enumerate(case.heads):
         group = product[:, first : first + count]
@@ -168,7 +170,7 @@ def test_project_heads_agrees_with_float64(backend, case):
     results = jax.jit(lambda *arrays: project_heads(*arrays, **case.options(), target=target(backend)))(
         x, prepare(weight, target=target(backend)), *rest
     )
-    expected = exact_heads(case)
+    expected = exact_heads(case, backend)
     assert len(results) == len(expected)
     for actual, group in zip(results, expected, strict=True):
         assert actual.shape == group.shape
@@ -176,20 +178,96 @@ def test_project_heads_agrees_with_float64(backend, case):
         check(actual, group, np.full(group.shape, 8.0), WIDE_ROUNDING[case.dtype])
 
 
+@pytest.mark.parametrize("weights", [None, "int8"])
 @pytest.mark.parametrize("backend", ["triton", "tpu"])
-def test_on_accelerators_the_products_are_xlas(backend):
-    x, weight, add = LinearCase(16, 24, 40, add=True).arrays()
+def test_on_accelerators_the_products_are_xlas(backend, weights):
+    x, weight, add = LinearCase(16, 24, 40, add=True, weights=weights).arrays()
     theirs = target(backend)
     targets = theirs, dataclasses.replace(theirs, backend="xla")
     assert prepare(weight, target=theirs) is weight
     assert len({np.asarray(linear(x, weight, add, target=each)).tobytes() for each in targets}) == 1
     assert len({np.asarray(gated_linear(x, weight, target=each)).tobytes() for each in targets}) == 1
-    arrays = LinearAddNormCase(5, 24, 40).arrays()[:4]
+    arrays = LinearAddNormCase(5, 24, 40, weights=weights).arrays()[:4]
     results = [linear_add_norm(*arrays, eps=EPS, target=each) for each in targets]
     assert all((ours == expected).all() for ours, expected in zip(*results, strict=True))
-    case = HeadsCase(5, 24, 8, (3, 1), 1, normed=True)
+    case = HeadsCase(5, 24, 8, (3, 1), 1, normed=True, weights=weights)
     results = [project_heads(*case.arrays(), **case.options(), target=each) for each in targets]
     assert all((ours == expected).all() for ours, expected in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_quantized_weight_is_near_the_weight(dtype):
+    """Each value is at most half a step away, and the largest of its row is 127 steps."""
+    weight = LinearCase(1, 300, 7000, dtype).arrays()[1]  # more than one piece
+    quantized = quantize(weight)
+    exact_weight, scale = np.asarray(weight, np.float64), np.asarray(quantized.scale, np.float64)
+    assert (quantized.values.dtype, quantized.scale.dtype) == (np.int8, np.float32)
+    assert quantized.shape == weight.shape
+    np.testing.assert_array_equal(np.abs(quantized.values).max(axis=1), 127)
+    np.testing.assert_allclose(scale * 127, np.abs(exact_weight).max(axis=1), rtol=1e-6)
+    assert (np.abs(quantized.values * scale[:, None] - exact_weight) <= scale[:, None] * 0.50001).all()
+    np.testing.assert_array_equal(quantized.astype(np.float32), quantized.values * quantized.scale[:, None])
+    again = quantize(quantized.astype(np.float32))
+    np.testing.assert_array_equal(again.values, quantized.values)
+    np.testing.assert_allclose(again.scale, quantized.scale, rtol=2e-7)
+
+
+def test_rows_without_a_value_and_with_tiny_or_huge_ones():
+    """No scale is NaN, and no value overflows an int8."""
+    weight = np.array([[0, 0, 0], [1e-45, -2e-45, 0], [2e-43, -1e-43, 3e-44], [3e38, -3e38, 1e38], [5, 2.5, -5]], "f4")
+    quantized = quantize(weight)
+    np.testing.assert_array_equal(quantized.scale[:2], 0)
+    np.testing.assert_array_equal(quantized.values, [[0] * 3, [0] * 3, *quantized.values[2:4], [127, 64, -127]])
+    assert (np.abs(quantized.values.astype(int)) <= 127).all()
+    np.testing.assert_allclose(quantized.astype(np.float32), weight, rtol=0.02, atol=1e-42)
+    for bad in (np.nan, np.inf, -np.inf):
+        weight[3, 1] = bad
+        with pytest.raises(InputError, match="row 3 of the weight contains NaN or infinity"):
+            quantize(weight)
+
+
+@pytest.mark.parametrize("backend", SERVED)
+def test_rows_of_zeros_and_integers_at_the_end_of_their_range(backend):
+    """`quantize` makes no -128, but a file may contain it. A row or a group of zeros gives 0 and not NaN."""
+    generator = np.random.default_rng(5)
+    values = generator.integers(-128, 128, (96, 300)).astype(np.int8)
+    values[:4], values[4:8], values[8] = -128, 127, 0
+    weight = QuantizedWeight(values, generator.random(96, np.float32))
+    x = without_ties(generator.standard_normal((9, 300)).astype(np.float32))
+    x[1], x[2, :256], x[3], x[4], x[5] = 0, 0, -1, 1, 1e-40
+    actual = linear(x, prepare(weight, target=target(backend)), target=target(backend))
+    expected, size = exact_product(x, weight, backend)
+    check(actual, expected, size + 1e-25, 0.0)
+    assert not np.asarray(actual)[1].any()
+
+
+@pytest.mark.parametrize("backend", SERVED)
+def test_a_row_that_is_not_finite_spoils_only_itself(backend):
+    x, weight, _ = LinearCase(5, 300, 70, weights="int8").arrays()
+    run = lambda x: np.asarray(linear(x, prepare(weight, target=target(backend)), target=target(backend)))  # noqa: E731
+    expected = run(x)
+    for bad in (np.nan, np.inf):
+        broken = x.copy()
+        broken[2, 7] = bad
+        actual = run(broken)
+        assert not np.isfinite(actual[2]).any()
+        np.testing.assert_array_equal(np.delete(actual, 2, 0), np.delete(expected, 2, 0))
+
+
+def test_rows_of_a_quantized_weight_can_be_taken():
+    x, weight, _ = LinearCase(5, 48, 300, weights="int8").arrays()
+    part = weight[10:77]
+    assert part.shape == (67, 48)
+    for backend in ("reference", "xla"):
+        whole = linear(x, weight, target=target(backend))
+        np.testing.assert_allclose(linear(x, part, target=target(backend)), whole[:, 10:77], rtol=1e-5, atol=1e-6)
+
+
+def test_a_product_of_integers_has_no_derivative():
+    """Rounding has the derivative 0, which would silently train nothing."""
+    x, weight, _ = LinearCase(5, 48, 30, weights="int8").arrays()
+    with pytest.raises(InputError, match="int8 weights has no derivative; train float weights, then quantize them"):
+        jax.grad(lambda x: linear(x, weight, target=target("reference")).sum())(x)
 
 
 def test_large_gates_neither_overflow_nor_vanish():
@@ -253,7 +331,7 @@ def test_after_a_product_that_is_xlas_the_norms_are_native_all_the_same():
 def test_what_does_not_fit_is_refused():
     x, weight, add = LinearCase(4, 32, 64, add=True).arrays()
     packed = packed_weight(weight)
-    half = x.astype(jnp.bfloat16)
+    half, integers = weight.astype(jnp.bfloat16), quantize(weight)
     for arrays, message in (
         ((x[None], weight), r"x has shape \(1, 4, 32\)"),
         ((x.astype(np.float16), weight), "x is float16"),
@@ -266,6 +344,12 @@ def test_what_does_not_fit_is_refused():
         ((x, weight, add.astype(jnp.bfloat16)), "add is bfloat16; it must be float32"),
         ((x[:0], weight), "needs at least one row"),
         ((x, packed_weight(weight, 2)), "packed in 2 parts, but this product needs 1"),
+        ((x, integers.values), "weight is int8"),
+        ((x[:, :16], integers), r"weight has shape \(64, 32\); it must have shape \(64, 16\)"),
+        ((x, QuantizedWeight(weight, integers.scale)), "weight is float32 .* must be an int8 matrix"),
+        ((x, QuantizedWeight(integers.values, integers.scale.astype(np.float64))), "scales of float64; it must be"),
+        ((x, QuantizedWeight(integers.values, integers.scale[1:])), r"scale of weight has shape \(63,\)"),
+        ((x, QuantizedWeight(integers.values[0], integers.scale)), r"int8 \(32,\) with scales"),
     ):
         with pytest.raises(InputError, match=message):
             linear(*arrays, target=target())

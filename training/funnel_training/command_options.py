@@ -11,7 +11,7 @@ from rich.console import Console
 from funnel_engine.checkpoints.native import read_checkpoint
 from funnel_engine.config import ATTENTIONS
 from funnel_engine.heads import POOLINGS
-from funnel_engine.weights import DTYPES
+from funnel_engine.weights import ACTIVATIONS, DTYPES
 from funnel_kernels import BACKENDS
 from funnel_kernels.errors import ConfigError
 
@@ -56,9 +56,7 @@ vector_options = options(
 
 model_options = options(
     vector_options,
-    click.option(
-        "--dtype", type=click.Choice(list(DTYPES)), help="Of weights and activations. Default: the checkpoint's."
-    ),
+    click.option("--dtype", type=click.Choice(list(DTYPES)), help="Of weights. Default: the checkpoint's."),
     click.option("--backend", default="auto", show_default=True, help=f"One of auto, {', '.join(BACKENDS)}."),
 )
 
@@ -83,7 +81,7 @@ def training_options(train: str, learning_rate: float) -> Callable[[Command], Co
             "--patience", type=int, default=5, show_default=True, help="Evaluations without a gain before the end."
         ),
         click.option(
-            "--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True, help="Of activations."
+            "--dtype", type=click.Choice(ACTIVATIONS), default="float32", show_default=True, help="Of activations."
         ),
         click.option(
             "--recompute", is_flag=True, help="Compute each layer again for its derivative: less memory, more time."

@@ -40,6 +40,15 @@ def check_untrained(path: str | os.PathLike[str], checkpoint: Checkpoint, role: 
         )
 
 
+def check_trainable(path: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
+    """Raises `ConfigError` if the weights of a checkpoint are integers, which have no derivative."""
+    if checkpoint.dtype == "int8":
+        raise ConfigError(
+            f"{path} has int8 weights, which cannot be trained; train the float checkpoint that it was made from, and "
+            "then convert the result: funnel convert TRAINED NEW --dtype int8"
+        )
+
+
 def funnel_to_train(checkpoint: Checkpoint, funnel: Funnel | None) -> FunnelConfig:
     """The funnel that a checkpoint is to be trained for; None is its own.
 

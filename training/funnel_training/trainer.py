@@ -15,7 +15,7 @@ from funnel_engine.checks import check_flag, check_integer, check_number
 from funnel_engine.inputs import Ragged
 from funnel_engine.messages import abbreviate
 from funnel_engine.packing import Ints
-from funnel_engine.weights import check_dtype
+from funnel_engine.weights import ACTIVATIONS, check_dtype
 from funnel_kernels.errors import ConfigError
 from funnel_training.progress_plot import draw
 from funnel_training.run_folder import RunFolder
@@ -66,7 +66,7 @@ class Settings:
         check_integer("texts", self.texts, least=2)
         check_integer("seed", self.seed, least=0)
         check_number("learning_rate", self.learning_rate)
-        check_dtype(self.dtype)
+        check_dtype(self.dtype, ACTIVATIONS)
         check_flag("recompute", self.recompute)
 
     def optimizer(self) -> optax.GradientTransformation:

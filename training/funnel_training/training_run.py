@@ -16,7 +16,7 @@ from funnel_engine.config import Funnel
 from funnel_engine.heads import Head
 from funnel_engine.input_files import hash_file, to_path
 from funnel_engine.text import read_tokenizer
-from funnel_training.engines import funnel_to_train, read_checkpoint_as
+from funnel_training.engines import check_trainable, funnel_to_train, read_checkpoint_as
 from funnel_training.package_versions import package_versions
 from funnel_training.run_folder import RunFolder
 from funnel_training.scores import Ints
@@ -62,6 +62,7 @@ class TrainingRun:
         self.source, self.settings, self.report = to_path(checkpoint), settings, report
         self.destination = prepare_destination(to_path(output), self.source, False)
         self.opened: Checkpoint = read_checkpoint_as(self.source, attention=attention, pooling=pooling)
+        check_trainable(self.source, self.opened)
         self.funnel = funnel_to_train(self.opened, funnel)
         self.manifest = hash_file(self.source / MANIFEST)
         self.folder = RunFolder(self.destination.with_name(f"{self.destination.name}.training"))

@@ -15,6 +15,7 @@ from funnel_benchmarks.kernels.suite import Suite, backends_here
 from funnel_benchmarks.memory import check_memory
 from funnel_benchmarks.models import preset_model
 from funnel_engine.packing import Ints
+from funnel_engine.weights import ACTIVATIONS
 from funnel_kernels import BACKENDS
 from funnel_kernels.target import check_backend
 
@@ -27,7 +28,9 @@ NO_LENGTHS = np.zeros(0, np.int32)
 @click.option("--depth", type=int, default=4, show_default=True, help="Its first layers, for the whole forward pass.")
 @click.option("--seq-len", type=click.IntRange(1, 2**20), default=512, show_default=True, help="Tokens a sequence.")
 @click.option("--batch", type=click.IntRange(1, 2**20), default=2, show_default=True, help="Sequences in the batch.")
-@suite_command.dtype_option
+@click.option(
+    "--dtype", type=click.Choice(ACTIVATIONS), default="bfloat16", show_default=True, help="Of weights and activations."
+)
 @click.option(
     "--backend",
     "backends",

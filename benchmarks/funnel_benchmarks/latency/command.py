@@ -85,7 +85,7 @@ DECIDED = {
 @click.option(
     "--dtype",
     type=click.Choice(list(DTYPES)),
-    help="Of weights and activations. Default: bfloat16, or the checkpoint's.",
+    help="Of weights. Default: bfloat16, or the checkpoint's.",
 )
 @suite_command.backend_option
 @click.option(

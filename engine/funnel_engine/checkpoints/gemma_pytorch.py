@@ -13,13 +13,11 @@ import pickletools
 import struct
 import zipfile
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
-
-import numpy as np
+from typing import Any, BinaryIO
 
 from funnel_engine.checkpoints.architectures import find_config
 from funnel_engine.checkpoints.hugging_face import NORMS
-from funnel_engine.checkpoints.safetensors_file import StoredTensor
+from funnel_engine.checkpoints.safetensors_file import INT8_WITH_SCALES, DequantizedTensor, StoredTensor
 from funnel_engine.checkpoints.source import SourceModel
 from funnel_engine.checkpoints.tensors import (
     FLOAT_DTYPES,
@@ -71,34 +69,6 @@ DROPPED = drop_by_name(
 )
 
 
-class DequantizedTensor(NamedTuple):
-    """An int8 matrix with a factor for each row, which is read as float32 (a `tensors.SourceTensor`)."""
-
-    weight: StoredTensor
-    scaler: StoredTensor
-
-    @property
-    def path(self) -> Path:
-        return self.weight.path
-
-    @property
-    def name(self) -> str:
-        return self.weight.name
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.weight.shape
-
-    @property
-    def dtype(self) -> str:
-        return "float32"
-
-    def read(self, at: tuple[int, ...], start: int, stop: int) -> np.ndarray:
-        assert at == (), "a quantized tensor is a matrix and is read by rows"
-        factors = self.scaler.read((), start, stop).astype(np.float32)
-        return self.weight.read((), start, stop) * factors[:, None]
-
-
 def matches(path: Path) -> bool:
     """Whether `path` is a PyTorch file, or a folder with a `.ckpt` or shards and without safetensors."""
     if not path.is_dir():
@@ -133,7 +103,8 @@ def read_gemma_pytorch(path: Path, sliding_window: int | None = None) -> SourceM
     directory = path if path.is_dir() else path.parent
     vocabulary = tensors[embedder].shape[0]
     config = find_config(directory, tensors, lambda config: encoder_parts(config, embedder), vocabulary, sliding_window)
-    weights, dropped = assemble(path, encoder_parts(config, embedder), tensors, DROPPED)
+    dtypes = (*FLOAT_DTYPES, INT8_WITH_SCALES)
+    weights, dropped = assemble(path, encoder_parts(config, embedder), tensors, DROPPED, dtypes)
     text, tokenizer_file = find_tokenizer(directory, config)
     return SourceModel(
         format="gemma_pytorch",

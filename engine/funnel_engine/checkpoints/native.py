@@ -1,15 +1,14 @@
 """Our own checkpoint format: a directory that is loaded without copying.
 
 funnel.json                        the description of the model (`Manifest`); written last
-weights.safetensors                every tensor of `weights.expected_shapes`, all of one dtype, aligned for use in
-  or weights-00001-of-00003...     place; in several files above 5 GB
+weights.safetensors                every weight of `weights.expected_shapes` as `weights.tensor_types` says, aligned for
+  or weights-00001-of-00003...     use in place; in several files above 5 GB
 tokenizer.json, tokenizer.model    for the tokenizers or the sentencepiece library; only if the source had one
 """
 
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import shutil
 import threading
@@ -18,9 +17,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
-from funnel_engine.checkpoints.safetensors_file import StoredTensor, map_tensors, read_header, write_tensors
+from funnel_engine.checkpoints.safetensors_file import (
+    INT8_WITH_SCALES,
+    DequantizedTensor,
+    StoredTensor,
+    map_tensors,
+    read_header,
+    write_tensors,
+)
 from funnel_engine.checkpoints.source import SourceModel, TrainingRecord
 from funnel_engine.checkpoints.tensors import Part, Rows, assemble, check_tensors, join_shards
 from funnel_engine.config import Funnel, FunnelConfig, ModelConfig, check_funnel, read_funnel, set_field
@@ -38,7 +45,16 @@ from funnel_engine.input_files import (
 )
 from funnel_engine.messages import abbreviate
 from funnel_engine.text import TextConfig
-from funnel_engine.weights import DTYPES, Shapes, count_parameters, expected_shapes
+from funnel_engine.weights import (
+    ACTIVATIONS,
+    DTYPES,
+    SCALE,
+    count_parameters,
+    expected_shapes,
+    join_scales,
+    tensor_types,
+)
+from funnel_kernels import quantize
 from funnel_kernels.errors import CheckpointError
 
 VERSION = 4
@@ -78,7 +94,7 @@ class Manifest:
     """The content of funnel.json. A change that older engines cannot read needs a new `version`.
 
     Attributes:
-        dtype: the dtype of every tensor, "bfloat16" or "float32".
+        dtype: the dtype of every tensor, "bfloat16" or "float32"; with "int8" see `weights.tensor_types`.
         quantized: see `SourceModel`.
         funnel: the funnel that the model is meant to run with; `Engine.load` uses it.
         training: how the weights were trained for this funnel; None if they were not.
@@ -111,7 +127,7 @@ class Checkpoint:
     """A checkpoint whose weights are mapped into memory: read-only arrays, read from disk when first used."""
 
     manifest: Manifest
-    weights: Mapping[str, np.ndarray]
+    weights: Mapping[str, Any]
     tokenizer_file: Path | None
 
     @property
@@ -132,7 +148,7 @@ def matches(path: Path) -> bool:
 
 
 def read_checkpoint(path: str | os.PathLike[str], *, verify: bool = False) -> Checkpoint:
-    """Opens a directory that `convert` wrote, without reading the weights.
+    """Opens a directory that `convert` wrote, without reading the weights, except for the scales of int8 matrices.
 
     Args:
         verify: read every file and compare its SHA-256 with the manifest's. Sizes are always compared.
@@ -146,9 +162,10 @@ def read_checkpoint(path: str | os.PathLike[str], *, verify: bool = False) -> Ch
         if verify:
             verify_files(files, manifest)
         tensors = read_shards(directory, manifest, files)
-        weights: dict[str, np.ndarray] = {}
+        mapped: dict[str, np.ndarray] = {}
         for file in shards(files):
-            weights |= map_tensors(file, {name: tensor for name, tensor in tensors.items() if tensor.path == file})
+            mapped |= map_tensors(file, {name: tensor for name, tensor in tensors.items() if tensor.path == file})
+    weights = join_scales(mapped)
     return Checkpoint(
         manifest=manifest,
         weights={name: weights[name] for name in expected_shapes(manifest.config, manifest.head)},
@@ -231,10 +248,31 @@ def shards(files: Mapping[str, Path]) -> list[Path]:
 
 
 def read_shards(directory: Path, manifest: Manifest, files: Mapping[str, Path]) -> dict[str, StoredTensor]:
-    """The tensors of all shards, after a check that they are those of the config and that none is in two shards."""
+    """The tensors of all shards, after a check that they are those of the config and that none is in two shards.
+
+    Scales are read and checked too.
+    """
     tensors = join_shards(directory, shards(files), read_header)
-    check_tensors(directory, expected_shapes(manifest.config, manifest.head), tensors, (manifest.dtype,))
+    types = tensor_types(expected_shapes(manifest.config, manifest.head), manifest.dtype)
+    dtypes = {tensor.dtype.name for tensor in types.values()}
+    check_tensors(directory, {name: tensor.shape for name, tensor in types.items()}, tensors, tuple(sorted(dtypes)))
+    for name, tensor in tensors.items():
+        if tensor.dtype != types[name].dtype.name:
+            raise CheckpointError(
+                f"{tensor.path}: {name} is {tensor.dtype}, but it must be {types[name].dtype.name} in a checkpoint "
+                f"whose dtype is {manifest.dtype}; convert the source again"
+            )
+        if name.endswith(SCALE) and not is_scale(tensor.read((), 0, tensor.shape[0])):
+            raise CheckpointError(
+                f"{tensor.path} is damaged: {name} contains NaN, infinity or a negative number; copy or convert the "
+                "checkpoint again"
+            )
     return tensors
+
+
+def is_scale(values: np.ndarray) -> bool:
+    """Whether all values are finite and not negative."""
+    return bool((np.isfinite(values) & (values >= 0)).all())
 
 
 def verify_files(files: Mapping[str, Path], manifest: Manifest) -> None:
@@ -260,7 +298,9 @@ def read_source(directory: Path, sliding_window: int | None = None) -> SourceMod
         raise CheckpointError(f"{directory} is already converted; give the sliding window when converting its source")
     shapes = expected_shapes(manifest.config, manifest.head)
     parts = {name: (Part(name, shape),) for name, shape in shapes.items()}
-    weights, dropped = assemble(directory, parts, read_shards(directory, manifest, files))
+    tensors = join_scales(read_shards(directory, manifest, files), DequantizedTensor)
+    weights, dropped = assemble(directory, parts, tensors, dtypes=(*ACTIVATIONS, INT8_WITH_SCALES))
+    matrices = sum(tensor.dtype == INT8_WITH_SCALES for tensor in tensors.values())
     return SourceModel(
         format="funnel",
         config=manifest.config,
@@ -272,7 +312,7 @@ def read_source(directory: Path, sliding_window: int | None = None) -> SourceMod
         directory=directory,
         funnel=manifest.funnel,
         training=manifest.training,
-        quantized=manifest.quantized,
+        quantized=manifest.quantized | ({"int8": matrices} if matrices else {}),
     )
 
 
@@ -289,7 +329,7 @@ def write_checkpoint(
     Memory contains one piece of a tensor at a time, or one tensor if it must be transposed.
 
     Args:
-        dtype: the dtype to which the weights are rounded (to nearest, ties to even), "bfloat16" or "float32".
+        dtype: the dtype to which the weights are rounded (to nearest, ties to even).
         allow_nonfinite: accept NaN and infinity.
         advance: called with the number of bytes after each piece.
 
@@ -298,12 +338,18 @@ def write_checkpoint(
         OSError: the directory exists or cannot be written.
     """
     shapes = expected_shapes(model.config, model.head)
+    types = tensor_types(shapes, dtype)
     directory.mkdir()
     files = {}
+    values: dict[str, Iterator[np.ndarray]] = {}
+    for name, parts in model.weights.items():
+        if name + SCALE in types:
+            values[name], values[name + SCALE] = quantized(parts, shapes[name][1])
+        else:
+            values[name] = rounded(parts, types[name].dtype, allow_nonfinite)
     with hashing(model.files) as source_files:
-        for name, part in plan_shards(shapes, DTYPES[dtype].itemsize).items():
-            values = {key: rounded(model.weights[key], DTYPES[dtype], allow_nonfinite) for key in part}
-            digest = write_tensors(directory / name, DTYPES[dtype], part, values, advance)
+        for name, part in plan_shards(types).items():
+            digest = write_tensors(directory / name, part, values, advance)
             files[name] = FileFacts((directory / name).stat().st_size, digest)
         hashed = source_files.result()
     tokenizer = None
@@ -325,7 +371,7 @@ def write_checkpoint(
         training=model.training,
         dtype=dtype,
         quantized=model.quantized,
-        tensors=len(shapes),
+        tensors=len(types),
         parameters=count_parameters(shapes),
         tokenizer=tokenizer,
         files=files,
@@ -340,19 +386,33 @@ def write_checkpoint(
     synchronize(directory)
 
 
-def plan_shards(shapes: Shapes, itemsize: int) -> dict[str, Shapes]:
+def plan_shards(types: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
     """The tensors of each file. A file is larger than 5 GB only if a single tensor is."""
-    groups: list[Shapes] = []
-    size = 0
-    for name, shape in shapes.items():
-        size += math.prod(shape) * itemsize
-        if not groups or size > SHARD_BYTES:
+    groups: list[dict[str, jax.ShapeDtypeStruct]] = []
+    total = 0
+    for name, tensor in types.items():
+        size = tensor.size * tensor.dtype.itemsize
+        total += size
+        if not groups or total > SHARD_BYTES:
             groups.append({})
-            size = math.prod(shape) * itemsize
-        groups[-1][name] = shape
+            total = size
+        groups[-1][name] = tensor
     if len(groups) == 1:
         return {"weights.safetensors": groups[0]}
     return {f"weights-{i:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups, start=1)}
+
+
+def quantized(parts: tuple[Rows, ...], in_features: int) -> tuple[Iterator[np.ndarray], Iterator[np.ndarray]]:
+    """The int8 values of a matrix in pieces, and the scales of its rows, to be read after all values."""
+    scales: list[np.ndarray] = []
+
+    def values() -> Iterator[np.ndarray]:
+        for piece in rounded(parts, DTYPES["float32"], allow_nonfinite=False):
+            matrix = quantize(piece.reshape(-1, in_features))
+            scales.append(matrix.scale)
+            yield matrix.values
+
+    return values(), iter(scales)
 
 
 def rounded(parts: tuple[Rows, ...], dtype: np.dtype, allow_nonfinite: bool) -> Iterator[np.ndarray]:
@@ -364,7 +424,8 @@ def rounded(parts: tuple[Rows, ...], dtype: np.dtype, allow_nonfinite: bool) -> 
             if not allow_nonfinite and not np.isfinite(values.astype(np.float32, copy=False)).all():
                 raise CheckpointError(
                     f"tensor {rows.tensor.name} in {rows.tensor.path} contains NaN, infinity or a value too large for "
-                    f"{dtype}; the model is broken, so train or fetch it again (--allow-nonfinite accepts it)"
+                    f"{dtype}; the model is broken, so train or fetch it again (--allow-nonfinite accepts it, but not "
+                    "for int8)"
                 )
             yield values
 

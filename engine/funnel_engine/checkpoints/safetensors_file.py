@@ -15,15 +15,22 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
+import jax
 import ml_dtypes
 import numpy as np
 
 from funnel_engine.input_files import open_file, parse_json, read_array, reading
-from funnel_engine.weights import Shapes
+from funnel_engine.weights import SCALE
 from funnel_kernels.errors import CheckpointError
 
 # The dtypes whose values can be read. A file may contain tensors of other dtypes if they are not needed.
-DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
+DTYPES = {
+    "F32": np.dtype(np.float32),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
+    "I8": np.dtype(np.int8),
+}
+INT8_WITH_SCALES = "int8 with scales"
 SPELLINGS = {dtype: spelling for spelling, dtype in DTYPES.items()}
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 MAX_AXES = 16  # of a tensor; limits the number of digits of its size
@@ -55,6 +62,34 @@ class StoredTensor(NamedTuple):
         start_byte = self.start + row * math.prod(row_shape) * dtype.itemsize
         values = read_array(self.path, start_byte, dtype, count)
         return values.reshape(stop - start, *row_shape)
+
+
+class DequantizedTensor(NamedTuple):
+    """An int8 matrix with a scale for each row, which is read as float32 (a `tensors.SourceTensor`)."""
+
+    weight: StoredTensor
+    scale: StoredTensor
+
+    @property
+    def path(self) -> Path:
+        return self.weight.path
+
+    @property
+    def name(self) -> str:
+        return self.weight.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weight.shape
+
+    @property
+    def dtype(self) -> str:
+        return INT8_WITH_SCALES
+
+    def read(self, at: tuple[int, ...], start: int, stop: int) -> np.ndarray:
+        assert at == (), "a quantized tensor is a matrix and is read by rows"
+        scale = self.scale.read((), start, stop).astype(np.float32)
+        return self.weight.read((), start, stop) * scale[:, None]
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -147,29 +182,33 @@ def release(array: np.ndarray) -> None:
 
 def write_tensors(
     path: Path,
-    dtype: np.dtype,
-    shapes: Shapes,
+    types: Mapping[str, jax.ShapeDtypeStruct],
     values: Mapping[str, Iterable[np.ndarray]],
     advance: Callable[[int], Any],
 ) -> str:
     """Writes a new file, waits until it is on the disk, and returns its SHA-256.
 
     Every tensor whose size is a multiple of 64 bytes starts at a multiple of 64, so that JAX can use it in place. The
-    other tensors come after them, because the format has no gaps.
+    other tensors come after them, because the format has no gaps. Scales come last: they are known when their matrices
+    were written.
 
     Args:
-        dtype: the dtype of every tensor.
-        values: for each name in `shapes`, arrays of that dtype with its values, one after another.
+        types: the shape and dtype of each tensor by name.
+        values: for each name, arrays of that dtype with its values, one after another.
         advance: called with the number of bytes after each array is written.
 
     Raises:
         OSError: the file exists or cannot be written.
     """
-    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
-    order = sorted(shapes, key=lambda name: sizes[name] % ALIGNMENT > 0)
+    sizes = {name: tensor.size * tensor.dtype.itemsize for name, tensor in types.items()}
+    order = sorted(types, key=lambda name: (name.endswith(SCALE), sizes[name] % ALIGNMENT > 0))
     ends = dict(zip(order, itertools.accumulate(sizes[name] for name in order), strict=True))
     header = {
-        name: {"dtype": SPELLINGS[dtype], "shape": shapes[name], "data_offsets": [end - sizes[name], end]}
+        name: {
+            "dtype": SPELLINGS[types[name].dtype],
+            "shape": types[name].shape,
+            "data_offsets": [end - sizes[name], end],
+        }
         for name, end in ends.items()
     }
     text = json.dumps(header, separators=(",", ":")).encode()

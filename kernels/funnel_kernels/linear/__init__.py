@@ -8,11 +8,21 @@ import jax.numpy as jnp
 from funnel_kernels.add_norm import add_norm
 from funnel_kernels.checks import check_float, check_shape
 from funnel_kernels.errors import InputError
-from funnel_kernels.linear.packed import PackedWeight, Weight, prepare
+from funnel_kernels.linear.packed import PackedWeight, QuantizedWeight, Weight, prepare, quantize
 from funnel_kernels.op import Op
 from funnel_kernels.target import Target
 
-__all__ = ["PackedWeight", "Weight", "gated_linear", "linear", "linear_add_norm", "prepare", "project_heads"]
+__all__ = [
+    "PackedWeight",
+    "QuantizedWeight",
+    "Weight",
+    "gated_linear",
+    "linear",
+    "linear_add_norm",
+    "prepare",
+    "project_heads",
+    "quantize",
+]
 
 # On GPUs and TPUs XLA computes the products: it calls cuBLAS, or uses the matrix unit of the TPU.
 LINEAR: Op[jax.Array] = Op("linear", __name__, "xla", "cpu")
@@ -34,7 +44,7 @@ def linear(
 
     Args:
         x: float32 or bfloat16.
-        weight: in the dtype of `x` or bfloat16, as `prepare` returns it for the target.
+        weight: in the dtype of `x`, bfloat16, or int8 (`quantize`), as `prepare` returns it for the target.
         add: in the dtype of `x`, e.g. the residual stream.
         target: where it runs, and with which kernels.
 
@@ -98,7 +108,7 @@ def linear_add_norm(
 
     Args:
         x: float32 or bfloat16.
-        weight: in the dtype of `x` or bfloat16, as `prepare` returns it for the target.
+        weight: in the dtype of `x`, bfloat16 or int8, as `prepare` returns it for the target.
         add: in the dtype of `x`, the residual stream.
         norm_weight: zero-centred weight of the norm of the sum (the factor is `1 + weight`).
         update_weight: if given, the product is normalised before it is added (the post-norms of Gemma 2 and 3).
@@ -147,7 +157,7 @@ def project_heads(
 
     Args:
         x: float32 or bfloat16.
-        weight: in the dtype of `x` or bfloat16, as `prepare` returns it for the target.
+        weight: in the dtype of `x`, bfloat16 or int8, as `prepare` returns it for the target.
         cos, sin: float32, cosines and sines of the d / 2 angles of each row.
         norms: for each of `heads`, the zero-centred weight of an RMSNorm over d before the rotation (the factor is
             `1 + weight`). None applies no norm.
@@ -190,7 +200,14 @@ def project_heads(
 def check_product(x: jax.Array, weight: Any) -> None:
     """Raises `InputError` unless `x` [N, in] can be multiplied with `weight` [out, in]."""
     check_float("x", x, ndim=2)
-    if not isinstance(weight, PackedWeight):
+    if isinstance(weight, QuantizedWeight):
+        if (weight.values.dtype, weight.scale.dtype) != (jnp.int8, jnp.float32) or weight.values.ndim != 2:
+            raise InputError(
+                f"weight is {weight.values.dtype} {weight.shape} with scales of {weight.scale.dtype}; it must be an "
+                "int8 matrix with float32 scales, as `quantize` returns it"
+            )
+        check_shape("scale of weight", weight.scale, weight.shape[:1])
+    elif not isinstance(weight, PackedWeight):
         check_float("weight", weight, ndim=2)
     if weight.dtype == jnp.float32 != x.dtype:
         raise InputError(f"weight is float32 and x {x.dtype}; cast the weight to {x.dtype}, or x to float32")

@@ -1,4 +1,4 @@
-"""Weights in the packed layout that the products of backend "cpu" read."""
+"""The forms of a weight: packed for the products of backend "cpu", and 8-bit integers with a scale for each row."""
 
 import dataclasses
 from functools import partial
@@ -8,9 +8,13 @@ import jax
 import numpy as np
 
 from funnel_kernels import native_calls
+from funnel_kernels.errors import InputError
 from funnel_kernels.target import Target, Unsupported
 
-Weight = Any  # jax.Array [out_features, in_features] | PackedWeight
+Weight = Any  # jax.Array [out_features, in_features] | PackedWeight | QuantizedWeight
+
+LARGEST = 127  # of the integers that a row or a group of activations is scaled to
+PIECE = 2**20  # elements that `quantize` widens to float32 at a time
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["packed"], meta_fields=["shape", "parts"])
@@ -51,23 +55,85 @@ class PackedWeight:
         return PackedWeight(self.packed[first * row_elements : end * row_elements], (last - first, self.shape[1]))
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["values", "scale"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class QuantizedWeight:
+    """A weight [out_features, in_features] as 8-bit integers: row i is `values[i] * scale[i]`.
+
+    For JAX it is a pytree of two arrays. The embedding table has this form too.
+
+    Attributes:
+        values: int8 [out_features, in_features].
+        scale: float32 [out_features].
+    """
+
+    values: Any
+    scale: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape: tuple[int, ...] = self.values.shape
+        return shape
+
+    @property
+    def dtype(self) -> Any:
+        return self.values.dtype
+
+    def __getitem__(self, rows: Any) -> "QuantizedWeight":
+        """Some rows: the same as of `values` and of `scale`."""
+        return QuantizedWeight(self.values[rows], self.scale[rows])
+
+    def astype(self, dtype: Any) -> Any:
+        """The matrix as one array of floats."""
+        return (self.values.astype(np.float32) * self.scale[:, None]).astype(dtype)
+
+
+def quantize(weight: Any) -> QuantizedWeight:
+    """A matrix [out_features, in_features] as NumPy arrays of 8-bit integers, with a scale for each row.
+
+    The scale is a 127th of the largest absolute value of the row. Values are rounded to nearest, ties to even. A row of
+    zeros has scale 0.
+
+    Raises:
+        InputError: a value is NaN or infinite.
+    """
+    weight = np.asarray(weight)
+    values, scale = np.empty(weight.shape, np.int8), np.empty(len(weight), np.float32)
+    step = max(1, PIECE // weight.shape[1])
+    for start in range(0, len(weight), step):
+        rows = slice(start, start + step)
+        part = weight[rows].astype(np.float32)
+        scale[rows] = np.abs(part).max(axis=1) / LARGEST
+        if not np.isfinite(scale[rows]).all():
+            row = start + int(np.argmin(np.isfinite(scale[rows])))
+            raise InputError(
+                f"row {row} of the weight contains NaN or infinity, which 8-bit integers cannot represent; use "
+                "bfloat16 or float32"
+            )
+        divisor = np.where(scale[rows] > 0, scale[rows], 1)[:, None]
+        values[rows] = np.clip(np.rint(part / divisor), -LARGEST, LARGEST)  # a subnormal scale has few bits
+    return QuantizedWeight(values, scale)
+
+
 def prepare(weight: Any, *, parts: int = 1, target: Target) -> Weight:
     """A weight [out_features, in_features] in the layout that the products read on a target.
 
     This is a `PackedWeight`, a copy, if the kernels for CPUs serve the products; otherwise it is the weight itself. A
-    weight that is already packed is returned unchanged. The dtype stays: products of float32 rows read weights of
-    float32 or bfloat16.
+    weight that is already packed is returned unchanged. The dtype does not change: products of float32 rows read
+    weights of float32, bfloat16 and int8.
 
     Args:
         parts: 2 for `gated_linear`, else 1.
     """
     if isinstance(weight, PackedWeight) or not packs(target):
         return weight
-    if isinstance(weight, jax.ShapeDtypeStruct):  # for tracing: the kernels only look at the shape of the weight
-        return PackedWeight(jax.ShapeDtypeStruct((1,), weight.dtype), weight.shape, parts)
+    values, scale = (weight.values, weight.scale) if isinstance(weight, QuantizedWeight) else (weight, None)
+    if isinstance(values, jax.ShapeDtypeStruct):  # for tracing: the kernels only look at the shape of the weight
+        return PackedWeight(jax.ShapeDtypeStruct((1,), values.dtype), values.shape, parts)
     import funnel_native
 
-    return PackedWeight(jax.device_put(funnel_native.pack(np.asarray(weight), parts)), weight.shape, parts)
+    packed = funnel_native.pack(np.asarray(values), parts, None if scale is None else np.asarray(scale))
+    return PackedWeight(jax.device_put(packed), values.shape, parts)
 
 
 def packs(target: Target) -> bool:

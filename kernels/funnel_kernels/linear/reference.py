@@ -1,22 +1,50 @@
 """The specification of the products."""
 
+from typing import NoReturn
+
 import jax
 import jax.numpy as jnp
 
 from funnel_kernels.add_norm import reference as add_norm
-from funnel_kernels.linear.packed import PackedWeight, Weight
+from funnel_kernels.errors import InputError
+from funnel_kernels.linear.packed import LARGEST, PackedWeight, QuantizedWeight, Weight
 from funnel_kernels.norm import rms_norm, widened
 from funnel_kernels.shapes import Angles, Heads, Rows, Vector
 from funnel_kernels.target import Unsupported
 
 HIGHEST = jax.lax.Precision.HIGHEST
+GROUP = 128  # input features that share a scale of the activations, where weights are 8-bit integers
 
 
 def linear(x: Rows, weight: Weight, add: Rows | None) -> Rows:
     if isinstance(weight, PackedWeight):
         raise Unsupported("the weight is packed for backend 'cpu'; give the plain weight")
-    product = jnp.matmul(widened(x), widened(weight).T, precision=HIGHEST)
+    if isinstance(weight, QuantizedWeight):
+        product = integer_product(widened(x), weight.values, weight.scale)
+    else:
+        product = jnp.matmul(widened(x), widened(weight).T, precision=HIGHEST)
     return product if add is None else (add + product).astype(add.dtype)
+
+
+@jax.custom_jvp
+def integer_product(x: Rows, values: jax.Array, scale: Vector) -> Rows:
+    """The product with 8-bit weights, [N, out]: x becomes 8-bit integers too, and sums of integers are exact.
+
+    A row of x is cut into groups of GROUP features. Each group has a scale, a 127th of its largest absolute value, and
+    values are rounded to nearest, ties to even. A group without a value above 1.5e-36 counts as zeros.
+    """
+    padding = [(0, 0), (0, -x.shape[1] % GROUP)]
+    x, values = (jnp.pad(array, padding).reshape(array.shape[0], -1, GROUP) for array in (x, values))
+    x_scale = jnp.max(jnp.abs(x), axis=2) / LARGEST  # [N, groups]
+    inverse = jnp.where(x_scale < jnp.finfo(jnp.float32).tiny, 0.0, 1.0 / x_scale)
+    integers = jnp.rint(x * inverse[..., None]).astype(jnp.int8)
+    sums = jnp.einsum("ngi,ogi->ngo", integers, values, preferred_element_type=jnp.int32)
+    return (sums * x_scale[..., None]).sum(axis=1) * scale
+
+
+@integer_product.defjvp
+def refuse_derivative(arrays: tuple[jax.Array, ...], directions: tuple[jax.Array, ...]) -> NoReturn:
+    raise InputError("the product with int8 weights has no derivative; train float weights, then quantize them")
 
 
 def gated_linear(x: Rows, weight: Weight) -> Rows:

@@ -1,4 +1,4 @@
-"""Products by XLA: operands in their own dtype, accumulated in float32."""
+"""Products by XLA: operands in their own dtype, accumulated in float32. Of int8 only the weights are."""
 
 from collections.abc import Callable
 from functools import partial
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from funnel_kernels.add_norm import add_norm
-from funnel_kernels.linear.packed import PackedWeight, Weight
+from funnel_kernels.linear.packed import PackedWeight, QuantizedWeight, Weight
 from funnel_kernels.norm import rms_norm, sum_dtype, widened
 from funnel_kernels.shapes import Angles, Heads, Rows, Vector
 from funnel_kernels.target import Target, Unsupported
@@ -120,6 +120,9 @@ def per_head(function: Callable[..., jax.Array], x: Heads, *tables: Angles, targ
 def project(x: Rows, weight: Weight, result: Any) -> Rows:
     if isinstance(weight, PackedWeight):
         raise Unsupported("the weight is packed for backend 'cpu'; give the plain weight")
+    if isinstance(weight, QuantizedWeight):  # 8-bit integers are exact in bfloat16
+        product = project(x, weight.values.astype(x.dtype), sum_dtype(x.dtype))
+        return (product * weight.scale).astype(result)
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     dimensions = (((1,), (1,)), ((), ()))
     return jax.lax.dot_general(

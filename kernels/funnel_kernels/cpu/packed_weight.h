@@ -14,7 +14,7 @@ namespace funnel {
 
 constexpr int64_t kUnit = 64;       // output features that are packed together
 constexpr int64_t kWordBlock = 16;  // the number of words is a multiple of it
-constexpr int64_t kGroup = 256;     // input features of a row of x that share a scale, where weights are int8
+constexpr int64_t kGroup = 128;     // input features of a row of x that share a scale, where weights are int8
 
 // The functions are static: sources that are compiled for several instruction sets read this header too.
 enum class Dtype { float32, bfloat16, int8 };

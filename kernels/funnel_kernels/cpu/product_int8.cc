@@ -9,7 +9,7 @@ namespace {
 constexpr int kBlockRows = 6;  // with kVectors, as many sums as fit into the registers
 constexpr int kVectors = kLanes == 16 ? 4 : 2;
 constexpr int64_t kLine = 64;           // bytes
-constexpr int64_t kFetchingBlocks = 3;  // with at least this many there is time to fetch while multiplying
+constexpr int64_t kFetchingBlocks = 3;  // with at least this many, one after another, there is time to fetch
 constexpr int64_t kGroupWords = kGroup / 4;
 constexpr float kSmallest = 1e-30f;  // a group with no larger value is 0: the inverse of its scale would overflow
 
@@ -208,7 +208,7 @@ void multiply_int8(QuantizedRows x, int64_t rows, int64_t in_features, const voi
       const auto* ahead = reinterpret_cast<const char*>(unit + 1 < units     ? packed(unit + 1, group)
                                                         : group + 1 < groups ? packed(0, group + 1)
                                                                              : next);
-      int64_t fetched = blocks >= kFetchingBlocks ? 0 : lines;
+      int64_t fetched = blocks * (kUnit / kColumns) >= kFetchingBlocks ? 0 : lines;
       for (int64_t column = 0; column < kUnit; column += kColumns) {
         for (int64_t row = 0; row < rows; row += block) {
           const char* fetch = fetched < lines ? ahead + fetched++ * group_words * kLine : nullptr;

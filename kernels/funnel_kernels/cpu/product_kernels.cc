@@ -12,7 +12,7 @@ constexpr int kVectors = kLanes == 16 ? 4 : 2;
 constexpr int64_t kColumns = kVectors * kLanes;
 constexpr int64_t kPass = kPanel / kUnit;  // input features whose part of a unit stays in a core's cache
 constexpr int64_t kLine = 64;              // bytes
-constexpr int64_t kFetchingBlocks = 3;     // with at least this many there is time to fetch while multiplying
+constexpr int64_t kFetchingBlocks = 3;     // with at least this many, one after another, there is time to fetch
 
 typedef uint32_t WordsAt __attribute__((vector_size(4 * FUNNEL_LANES), aligned(4), may_alias));
 
@@ -74,9 +74,13 @@ struct Narrow {
   const uint32_t* weights;
 
   template <int kRows>
-  void multiply(const float* x, int64_t x_stride, int64_t features, const char*, Sums<kRows>& sums) const {
+  void multiply(const float* x, int64_t x_stride, int64_t features, const char* ahead, Sums<kRows>& sums) const {
     int64_t i = 0;
     for (; i + 1 < features; i += 2) {
+      if (ahead != nullptr) {
+        _mm_prefetch(ahead + i * kLine, _MM_HINT_T1);
+        _mm_prefetch(ahead + (i + 1) * kLine, _MM_HINT_T1);
+      }
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
         const Words pairs = pairs_at(i, v);
@@ -145,7 +149,7 @@ void multiply_float32(const float* x, int64_t rows, int64_t in_features, const v
                                                                                      : next);
       const bool widened = weights_are_bfloat16 && blocks > 1;
       if (widened) widen_unit(packed, features, panel);
-      int64_t fetched = blocks >= kFetchingBlocks ? 0 : lines;  // of the lines of each feature
+      int64_t fetched = blocks * (kUnit / kColumns) >= kFetchingBlocks ? 0 : lines;  // of the lines of each feature
       for (int64_t column = 0; column < kUnit; column += kColumns) {
         for (int64_t row = 0; row < rows; row += block) {
           const char* fetch = fetched < lines ? ahead + fetched++ * features * kLine : nullptr;

@@ -101,7 +101,7 @@ def test_quantized_while_loading_is_quantized_while_converting(family):
             for ours, theirs in zip(*map(jax.tree.leaves, (loaded.params, stored.params)), strict=True):
                 np.testing.assert_array_equal(ours, theirs, strict=True)
             np.testing.assert_array_equal(loaded.embed(ids()), stored.embed(ids()))
-        assert cosines(loaded.embed(ids()), stored.embed(ids())).min() > 0.999
+        assert cosines(loaded.embed(ids()), stored.embed(ids())).min() > 0.998
 
 
 def test_what_is_stored(folder):
@@ -172,7 +172,7 @@ def test_integers_become_floats_again(folder, tmp_path, dtype):
         expected = weight.values * weight.scale[:, None] if isinstance(weight, QuantizedWeight) else weight
         np.testing.assert_array_equal(converted.weights[name], expected.astype(converted.weights[name].dtype))
     first = Engine.load(folder / "int8", dtype=dtype, max_batch_tokens=64)
-    second = Engine.load(tmp_path / "floats", max_batch_tokens=64)
+    second = Engine.load(tmp_path / "floats", dtype=dtype, max_batch_tokens=64)
     assert first.describe() == second.describe()
     assert "int8" not in first.describe()
     np.testing.assert_array_equal(first.embed(ids()), second.embed(ids()))
@@ -294,8 +294,9 @@ def test_activations_follow_the_device(monkeypatch, folder, multiplies):
     assert default_activations("int8", Target()) == expected
     for platform in ("gpu", "tpu"):
         assert default_activations("int8", Target("auto", platform)) == "bfloat16"
-    for dtype in ("float32", "bfloat16"):
-        assert default_activations(dtype, Target()) == dtype
+    assert default_activations("float32", Target()) == "float32"
+    assert default_activations("bfloat16", Target()) == expected
+    assert default_activations("bfloat16", Target("xla")) == "bfloat16"
     engine = Engine.load(folder / "int8", backend="xla", max_batch_tokens=64)
     assert f"int8 weights, {expected} activations" in engine.describe()
     exact = Engine.load(folder / "float32", max_batch_tokens=64).embed(ids())

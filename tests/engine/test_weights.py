@@ -11,7 +11,7 @@ from funnel_engine import BackendUnavailable, ConfigError, Engine
 from funnel_engine.config import FunnelConfig, ModelConfig, Rope
 from funnel_engine.heads import DenseConfig, HeadConfig
 from funnel_engine.weights import count_parameters, expected_shapes, nest, prepare_weight, random_weights
-from funnel_kernels import PackedWeight
+from funnel_kernels import PackedWeight, native_calls
 from option_grid import packed_weight, target
 
 GEMMA_1 = ModelConfig(
@@ -167,3 +167,22 @@ def test_engines_share_weights_that_are_prepared():
         Engine(config, HeadConfig(), shared, mesh=jax.make_mesh((1,), ("model",)), max_batch_tokens=16)
     with pytest.raises(BackendUnavailable, match="xla: the weight is packed for backend 'cpu'"):
         Engine(config, HeadConfig(), shared, backend="xla", max_batch_tokens=16)
+
+
+@pytest.mark.parametrize("asked", [None, "float32"])
+def test_weights_of_bfloat16_are_read_as_they_are_where_activations_are_float32(monkeypatch, asked):
+    """By default where a processor does not multiply bfloat16, or on request: the numbers are those of float32."""
+    monkeypatch.setattr(native_calls, "multiplies_bfloat16", lambda: asked == "float32")
+    config = dataclasses.replace(GEMMA_1, hidden_size=64, num_heads=2, num_kv_heads=1, head_dim=64, max_positions=64)
+    stored = random_weights(config, HeadConfig(), "bfloat16", seed=4)
+    widened = {name: weight.astype(np.float32) for name, weight in stored.items()}
+    engine = Engine(config, HeadConfig(), stored, dtype=asked, max_batch_tokens=16)
+    assert engine.params["layers"][0]["qkv"].dtype == engine.params["embedding"].dtype == ml_dtypes.bfloat16
+    assert "bfloat16 weights, float32 activations" in engine.describe()
+    expected = Engine(config, HeadConfig(), widened, max_batch_tokens=16)
+    np.testing.assert_array_equal(engine.embed([[1, 2, 3, 4, 5]]), expected.embed([[1, 2, 3, 4, 5]]))
+    on_xla = Engine(config, HeadConfig(), stored, dtype=asked, backend="xla", max_batch_tokens=16)
+    assert on_xla.params["layers"][0]["qkv"].dtype == np.dtype(asked or ml_dtypes.bfloat16)
+    assert str(
+        Engine(config, HeadConfig(), stored, dtype="bfloat16", max_batch_tokens=16).params["final_norm"].dtype
+    ) == ("bfloat16")

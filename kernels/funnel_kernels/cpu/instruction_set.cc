@@ -53,9 +53,6 @@ InstructionSet allowed() {
   return set == InstructionSet::none ? InstructionSet::amx : set;
 }
 
-const InstructionSet kProcessor = of_this_processor(), kAllowed = allowed(), kBest = std::min(kProcessor, kAllowed);
-std::atomic<InstructionSet> current{kBest};
-
 // What oneDNN's own variable allows, as the bits of dnnl::cpu_isa.
 unsigned onednn_allowed() {
   constexpr std::array<std::pair<const char*, dnnl::cpu_isa>, 11> kIsas = {{
@@ -80,6 +77,16 @@ unsigned onednn_allowed() {
   }
   return ~0u;
 }
+
+// With `amx` oneDNN computes products, so its own variable counts too.
+InstructionSet best() {
+  constexpr auto kAmx = static_cast<unsigned>(dnnl::cpu_isa::avx512_core_amx);
+  const bool onednn_has_amx = (onednn_allowed() & kAmx) == kAmx;
+  return std::min({of_this_processor(), allowed(), onednn_has_amx ? InstructionSet::amx : InstructionSet::avx512_bf16});
+}
+
+const InstructionSet kProcessor = of_this_processor(), kAllowed = allowed(), kBest = best();
+std::atomic<InstructionSet> current{kBest};
 
 }  // namespace
 

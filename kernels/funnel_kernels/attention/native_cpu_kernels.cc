@@ -140,10 +140,9 @@ Floats power_of_two(Floats x) {
   return (Floats)((Words)p + ((Words)shifted << 23));
 }
 
-// cap * tanh(score / cap), where tanh(x) = 1 - 2 / (e^2x + 1). Both are in units of ln 2.
-Floats capped(Floats score, float cap) {
-  const Floats power = power_of_two(minimum(broadcast(126.0f), score * (2.0f * kLog2E / cap)));
-  return cap - 2.0f * cap / (power + 1.0f);
+// cap * tanh(x), where tanh(x) = 1 - 2 / (e^2x + 1) and the exponent is 2x in units of ln 2.
+Floats capped(Floats exponent, float cap) {
+  return cap - 2.0f * cap / (power_of_two(minimum(broadcast(126.0f), exponent)) + 1.0f);
 }
 
 // Stores the weights of a word of keys.
@@ -333,10 +332,12 @@ class Tile {
     constexpr int64_t stride = kVectors * kLanes;
     const int64_t count = to - from;
     for (int64_t key = 0; key < count; key += kRows) {
+      float* scores = scores_ + key * stride;
       multiply<Element, kVectors>(keys_ + (from - block + key) * size_.depth, size_.depth, 1, queries(panel),
-                                  words_of<Element>(call_.head_dim), [&](int r, const Floats(&products)[kVectors]) {
+                                  words_of<Element>(call_.head_dim),
+                                  [scores](int r, const Floats(&products)[kVectors]) {
                                     for (int v = 0; v < kVectors; ++v) {
-                                      store(scores_ + (key + r) * stride + v * kLanes, products[v]);
+                                      store(scores + r * stride + v * kLanes, products[v]);
                                     }
                                   });
     }
@@ -350,14 +351,15 @@ class Tile {
     }
 
     const uint32_t* values = values_ + (from - block) / kPerWord<Element> * kLanes;
+    const bool fresh = panel.fresh;
     for (int64_t row = 0; row < size_.width; row += kRows) {
       float* sums = results(panel) + row * stride;
       multiply<Element, kVectors>(values + round_down(row, kLanes) * kValueWords + row % kLanes, 1, kLanes,
                                   reinterpret_cast<const uint32_t*>(scores_), words_of<Element>(count),
-                                  [&](int r, const Floats(&products)[kVectors]) {
+                                  [sums, fresh, &shrink](int r, const Floats(&products)[kVectors]) {
                                     for (int v = 0; v < kVectors; ++v) {
                                       float* sum = sums + r * stride + v * kLanes;
-                                      store(sum, panel.fresh ? products[v] : load(sum) * shrink[v] + products[v]);
+                                      store(sum, fresh ? products[v] : load(sum) * shrink[v] + products[v]);
                                     }
                                   });
     }
@@ -369,14 +371,6 @@ class Tile {
   template <int kVectors, bool kAllVisible>
   void weigh(int64_t column, int64_t first, int64_t count, Floats (&shrink)[kVectors]) {
     constexpr int64_t stride = kVectors * kLanes;
-    float factor = call_.scale * kLog2E;
-    if (call_.softcap != 0) {
-      for (int64_t i = 0; i < count * stride; i += kLanes) {
-        store(scores_ + i, capped(load(scores_ + i) * factor, call_.softcap * kLog2E));
-      }
-      factor = 1.0f;
-    }
-
     Ints lo[kVectors];
     Words extent[kVectors];
     Floats highest[kVectors], sum[kVectors] = {};
@@ -390,14 +384,29 @@ class Tile {
       const Words after_lo = (Words)(static_cast<int32_t>(first + key) - lo[v]);  // before lo it wraps to large ones
       return after_lo < extent[v] ? value : broadcast(otherwise);
     };
-    const float* scores = scores_;
-    for (int64_t key = 0; key < count; ++key, scores += stride) {
+    const auto find_highest = [&](const auto& score_at) {
+      float* scores = scores_;
+      for (int64_t key = 0; key < count; ++key, scores += stride) {
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        highest[v] = maximum(highest[v], where_visible(key, v, load(scores + v * kLanes) * factor, kLowest));
+        for (int v = 0; v < kVectors; ++v) {
+          highest[v] = maximum(highest[v], where_visible(key, v, score_at(scores + v * kLanes), kLowest));
+        }
       }
+    };
+    float factor = call_.scale * kLog2E;  // what the numbers in memory are multiplied by
+    if (call_.softcap == 0) {
+      find_highest([factor](const float* at) { return load(at) * factor; });
+    } else {
+      const float to_exponent = 2.0f * kLog2E * call_.scale / call_.softcap, cap = call_.softcap * kLog2E;
+      find_highest([to_exponent, cap](float* at) {
+        const Floats score = capped(load(at) * to_exponent, cap);
+        store(at, score);
+        return score;
+      });
+      factor = 1.0f;
     }
-    scores = scores_;
+
+    const float* scores = scores_;
     float* weights = scores_;
     for (int64_t key = 0; key < count; key += kPerWord<Element>, weights += stride) {
 #pragma GCC unroll 4

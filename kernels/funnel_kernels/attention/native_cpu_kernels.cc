@@ -1,7 +1,8 @@
 // A column is one query head of one query row. Everything here is transposed, and a vector holds one number of each of
 // kLanes columns: scores are keys times queries, [keys, columns], and results are values times weights, [head_dim,
-// columns]. So a softmax adds vectors and not the lanes of a vector, each column compares keys with its own interval,
-// keys and values are read as they are, and only queries and results, which are needed once, are transposed.
+// columns]. So a softmax adds vectors and not the lanes of a vector, and keys are computed in steps of kRows. Only
+// queries and results, which are needed once, are transposed. Keys and values are copied block by block, so that they
+// lie next to each other in the cache.
 //
 // Both products are `multiply`: kRows rows of A, one word at a time, times a panel of B, at most kMostVectors vectors
 // wide. A word is a float, or two neighbouring bfloat16 of the sum where the processor multiplies them in pairs.

@@ -249,6 +249,8 @@ class Tile {
     from = round_down(from, kRows);
     for (int64_t block = round_down(from, kKeyBlock); block < to; block += kKeyBlock) {
       pack(block, greatest(from, block), least(to, block + kKeyBlock));
+      ahead_ = block + kKeyBlock;
+      ahead_end_ = least(to, ahead_ + kKeyBlock);
       for (Panel* panel = panels_; panel < panels_ + panels; ++panel) {
         const int64_t first = greatest(round_down(panel->from, kRows), block);
         const int64_t last = least(panel->to, block + kKeyBlock);
@@ -299,7 +301,8 @@ class Tile {
   }
 
   // Packs the keys and values [from, to) of a block; `from` is a multiple of kRows. The last kRows keys are filled up
-  // with zeros. Rows of one head may lie far apart, so the processor is told which ones come soon.
+  // with zeros. Rows of one head may lie far apart: in a first block, which fetch_ahead has not fetched, the processor
+  // is told which ones come soon.
   void pack(int64_t block, int64_t from, int64_t to) {
     const int64_t d = call_.head_dim, depth = size_.depth, width = size_.width, stride = call_.kv_heads * d;
     const int64_t start = (run_ * call_.kv_heads + kv_head_) * d;
@@ -327,12 +330,24 @@ class Tile {
     }
   }
 
+  // Fetches a key and a value of the next block into the cache, while this one is computed.
+  void fetch_ahead() {
+    if (ahead_ >= ahead_end_) return;
+    const int64_t d = call_.head_dim, start = ((run_ + ahead_++) * call_.kv_heads + kv_head_) * d;
+    const auto *k = static_cast<const Element*>(call_.k) + start, *v = static_cast<const Element*>(call_.v) + start;
+    for (int64_t i = 0; i < d; i += 64 / sizeof(Element)) {
+      __builtin_prefetch(k + i, 0, 2);
+      __builtin_prefetch(v + i, 0, 2);
+    }
+  }
+
   // Adds what the keys [from, to) of a block contribute to a panel; `from` is a multiple of kRows.
   template <int kVectors>
   void visit(Panel& panel, int64_t block, int64_t from, int64_t to) {
     constexpr int64_t stride = kVectors * kLanes;
     const int64_t count = to - from;
     for (int64_t key = 0; key < count; key += kRows) {
+      fetch_ahead();
       float* scores = scores_ + key * stride;
       multiply<Element, kVectors>(keys_ + (from - block + key) * size_.depth, size_.depth, 1, queries(panel),
                                   words_of<Element>(call_.head_dim),
@@ -354,6 +369,7 @@ class Tile {
     const uint32_t* values = values_ + (from - block) / kPerWord<Element> * kLanes;
     const bool fresh = panel.fresh;
     for (int64_t row = 0; row < size_.width; row += kRows) {
+      fetch_ahead();
       float* sums = results(panel) + row * stride;
       multiply<Element, kVectors>(values + round_down(row, kLanes) * kValueWords + row % kLanes, 1, kLanes,
                                   reinterpret_cast<const uint32_t*>(scores_), words_of<Element>(count),
@@ -457,6 +473,7 @@ class Tile {
   const Size size_;
   const int64_t kv_head_;
   int64_t columns_ = 0, run_ = 0;
+  int64_t ahead_ = 0, ahead_end_ = 0;  // keys that are fetched meanwhile
   // In scratch memory; what belongs to a panel is [rows, columns of the panel].
   uint32_t* queries_;      // [panels, depth, columns]
   uint32_t* keys_;         // [kKeyBlock, depth]

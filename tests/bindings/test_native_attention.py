@@ -52,7 +52,9 @@ CASES = [
     AttentionCase(Edges(), 3, 3, 33, softcap=2.5, dtype="bfloat16"),
     AttentionCase(Scattered(300, 700), 10, 2, 1),
     AttentionCase(Scattered(300, 700), 10, 2, 1, dtype="bfloat16"),
-    AttentionCase(Scattered(40, 70), 100, 1, 80, dtype="bfloat16"),  # more heads than a tile has rows
+    AttentionCase(Packed((700, 64, 64, 90)), 4, 4, 33),  # several tiles of several key/value heads
+    AttentionCase(Packed((700, 64, 64, 90)), 4, 4, 33, dtype="bfloat16"),
+    AttentionCase(Scattered(40, 70), 600, 1, 16, dtype="bfloat16"),  # more heads than a tile has columns
 ]
 
 
@@ -114,26 +116,27 @@ def test_bounds_outside_the_keys_are_clamped(instruction_set, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("right", [None, 0], ids=["both ways", "causal"])
 def test_a_row_reads_no_keys_of_other_sequences(instruction_set, right, dtype):
-    """NaN in the keys and values of one sequence stays there. Lengths are multiples of what is computed at once."""
-    layout = Packed((96, 288, 576, 96), right=right, tail=192)
+    """NaN in the keys and values of one sequence stays there, whatever is computed at once."""
+    lengths = (97, 3, 288, 575, 96)
+    layout = Packed(lengths, right=right, tail=192)
     case = AttentionCase(layout, heads=4, kv_heads=1, head_dim=10, dtype=dtype)
     q, k, v, lo, hi = case.arrays()
     clean = run(case)
-    sequence = np.repeat(np.arange(5), (96, 288, 576, 96, 192))
-    for poisoned in range(5):
+    sequence = np.repeat(np.arange(6), (*lengths, 192))
+    for poisoned in range(6):
         at = (sequence == poisoned)[:, None]
         nan = np.asarray(np.nan, k.dtype)
         out = run(case, (q, np.where(at, nan, k), np.where(at, nan, v), lo, hi))
         others = sequence != poisoned
         np.testing.assert_array_equal(out[others], clean[others])
-        assert poisoned == 4 or np.isnan(out[~others].astype(np.float32)).all()
+        assert poisoned == 5 or np.isnan(out[~others].astype(np.float32)).all()
 
 
-def test_causal_rows_read_only_the_keys_up_to_the_next_multiple_of_32(instruction_set):
-    case = AttentionCase(Packed((384,), right=0), heads=12, kv_heads=1)  # one query row fills a strip, or two
+def test_causal_rows_read_only_the_keys_up_to_the_next_multiple_of_8(instruction_set):
+    case = AttentionCase(Packed((384,), right=0), heads=48, kv_heads=1)  # one query row fills a panel, or two
     q, k, v, lo, hi = case.arrays()
     clean = run(case)
-    for start in (32, 128, 320):
+    for start in (8, 32, 136, 320):
         late = (np.arange(384) >= start)[:, None]
         out = run(case, (q, np.where(late, np.float32(np.nan), k), np.where(late, np.float32(np.nan), v), lo, hi))
         np.testing.assert_array_equal(out[:start], clean[:start])

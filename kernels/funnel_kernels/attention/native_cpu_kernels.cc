@@ -1,10 +1,16 @@
-// Scores are queries times keys, the result is weights times values; both products are `multiply`: kRows rows of A, one
-// word at a time, times a panel of B that is kPanel columns wide. A word is a float, or two neighbouring bfloat16 of
-// the sum where the processor multiplies them in pairs.
+// A column is one query head of one query row. Everything here is transposed, and a vector holds one number of each of
+// kLanes columns: scores are keys times queries, [keys, columns], and results are values times weights, [head_dim,
+// columns]. So a softmax adds vectors and not the lanes of a vector, and keys are computed in steps of kRows. Only
+// queries and results, which are needed once, are transposed. Keys and values are copied block by block, so that they
+// lie next to each other in the cache.
 //
-// A row's softmax is computed block by block, with a running maximum and sum (Milakov and Gimelshein, arXiv:1805.02867;
-// FlashAttention, arXiv:2205.14135). Scores are in units of ln 2: weights are powers of two. A key that a row does not
-// see adds exactly 0. So a row's result does not depend on the rows that it shares a tile with.
+// Both products are `multiply`: kRows rows of A, one word at a time, times a panel of B, at most kMostVectors vectors
+// wide. A word is a float, or two neighbouring bfloat16 of the sum where the processor multiplies them in pairs.
+//
+// A column's softmax is computed block by block, with a running maximum and sum (Milakov and Gimelshein,
+// arXiv:1805.02867; FlashAttention, arXiv:2205.14135). Scores are in units of ln 2: weights are powers of two. Blocks
+// are counted from the start of a column's run, and a key that it does not see adds exactly 0. So a result does not
+// depend on the columns beside it.
 #include "attention/native_cpu_kernels.h"
 
 #include "cpu/simd.h"
@@ -12,12 +18,14 @@
 namespace funnel::FUNNEL_INSTRUCTION_SET {
 namespace {
 
-// kRows x 2 vectors of sums, 2 of B and one of A fill the registers: 32 with AVX-512, 16 without.
-constexpr int kRows = kLanes == 16 ? 12 : 6;
-constexpr int kPanel = 2 * kLanes;
-constexpr int64_t kScoreStride = kKeyBlock + kLanes;  // not a multiple of 1 KB, or rows compete for cache lines
-constexpr float kLowest = -3e38f;                     // below any score, and finite
-static_assert(kKeyStep % kPanel == 0);
+// kRows x kMostVectors vectors of sums, kMostVectors of B and one of A fill the registers: 32 with AVX-512, 16 without.
+constexpr int kRows = kLanes / 2;
+constexpr int kMostVectors = 3;
+constexpr int64_t kKeyBlock = 128;  // keys in a block: their weights for a panel stay in the cache of level 1
+constexpr int64_t kRowsAhead = 4;   // how many rows of keys and values are fetched before they are needed
+constexpr float kLowest = -3e38f;   // below any score, and finite
+constexpr float kLog2E = 1.44269504f;
+static_assert(kKeyBlock % kRows == 0 && kLanes % kRows == 0);
 
 // Elements in a word.
 #ifdef __AVX512BF16__
@@ -28,8 +36,9 @@ template <typename Element>
 constexpr int64_t kPerWord = 1;
 #endif
 
-typedef uint32_t WordsAt __attribute__((vector_size(4 * FUNNEL_LANES), aligned(4), may_alias));
+typedef uint32_t WordsAt __attribute__((vector_size(4 * FUNNEL_LANES), aligned(2), may_alias));
 Words load_words(const uint32_t* from) { return *reinterpret_cast<const WordsAt*>(from); }
+Ints load_ints(const int32_t* from) { return (Ints)load_words(reinterpret_cast<const uint32_t*>(from)); }
 void store_words(uint32_t* to, Words value) { *reinterpret_cast<WordsAt*>(to) = value; }
 
 int64_t round_down(int64_t value, int64_t step) { return value / step * step; }
@@ -47,98 +56,70 @@ Floats multiply_add(Words a, Words b, Floats sum) {
   return (Floats)a * (Floats)b + sum;
 }
 
-// A (kRows rows of `depth` words, of which word i of row r is a[r * kRowStride + i * kWordStride]) times a panel of B
-// [depth, kPanel]. `finish(r, j, sums)` gets the sums of row r from column j on. Not inlined: what the surrounding loop
-// keeps in registers would push sums out of them.
-template <typename Element, int64_t kRowStride, int64_t kWordStride, typename Finish>
-__attribute__((noinline)) void multiply(const uint32_t* a, const uint32_t* b, int64_t depth, const Finish& finish) {
-  Floats sums[kRows][2] = {};
-  for (int64_t i = 0; i < depth; ++i, a += kWordStride, b += kPanel) {
-    const Words left = load_words(b), right = load_words(b + kLanes);
-#pragma GCC unroll 16
+// A (kRows rows of `depth` words, of which word i of row r is a[r * row_stride + i * word_stride]) times a panel of B
+// [depth, kVectors * kLanes]. `finish(r, sums)` gets the vectors of sums of row r. Not inlined: what the surrounding
+// loop keeps in registers would push sums out of them.
+template <typename Element, int kVectors, typename Finish>
+__attribute__((noinline)) void multiply(const uint32_t* a, int64_t row_stride, int64_t word_stride, const uint32_t* b,
+                                        int64_t depth, const Finish& finish) {
+  Floats sums[kRows][kVectors] = {};
+  for (int64_t i = 0; i < depth; ++i, a += word_stride, b += kVectors * kLanes) {
+    Words columns[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) columns[v] = load_words(b + v * kLanes);
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const Words word = Words{} + a[r * kRowStride];
-      sums[r][0] = multiply_add<Element>(word, left, sums[r][0]);
-      sums[r][1] = multiply_add<Element>(word, right, sums[r][1]);
+      const Words word = Words{} + a[r * row_stride];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sums[r][v] = multiply_add<Element>(word, columns[v], sums[r][v]);
     }
   }
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
-    finish(r, 0, sums[r][0]);
-    finish(r, kLanes, sums[r][1]);
-  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) finish(r, sums[r]);
 }
 
-// -------------------------------------------------------------------------------------------------------- packing
+// ---------------------------------------------------------------------------------------------------------- words
 
 template <typename Element>
 int64_t words_of(int64_t elements) {
   return (elements + kPerWord<Element> - 1) / kPerWord<Element>;
 }
 
-// Writes the words of a row of `elements`, `stride` words apart; a null row is zeros.
+// kLanes words of a row of `elements`, from word `at` on. What lies beyond its end is 0, and so is a null row.
 template <typename Element>
-void write_words(const Element* row, int64_t elements, uint32_t* to, int64_t stride) {
-  const int64_t words = words_of<Element>(elements), whole = row == nullptr ? 0 : elements / kPerWord<Element>;
-  for (int64_t i = 0; i < whole; ++i, to += stride) {
-    if constexpr (sizeof(Element) * kPerWord<Element> == sizeof *to) {
-      __builtin_memcpy(to, row + i * kPerWord<Element>, sizeof *to);
-    } else {
-      *to = static_cast<uint32_t>(row[i].bits) << 16;  // bfloat16, widened
-    }
-  }
-  for (int64_t i = whole; i < words; ++i, to += stride) {
-    *to = 0;
-    if (row != nullptr) __builtin_memcpy(to, row + i * kPerWord<Element>, sizeof(Element));  // half a word is left
+Words words_at(const Element* row, int64_t at, int64_t elements) {
+  if (row == nullptr) return Words{};
+  const int64_t first = at * kPerWord<Element>, left = elements - first;
+  if constexpr (sizeof(Element) * kPerWord<Element> == sizeof(uint32_t)) {
+    const auto* words = reinterpret_cast<const uint32_t*>(row + first);
+    if (left >= kLanes * kPerWord<Element>) return load_words(words);
+    Words part = {};
+    __builtin_memcpy(&part, words, left * sizeof(Element));
+    return part;
+  } else {
+    return (Words)load_some(row + first, left);  // bfloat16, widened
   }
 }
 
-template <typename Element>
-int64_t packed_words(const Attention& call) {
-  return call.kv_heads * (call.places * words_of<Element>(call.head_dim) +
-                          round_up(call.head_dim, kPanel) * words_of<Element>(call.places));
-}
-
-// Where the packed keys and values of one head are.
-template <typename Element>
-struct Packed {
-  int64_t depth;      // words of a query or a key
-  int64_t columns;    // of the values, filled up with zeros
-  int64_t key_words;  // words of the packed keys in a sum over keys
-  uint32_t* k;        // [panels of keys, depth, kPanel]
-  uint32_t* v;        // [panels of columns, key_words, kPanel]
-
-  Packed(const Attention& call, int64_t kv_head)
-      : depth(words_of<Element>(call.head_dim)),
-        columns(round_up(call.head_dim, kPanel)),
-        key_words(words_of<Element>(call.places)),
-        k(call.packed + kv_head * (packed_words<Element>(call) / call.kv_heads)),
-        v(k + call.places * depth) {}
-};
-
-template <typename Element>
-void pack(const Attention& call, int64_t kv_head, int64_t first, int64_t last) {
-  const Packed<Element> packed(call, kv_head);
-  const auto row_of = [&](const void* array, int64_t place) {
-    const int64_t key = call.keys[place];
-    return key < 0 ? nullptr : static_cast<const Element*>(array) + (key * call.kv_heads + kv_head) * call.head_dim;
-  };
-  const auto value_of = [&](int64_t place, int64_t column) {
-    const Element* row = row_of(call.v, place);
-    return row == nullptr ? Words{} : (Words)load_some(row + column, call.head_dim - column);
-  };
-  for (int64_t at = first; at < last; ++at) {
-    const Element* row = row_of(call.k, at);
-    if (row == nullptr) continue;  // no row sees the place: its score, whatever it is, becomes a weight of 0
-    write_words(row, call.head_dim, packed.k + round_down(at, kPanel) * packed.depth + at % kPanel, kPanel);
-  }
-  for (int64_t at = first; at < last; at += kPerWord<Element>) {
-    uint32_t* to = packed.v + at / kPerWord<Element> * kPanel;
-    for (int64_t column = 0; column < packed.columns; column += kLanes) {
-      Words words = value_of(at, column);
-      if constexpr (kPerWord<Element> == 2) words = words >> 16 | value_of(at + 1, column);
-      store_words(to + round_down(column, kPanel) * packed.key_words + column % kPanel, words);
+// Element i of row r becomes element r of row i: the bits of a number's row and lane, taken together, turn by one place
+// each time that the halves of the rows are interleaved.
+void transpose(Words (&rows)[kLanes]) {
+#pragma GCC unroll 4
+  for (int step = 1; step < kLanes; step *= 2) {
+    Words turned[kLanes];
+#pragma GCC unroll 8
+    for (int i = 0; i < kLanes / 2; ++i) {
+      const Words a = rows[i], b = rows[i + kLanes / 2];
+#if FUNNEL_LANES == 16
+      turned[2 * i] = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+      turned[2 * i + 1] = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#else
+      turned[2 * i] = __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+      turned[2 * i + 1] = __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+#endif
     }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) rows[i] = turned[i];
   }
 }
 
@@ -149,7 +130,7 @@ void pack(const Attention& call, int64_t kv_head, int64_t first, int64_t last) {
 // x = n + f with |f| <= 1/2, 2^f by the polynomial of degree 5 whose largest relative error is least (2^-23.4), and n
 // added to the exponent.
 Floats power_of_two(Floats x) {
-  const Floats clamped = maximum(x, broadcast(-126.0f));
+  const Floats clamped = maximum(broadcast(-126.0f), x);
   const Floats shifted = clamped + 12582912.0f;  // 1.5 * 2^23: the sum rounds to an integer, its low bits are n
   const Floats f = clamped - (shifted - 12582912.0f);
   Floats p = f * 1.32647273e-3f + 9.67151299e-3f;
@@ -160,248 +141,359 @@ Floats power_of_two(Floats x) {
   return (Floats)((Words)p + ((Words)shifted << 23));
 }
 
-// Combines all lanes, always in the same order.
-template <typename Combine>
-float over_lanes(Floats value, const Combine& combine) {
-#if FUNNEL_LANES == 16
-  const auto eight = combine(__builtin_shufflevector(value, value, 0, 1, 2, 3, 4, 5, 6, 7),
-                             __builtin_shufflevector(value, value, 8, 9, 10, 11, 12, 13, 14, 15));
-#else
-  const auto eight = value;
-#endif
-  const auto four =
-      combine(__builtin_shufflevector(eight, eight, 0, 1, 2, 3), __builtin_shufflevector(eight, eight, 4, 5, 6, 7));
-  const auto two = combine(__builtin_shufflevector(four, four, 0, 1), __builtin_shufflevector(four, four, 2, 3));
-  return combine(two[0], two[1]);
+// cap * tanh(x), where tanh(x) = 1 - 2 / (e^2x + 1) and the exponent is 2x in units of ln 2.
+Floats capped(Floats exponent, float cap) {
+  return cap - 2.0f * cap / (power_of_two(minimum(broadcast(126.0f), exponent)) + 1.0f);
 }
 
+// Stores the weights of a word of keys.
 template <typename Element>
-void store_weights(uint32_t* row, int64_t key, Floats weights) {
+void store_weights(float* to, const Floats (&weights)[kPerWord<Element>]) {
+#ifdef __AVX512BF16__
   if constexpr (kPerWord<Element> == 2) {
-    store(reinterpret_cast<Bfloat16*>(row) + key, weights);
-  } else {
-    store_words(row + key, (Words)weights);
+    typedef uint16_t Pairs __attribute__((vector_size(4 * FUNNEL_LANES)));
+    const Pairs both = (Pairs)_mm512_cvtne2ps_pbh((__m512)weights[1], (__m512)weights[0]);
+    return store(to, (Floats)__builtin_shufflevector(both, both, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
+                                                     8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31));
   }
-}
-
-struct Softmax {
-  float maximum, sum;
-};
-
-// Turns the scores of `count` keys into weights relative to the running maximum. Of the keys, [lo, hi) are visible, at
-// least one; the others and those that fill up the last vector get 0. Returns what former sums are multiplied by.
-template <typename Element, bool kAllVisible>
-float weigh(const float* scores, int64_t count, int64_t lo, int64_t hi, Softmax& softmax, uint32_t* weights) {
-  Ints lane;
-  for (int i = 0; i < kLanes; ++i) lane[i] = i;
-  const auto where_visible = [&](int64_t key, Floats value, float otherwise) {
-    if constexpr (kAllVisible) return value;
-    const Words after_lo = (Words)(lane + static_cast<int32_t>(key - lo));  // keys before lo wrap around to large ones
-    return after_lo < static_cast<uint32_t>(hi - lo) ? value : broadcast(otherwise);
-  };
-  Floats highest = broadcast(softmax.maximum);
-  for (int64_t key = 0; key < count; key += kLanes) {
-    highest = maximum(highest, where_visible(key, load(scores + key), kLowest));
-  }
-  const float new_maximum = over_lanes(highest, [](auto a, auto b) { return a > b ? a : b; });
-  Floats sum = {};
-  for (int64_t key = 0; key < count; key += kLanes) {
-    const Floats weight = where_visible(key, power_of_two(load(scores + key) - new_maximum), 0.0f);
-    sum += weight;
-    store_weights<Element>(weights, key, weight);
-  }
-  const float shrink = power_of_two(broadcast(softmax.maximum - new_maximum))[0];
-  softmax = {new_maximum, softmax.sum * shrink + over_lanes(sum, [](auto a, auto b) { return a + b; })};
-  return shrink;
+#endif
+  store(to, weights[0]);
 }
 
 // ----------------------------------------------------------------------------------------------------------- tile
 
-// A score row is one query head of one query row. A tile works on them in strips of kRows; those that fill up the last
-// strip hold zeros and see nothing.
-struct Strip {
-  int64_t lo[kRows], hi[kRows];  // the places that each row sees
-  int64_t first, last;           // the places that any of them sees lie in [first, last)
-  Softmax softmax[kRows];
+// Neighbouring columns whose products are computed together.
+struct Panel {
+  int64_t column, vectors;   // the first column, and how many vectors of columns
+  int64_t from, to;          // the keys that any column sees lie in [from, to)
+  int64_t all_from, all_to;  // every column sees those in [all_from, all_to)
+  bool fresh;                // it has no results yet
 };
 
+// The columns of some query rows. Those of one run are computed together, and keys are counted from its start.
 template <typename Element>
 class Tile {
  public:
-  Tile(const Attention& call, int64_t kv_head, int64_t row, int64_t rows, uint32_t* scratch)
-      : call_(call),
-        packed_(call, kv_head),
-        group_(call.heads / call.kv_heads),
-        score_rows_(rows * group_),
-        strips_(strips_of(call, rows)),
-        lo_(call.lo + row),
-        hi_(call.hi + row),
-        q_(static_cast<const Element*>(call.q) + (row * call.heads + kv_head * group_) * call.head_dim),
-        out_(static_cast<Element*>(call.out) + (row * call.heads + kv_head * group_) * call.head_dim) {
-    sums_ = reinterpret_cast<float*>(scratch);
-    scores_ = sums_ + strips_ * kRows * packed_.columns;
-    weights_ = reinterpret_cast<uint32_t*>(scores_ + kRows * kScoreStride);
-    queries_ = weights_ + kRows * kWeightStride;
-    strip_ = reinterpret_cast<Strip*>(queries_ + round_up(strips_ * kRows * packed_.depth, kLanes));
+  Tile(const Attention& call, int64_t kv_head, int64_t rows, uint32_t* scratch)
+      : call_(call), size_(call, rows), kv_head_(kv_head) {
+    queries_ = scratch;
+    keys_ = queries_ + size_.columns * size_.depth;
+    values_ = keys_ + kKeyBlock * size_.depth;
+    scores_ = reinterpret_cast<float*>(values_ + size_.width * kValueWords);
+    results_ = scores_ + kKeyBlock * kMostVectors * kLanes;
+    maxima_ = results_ + size_.columns * size_.width;
+    sums_ = maxima_ + size_.columns;
+    lo_ = reinterpret_cast<int32_t*>(sums_ + size_.columns);
+    hi_ = lo_ + size_.columns;
+    offsets_ = reinterpret_cast<int64_t*>(hi_ + size_.columns);
+    panels_ = reinterpret_cast<Panel*>(offsets_ + size_.columns);
   }
 
   static int64_t scratch_words(const Attention& call, int64_t rows) {
-    const Packed<Element> packed(call, 0);
-    const int64_t rows_of_strips = strips_of(call, rows) * kRows;
-    return rows_of_strips * packed.columns + kRows * (kScoreStride + kWeightStride) +
-           round_up(rows_of_strips * packed.depth, kLanes) + strips_of(call, rows) * sizeof(Strip) / sizeof(uint32_t);
+    const Size size(call, rows);
+    return size.columns * (size.depth + size.width + 6) + kKeyBlock * (size.depth + kMostVectors * kLanes) +
+           size.width * kValueWords + size.columns / kLanes * (sizeof(Panel) / sizeof(uint32_t));
   }
 
-  void run() {
-    int64_t first = call_.places, last = 0;
-    for (int64_t s = 0; s < strips_; ++s) {
-      start(s);
-      first = least(first, strip_[s].first);
-      last = greatest(last, strip_[s].last);
-    }
-    for (const int32_t* block = block_of(first); *block < last; ++block) {
-      for (int64_t s = 0; s < strips_; ++s) {
-        const int64_t from = greatest(block[0], round_down(strip_[s].first, kPanel));
-        const int64_t to = least(block[1], strip_[s].last);
-        if (from < to) visit(s, from, to);
+  void run(int64_t row, int64_t rows) {
+    const int64_t group = call_.heads / call_.kv_heads;
+    columns_ = 0;
+    for (int64_t i = row; i < row + rows; ++i) {
+      const int64_t offset = (i * call_.heads + kv_head_ * group) * call_.head_dim;
+      if (call_.lo[i] >= call_.hi[i]) {
+        __builtin_memset(static_cast<Element*>(call_.out) + offset, 0, group * call_.head_dim * sizeof(Element));
+        continue;
+      }
+      if (columns_ > 0 && call_.run[i] != run_) attend();
+      run_ = call_.run[i];
+      for (int64_t head = 0; head < group; ++head, ++columns_) {
+        lo_[columns_] = call_.lo[i] - run_;
+        hi_[columns_] = call_.hi[i] - run_;
+        offsets_[columns_] = offset + head * call_.head_dim;
       }
     }
-    for (int64_t i = 0; i < score_rows_; ++i) write(i);
+    if (columns_ > 0) attend();
   }
 
  private:
-  static constexpr int64_t kWeightStride = kScoreStride / kPerWord<Element>;
+  // Words of one column of packed values: the keys of a block, and one more, or else the strips of kLanes columns would
+  // compete for the same places in the cache.
+  static constexpr int64_t kValueWords = kKeyBlock / kPerWord<Element> + 1;
 
-  static int64_t strips_of(const Attention& call, int64_t rows) {
-    return (rows * (call.heads / call.kv_heads) + kRows - 1) / kRows;
-  }
+  struct Size {
+    int64_t columns;  // filled up to whole vectors
+    int64_t depth;    // words of a query or a key, filled up too
+    int64_t width;    // elements of a value, filled up too
 
-  // The start of the block that holds a place, or the end of all blocks.
-  const int32_t* block_of(int64_t place) const {
-    int64_t low = 0, high = call_.blocks;
-    while (low < high) {
-      const int64_t middle = (low + high) / 2;
-      if (call_.starts[middle + 1] <= place) {
-        low = middle + 1;
-      } else {
-        high = middle;
+    Size(const Attention& call, int64_t rows)
+        : columns(round_up(rows * (call.heads / call.kv_heads), kLanes)),
+          depth(round_up(words_of<Element>(call.head_dim), kLanes)),
+          width(round_up(call.head_dim, kLanes)) {}
+  };
+
+  // Computes the results of the columns, whose keys are of one run, and removes them.
+  void attend() {
+    for (int64_t i = columns_; i % kLanes != 0; ++i) {  // lanes that are left over see what the last column sees
+      lo_[i] = lo_[columns_ - 1];
+      hi_[i] = hi_[columns_ - 1];
+    }
+    const int64_t vectors = (columns_ + kLanes - 1) / kLanes, panels = (vectors + kMostVectors - 1) / kMostVectors;
+    int64_t from = INT64_MAX, to = 0;
+    for (int64_t i = 0; i < panels; ++i) {
+      const int64_t first = vectors * i / panels, last = vectors * (i + 1) / panels;
+      panels_[i] = panel(first * kLanes, last - first);
+      start(panels_[i]);
+      from = least(from, panels_[i].from);
+      to = greatest(to, panels_[i].to);
+    }
+    from = round_down(from, kRows);
+    for (int64_t block = round_down(from, kKeyBlock); block < to; block += kKeyBlock) {
+      pack(block, greatest(from, block), least(to, block + kKeyBlock));
+      ahead_ = block + kKeyBlock;
+      ahead_end_ = least(to, ahead_ + kKeyBlock);
+      for (Panel* panel = panels_; panel < panels_ + panels; ++panel) {
+        const int64_t first = greatest(round_down(panel->from, kRows), block);
+        const int64_t last = least(panel->to, block + kKeyBlock);
+        if (first >= last) continue;
+        if (panel->vectors == 3) visit<3>(*panel, block, first, last);
+        if (panel->vectors == 2) visit<2>(*panel, block, first, last);
+        if (panel->vectors == 1) visit<1>(*panel, block, first, last);
       }
     }
-    return call_.starts + low;
+    for (int64_t i = 0; i < panels; ++i) write(panels_[i]);
+    columns_ = 0;
   }
 
-  // Offset of a score row in q and out.
-  int64_t offset(int64_t i) const { return (i / group_ * call_.heads + i % group_) * call_.head_dim; }
-
-  float* sums(int64_t s, int64_t column) { return sums_ + (s * packed_.columns + column) * kRows; }
-
-  void start(int64_t s) {
-    Strip& strip = strip_[s];
-    strip.first = call_.places;
-    strip.last = 0;
-    for (int64_t r = 0; r < kRows; ++r) {
-      const int64_t i = s * kRows + r;
-      const bool real = i < score_rows_;
-      strip.lo[r] = real ? lo_[i / group_] : 0;
-      strip.hi[r] = real ? hi_[i / group_] : 0;
-      if (strip.lo[r] < strip.hi[r]) {
-        strip.first = least(strip.first, strip.lo[r]);
-        strip.last = greatest(strip.last, strip.hi[r]);
-      }
-      strip.softmax[r] = {kLowest, 0.0f};
-      write_words(real ? q_ + offset(i) : nullptr, call_.head_dim, queries_ + s * packed_.depth * kRows + r, kRows);
+  Panel panel(int64_t column, int64_t vectors) const {
+    Panel panel = {column, vectors, INT64_MAX, 0, 0, INT64_MAX, true};
+    for (int64_t i = column; i < column + vectors * kLanes; ++i) {
+      panel.from = least(panel.from, lo_[i]);
+      panel.to = greatest(panel.to, hi_[i]);
+      panel.all_from = greatest(panel.all_from, lo_[i]);
+      panel.all_to = least(panel.all_to, hi_[i]);
     }
-    for (int64_t j = 0; j < kRows * packed_.columns; j += kLanes) store(sums(s, 0) + j, Floats{});
+    return panel;
   }
 
-  // Adds what the places [from, to), which lie in one block, contribute to a strip; `from` is a multiple of kPanel.
-  void visit(int64_t s, int64_t from, int64_t to) {
-    Strip& strip = strip_[s];
+  uint32_t* queries(const Panel& panel) const { return queries_ + panel.column * size_.depth; }
+  float* results(const Panel& panel) const { return results_ + panel.column * size_.width; }
+
+  // Transposes the queries of a panel.
+  void start(const Panel& panel) {
+    const int64_t stride = panel.vectors * kLanes;
+    const auto* q = static_cast<const Element*>(call_.q);
+    for (int64_t first = 0; first < stride; first += kLanes) {
+      const int64_t column = panel.column + first;
+      for (int64_t at = 0; at < size_.depth; at += kLanes) {
+        Words words[kLanes];
+        for (int64_t i = 0; i < kLanes; ++i) {
+          const auto* query = column + i < columns_ ? q + offsets_[column + i] : nullptr;
+          words[i] = words_at(query, at, call_.head_dim);
+          const int64_t next = column + i + kLanes;
+          if (next < columns_) __builtin_prefetch(q + offsets_[next] + at * kPerWord<Element>);
+        }
+        transpose(words);
+        for (int64_t i = 0; i < kLanes; ++i) store_words(queries(panel) + (at + i) * stride + first, words[i]);
+      }
+      store(maxima_ + column, broadcast(kLowest));
+      store(sums_ + column, Floats{});
+    }
+  }
+
+  // Packs the keys and values [from, to) of a block; `from` is a multiple of kRows. The last kRows keys are filled up
+  // with zeros. Rows of one head may lie far apart: in a first block, which fetch_ahead has not fetched, the processor
+  // is told which ones come soon.
+  void pack(int64_t block, int64_t from, int64_t to) {
+    const int64_t d = call_.head_dim, depth = size_.depth, width = size_.width, stride = call_.kv_heads * d;
+    const int64_t start = (run_ * call_.kv_heads + kv_head_) * d;
+    const auto *k = static_cast<const Element*>(call_.k) + start, *v = static_cast<const Element*>(call_.v) + start;
+    uint32_t* keys = keys_ + (from - block) * depth;
+    for (int64_t key = from; key < round_up(to, kRows); ++key) {
+      const Element* row = key < to ? k + key * stride : nullptr;
+      for (int64_t at = 0; at < depth; at += kLanes, keys += kLanes) {
+        __builtin_prefetch(k + (key + kRowsAhead) * stride + at * kPerWord<Element>);
+        store_words(keys, words_at(row, at, d));
+      }
+    }
+    for (int64_t key = from; key < to; key += kPerWord<Element>) {
+      uint32_t* values = values_ + (key - block) / kPerWord<Element> * kLanes;
+      for (int64_t column = 0; column < width; column += kLanes, values += kLanes * kValueWords) {
+        const Element* value = v + key * stride + column;
+        __builtin_prefetch(value + kRowsAhead * stride);
+        Words words = (Words)load_some(value, d - column);
+        if constexpr (kPerWord<Element> == 2) {
+          words = words >> 16;
+          if (key + 1 < to) words |= (Words)load_some(value + stride, d - column);
+        }
+        store_words(values, words);
+      }
+    }
+  }
+
+  // Fetches a key and a value of the next block into the cache, while this one is computed.
+  void fetch_ahead() {
+    if (ahead_ >= ahead_end_) return;
+    const int64_t d = call_.head_dim, start = ((run_ + ahead_++) * call_.kv_heads + kv_head_) * d;
+    const auto *k = static_cast<const Element*>(call_.k) + start, *v = static_cast<const Element*>(call_.v) + start;
+    for (int64_t i = 0; i < d; i += 64 / sizeof(Element)) {
+      __builtin_prefetch(k + i, 0, 2);
+      __builtin_prefetch(v + i, 0, 2);
+    }
+  }
+
+  // Adds what the keys [from, to) of a block contribute to a panel; `from` is a multiple of kRows.
+  template <int kVectors>
+  void visit(Panel& panel, int64_t block, int64_t from, int64_t to) {
+    constexpr int64_t stride = kVectors * kLanes;
     const int64_t count = to - from;
-    score(queries_ + s * packed_.depth * kRows, from, count);
-
-    float shrink[kRows];
-    for (int64_t r = 0; r < kRows; ++r) {
-      const float* scores = scores_ + r * kScoreStride;
-      uint32_t* weights = weights_ + r * kWeightStride;
-      const int64_t lo = greatest(strip.lo[r] - from, 0), hi = least(strip.hi[r] - from, count);
-      if (lo >= hi) {
-        shrink[r] = 1.0f;
-        for (int64_t key = 0; key < count; key += kLanes) store_weights<Element>(weights, key, Floats{});
-      } else if (lo == 0 && hi == count && count % kLanes == 0) {
-        shrink[r] = weigh<Element, true>(scores, count, lo, hi, strip.softmax[r], weights);
-      } else {
-        shrink[r] = weigh<Element, false>(scores, count, lo, hi, strip.softmax[r], weights);
-      }
+    for (int64_t key = 0; key < count; key += kRows) {
+      fetch_ahead();
+      float* scores = scores_ + key * stride;
+      multiply<Element, kVectors>(keys_ + (from - block + key) * size_.depth, size_.depth, 1, queries(panel),
+                                  words_of<Element>(call_.head_dim),
+                                  [scores](int r, const Floats(&products)[kVectors]) {
+                                    for (int v = 0; v < kVectors; ++v) {
+                                      store(scores + r * stride + v * kLanes, products[v]);
+                                    }
+                                  });
     }
 
-    for (int64_t column = 0; column < packed_.columns; column += kPanel) {
-      float* to_sums = sums(s, column);
-      multiply<Element, kWeightStride, 1>(weights_,
-                                          packed_.v + column * packed_.key_words + from / kPerWord<Element> * kPanel,
-                                          words_of<Element>(count), [&](int r, int j, Floats product) {
-                                            float* sum = to_sums + r * kPanel + j;
-                                            store(sum, load(sum) * shrink[r] + product);
-                                          });
+    Floats shrink[kVectors];
+    const bool all_visible = panel.all_from <= from && to <= panel.all_to && count % kPerWord<Element> == 0;
+    if (all_visible) {
+      weigh<kVectors, true>(panel.column, from, count, shrink);
+    } else {
+      weigh<kVectors, false>(panel.column, from, count, shrink);
+    }
+
+    const uint32_t* values = values_ + (from - block) / kPerWord<Element> * kLanes;
+    const bool fresh = panel.fresh;
+    for (int64_t row = 0; row < size_.width; row += kRows) {
+      fetch_ahead();
+      float* sums = results(panel) + row * stride;
+      multiply<Element, kVectors>(values + round_down(row, kLanes) * kValueWords + row % kLanes, 1, kLanes,
+                                  reinterpret_cast<const uint32_t*>(scores_), words_of<Element>(count),
+                                  [sums, fresh, &shrink](int r, const Floats(&products)[kVectors]) {
+                                    for (int v = 0; v < kVectors; ++v) {
+                                      float* sum = sums + r * stride + v * kLanes;
+                                      store(sum, fresh ? products[v] : load(sum) * shrink[v] + products[v]);
+                                    }
+                                  });
+    }
+    panel.fresh = false;
+  }
+
+  // Turns the products of a panel's queries and `count` keys from `first` on into weights relative to the running
+  // maxima, in place. Returns in `shrink` what former sums are multiplied by.
+  template <int kVectors, bool kAllVisible>
+  void weigh(int64_t column, int64_t first, int64_t count, Floats (&shrink)[kVectors]) {
+    constexpr int64_t stride = kVectors * kLanes;
+    Ints lo[kVectors];
+    Words extent[kVectors];
+    Floats highest[kVectors], sum[kVectors] = {};
+    for (int v = 0; v < kVectors; ++v) {
+      lo[v] = load_ints(lo_ + column + v * kLanes);
+      extent[v] = (Words)(load_ints(hi_ + column + v * kLanes) - lo[v]);
+      highest[v] = load(maxima_ + column + v * kLanes);
+    }
+    const auto where_visible = [&](int64_t key, int v, Floats value, float otherwise) {
+      if constexpr (kAllVisible) return value;
+      const Words after_lo = (Words)(static_cast<int32_t>(first + key) - lo[v]);  // before lo it wraps to large ones
+      return after_lo < extent[v] ? value : broadcast(otherwise);
+    };
+    const auto find_highest = [&](const auto& score_at) {
+      float* scores = scores_;
+      for (int64_t key = 0; key < count; ++key, scores += stride) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) {
+          highest[v] = maximum(highest[v], where_visible(key, v, score_at(scores + v * kLanes), kLowest));
+        }
+      }
+    };
+    float factor = call_.scale * kLog2E;  // what the numbers in memory are multiplied by
+    if (call_.softcap == 0) {
+      find_highest([factor](const float* at) { return load(at) * factor; });
+    } else {
+      const float to_exponent = 2.0f * kLog2E * call_.scale / call_.softcap, cap = call_.softcap * kLog2E;
+      find_highest([to_exponent, cap](float* at) {
+        const Floats score = capped(load(at) * to_exponent, cap);
+        store(at, score);
+        return score;
+      });
+      factor = 1.0f;
+    }
+
+    const float* scores = scores_;
+    float* weights = scores_;
+    for (int64_t key = 0; key < count; key += kPerWord<Element>, weights += stride) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        Floats word[kPerWord<Element>];
+        for (int i = 0; i < kPerWord<Element>; ++i) {
+          const Floats score = load(scores + i * stride + v * kLanes) * factor - highest[v];
+          word[i] = where_visible(key + i, v, power_of_two(score), 0.0f);
+          sum[v] += word[i];
+        }
+        store_weights<Element>(weights + v * kLanes, word);
+      }
+      scores += kPerWord<Element> * stride;
+    }
+
+    for (int v = 0; v < kVectors; ++v) {
+      float *const maxima = maxima_ + column + v * kLanes, *const sums = sums_ + column + v * kLanes;
+      shrink[v] = power_of_two(load(maxima) - highest[v]);
+      store(maxima, highest[v]);
+      store(sums, load(sums) * shrink[v] + sum[v]);
     }
   }
 
-  // Scores of a strip's queries and `count` packed keys from `at` on, in units of ln 2.
-  void score(const uint32_t* queries, int64_t at, int64_t count) {
-    constexpr float kLog2E = 1.44269504f;
-    const bool capped = call_.softcap != 0;
-    const float factor = capped ? call_.scale / call_.softcap : call_.scale * kLog2E;
-    const float cap = call_.softcap * kLog2E;
-    for (int64_t key = 0; key < count; key += kPanel) {
-      multiply<Element, 1, kRows>(
-          queries, packed_.k + (at + key) * packed_.depth, packed_.depth,
-          [&](int r, int j, Floats product) { store(scores_ + r * kScoreStride + key + j, product * factor); });
-    }
-    if (!capped) return;
-    for (int64_t r = 0; r < kRows; ++r) {
-      for (float* score = scores_ + r * kScoreStride; score < scores_ + r * kScoreStride + count; score += kLanes) {
-        store(score, cap * hyperbolic_tangent(load(score)));
-      }
-    }
-  }
-
-  // The weighted mean of a score row, 0 if it saw nothing.
-  void write(int64_t i) {
-    const int64_t s = i / kRows, r = i % kRows, head_dim = call_.head_dim;
-    const float sum = strip_[s].softmax[r].sum;
-    const float factor = sum > 0 ? 1.0f / sum : 0.0f;
-    const float* from = sums(s, 0) + r * kPanel;
-    Element* to = out_ + offset(i);
-    for (int64_t column = 0; column < head_dim; column += kPanel, from += kRows * kPanel) {
-      for (int64_t j = column; j < least(column + kPanel, head_dim); j += kLanes) {
-        store_some(to + j, load(from + j - column) * factor, head_dim - j);
+  // Transposes the weighted means of a panel into the result.
+  void write(const Panel& panel) const {
+    const int64_t stride = panel.vectors * kLanes, d = call_.head_dim;
+    auto* out = static_cast<Element*>(call_.out);
+    for (int64_t first = 0; first < stride; first += kLanes) {
+      const int64_t column = panel.column + first, real = least(kLanes, columns_ - column);
+      const Floats factor = 1.0f / load(sums_ + column);
+      for (int64_t at = 0; at < d; at += kLanes) {
+        Words words[kLanes];
+        for (int64_t i = 0; i < kLanes; ++i) {
+          words[i] = (Words)(load(results(panel) + (at + i) * stride + first) * factor);
+        }
+        transpose(words);
+        for (int64_t i = 0; i < real; ++i) {
+          store_some(out + offsets_[column + i] + at, (Floats)words[i], d - at);
+          const int64_t next = column + i + kLanes;
+          if (next < columns_) __builtin_prefetch(out + offsets_[next] + at, 1);
+        }
       }
     }
   }
 
   const Attention& call_;
-  const Packed<Element> packed_;
-  const int64_t group_, score_rows_, strips_;
-  const int32_t* const lo_;
-  const int32_t* const hi_;
-  const Element* const q_;  // the first score row
-  Element* const out_;
-  // In scratch memory:
-  float* sums_;        // [strips, panels of columns, kRows, kPanel], values weighted so far
-  float* scores_;      // [kRows, kScoreStride]
-  uint32_t* weights_;  // [kRows, kWeightStride]
-  uint32_t* queries_;  // [strips, depth, kRows]
-  Strip* strip_;       // [strips]
+  const Size size_;
+  const int64_t kv_head_;
+  int64_t columns_ = 0, run_ = 0;
+  int64_t ahead_ = 0, ahead_end_ = 0;  // keys that are fetched meanwhile
+  // In scratch memory; what belongs to a panel is [rows, columns of the panel].
+  uint32_t* queries_;      // [panels, depth, columns]
+  uint32_t* keys_;         // [kKeyBlock, depth]
+  uint32_t* values_;       // [width / kLanes, kValueWords, kLanes]
+  float* scores_;          // [kKeyBlock, columns] of one panel, then their weights, as words
+  float* results_;         // [panels, width, columns]: values, weighted so far
+  float *maxima_, *sums_;  // [columns]: the softmax so far
+  int32_t *lo_, *hi_;      // [columns]: the keys that each sees
+  int64_t* offsets_;       // [columns]: where its query and its result begin
+  Panel* panels_;
 };
 
 template <typename Element>
 void attend(const Attention& call, int64_t kv_head, int64_t row, int64_t rows, uint32_t* scratch) {
-  Tile<Element>(call, kv_head, row, rows, scratch).run();
+  Tile<Element>(call, kv_head, rows, scratch).run(row, rows);
 }
 
 template <typename Element>
 AttentionKernels kernels() {
-  return {packed_words<Element>, pack<Element>, Tile<Element>::scratch_words, attend<Element>};
+  return {Tile<Element>::scratch_words, attend<Element>};
 }
 
 }  // namespace

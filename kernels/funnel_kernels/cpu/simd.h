@@ -1,7 +1,7 @@
 // Vectors of floats, for sources that are compiled once for each instruction set (see instruction_set.h).
 //
-// GCC's and clang's vector types do the arithmetic: `a * b + c` is one fused operation (-ffp-contract=fast), `a > b ? a
-// : b` a maximum. bfloat16 is stored as the upper half of a float.
+// GCC's and clang's vector types do the arithmetic: `a * b + c` is one fused operation (-ffp-contract=fast). bfloat16
+// is stored as the upper half of a float.
 #pragma once
 
 #include <immintrin.h>
@@ -30,8 +30,14 @@ struct Bfloat16 {
 };
 
 static inline Floats broadcast(float value) { return Floats{} + value; }
-static inline Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
-static inline Floats minimum(Floats a, Floats b) { return a < b ? a : b; }
+// b if one of them is NaN. With intrinsics, because GCC 12 makes a comparison and a blend of a > b ? a : b.
+#ifdef __AVX512F__
+static inline Floats maximum(Floats a, Floats b) { return (Floats)_mm512_maskz_max_ps(-1, (__m512)a, (__m512)b); }
+static inline Floats minimum(Floats a, Floats b) { return (Floats)_mm512_maskz_min_ps(-1, (__m512)a, (__m512)b); }
+#else
+static inline Floats maximum(Floats a, Floats b) { return (Floats)_mm256_max_ps((__m256)a, (__m256)b); }
+static inline Floats minimum(Floats a, Floats b) { return (Floats)_mm256_min_ps((__m256)a, (__m256)b); }
+#endif
 // a * b + c, always one operation: GCC makes two of the expression where a branch is between product and sum.
 static inline Floats multiply_add(Floats a, Floats b, Floats c) {
 #ifdef __AVX512F__

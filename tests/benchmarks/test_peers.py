@@ -1,5 +1,6 @@
 """`funnel_benchmarks.peers`: peers in processes of their own, what they need, and how they are fed."""
 
+import os
 import sys
 import textwrap
 import time
@@ -8,9 +9,10 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
-from funnel_benchmarks.peers import exported_graph, llama_cpp_peer, sentence_transformers_peer
+import funnel_native
+from funnel_benchmarks.peers import llama_cpp_peer, onnx_runtime_peer, openvino_peer, sentence_transformers_peer
 from funnel_benchmarks.peers.batches import embedding, in_order, make_batches, padded
-from funnel_benchmarks.peers.peer import Peer
+from funnel_benchmarks.peers.peer import LIMITS, VARIABLES, Peer
 from funnel_benchmarks.peers.peer_process import not_installed
 from funnel_benchmarks.results import LeftOut
 from funnel_engine import FunnelError
@@ -62,6 +64,30 @@ def test_a_peer_computes_only_when_it_is_asked_to(module, tmp_path):
         assert peer.sample(1) >= 0.01
         assert log.read_text()[8:] == "1"
     assert peer.process.returncode is not None
+
+
+ECHO = """
+    import os
+    import numpy
+
+    def make(task):
+        return lambda batch: numpy.zeros((1, 1)), {name: os.environ.get(name) for name in task["names"]}
+"""
+
+
+@pytest.mark.parametrize(("limit", "values"), [*LIMITS.items(), ("amx", ()), ("", ())])
+def test_a_peer_is_limited_as_the_engine_is(module, monkeypatch, limit, values):
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(funnel_native, "INSTRUCTION_SETS", (*LIMITS, "amx"))
+    monkeypatch.setenv("FUNNEL_CPU_ISA", limit)
+    with Peer(module(ECHO), names=VARIABLES, batches=[[0]]) as peer:
+        assert tuple(value for value in peer.facts.values() if value) == values
+    assert not set(VARIABLES) & set(os.environ)
+
+
+def test_every_limit_of_the_engine_is_known():
+    assert set(funnel_native.INSTRUCTION_SETS) - {"amx"} <= set(LIMITS)
 
 
 def test_a_task_may_be_longer_than_a_command(module):
@@ -119,26 +145,19 @@ def test_a_peer_ends_with_its_block_whatever_happens(module, tmp_path):
     ("module", "package", "command"),
     [
         (sentence_transformers_peer, "sentence_transformers", "pip install 'funnel-engine[peers]'"),
-        (exported_graph, "onnxruntime", "pip install 'funnel-engine[peers]'"),
-        (exported_graph, "onnxscript", "pip install 'funnel-engine[peers]'"),
-        (exported_graph, "openvino", "pip install 'funnel-engine[peers]'"),
+        (onnx_runtime_peer, "onnxruntime", "pip install 'funnel-engine[peers]'"),
+        (onnx_runtime_peer, "onnxscript", "pip install 'funnel-engine[peers]'"),
+        (openvino_peer, "openvino", "pip install 'funnel-engine[peers]'"),
+        (openvino_peer, "nncf", "pip install 'funnel-engine[peers]'"),
         (llama_cpp_peer, "llama_cpp", "pip install llama-cpp-python, which compiles llama.cpp"),
     ],
 )
 def test_a_peer_says_at_once_what_it_needs(module, package, command, monkeypatch):
-    for present in {"onnxruntime", "onnxscript"} - {package}:
+    for present in {"onnxruntime", "onnxscript", "openvino"} - {package}:
         monkeypatch.setitem(sys.modules, present, ModuleType(present))
     monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
     with pytest.raises(ModuleNotFoundError) as error:
-        module.make(
-            {
-                "runtime": package[:4] if "onnx" in package else package,
-                "checkpoint": "nowhere",
-                "cores": 1,
-                "sequences": [[1]],
-                "batches": [[0]],
-            }
-        )
+        module.make({"checkpoint": "nowhere", "cores": 1, "dtype": "int8", "sequences": [[1]], "batches": [[0]]})
     assert not_installed(error.value.name) == f"{package} is not installed: {command}"
 
 

@@ -1,0 +1,51 @@
+"""OpenVINO as a peer, on the CPU: the graph that torch.export makes, in float32, bfloat16, or in int8 by NNCF."""
+
+import importlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from funnel_benchmarks.peers.batches import embedding, padded
+from funnel_benchmarks.peers.exported_graph import export
+
+DTYPES = {"bfloat16": "bf16", "float32": "f32"}
+# NNCF finds the ranges of activations on sequences of random ids, each as likely as another, with lengths drawn from
+# those that are measured, but no longer than this.
+CALIBRATION_SEQUENCES, CALIBRATION_TOKENS = 32, 256
+
+
+def make(task: dict[str, Any]) -> tuple[Callable[[int], np.ndarray], dict[str, Any]]:
+    """The call that embeds one of the task's batches, [count, D] float32; see the package about the task."""
+    openvino: Any = importlib.import_module("openvino")
+    nncf: Any = importlib.import_module("nncf") if task["dtype"] == "int8" else None
+    model = openvino.convert_model(export(task))
+    facts = {"openvino": openvino.__version__, "dtype": task["dtype"]}
+    if nncf:
+        model = quantized(nncf, model, calibration(task))
+        facts["nncf"] = nncf.__version__
+    options = {
+        "INFERENCE_PRECISION_HINT": DTYPES[task["float_dtype"]],
+        "INFERENCE_NUM_THREADS": task["cores"],
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    compiled = openvino.compile_model(model, "CPU", options)
+    taken = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
+    facts["precision"], facts["threads"] = taken, compiled.get_property("INFERENCE_NUM_THREADS")
+    return embedding(task, lambda ids, mask: compiled({"ids": ids, "mask": mask})[0]), facts
+
+
+def quantized(nncf: Any, model: Any, sequences: list[list[int]]) -> Any:
+    """The model with weights and activations of its products in int8, by ranges on sequences of token ids."""
+    inputs = [dict(zip(("ids", "mask"), padded([ids]), strict=True)) for ids in sequences]
+    return nncf.quantize(model, nncf.Dataset(inputs), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(inputs))
+
+
+def calibration(task: dict[str, Any]) -> list[list[int]]:
+    """Sequences of random ids, other ones than the task's."""
+    config = json.loads((Path(task["checkpoint"]) / "config.json").read_text(encoding="utf-8"))
+    generator = np.random.default_rng(1)
+    lengths = generator.choice([min(len(ids), CALIBRATION_TOKENS) for ids in task["sequences"]], CALIBRATION_SEQUENCES)
+    return [generator.integers(0, config["vocab_size"], length).tolist() for length in lengths]

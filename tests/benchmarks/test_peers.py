@@ -156,6 +156,7 @@ def test_a_peer_says_at_once_what_it_needs(module, package, command, monkeypatch
     for present in {"onnxruntime", "onnxscript", "openvino"} - {package}:
         monkeypatch.setitem(sys.modules, present, ModuleType(present))
     monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, "openvino_telemetry", ModuleType("openvino_telemetry"))
     with pytest.raises(ModuleNotFoundError) as error:
         module.make({"checkpoint": "nowhere", "cores": 1, "dtype": "int8", "sequences": [[1]], "batches": [[0]]})
     assert not_installed(error.value.name) == f"{package} is not installed: {command}"

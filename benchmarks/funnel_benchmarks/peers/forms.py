@@ -4,7 +4,8 @@ FUNNEL_CPU_ISA limits peers as it limits the engine (`peer.LIMITS`). A peer that
 would use more than the engine.
 """
 
-from types import ModuleType
+from collections.abc import Mapping
+from types import MappingProxyType, ModuleType
 from typing import Any, NamedTuple
 
 import funnel_native
@@ -44,7 +45,10 @@ LLAMA_CPP =                   Forms("float32", "bfloat16", "float32", "int8")
 OURS =                        Forms(None,      None,       None,      "bfloat16")
 # fmt: on
 
-NO_SETS, ALL_SETS = frozenset[str](), frozenset(INSTRUCTION_SETS)
+# The instruction sets that a library uses whatever the limit is. MLAS makes ONNX Runtime's products, and those of
+# OpenVINO in float32. llama.cpp is compiled for its machine.
+MLAS = {"float32": {"avx512f"}, "int8": {"avx512f", "avx_vnni", "avx512_vnni", "amx_int8"}}
+NATIVE = {dtype: set(INSTRUCTION_SETS) for dtype in ("float32", "bfloat16", "int8")}
 
 
 class Kind(NamedTuple):
@@ -54,14 +58,14 @@ class Kind(NamedTuple):
         module: see the package.
         options: the part of its task that is its own.
         packages: that it needs, beside those of `COMMON`.
-        unlimited: the instruction sets that it uses, if the processor has them, whatever the limit is.
+        unlimited: by dtype, the instruction sets that it uses, if the processor has them, whatever the limit is.
     """
 
     module: ModuleType
     options: dict[str, Any]
     forms: Forms
     packages: tuple[str, ...] = ()
-    unlimited: frozenset[str] = NO_SETS
+    unlimited: Mapping[str, set[str]] = MappingProxyType({})
 
 
 COMMON = ("torch", "transformers")  # Hugging Face in float32 is what all agree with, or not
@@ -72,16 +76,9 @@ PEERS = {
     **{f"hugging-face-{mode}": Kind(hugging_face, {"mode": mode}, PYTORCH) for mode in ("eager", "compiled", "frozen")},
     FLASH: Kind(hugging_face, {"mode": "flash"}, FLASH_ATTENTION, ("flash_attn",)),
     SENTENCE: Kind(sentence_transformers_peer, {}, PYTORCH, ("sentence_transformers",)),
-    # Its kernels know no bfloat16 on x86.
-    "onnx-runtime": Kind(
-        onnx_runtime_peer,
-        {},
-        ONNX_RUNTIME,
-        ("onnx", "onnxruntime", "onnxscript"),
-        ALL_SETS - {"avx512_bf16", "amx_bf16"},
-    ),
-    "openvino": Kind(openvino_peer, {}, OPENVINO, ("openvino", "nncf")),
-    "llama-cpp": Kind(llama_cpp_peer, {}, LLAMA_CPP, ("llama_cpp", "gguf"), ALL_SETS),  # compiled for its machine
+    "onnx-runtime": Kind(onnx_runtime_peer, {}, ONNX_RUNTIME, ("onnx", "onnxruntime", "onnxscript"), MLAS),
+    "openvino": Kind(openvino_peer, {}, OPENVINO, ("openvino", "nncf"), {"float32": MLAS["float32"]}),
+    "llama-cpp": Kind(llama_cpp_peer, {}, LLAMA_CPP, ("llama_cpp", "gguf"), NATIVE),
     ENGINE: Kind(engine_peer, {}, OURS),
 }
 
@@ -97,7 +94,8 @@ def dtype_beside(peer: str, ours: str, *, on_cpu: bool) -> str:
     dtype: str | None = kind.forms._asdict()["widened" if widened else ours]
     if dtype is None:
         raise LeftOut(f"{peer} has no form that is compared with the engine in {ours}")
-    if on_cpu and (beyond := kind.unlimited.intersection(instruction_sets()).difference(allowed_sets())):
+    beyond = kind.unlimited.get(dtype, set()).intersection(instruction_sets()).difference(allowed_sets())
+    if on_cpu and beyond:
         limit = f"{funnel_native.LIMIT}={funnel_native.limit()}"
-        raise LeftOut(f"{peer} cannot be limited as {limit} limits the engine: it uses {', '.join(sorted(beyond))}")
+        raise LeftOut(f"{peer} in {dtype} uses {', '.join(sorted(beyond))}, which {limit} does not allow the engine")
     return dtype

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 from funnel_benchmarks.peers.batches import embedding, padded
 from funnel_benchmarks.peers.exported_graph import export
 
-DTYPES = {"bfloat16": "bf16", "float32": "f32"}
+PRECISIONS = {"bfloat16": "bf16", "float32": "f32"}
 # NNCF finds the ranges of activations on sequences of random ids, each as likely as another, with lengths drawn from
 # those that are measured, but no longer than this.
 CALIBRATION_SEQUENCES, CALIBRATION_TOKENS = 32, 256
@@ -19,21 +20,25 @@ CALIBRATION_SEQUENCES, CALIBRATION_TOKENS = 32, 256
 
 def make(task: dict[str, Any]) -> tuple[Callable[[int], np.ndarray], dict[str, Any]]:
     """The call that embeds one of the task's batches, [count, D] float32; see the package about the task."""
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # OpenVINO and NNCF send nothing without it
     openvino: Any = importlib.import_module("openvino")
     nncf: Any = importlib.import_module("nncf") if task["dtype"] == "int8" else None
     model = openvino.convert_model(export(task))
-    facts = {"openvino": openvino.__version__, "dtype": task["dtype"]}
     if nncf:
         model = quantized(nncf, model, calibration(task))
-        facts["nncf"] = nncf.__version__
     options = {
-        "INFERENCE_PRECISION_HINT": DTYPES[task["float_dtype"]],
+        "INFERENCE_PRECISION_HINT": PRECISIONS[task["float_dtype" if nncf else "dtype"]],
         "INFERENCE_NUM_THREADS": task["cores"],
         "PERFORMANCE_HINT": "LATENCY",
     }
     compiled = openvino.compile_model(model, "CPU", options)
     taken = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
-    facts["precision"], facts["threads"] = taken, compiled.get_property("INFERENCE_NUM_THREADS")
+    dtype = {theirs: ours for ours, theirs in PRECISIONS.items()}.get(taken, taken)
+    facts = {
+        "openvino": openvino.__version__,
+        **({"nncf": nncf.__version__, "dtype": "int8", "rest": dtype} if nncf else {"dtype": dtype}),
+        "threads": compiled.get_property("INFERENCE_NUM_THREADS"),
+    }
     return embedding(task, lambda ids, mask: compiled({"ids": ids, "mask": mask})[0]), facts
 
 

@@ -323,7 +323,7 @@ def difference(vectors: np.ndarray, reference: np.ndarray) -> float:
     """
     if vectors.shape != reference.shape:
         raise FunnelError(f"a result is {vectors.shape} where {reference.shape} is expected: it is something else")
-    return float((size(np.float64(vectors) - np.float64(reference)) / size(reference)).max())
+    return float((size(vectors.astype(np.float64) - reference) / size(reference)).max())
 
 
 def size(rows: np.ndarray) -> np.ndarray:

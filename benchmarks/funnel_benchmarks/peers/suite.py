@@ -48,9 +48,10 @@ from funnel_kernels.target import check_backend
 TORCH_DEVICES = {"cpu": "cpu", "gpu": "cuda"}  # JAX's name -> PyTorch's
 SCENARIOS = ("batch", "one")
 VOCABULARY = 2048  # ids are only looked up: how many there are has no part in what is timed
-# Relative, between a vector and Hugging Face's in float32: bfloat16 makes 0.02, int8 up to 0.25 (NNCF's), causal
-# attention instead of bidirectional 0.7.
-TOLERANCES = {"float32": 0.05, "bfloat16": 0.05, "int8": 0.4}
+# Relative, between a vector and Hugging Face's in float32: bfloat16 makes 0.02, causal attention instead of
+# bidirectional 0.5 to 1.3. int8 makes up to 0.4 (NNCF's, of 24 layers), which could hide such a mistake in a small
+# model; but the same graph is measured in the other dtypes.
+TOLERANCES = {"float32": 0.05, "bfloat16": 0.05, "int8": 0.6}
 
 
 def model_fields(preset: str, depth: int | None) -> Fields:
@@ -344,7 +345,7 @@ READING = (
     "where the processor multiplies it, and float32 elsewhere and for ONNX Runtime. Beside our int8 it is int8: "
     "OpenVINO's by NNCF, with ranges of activations from random ids; ONNX Runtime's and ours find them at run time.",
     "Agreement is the mean cosine of vectors to those of Hugging Face in float32. Vectors that differ from those by "
-    "more than 0.05 of their size, in int8 by more than 0.4, are something else, and nothing is timed.",
+    "more than 0.05 of their size, in int8 by more than 0.6, are something else, and nothing is timed.",
 )
 
 

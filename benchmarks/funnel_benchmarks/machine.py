@@ -14,7 +14,6 @@ import jax
 import jaxlib.version
 import numpy as np
 
-import funnel_native
 from funnel_kernels import native_calls
 from funnel_kernels.errors import ConfigError
 
@@ -83,17 +82,25 @@ def instruction_sets() -> list[str]:
     return [name for name in INSTRUCTION_SETS if name in flags]
 
 
-def allowed_sets() -> list[str]:
-    """Those of `instruction_sets()` that FUNNEL_CPU_ISA allows.
+def kernel_limit() -> str | None:
+    """What FUNNEL_CPU_ISA limits the engine's kernels to; None without a limit, or without kernels.
 
     Raises:
         ConfigError: FUNNEL_CPU_ISA is not the name of an instruction set.
     """
     try:
-        limit = funnel_native.limit()
+        import funnel_native
+
+        return funnel_native.limit()
+    except ImportError:
+        return None
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    levels = list(dict.fromkeys(INSTRUCTION_SETS.values()))
+
+
+def allowed_sets() -> list[str]:
+    """Those of `instruction_sets()` that FUNNEL_CPU_ISA allows."""
+    limit, levels = kernel_limit(), list(dict.fromkeys(INSTRUCTION_SETS.values()))
     allowed = levels if limit is None else levels[: levels.index(limit) + 1]
     return [name for name in instruction_sets() if INSTRUCTION_SETS[name] in allowed]
 

@@ -8,8 +8,13 @@ from collections.abc import Mapping
 from types import MappingProxyType, ModuleType
 from typing import Any, NamedTuple
 
-import funnel_native
-from funnel_benchmarks.machine import INSTRUCTION_SETS, allowed_sets, instruction_sets, multiplies_bfloat16
+from funnel_benchmarks.machine import (
+    INSTRUCTION_SETS,
+    allowed_sets,
+    instruction_sets,
+    kernel_limit,
+    multiplies_bfloat16,
+)
 from funnel_benchmarks.peers import (
     engine_peer,
     hugging_face,
@@ -96,6 +101,6 @@ def dtype_beside(peer: str, ours: str, *, on_cpu: bool) -> str:
         raise LeftOut(f"{peer} has no form that is compared with the engine in {ours}")
     beyond = kind.unlimited.get(dtype, set()).intersection(instruction_sets()).difference(allowed_sets())
     if on_cpu and beyond:
-        limit = f"{funnel_native.LIMIT}={funnel_native.limit()}"
-        raise LeftOut(f"{peer} in {dtype} uses {', '.join(sorted(beyond))}, which {limit} does not allow the engine")
+        limit, used = kernel_limit(), ", ".join(sorted(beyond))
+        raise LeftOut(f"{peer} in {dtype} uses {used}, which FUNNEL_CPU_ISA={limit} does not allow the engine")
     return dtype

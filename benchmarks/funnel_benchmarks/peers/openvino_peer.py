@@ -25,7 +25,7 @@ def make(task: dict[str, Any]) -> tuple[Callable[[int], np.ndarray], dict[str, A
     nncf: Any = importlib.import_module("nncf") if task["dtype"] == "int8" else None
     model = openvino.convert_model(export(task))
     if nncf:
-        model = quantized(nncf, model, calibration(task))
+        model = quantized(nncf, model, calibration(task), saturates=not task["multiplies_int8"])
     options = {
         "INFERENCE_PRECISION_HINT": PRECISIONS[task["float_dtype" if nncf else "dtype"]],
         "INFERENCE_NUM_THREADS": task["cores"],
@@ -42,10 +42,21 @@ def make(task: dict[str, Any]) -> tuple[Callable[[int], np.ndarray], dict[str, A
     return embedding(task, lambda ids, mask: compiled({"ids": ids, "mask": mask})[0]), facts
 
 
-def quantized(nncf: Any, model: Any, sequences: list[list[int]]) -> Any:
-    """The model with weights and activations of its products in int8, by ranges on sequences of token ids."""
+def quantized(nncf: Any, model: Any, sequences: list[list[int]], *, saturates: bool) -> Any:
+    """The model with weights and activations of its products in int8, by ranges on sequences of token ids.
+
+    Args:
+        saturates: whether the processor adds pairs of products in 16 bits; weights have 7 bits then.
+    """
     inputs = [dict(zip(("ids", "mask"), padded([ids]), strict=True)) for ids in sequences]
-    return nncf.quantize(model, nncf.Dataset(inputs), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(inputs))
+    fix = nncf.OverflowFix.ENABLE if saturates else nncf.OverflowFix.DISABLE
+    return nncf.quantize(
+        model,
+        nncf.Dataset(inputs),
+        model_type=nncf.ModelType.TRANSFORMER,
+        subset_size=len(inputs),
+        advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=fix),
+    )
 
 
 def calibration(task: dict[str, Any]) -> list[list[int]]:

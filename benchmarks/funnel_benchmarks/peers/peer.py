@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-import funnel_native
+from funnel_benchmarks.machine import kernel_limit
 from funnel_benchmarks.peers import peer_process
 from funnel_benchmarks.results import LeftOut
 from funnel_kernels.errors import FunnelError
@@ -33,7 +33,7 @@ LIMITS = {
 
 def limits() -> dict[str, str]:
     """The variables that limit a peer as FUNNEL_CPU_ISA limits the engine."""
-    values = LIMITS.get(funnel_native.limit() or "")
+    values = LIMITS.get(kernel_limit() or "")
     return dict(zip(VARIABLES, values, strict=True)) if values else {}
 
 

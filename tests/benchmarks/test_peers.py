@@ -190,6 +190,39 @@ def test_batches_are_embedded_one_by_one():
     assert seen == [(2, 3), (1, 1)]
 
 
+def test_nncf_calibrates_on_random_ids_of_the_measured_lengths(tmp_path):
+    (tmp_path / "config.json").write_text('{"vocab_size": 50}')
+    lengths = (3, 7, 300)
+    task = {"checkpoint": str(tmp_path), "sequences": [[1] * length for length in lengths]}
+    drawn = openvino_peer.calibration(task)
+    assert len(drawn) == openvino_peer.CALIBRATION_SEQUENCES
+    assert {len(ids) for ids in drawn} == {3, 7, openvino_peer.CALIBRATION_TOKENS}
+    assert {number for ids in drawn for number in ids} == set(range(50))
+    assert drawn == openvino_peer.calibration(task)
+
+
+@pytest.mark.parametrize(("saturates", "fix"), [(True, "ENABLE"), (False, "DISABLE")])
+def test_nncf_leaves_room_for_sums_where_products_saturate(saturates, fix):
+    given = {}
+
+    def quantize(model, dataset, **options):
+        given.update(options)
+        return [model, *dataset]
+
+    nncf = SimpleNamespace(
+        quantize=quantize,
+        Dataset=list,
+        ModelType=SimpleNamespace(TRANSFORMER="transformer"),
+        OverflowFix=SimpleNamespace(ENABLE="ENABLE", DISABLE="DISABLE"),
+        AdvancedQuantizationParameters=dict,
+    )
+    model, first, second = openvino_peer.quantized(nncf, "model", [[4, 2], [7]], saturates=saturates)
+    assert (model, first["ids"].tolist(), first["mask"].tolist()) == ("model", [[4, 2]], [[1, 1]])
+    assert second["ids"].tolist() == [[7]]
+    assert given["advanced_parameters"] == {"overflow_fix": fix}
+    assert (given["model_type"], given["subset_size"]) == ("transformer", 2)
+
+
 def test_llama_cpp_gets_sequences_end_to_end():
     def init(tokens, embeddings, sequences):
         """The arrays of a `llama_batch`, as long as was asked for."""

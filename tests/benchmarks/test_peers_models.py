@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from funnel_benchmarks.peers import exported_graph, hugging_face, sentence_transformers_peer
+from funnel_benchmarks.peers import engine_peer, exported_graph, hugging_face, sentence_transformers_peer
 from funnel_benchmarks.peers.batches import in_order, make_batches, padded
 from funnel_benchmarks.peers.peer import Peer
 from funnel_benchmarks.peers.sentence_model import text_of, write_sentence_model
@@ -143,6 +143,14 @@ def test_every_row_of_a_mask_sees_something(model):
         near = masks["sliding_attention"][:, 0].sum(2)
         assert near[0].tolist() == [3] * 3 + [4, 4, 3, 2] + [1] * 13
         assert near[1].tolist() == [5, 6, 7, 8] + [9] * 12 + [8, 7, 6, 5]
+
+
+def test_the_engine_is_a_peer_too(model, engine):
+    source, _ = model
+    task, sequences = make_task(source, LENGTHS, "sorted")
+    theirs, facts = embedded(engine_peer, task)
+    assert facts == {"dtype": "bfloat16"}
+    assert difference(engine.embed(sequences, normalize=False), theirs) < 0.02
 
 
 def test_sentence_transformers_computes_what_the_engine_does(tmp_path):

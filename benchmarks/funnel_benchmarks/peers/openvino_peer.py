@@ -15,7 +15,7 @@ from funnel_benchmarks.peers.exported_graph import export
 PRECISIONS = {"bfloat16": "bf16", "float32": "f32"}
 # NNCF finds the ranges of activations on sequences of random ids, each as likely as another, with lengths drawn from
 # those that are measured, but no longer than this.
-CALIBRATION_SEQUENCES, CALIBRATION_TOKENS = 32, 256
+CALIBRATION_SEQUENCES, CALIBRATION_TOKENS = 16, 128
 
 
 def make(task: dict[str, Any]) -> tuple[Callable[[int], np.ndarray], dict[str, Any]]:

@@ -11,7 +11,9 @@ def describe_model(model: Row) -> str:
 
 
 def describe_machine(machine: Row) -> str:
-    return f"{', '.join(machine['devices'])}; {machine['cpu']}, {machine['cores']} cores"
+    kernels = machine.get("kernel_instruction_set")  # and its limit, if there is one
+    parts = (machine["cpu"], f"{machine['cores']} cores", kernels)
+    return f"{', '.join(machine['devices'])}; {', '.join(filter(None, parts))}"
 
 
 def describe_backend(options: Row) -> str:

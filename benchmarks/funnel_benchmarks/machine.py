@@ -15,11 +15,22 @@ import jaxlib.version
 import numpy as np
 
 from funnel_kernels import native_calls
+from funnel_kernels.errors import ConfigError
 
 CPUINFO = Path("/proc/cpuinfo")
-# Those of x86-64 that decide how fast products are, by Linux's names.
-INSTRUCTION_SETS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
-BFLOAT16_SETS = ("avx512_bf16", "amx_bf16")
+# The instruction sets of x86-64 that decide how fast products are, by Linux's names, and the least FUNNEL_CPU_ISA that
+# allows each of them. The limits are in order.
+INSTRUCTION_SETS = {
+    "avx2": "avx2",
+    "avx512f": "avx512",
+    "avx_vnni": "avx512_vnni",
+    "avx512_vnni": "avx512_vnni",
+    "avx512_bf16": "avx512_bf16",
+    "amx_int8": "amx",
+    "amx_bf16": "amx",
+}
+BFLOAT16_SETS = {"avx512_bf16", "amx_bf16"}
+INT8_SETS = {"avx_vnni", "avx512_vnni", "amx_int8"}
 
 
 def machine_facts() -> dict[str, Any]:
@@ -71,9 +82,37 @@ def instruction_sets() -> list[str]:
     return [name for name in INSTRUCTION_SETS if name in flags]
 
 
+def kernel_limit() -> str | None:
+    """What FUNNEL_CPU_ISA limits the engine's kernels to; None without a limit, or without kernels.
+
+    Raises:
+        ConfigError: FUNNEL_CPU_ISA is not the name of an instruction set.
+    """
+    try:
+        import funnel_native
+
+        return funnel_native.limit()
+    except ImportError:
+        return None
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def allowed_sets() -> list[str]:
+    """Those of `instruction_sets()` that FUNNEL_CPU_ISA allows."""
+    limit, levels = kernel_limit(), list(dict.fromkeys(INSTRUCTION_SETS.values()))
+    allowed = levels if limit is None else levels[: levels.index(limit) + 1]
+    return [name for name in instruction_sets() if INSTRUCTION_SETS[name] in allowed]
+
+
 def multiplies_bfloat16() -> bool:
-    """Whether the processor has products of bfloat16; otherwise software widens them, which is slower than float32."""
-    return not set(BFLOAT16_SETS).isdisjoint(instruction_sets())
+    """Whether there are products of bfloat16; otherwise software widens them, which is slower than float32."""
+    return not BFLOAT16_SETS.isdisjoint(allowed_sets())
+
+
+def multiplies_int8() -> bool:
+    """Whether there are products of int8 with int32 sums (VNNI, AMX); otherwise sums of two products saturate."""
+    return not INT8_SETS.isdisjoint(allowed_sets())
 
 
 def cpuinfo(field: str) -> str:

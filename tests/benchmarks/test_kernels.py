@@ -206,6 +206,24 @@ def test_ceilings_of_a_cpu(dtype):
         assert all(ceiling.sample() > 0 for ceiling in (product, copy))
 
 
+def test_without_products_of_bfloat16_the_ceiling_is_that_of_float32(monkeypatch):
+    made = []
+
+    @contextmanager
+    def product(dtype, shrink):
+        made.append(dtype)
+        yield None
+
+    monkeypatch.setattr(ceilings_module, "packs", lambda dtype, target: True)
+    monkeypatch.setattr(ceilings_module, "onednn", product)
+    for multiplies in (False, True):
+        monkeypatch.setattr(ceilings_module, "multiplies_bfloat16", lambda multiplies=multiplies: multiplies)
+        for dtype in ("float32", "bfloat16"):
+            with ceilings(dtype, 64, 0.0):
+                pass
+    assert made == ["float32", "float32", "float32", "bfloat16"]
+
+
 def test_a_copy_copies_everything(monkeypatch):
     copied = []
     monkeypatch.setattr(np, "copyto", lambda target, source: copied.append((target.size, source.size)))

@@ -5,10 +5,12 @@ import subprocess
 
 import jax
 import numpy as np
+import pytest
 
 import funnel_native
 from funnel_benchmarks import machine
 from funnel_benchmarks.machine import git_revision, machine_facts, peak_memory_gb
+from funnel_kernels.errors import ConfigError
 
 
 def test_facts_are_json_and_name_versions_but_no_paths():
@@ -34,6 +36,35 @@ def test_instruction_sets_are_those_of_the_processor(monkeypatch, tmp_path):
         assert machine.cpu_model() == "Imaginary 9000"
         assert set(machine.instruction_sets()) == {"avx2", "avx512f", *more.split()} - {"amx_tile"}
         assert machine.multiplies_bfloat16() == fast
+
+
+ALL = "avx2 avx512f avx_vnni avx512_vnni avx512_bf16 amx_int8 amx_bf16"
+
+
+@pytest.mark.parametrize(
+    ("limit", "allowed", "int8", "bfloat16"),
+    [
+        ("", ALL, True, True),
+        ("amx", ALL, True, True),
+        ("avx512_bf16", "avx2 avx512f avx_vnni avx512_vnni avx512_bf16", True, True),
+        ("avx512", "avx2 avx512f", False, False),
+        ("avx2", "avx2", False, False),
+    ],
+)
+def test_a_limit_of_the_kernels_is_one_of_all(monkeypatch, tmp_path, limit, allowed, int8, bfloat16):
+    monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")
+    machine.CPUINFO.write_text(f"flags\t\t: fpu {ALL}\n")
+    monkeypatch.setenv("FUNNEL_CPU_ISA", limit)
+    assert machine.allowed_sets() == allowed.split()
+    assert (machine.multiplies_int8(), machine.multiplies_bfloat16()) == (int8, bfloat16)
+    assert machine.instruction_sets() == ALL.split()
+
+
+def test_every_limit_allows_something_more(monkeypatch):
+    assert set(funnel_native.INSTRUCTION_SETS) <= set(machine.INSTRUCTION_SETS.values())
+    monkeypatch.setenv("FUNNEL_CPU_ISA", "sse")
+    with pytest.raises(ConfigError, match="FUNNEL_CPU_ISA='sse' must be one of avx2"):
+        machine.allowed_sets()
 
 
 def test_peak_memory_covers_what_was_allocated():

@@ -1,5 +1,6 @@
 """`funnel_benchmarks.peers`: peers in processes of their own, what they need, and how they are fed."""
 
+import os
 import sys
 import textwrap
 import time
@@ -8,9 +9,10 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
-from funnel_benchmarks.peers import exported_graph, llama_cpp_peer, sentence_transformers_peer
+import funnel_native
+from funnel_benchmarks.peers import llama_cpp_peer, onnx_runtime_peer, openvino_peer, sentence_transformers_peer
 from funnel_benchmarks.peers.batches import embedding, in_order, make_batches, padded
-from funnel_benchmarks.peers.peer import Peer
+from funnel_benchmarks.peers.peer import LIMITS, VARIABLES, Peer
 from funnel_benchmarks.peers.peer_process import not_installed
 from funnel_benchmarks.results import LeftOut
 from funnel_engine import FunnelError
@@ -62,6 +64,30 @@ def test_a_peer_computes_only_when_it_is_asked_to(module, tmp_path):
         assert peer.sample(1) >= 0.01
         assert log.read_text()[8:] == "1"
     assert peer.process.returncode is not None
+
+
+ECHO = """
+    import os
+    import numpy
+
+    def make(task):
+        return lambda batch: numpy.zeros((1, 1)), {name: os.environ.get(name) for name in task["names"]}
+"""
+
+
+@pytest.mark.parametrize(("limit", "values"), [*LIMITS.items(), ("amx", ()), ("", ())])
+def test_a_peer_is_limited_as_the_engine_is(module, monkeypatch, limit, values):
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(funnel_native, "INSTRUCTION_SETS", (*LIMITS, "amx"))
+    monkeypatch.setenv("FUNNEL_CPU_ISA", limit)
+    with Peer(module(ECHO), names=VARIABLES, batches=[[0]]) as peer:
+        assert tuple(value for value in peer.facts.values() if value) == values
+    assert not set(VARIABLES) & set(os.environ)
+
+
+def test_every_limit_of_the_engine_is_known():
+    assert set(funnel_native.INSTRUCTION_SETS) - {"amx"} <= set(LIMITS)
 
 
 def test_a_task_may_be_longer_than_a_command(module):
@@ -119,26 +145,20 @@ def test_a_peer_ends_with_its_block_whatever_happens(module, tmp_path):
     ("module", "package", "command"),
     [
         (sentence_transformers_peer, "sentence_transformers", "pip install 'funnel-engine[peers]'"),
-        (exported_graph, "onnxruntime", "pip install 'funnel-engine[peers]'"),
-        (exported_graph, "onnxscript", "pip install 'funnel-engine[peers]'"),
-        (exported_graph, "openvino", "pip install 'funnel-engine[peers]'"),
+        (onnx_runtime_peer, "onnxruntime", "pip install 'funnel-engine[peers]'"),
+        (onnx_runtime_peer, "onnxscript", "pip install 'funnel-engine[peers]'"),
+        (openvino_peer, "openvino", "pip install 'funnel-engine[peers]'"),
+        (openvino_peer, "nncf", "pip install 'funnel-engine[peers]'"),
         (llama_cpp_peer, "llama_cpp", "pip install llama-cpp-python, which compiles llama.cpp"),
     ],
 )
 def test_a_peer_says_at_once_what_it_needs(module, package, command, monkeypatch):
-    for present in {"onnxruntime", "onnxscript"} - {package}:
+    for present in {"onnxruntime", "onnxscript", "openvino"} - {package}:
         monkeypatch.setitem(sys.modules, present, ModuleType(present))
     monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, "openvino_telemetry", ModuleType("openvino_telemetry"))
     with pytest.raises(ModuleNotFoundError) as error:
-        module.make(
-            {
-                "runtime": package[:4] if "onnx" in package else package,
-                "checkpoint": "nowhere",
-                "cores": 1,
-                "sequences": [[1]],
-                "batches": [[0]],
-            }
-        )
+        module.make({"checkpoint": "nowhere", "cores": 1, "dtype": "int8", "sequences": [[1]], "batches": [[0]]})
     assert not_installed(error.value.name) == f"{package} is not installed: {command}"
 
 
@@ -168,6 +188,39 @@ def test_batches_are_embedded_one_by_one():
     assert rows.tolist() == [[15, 3], [15, 2], [3, 1]]
     assert in_order(BATCHES, rows).tolist() == [[15, 2], [3, 1], [15, 3]]
     assert seen == [(2, 3), (1, 1)]
+
+
+def test_nncf_calibrates_on_random_ids_of_the_measured_lengths(tmp_path):
+    (tmp_path / "config.json").write_text('{"vocab_size": 50}')
+    lengths = (3, 7, 300)
+    task = {"checkpoint": str(tmp_path), "sequences": [[1] * length for length in lengths]}
+    drawn = openvino_peer.calibration(task)
+    assert len(drawn) == openvino_peer.CALIBRATION_SEQUENCES
+    assert {len(ids) for ids in drawn} == {3, 7, openvino_peer.CALIBRATION_TOKENS}
+    assert {number for ids in drawn for number in ids} == set(range(50))
+    assert drawn == openvino_peer.calibration(task)
+
+
+@pytest.mark.parametrize(("saturates", "fix"), [(True, "ENABLE"), (False, "DISABLE")])
+def test_nncf_leaves_room_for_sums_where_products_saturate(saturates, fix):
+    given = {}
+
+    def quantize(model, dataset, **options):
+        given.update(options)
+        return [model, *dataset]
+
+    nncf = SimpleNamespace(
+        quantize=quantize,
+        Dataset=list,
+        ModelType=SimpleNamespace(TRANSFORMER="transformer"),
+        OverflowFix=SimpleNamespace(ENABLE="ENABLE", DISABLE="DISABLE"),
+        AdvancedQuantizationParameters=dict,
+    )
+    model, first, second = openvino_peer.quantized(nncf, "model", [[4, 2], [7]], saturates=saturates)
+    assert (model, first["ids"].tolist(), first["mask"].tolist()) == ("model", [[4, 2]], [[1, 1]])
+    assert second["ids"].tolist() == [[7]]
+    assert given["advanced_parameters"] == {"overflow_fix": fix}
+    assert (given["model_type"], given["subset_size"]) == ("transformer", 2)
 
 
 def test_llama_cpp_gets_sequences_end_to_end():

@@ -1,10 +1,8 @@
 """`funnel_benchmarks.peers.gguf_file`: a model in the names and numbers of llama.cpp."""
 
 import dataclasses
-import sys
-from types import ModuleType, SimpleNamespace
 
-import ml_dtypes
+import gguf
 import numpy as np
 import pytest
 from safetensors import numpy as safetensors
@@ -93,14 +91,13 @@ class Writer:
         return lambda: self.steps.append(name)
 
 
-def test_a_file_has_the_weights_as_they_are_and_norms_plus_one(tmp_path, monkeypatch):
-    gguf = ModuleType("gguf")
-    gguf.GGUFWriter, gguf.GGMLQuantizationType = Writer, SimpleNamespace(BF16="BF16")
-    monkeypatch.setitem(sys.modules, "gguf", gguf)
+@pytest.mark.parametrize(("dtype", "kind"), [("bfloat16", "BF16"), ("float32", "F32"), ("int8", "Q8_0")])
+def test_a_file_has_the_weights_and_norms_plus_one(tmp_path, monkeypatch, dtype, kind):
+    monkeypatch.setattr(gguf, "GGUFWriter", Writer)
     layers = {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
     fields = MODELS["embeddinggemma"] | layers
     write_random_model(tmp_path / "source", fields)
-    write_gguf(tmp_path / "source", tmp_path / "model.gguf")
+    write_gguf(tmp_path / "source", tmp_path / "model.gguf", dtype)
     file, config = Writer.last, read_model_config(fields)
     assert (file.path, file.architecture) == (tmp_path / "model.gguf", "gemma-embedding")
     assert {key: value for key, (_, value) in file.fields.items()} == metadata(config)
@@ -110,11 +107,14 @@ def test_a_file_has_the_weights_as_they_are_and_norms_plus_one(tmp_path, monkeyp
     weights = safetensors.load_file(tmp_path / "source" / "model.safetensors")
     assert len(file.tensors) == len(weights)
     for name, weight in weights.items():
-        values, dtype = file.tensors[tensor_name(name, config)]
+        values, stored = file.tensors[tensor_name(name, config)]
         if weight.ndim == 2:
-            assert dtype == "BF16"
-            np.testing.assert_array_equal(values.view(ml_dtypes.bfloat16), weight)
+            assert stored == gguf.GGMLQuantizationType[kind]
+            read = gguf.quants.dequantize(values, stored)
+            largest = np.abs(weight.astype(np.float32)).reshape(len(weight), -1, 32).max(2).repeat(32, axis=1)
+            step = largest / 127 if dtype == "int8" else 0  # the other two have the weights as they are
+            assert np.all(np.abs(read - weight.astype(np.float32)) <= 0.6 * step)  # half a step, and a scale in float16
         else:
-            assert (values.dtype, dtype) == (np.float32, None)
+            assert (values.dtype, stored) == (np.float32, None)
             np.testing.assert_array_equal(values, weight.astype(np.float32) + 1)
     assert file.steps == ["write_header_to_file", "write_kv_data_to_file", "write_tensors_to_file", "close"]

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from funnel_benchmarks.peers import exported_graph, hugging_face, sentence_transformers_peer
+from funnel_benchmarks.peers import engine_peer, exported_graph, hugging_face, sentence_transformers_peer
 from funnel_benchmarks.peers.batches import in_order, make_batches, padded
 from funnel_benchmarks.peers.peer import Peer
 from funnel_benchmarks.peers.sentence_model import text_of, write_sentence_model
-from funnel_benchmarks.peers.suite import check_same
+from funnel_benchmarks.peers.suite import check_same, difference
 from funnel_benchmarks.random_checkpoint import write_random_model
 from funnel_benchmarks.results import LeftOut
 from funnel_engine import Engine, FunnelError, convert
@@ -85,7 +85,7 @@ def test_hugging_face_computes_what_the_engine_does(request, model, engine, leng
     assert set(facts) == {"torch", "transformers", "dtype", "attention", "threads"}
     masked = request.node.callspec.params["model"] not in without_mask
     assert facts["attention"] == ("sdpa" if masked else hugging_face.WITHOUT_MASK)
-    assert 0 < check_same(engine.embed(sequences, normalize=False), theirs) < 0.02
+    assert 0 < difference(engine.embed(sequences, normalize=False), theirs) < 0.02
 
 
 def test_hugging_face_computes_in_the_dtype_that_it_is_told(model):
@@ -94,7 +94,7 @@ def test_hugging_face_computes_in_the_dtype_that_it_is_told(model):
     task, _ = make_task(source, LENGTHS, "sorted")
     half, single = (embedded(hugging_face, task | {"dtype": dtype}) for dtype in ("bfloat16", "float32"))
     assert [facts["dtype"] for _, facts in (half, single)] == ["bfloat16", "float32"]
-    assert 1e-3 < check_same(half[0], single[0]) < 0.03
+    assert 1e-3 < difference(half[0], single[0]) < 0.03
 
 
 def test_another_attention_is_seen(model):
@@ -102,8 +102,8 @@ def test_another_attention_is_seen(model):
     task, sequences = make_task(source, LENGTHS, "sorted")
     theirs, _ = embedded(hugging_face, task)
     causal = load(folder, attention="causal")
-    with pytest.raises(FunnelError, match=r"differ by [01]\.\d+ .* more than the limit of 0\.05: .* something else"):
-        check_same(causal.embed(sequences, normalize=False), theirs)
+    with pytest.raises(FunnelError, match=r"by [01]\.\d+ .* limit of 0\.05 for bfloat16: it computes something else"):
+        check_same("the engine's", "bfloat16", causal.embed(sequences, normalize=False), theirs)
 
 
 def test_the_graph_computes_what_hugging_face_does(model):
@@ -116,7 +116,7 @@ def test_the_graph_computes_what_hugging_face_does(model):
             vectors = graph(*map(torch.from_numpy, padded(sequences))).numpy()
         assert vectors.dtype == np.float32
         theirs, _ = embedded(hugging_face, task)
-        assert 0 < check_same(vectors, theirs) < 0.02
+        assert 0 < difference(vectors, theirs) < 0.02
 
 
 def test_looked_up_angles_are_those_of_the_model(model):
@@ -145,6 +145,14 @@ def test_every_row_of_a_mask_sees_something(model):
         assert near[1].tolist() == [5, 6, 7, 8] + [9] * 12 + [8, 7, 6, 5]
 
 
+def test_the_engine_is_a_peer_too(model, engine):
+    source, _ = model
+    task, sequences = make_task(source, LENGTHS, "sorted")
+    theirs, facts = embedded(engine_peer, task)
+    assert facts == {"dtype": "bfloat16"}
+    assert difference(engine.embed(sequences, normalize=False), theirs) < 0.02
+
+
 def test_sentence_transformers_computes_what_the_engine_does(tmp_path):
     write_sentence_model(tmp_path / "source", MODELS["embeddinggemma"])
     convert(tmp_path / "source", tmp_path / "converted")
@@ -154,7 +162,7 @@ def test_sentence_transformers_computes_what_the_engine_does(tmp_path):
     assert facts["dtype"] == "bfloat16"
     assert "pooling mean, 2 dense layers" in engine.describe()
     ours = engine.embed(sequences)
-    assert 0 < check_same(ours, theirs) < 0.03
+    assert 0 < difference(ours, theirs) < 0.03
     np.testing.assert_array_equal(engine.embed([text_of(ids) for ids in sequences]), ours)
 
 
@@ -202,14 +210,22 @@ def test_compiled_models_are_the_same(mode, tmp_path):
     task, _ = make_task(tmp_path / "source", [7, 4, 5], "sorted")
     call, _ = hugging_face.make(task)
     with Peer(hugging_face, **task | {"mode": mode}) as compiled:
-        assert 0 < check_same(compiled.result, call(0)) < 0.02  # rounded in other places
+        assert 0 < difference(compiled.result, call(0)) < 0.02  # rounded in other places
 
 
 def test_what_differs_in_shape_is_something_else():
-    with pytest.raises(FunnelError, match=r"the peer's result is \(2, 3\) where ours is \(2, 4\)"):
-        check_same(np.ones((2, 4)), np.ones((2, 3)))
-    with pytest.raises(FunnelError, match="differ by nan"):
-        check_same(np.full((1, 2), np.nan), np.ones((1, 2)))
+    with pytest.raises(FunnelError, match=r"a result is \(2, 3\) where \(2, 4\) is expected"):
+        difference(np.ones((2, 3)), np.ones((2, 4)))
+    with pytest.raises(FunnelError, match=r"the peer's result differs .* by nan"):
+        check_same("the peer's", "float32", np.full((1, 2), np.nan), np.ones((1, 2)))
+
+
+def test_agreement_is_the_mean_cosine():
+    reference = np.array([[3.0, 4.0], [0.0, 2.0]])
+    vectors = np.array([[3.0, 4.0], [0.0, 2.0]]) @ np.array([[np.cos(0.2), -np.sin(0.2)], [np.sin(0.2), np.cos(0.2)]])
+    assert check_same("the peer's", "int8", 1.1 * vectors, reference) == pytest.approx(np.cos(0.2))
+    with pytest.raises(FunnelError, match=r"the peer's result .* by 0\.232 .* limit of 0\.05 for float32"):
+        check_same("the peer's", "float32", 1.1 * vectors, reference)
 
 
 def test_many_shapes_are_compiled_together():

@@ -33,7 +33,8 @@ from funnel_benchmarks.latency.suite import Batch
 from funnel_benchmarks.latency.suite import Suite as Latency
 from funnel_benchmarks.lengths import draw
 from funnel_benchmarks.models import Model, random_model
-from funnel_benchmarks.peers.suite import FLASH, VOCABULARY
+from funnel_benchmarks.peers.forms import FLASH
+from funnel_benchmarks.peers.suite import VOCABULARY
 from funnel_benchmarks.peers.suite import Suite as Peers
 from funnel_benchmarks.results import Measurement
 from funnel_engine import FunnelConfig
@@ -267,6 +268,7 @@ def peer(run: Run, json: Path) -> None:
         suite = Peers(
             preset=run.extent.preset,
             depth=None,
+            dtype="bfloat16",
             fields=run.extent.fields | {"vocab_size": VOCABULARY},
             lengths={str(tokens): np.full(sequences, tokens, np.int32)},
             peers=("hugging-face-compiled", FLASH),

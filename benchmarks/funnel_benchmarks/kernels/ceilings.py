@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from funnel_benchmarks.kernels import onednn_product
-from funnel_benchmarks.machine import usable_cores
+from funnel_benchmarks.machine import multiplies_bfloat16, usable_cores
 from funnel_benchmarks.measure import Sample, sampler
 from funnel_benchmarks.peers.peer import Peer
 from funnel_engine.devices import local_target
@@ -47,13 +47,17 @@ class Ceiling(NamedTuple):
 
 @contextmanager
 def ceilings(dtype: str, shrink: int = 1, seconds: float = SAMPLE_SECONDS) -> Iterator[tuple[Ceiling, Ceiling]]:
-    """The product in a dtype, and the copy, as long as the block lasts.
+    """The product, and the copy, as long as the block lasts.
 
     Args:
+        dtype: of the product's operands, and of its weights only on a CPU that does not multiply bfloat16: it computes
+            in float32.
         shrink: divides each side of the product, for rehearsals; and the bytes twice.
         seconds: that a sample lasts at least.
     """
     host = jax.default_backend() == "cpu"
+    if host and dtype == "bfloat16" and not multiplies_bfloat16():
+        dtype = "float32"
     side, size = (HOST_SIDE, HOST_BYTES) if host else (DEVICE_SIDE, DEVICE_BYTES)
     with ExitStack() as stack:
         if host and packs(local_target("cpu")):

@@ -13,7 +13,9 @@ from funnel_benchmarks.lengths import PRESETS as LENGTH_PRESETS
 from funnel_benchmarks.lengths import draw
 from funnel_benchmarks.memory import check_memory
 from funnel_benchmarks.peers.batches import ORDERS
-from funnel_benchmarks.peers.suite import FLASH, PEERS, SCENARIOS, Suite, model_fields
+from funnel_benchmarks.peers.forms import ENGINE, FLASH, PEERS
+from funnel_benchmarks.peers.suite import SCENARIOS, TOLERANCES, Suite, model_fields
+from funnel_benchmarks.random_checkpoint import DTYPE
 from funnel_engine import HeadConfig
 from funnel_engine.packing import Ints
 from funnel_kernels.errors import InputError
@@ -24,6 +26,13 @@ LENGTHS = ("conll", "qnli", "passage")
 @click.command()
 @click.option("--preset", default="embeddinggemma-300m", show_default=True, help="Architecture, with random weights.")
 @suite_command.depth_option
+@click.option(
+    "--dtype",
+    type=click.Choice(list(TOLERANCES)),
+    default=DTYPE,
+    show_default=True,
+    help="Of the engine's weights. A peer computes in the dtype that its users would choose to compare with this.",
+)
 @click.option(
     "--lengths",
     multiple=True,
@@ -40,8 +49,9 @@ LENGTHS = ("conll", "qnli", "passage")
     "peers",
     multiple=True,
     type=click.Choice(list(PEERS)),
-    default=[name for name in PEERS if name != FLASH],
-    help=f"Only this one; can be given several times. Default: all but {FLASH}, which needs a GPU.",
+    default=[name for name in PEERS if name not in (FLASH, ENGINE)],
+    help=f"Only this one; can be given several times. Default: all but {FLASH}, which needs a GPU, and {ENGINE}, which "
+    "is this engine in bfloat16, beside --dtype int8.",
 )
 @click.option(
     "--scenario",
@@ -67,10 +77,11 @@ LENGTHS = ("conll", "qnli", "passage")
 def peers(preset: str, depth: int | None, lengths: tuple[str, ...], sequences: int, files: Any, **options: Any) -> None:
     """Compare the engine with what else runs such a model, on the same weights and inputs.
 
-    A peer that is not installed is left out. Results are compared before anything is timed. Exit status 1: a row
-    failed, for instance because a peer computes something else.
+    A peer that is not installed, or has no form to compare, is left out with the reason. Results are compared with
+    Hugging Face in float32 before anything is timed. Exit status 1: a row failed, for instance because a peer computes
+    something else.
 
-    Example: funnel bench peers --lengths conll --lengths 256 --peer hugging-face-compiled --json peers.json
+    Example: funnel bench peers --dtype int8 --lengths conll --lengths 256 --peer openvino --json peers.json
     """
     with tempfile.TemporaryDirectory() as folder:
         suite = Suite(
@@ -82,7 +93,7 @@ def peers(preset: str, depth: int | None, lengths: tuple[str, ...], sequences: i
             **options,
         )
         rows = max(int(drawn.sum()) for drawn in suite.lengths.values())
-        check_memory(suite.config, HeadConfig(), suite.dtype, rows)
+        check_memory(suite.config, HeadConfig(), "float32", rows)  # as Hugging Face has them
         suite_command.run(suite, **files)
 
 

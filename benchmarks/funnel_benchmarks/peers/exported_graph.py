@@ -1,4 +1,4 @@
-"""ONNX Runtime and OpenVINO as peers: the encoder of Hugging Face as a graph with batch size and length left open.
+"""The encoder of Hugging Face as a graph with batch size and length left open, for ONNX Runtime and OpenVINO.
 
 The layers are those of transformers. Two things that they are given are made here, because of what run-times do:
 
@@ -8,19 +8,12 @@ The layers are those of transformers. Two things that they are given are made he
 """
 
 import importlib
-import tempfile
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from funnel_benchmarks.peers.batches import embedding, padded
+from funnel_benchmarks.peers.batches import padded
 from funnel_benchmarks.peers.hugging_face import load_model
 
 NAMES = ("cosines", "sines")
-OPENVINO_DTYPES = {"bfloat16": "bf16", "float32": "f32"}
-Run = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def export(task: dict[str, Any]) -> Any:
@@ -82,46 +75,3 @@ def attention_masks(torch: Any, config: Any, mask: Any) -> Any:
     if config.model_type == "gemma":
         return real | itself
     return {"full_attention": real | itself, "sliding_attention": real & (distance < config.sliding_window) | itself}
-
-
-def make(task: dict[str, Any]) -> tuple[Callable[[int], np.ndarray], dict[str, Any]]:
-    """The call that embeds one of the task's batches, [count, D] float32.
-
-    Args:
-        task: as all peers have it (see the package), and `runtime`, "onnx" or "openvino".
-    """
-    run, facts = {"onnx": onnx_runtime, "openvino": openvino}[task["runtime"]](task)
-    return embedding(task, run), facts
-
-
-def onnx_runtime(task: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
-    """ONNX Runtime, on the CPU, in float32: it has no product in bfloat16 for x86, and its optimiser for transformers
-    does not know Gemma, so that what it fuses when a session is made is all there is."""
-    torch, onnxruntime, _ = map(importlib.import_module, ("torch", "onnxruntime", "onnxscript"))
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = task["cores"]
-    with tempfile.TemporaryDirectory() as folder:  # a session has read its files once it is made
-        file = Path(folder) / "model.onnx"
-        # One file holds 2 GB at most.
-        torch.onnx.export(export(task), dynamo=True, verbose=False).save(file, external_data=True)
-        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    facts = {"onnxruntime": onnxruntime.__version__, "torch": torch.__version__, "dtype": "float32"}
-    return lambda ids, mask: session.run(None, {"ids": ids, "mask": mask})[0], facts | {"threads": task["cores"]}
-
-
-def openvino(task: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
-    """OpenVINO, on the CPU."""
-    library: Any = importlib.import_module("openvino")
-    options = {
-        "INFERENCE_PRECISION_HINT": OPENVINO_DTYPES[task["dtype"]],
-        "INFERENCE_NUM_THREADS": task["cores"],
-        "PERFORMANCE_HINT": "LATENCY",
-    }
-    compiled = library.compile_model(library.convert_model(export(task)), "CPU", options)
-    taken = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
-    facts = {
-        "openvino": library.__version__,
-        "dtype": {theirs: ours for ours, theirs in OPENVINO_DTYPES.items()}.get(taken, taken),
-        "threads": compiled.get_property("INFERENCE_NUM_THREADS"),
-    }
-    return lambda ids, mask: compiled({"ids": ids, "mask": mask})[0], facts

@@ -40,8 +40,11 @@ NORMS = {
 }
 
 
-def write_gguf(checkpoint: Path, path: Path) -> None:
-    """Writes a checkpoint of `write_random_model` to `path`: matrices as they are, norms in float32.
+TYPES = {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0"}  # of matrices; int8 has a scale for every 32 weights
+
+
+def write_gguf(checkpoint: Path, path: Path, dtype: str) -> None:
+    """Writes a checkpoint of `write_random_model` to `path`: matrices in a dtype, norms in float32.
 
     Raises:
         ConfigError: no model that llama.cpp computes in the same way.
@@ -57,10 +60,10 @@ def write_gguf(checkpoint: Path, path: Path) -> None:
     for name, stored in tensors.items():
         if len(stored.shape) == 1:
             writer.add_tensor(tensor_name(name, config), norm(stored.read((), 0, stored.shape[0])))
-        else:  # mapped, as bytes: memory holds no weight
-            rows, columns = stored.shape
-            values = np.memmap(stored.path, np.uint8, "r", stored.start, (rows, 2 * columns))
-            writer.add_tensor(tensor_name(name, config), values, raw_dtype=gguf.GGMLQuantizationType.BF16)
+        else:
+            kind = gguf.GGMLQuantizationType[TYPES[dtype]]
+            values = gguf.quants.quantize(stored.read((), 0, stored.shape[0]).astype(np.float32), kind)
+            writer.add_tensor(tensor_name(name, config), values, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

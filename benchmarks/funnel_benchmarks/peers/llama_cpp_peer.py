@@ -1,4 +1,4 @@
-"""llama.cpp as a peer, on the CPU, in bfloat16: one call of its C API for each batch, mean pooling.
+"""llama.cpp as a peer, on the CPU: one call of its C API for each batch, mean pooling.
 
 Tokens lie end to end there too: a batch is not padded.
 """
@@ -28,7 +28,7 @@ def make(task: dict[str, Any]) -> tuple[Callable[[int], np.ndarray], dict[str, A
     library.llama_backend_init()
     with tempfile.TemporaryDirectory() as folder:  # a mapped file stays after its name
         file = Path(folder) / "model.gguf"
-        write_gguf(Path(task["checkpoint"]), file)
+        write_gguf(Path(task["checkpoint"]), file, task["dtype"])
         model = library.llama_model_load_from_file(bytes(file), library.llama_model_default_params())
     if not model:
         raise InputError(f"llama.cpp cannot load the GGUF file of {task['checkpoint']}; it says why above")
@@ -47,7 +47,7 @@ def make(task: dict[str, Any]) -> tuple[Callable[[int], np.ndarray], dict[str, A
         return np.stack([np.ctypeslib.as_array(row, (width,)) for row in rows])  # copies: the next call reuses them
 
     version = library.__version__
-    return embed, {"llama-cpp-python": version, "dtype": "bfloat16", "threads": task["cores"]}
+    return embed, {"llama-cpp-python": version, "dtype": task["dtype"], "threads": task["cores"]}
 
 
 def make_batch(library: Any, sequences: list[list[int]]) -> Any:

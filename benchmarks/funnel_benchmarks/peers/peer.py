@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -14,9 +15,26 @@ from typing import Any
 
 import numpy as np
 
+from funnel_benchmarks.machine import kernel_limit
 from funnel_benchmarks.peers import peer_process
 from funnel_benchmarks.results import LeftOut
 from funnel_kernels.errors import FunnelError
+
+# FUNNEL_CPU_ISA, below the greatest, -> the same limit for PyTorch's own kernels, for oneDNN, which OpenVINO has too,
+# for OpenVINO's own kernels (in versions after 2026.4), and for MKL (on Intel's processors).
+VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "OV_CPU_MAX_ISA", "MKL_ENABLE_INSTRUCTIONS")
+LIMITS = {
+    "avx2": ("avx2", "AVX2", "AVX2", "AVX2"),
+    "avx512": ("avx512", "AVX512_CORE", "AVX512_CORE", "AVX512"),
+    "avx512_vnni": ("avx512", "AVX512_CORE_VNNI", "AVX512_CORE_VNNI", "AVX512_E1"),
+    "avx512_bf16": ("avx512", "AVX512_CORE_BF16", "AVX512_CORE_BF16", "AVX512_E3"),
+}
+
+
+def limits() -> dict[str, str]:
+    """The variables that limit a peer as FUNNEL_CPU_ISA limits the engine."""
+    values = LIMITS.get(kernel_limit() or "")
+    return dict(zip(VARIABLES, values, strict=True)) if values else {}
 
 
 class Peer:
@@ -46,8 +64,10 @@ class Peer:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "result.npy"
             command = [sys.executable, "-m", peer_process.__name__, self.module, str(file)]
-            pipe = subprocess.PIPE
-            self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.errors, text=True)
+            pipe, environment = subprocess.PIPE, os.environ | limits()
+            self.process = subprocess.Popen(
+                command, stdin=pipe, stdout=pipe, stderr=self.errors, text=True, env=environment
+            )
             self.timer = threading.Timer(min(self.until - time.monotonic(), threading.TIMEOUT_MAX), self.process.kill)
             self.timer.daemon = True
             self.timer.start()

@@ -1,8 +1,9 @@
 """The peers suite: `Engine.embed` against other engines with the same weights and token ids.
 
 Each peer sleeps in a process of its own until it is asked for a call, so ours and its calls alternate, A B B A. Before
-anything is timed both results are compared: a peer that computes something else is not timed. Both begin with token ids
-on the host (sentence-transformers with texts, and then so does ours) and end with vectors on the host.
+anything is timed both results are compared with those of Hugging Face in float32: nothing is timed that computes
+something else. Both begin with token ids on the host (sentence-transformers with texts, and then so does ours) and end
+with vectors on the host. `forms.py` says which dtype a peer computes in beside ours.
 
 There are two scenarios: "batch" embeds all sequences in one call of ours, and in the peer's batches; "one" embeds one
 sequence after another, whose latencies are the samples.
@@ -14,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -23,11 +23,12 @@ import numpy as np
 from funnel_benchmarks.charts import Chart, Panel, Series
 from funnel_benchmarks.inputs import SEED
 from funnel_benchmarks.lengths import length_facts
-from funnel_benchmarks.machine import multiplies_bfloat16, usable_cores
+from funnel_benchmarks.machine import multiplies_bfloat16, multiplies_int8, usable_cores
 from funnel_benchmarks.measure import Call, Sample, compiling_nothing, sampler, spread
 from funnel_benchmarks.models import check_depth
-from funnel_benchmarks.peers import exported_graph, hugging_face, llama_cpp_peer, sentence_transformers_peer
+from funnel_benchmarks.peers import hugging_face
 from funnel_benchmarks.peers.batches import in_order, make_batches
+from funnel_benchmarks.peers.forms import COMMON, PEERS, SENTENCE, dtype_beside
 from funnel_benchmarks.peers.peer import Peer
 from funnel_benchmarks.peers.peer_process import not_installed
 from funnel_benchmarks.peers.sentence_model import text_of, write_sentence_model
@@ -44,20 +45,13 @@ from funnel_engine.presets import PRESETS, Fields
 from funnel_kernels.errors import ConfigError, FunnelError, InputError
 from funnel_kernels.target import check_backend
 
-PEERS: dict[str, tuple[ModuleType, Row]] = {
-    **{f"hugging-face-{mode}": (hugging_face, {"mode": mode}) for mode in hugging_face.MODES},
-    "sentence-transformers": (sentence_transformers_peer, {}),
-    "onnx-runtime": (exported_graph, {"runtime": "onnx"}),
-    "openvino": (exported_graph, {"runtime": "openvino"}),
-    "llama-cpp": (llama_cpp_peer, {}),
-}
-NEEDED = {hugging_face: ("torch", "transformers")}
-FLASH = "hugging-face-flash"  # of GPUs only
 TORCH_DEVICES = {"cpu": "cpu", "gpu": "cuda"}  # JAX's name -> PyTorch's
 SCENARIOS = ("batch", "one")
 VOCABULARY = 2048  # ids are only looked up: how many there are has no part in what is timed
-# Relative, between two vectors: rounding in other places makes 0.02, causal attention instead of bidirectional 0.7.
-TOLERANCE = 0.05
+# Relative, between a vector and Hugging Face's in float32: bfloat16 makes 0.02, causal attention instead of
+# bidirectional 0.5 to 1.3. int8 makes up to 0.4 (NNCF's, of 24 layers), which could hide such a mistake in a small
+# model; but the same graph is measured in the other dtypes.
+TOLERANCES = {"float32": 0.05, "bfloat16": 0.05, "int8": 0.6}
 
 
 def model_fields(preset: str, depth: int | None) -> Fields:
@@ -83,6 +77,7 @@ class Suite(BaseSuite):
 
     Attributes:
         preset, depth, fields: the model's name and its layers, None for all; `config.json`, see `model_fields`.
+        dtype: of the engine's weights: "bfloat16", as in the checkpoint, or what they are cast to.
         lengths: tokens of each sequence [B], by name.
         peers, scenarios: names in `PEERS` and `SCENARIOS`.
         order, batch_size: of the peers' batches, see `make_batches`.
@@ -90,6 +85,7 @@ class Suite(BaseSuite):
         folder: for checkpoints; it is the caller's to remove.
         until: when a peer is ended, as `time.monotonic` counts.
         engines: by the folder of their weights.
+        references: vectors of Hugging Face in float32, by the folder of weights and the name of the lengths.
 
     Raises:
         BackendUnavailable: the backend does not exist.
@@ -98,6 +94,7 @@ class Suite(BaseSuite):
 
     preset: str
     depth: int | None
+    dtype: str
     fields: Fields
     lengths: Mapping[str, Ints]
     peers: tuple[str, ...]
@@ -109,9 +106,9 @@ class Suite(BaseSuite):
     folder: Path
     until: float = math.inf
     engines: dict[Path, Engine] = dataclasses.field(default_factory=dict)
+    references: dict[tuple[Path, str], np.ndarray] = dataclasses.field(default_factory=dict)
 
     name = "peers"
-    dtype = DTYPE
 
     def __post_init__(self) -> None:
         check_backend(self.backend)
@@ -120,11 +117,6 @@ class Suite(BaseSuite):
             raise InputError(
                 f"the longest sequence has {longest} tokens, and the model was made for {limit}; take shorter sequences"
             )
-
-    @property
-    def peer_dtype(self) -> str:
-        """What a peer's users would choose on this machine, where the peer leaves them the choice."""
-        return "bfloat16" if jax.default_backend() != "cpu" or multiplies_bfloat16() else "float32"
 
     @property
     def config(self) -> ModelConfig:
@@ -136,7 +128,6 @@ class Suite(BaseSuite):
             "preset": self.preset,
             "depth": self.depth,
             "dtype": self.dtype,
-            "peer_dtype": self.peer_dtype,
             "lengths": {
                 name: {"sequences": len(lengths), **length_facts(lengths)} for name, lengths in self.lengths.items()
             },
@@ -153,7 +144,7 @@ class Suite(BaseSuite):
         peer, scenario, lengths     names
         sequences, tokens           of all
         facts                       what the peer says about itself: its `dtype`, versions
-        difference                  of two vectors, the largest, relative
+        agreement, peer_agreement   mean cosine of vectors to those of Hugging Face in float32
         seconds, peer_seconds       with samples: of all sequences, or of each by itself
         p90, peer_p90               seconds
         speedup                     {low, median, high} of peer_seconds / seconds, of calls that were made side by side
@@ -175,8 +166,9 @@ class Suite(BaseSuite):
         model = (
             f"{options['preset']}, {layers} layers, {options['dtype']}, random weights; backend {options['backend']}"
         )
+        what = ", ".join((options["preset"], options["dtype"], *options["lengths"]))
         return Section(
-            title=f"Against other engines: {options['preset']}, {', '.join(options['lengths'])}{order}",
+            title=f"Against other engines: {what}{order}",
             facts={
                 "Model": model,
                 "Lengths": "; ".join(describe_lengths(name, facts) for name, facts in options["lengths"].items()),
@@ -193,7 +185,7 @@ class Suite(BaseSuite):
 
     def source(self, peer: str) -> Path:
         """The folder that a peer reads, made when first asked for."""
-        sentence = peer == "sentence-transformers"
+        sentence = peer == SENTENCE
         folder = self.folder / ("sentence" if sentence else "encoder")
         if not folder.exists():
             (write_sentence_model if sentence else write_random_model)(folder, self.fields)
@@ -204,23 +196,37 @@ class Suite(BaseSuite):
         if source not in self.engines:
             converted = source.with_name(f"{source.name} converted")
             convert(source, converted)
-            self.engines[source] = Engine.load(converted, backend=self.backend)
+            dtype = None if self.dtype == DTYPE else self.dtype  # None: the engine chooses that of its activations
+            self.engines[source] = Engine.load(converted, backend=self.backend, dtype=dtype)
         return self.engines[source]
+
+    def reference(self, peer: str, name: str, task: Row) -> np.ndarray:
+        """The vectors [B, D] of Hugging Face in float32, with the weights that a peer reads; made when first asked for.
+
+        Args:
+            task: the peer's.
+        """
+        key = Path(task["checkpoint"]), name
+        if key not in self.references:
+            kind = PEERS[peer if peer == SENTENCE else "hugging-face-eager"]
+            task = task | kind.options | {"device": TORCH_DEVICES[jax.default_backend()], "dtype": "float32"}
+            task["batches"] = make_batches(self.lengths[name], "sorted", self.batch_size)
+            with Peer(kind.module, until=self.until, **task) as reference:
+                self.references[key] = in_order(task["batches"], reference.result)
+        return self.references[key]
 
 
 def measure(suite: Suite, peer_name: str, name: str, lengths: Ints, scenario: str) -> Row:
-    module, options = PEERS[peer_name]
-    platform = jax.default_backend()
-    if module is hugging_face and platform in TORCH_DEVICES:
-        options = options | {"device": TORCH_DEVICES[platform]}
-    elif platform != "cpu":
+    kind, platform = PEERS[peer_name], jax.default_backend()
+    if platform not in TORCH_DEVICES or (platform != "cpu" and kind.module is not hugging_face):
         raise LeftOut(f"JAX runs on {platform}, where this peer does not")
-    if missing := next((name for name in NEEDED.get(module, ()) if find_spec(name) is None), None):
+    if missing := next((package for package in COMMON + kind.packages if find_spec(package) is None), None):
         raise LeftOut(not_installed(missing))  # before a checkpoint of gigabytes is written
+    dtype = dtype_beside(peer_name, suite.dtype, on_cpu=platform == "cpu")
     source = suite.source(peer_name)
     engine = suite.engine(source)
     sequences = random_sequences(lengths, suite.config.vocab_size)
-    texts = module is sentence_transformers_peer
+    texts = peer_name == SENTENCE
     inputs: list[Any] = [text_of(ids) for ids in sequences] if texts else sequences
     parts: list[int | None]  # of the peer's batches, beside each call of ours
     if scenario == "one":
@@ -229,9 +235,20 @@ def measure(suite: Suite, peer_name: str, name: str, lengths: Ints, scenario: st
     else:
         batches, parts = make_batches(lengths, suite.order, suite.batch_size), [None]
         calls = [partial(engine.embed, inputs, normalize=texts)]
-    task = {"checkpoint": str(source), "sequences": sequences, "batches": batches, "cores": usable_cores()}
-    with Peer(module, until=suite.until, **task, dtype=suite.peer_dtype, **options) as peer:
-        apart = check_same(np.concatenate([call() for call in calls]), in_order(batches, peer.result))
+    task = kind.options | {
+        "checkpoint": str(source),
+        "sequences": sequences,
+        "batches": batches,
+        "cores": usable_cores(),
+        "device": TORCH_DEVICES[platform],
+        "dtype": dtype,
+        "float_dtype": "bfloat16" if multiplies_bfloat16() else "float32",
+        "multiplies_int8": multiplies_int8(),
+    }
+    reference = suite.reference(peer_name, name, task)
+    agreement = check_same("the engine's", suite.dtype, np.concatenate([call() for call in calls]), reference)
+    with Peer(kind.module, until=suite.until, **task) as peer:
+        peer_agreement = check_same("the peer's", dtype, in_order(batches, peer.result), reference)
         pairs = [
             pair
             for call, part in zip(calls, parts, strict=True)
@@ -245,7 +262,8 @@ def measure(suite: Suite, peer_name: str, name: str, lengths: Ints, scenario: st
         "sequences": len(lengths),
         "tokens": int(lengths.sum()),
         "facts": peer.facts,
-        "difference": apart,
+        "agreement": agreement,
+        "peer_agreement": peer_agreement,
         "seconds": spread(seconds),
         "peer_seconds": spread(peer_seconds),
         "p90": float(np.quantile(seconds, 0.9)),
@@ -278,21 +296,40 @@ def rates(config: ModelConfig, lengths: Ints, row: Row) -> Row:
     }
 
 
-def check_same(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """The greatest relative difference of two results [B, D], by rows: |ours - theirs| / |theirs|.
+def check_same(whose: str, dtype: str, vectors: np.ndarray, reference: np.ndarray) -> float:
+    """The mean cosine of vectors to those of Hugging Face in float32, [B, D] each.
+
+    Args:
+        whose: they are, e.g. "the peer's".
+        dtype: that they were computed in.
 
     Raises:
-        FunnelError: it is more than `TOLERANCE`, so that their times cannot be compared.
+        FunnelError: they differ by more than `TOLERANCES`, so that times cannot be compared.
     """
-    if ours.shape != theirs.shape:
-        raise FunnelError(f"the peer's result is {theirs.shape} where ours is {ours.shape}: it computes something else")
-    apart = np.linalg.norm(np.float64(ours) - np.float64(theirs), axis=1) / np.linalg.norm(np.float64(theirs), axis=1)
-    if not (worst := float(apart.max())) <= TOLERANCE:
+    worst, limit = difference(vectors, reference), TOLERANCES[dtype]
+    if not worst <= limit:
         raise FunnelError(
-            f"the results differ by {worst:.3g} of their size, more than the limit of {TOLERANCE:g}: the peer, or the "
-            "engine, computes something else"
+            f"{whose} result differs from Hugging Face's in float32 by {worst:.3g} of its size, more than the limit of "
+            f"{limit:g} for {dtype}: it computes something else"
         )
-    return worst
+    unit, reference_unit = (np.float64(rows) / size(rows)[:, None] for rows in (vectors, reference))
+    return float((unit * reference_unit).sum(1).mean())
+
+
+def difference(vectors: np.ndarray, reference: np.ndarray) -> float:
+    """The greatest relative difference of two results [B, D], by rows: |vector - reference| / |reference|.
+
+    Raises:
+        FunnelError: they have different shapes.
+    """
+    if vectors.shape != reference.shape:
+        raise FunnelError(f"a result is {vectors.shape} where {reference.shape} is expected: it is something else")
+    return float((size(vectors.astype(np.float64) - reference) / size(reference)).max())
+
+
+def size(rows: np.ndarray) -> np.ndarray:
+    lengths: np.ndarray = np.linalg.norm(np.float64(rows), axis=1)
+    return lengths
 
 
 TITLES = {"batch": "all sequences", "one": "one sequence after another"}
@@ -302,11 +339,13 @@ READING = (
     "turns, A B B A, the peer in a process of its own that sleeps in between. Times as fast is the median of the "
     "ratios of calls made side by side, with their quartiles; below 1 the peer is faster.",
     "All sequences: one call of ours, which packs them; the peer gets padded batches, but for llama.cpp, which packs "
-    "too. A peer computes in bfloat16 where the processor multiplies it and in float32 elsewhere, but for ONNX Runtime "
-    "(always float32) and llama.cpp (always bfloat16). Work on padding is not counted as useful. One sequence after "
-    "another: latencies of single sequences, p50 and p90 over all of them.",
-    "Apart is the greatest relative difference between a vector of ours and the peer's: rounding to bfloat16 in other "
-    "places. A peer that is further apart than 0.05 computes something else, and is not timed.",
+    "too. Work on padding is not counted as useful. One sequence after another: latencies of single sequences, p50 and "
+    "p90 over all of them.",
+    "A peer computes in the dtype that its users would choose on this machine. Beside our bfloat16 that is bfloat16 "
+    "where the processor multiplies it, and float32 elsewhere and for ONNX Runtime. Beside our int8 it is int8: "
+    "OpenVINO's by NNCF, with ranges of activations from random ids; ONNX Runtime's and ours find them at run time.",
+    "Agreement is the mean cosine of vectors to those of Hugging Face in float32. Vectors that differ from those by "
+    "more than 0.05 of their size, in int8 by more than 0.6, are something else, and nothing is timed.",
 )
 
 
@@ -320,7 +359,10 @@ def milliseconds(name: str) -> Callable[[Row], Cell]:
     return cell
 
 
-APART = Column("apart", field("difference", ".3f"), note="relative")
+AGREEMENT = (
+    Column("agreement", field("agreement", ".5f"), note="cosine"),
+    Column("peer's", field("peer_agreement", ".5f"), note="agreement"),
+)
 COLUMNS = {
     "batch": (
         Column("latency", milliseconds("seconds"), "ms"),
@@ -329,14 +371,14 @@ COLUMNS = {
         Column("peer's", field("peer_tokens_per_second", ",.0f"), "tokens/s"),
         Column("GFLOP/s", field("flops_per_second", ",.1f", 1e-9), note="useful"),
         Column("peer's", field("peer_flops_per_second", ",.1f", 1e-9), "GFLOP/s"),
-        APART,
+        *AGREEMENT,
     ),
     "one": (
         Column("p50", milliseconds("seconds"), "ms"),
         Column("peer's p50", milliseconds("peer_seconds"), "ms"),
         Column("p90", milliseconds("p90"), "ms"),
         Column("peer's p90", milliseconds("peer_p90"), "ms"),
-        APART,
+        *AGREEMENT,
     ),
 }
 
@@ -345,7 +387,8 @@ def table(rows: list[Row], scenario: str, dtype: str) -> Table:
     """The rows of a scenario; `dtype` is ours."""
     columns = (
         Column("peer", lambda row: Cell(row["peer"], row["lengths"]), note="and lengths"),
-        Column("dtype", lambda row: Cell(dtype, row["facts"]["dtype"]), note="peer's below"),
+        Column("dtype", lambda row: Cell(dtype)),
+        Column("peer's", lambda row: Cell(row["facts"]["dtype"]), note="dtype"),
         Column("times as fast", field("speedup", ".2f"), note="quartiles"),
         *COLUMNS[scenario],
     )

@@ -203,7 +203,7 @@ def test_bad_input_is_one_line_with_status_2_before_anything_is_loaded(tmp_path,
     (tmp_path / "folder.html").mkdir()
     (tmp_path / "old.json").write_text('{"schema": 3, "su')
     monkeypatch.setattr(suite.Suite, "cells", None)
-    monkeypatch.setattr(models, "random_array", None)
+    monkeypatch.setattr(models, "random_weight", None)
     result = run("bench", "latency", *arguments)
     assert result.exit_code == 2
     assert message in result.output
@@ -213,7 +213,7 @@ def test_bad_input_is_one_line_with_status_2_before_anything_is_loaded(tmp_path,
 
 def test_what_does_not_fit_is_refused_before_anything_is_allocated(monkeypatch):
     monkeypatch.setattr(memory, "available_bytes", lambda: 8 * 10**9)
-    monkeypatch.setattr(models, "random_array", None)  # would fail if it were called
+    monkeypatch.setattr(models, "random_weight", None)  # would fail if it were called
     result = run("bench", "latency", "--preset", "gemma-7b", "--batch", 1)
     assert result.exit_code == 2
     assert "17.1 GB of weights" in result.output

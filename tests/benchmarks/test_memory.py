@@ -12,7 +12,7 @@ from funnel_engine import FunnelConfig, HeadConfig
 from funnel_engine.model import forward
 from funnel_engine.packing import make_plan, pack
 from funnel_engine.presets import preset
-from funnel_engine.weights import DTYPES, expected_shapes, nest
+from funnel_engine.weights import ACTIVATIONS, DTYPES, expected_shapes, nest
 from funnel_kernels import InputError, Target
 
 CONFIG = dataclasses.replace(
@@ -37,7 +37,7 @@ def compiled_bytes(rows: int, dtype: str) -> int:
     return lowered.compile().memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ACTIVATIONS)
 @pytest.mark.parametrize("rows", [1024, 4096])
 def test_the_estimate_is_above_what_the_compiler_reserves_but_not_by_much(rows, dtype):
     compiled, estimate = compiled_bytes(rows, dtype), memory.activation_bytes(CONFIG, rows)
@@ -48,6 +48,9 @@ def test_weight_bytes_of_a_preset():
     head = HeadConfig()
     assert memory.weight_bytes(preset("gemma-2b"), head, "bfloat16") == 2 * 2_506_172_416
     assert memory.weight_bytes(preset("gemma-2b"), head, "float32") == 4 * 2_506_172_416
+    rows = 256_000 + 18 * (2560 + 2048 + 32_768 + 2048)  # of matrices, each with a float32 scale
+    norms = 37 * 2048  # float32
+    assert memory.weight_bytes(preset("gemma-2b"), head, "int8") == 2_506_172_416 + 4 * rows + 3 * norms
 
 
 def test_what_does_not_fit_is_refused_with_both_figures(monkeypatch):

@@ -268,7 +268,7 @@ def test_the_summary_names_what_grows_faster_than_its_work(resumed):
     ],
 )
 def test_bad_input_is_refused_before_anything_is_loaded(monkeypatch, arguments, error, message):
-    monkeypatch.setattr(models, "random_array", None)
+    monkeypatch.setattr(models, "random_weight", None)
     result = invoke(*arguments)
     assert isinstance(result.exception, error)
     assert message in str(result.exception)

@@ -131,7 +131,7 @@ def test_of_nothing_the_section_says_so(run):
     ],
 )
 def test_bad_input_is_refused_before_anything_is_loaded(monkeypatch, arguments, error, message):
-    monkeypatch.setattr(models, "random_array", None)
+    monkeypatch.setattr(models, "random_weight", None)
     result = invoke(*arguments)
     assert isinstance(result.exception, error)
     assert message in str(result.exception)

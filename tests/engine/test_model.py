@@ -21,7 +21,7 @@ from funnel_engine.heads import HeadConfig
 from funnel_engine.model import forward, rotation
 from funnel_engine.packing import make_plan, pack, spans
 from funnel_engine.presets import preset
-from funnel_engine.weights import DTYPES, expected_shapes, nest, prepare_weight, random_weights
+from funnel_engine.weights import ACTIVATIONS, DTYPES, expected_shapes, nest, prepare_weight, random_weights
 from funnel_kernels import BACKENDS, ConfigError, Target
 from option_grid import target
 
@@ -90,7 +90,7 @@ def instructions(program: str) -> list[tuple[str, str, set[int]]]:
     return found
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ACTIVATIONS)
 @pytest.mark.parametrize(
     ("funnel", "rows"),
     [*((funnel, 64) for funnel in FUNNELS.values()), (FUNNELS["query only"], 2144)],  # one block, and loops over blocks

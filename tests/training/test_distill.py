@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from funnel_engine import ConfigError, Engine, FunnelConfig, HeadConfig, InputError, parse_funnel
+from funnel_engine import ConfigError, Engine, FunnelConfig, HeadConfig, InputError, convert, parse_funnel
 from funnel_engine.checkpoints.native import read_checkpoint
 from funnel_engine.cli import main
 from funnel_engine.heads import DenseConfig, SentenceVectors
@@ -246,6 +246,15 @@ def test_what_cannot_be_distilled(folder, tmp_path, trained):
     assert not list(tmp_path.glob("new*"))
 
 
+def test_integers_are_not_trained(folder, tmp_path):
+    convert(folder / "model", tmp_path / "int8", dtype="int8")
+    with pytest.raises(
+        ConfigError, match=r"int8 has int8 weights, which cannot be trained; train the float checkpoint"
+    ):
+        distill(tmp_path / "int8", folder / "few.txt", tmp_path / "new", SHORT, funnel=FUNNEL)
+    assert [path.name for path in tmp_path.iterdir()] == ["int8"]
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
@@ -254,6 +263,7 @@ def test_what_cannot_be_distilled(folder, tmp_path, trained):
         ("texts", 1, "texts=1"),
         ("learning_rate", -1, "learning_rate=-1"),
         ("dtype", "float16", "float16"),
+        ("dtype", "int8", "dtype='int8' is not supported here; choose one of float32, bfloat16"),
         ("train", "head", "train='head' is unknown; choose all, after, or lora:RANK"),
         ("train", "lora:0", "rank of lora=0"),
         ("train", "lora:33", "rank of lora=33 must be an integer from 1 to 32"),

@@ -147,6 +147,22 @@ def test_the_baseline_can_be_another_checkpoint(checkpoint, files, tmp_path):
         evaluate(checkpoint, FUNNELS, task, baseline=before)
 
 
+def test_int8_is_evaluated_like_any_dtype(checkpoint, tmp_path):
+    """As a dtype of the same checkpoint, and as a checkpoint beside the one that it was made from."""
+    (tmp_path / "texts.txt").write_text("\n".join(random_texts(100)) + "\n")
+    task = read_texts(tmp_path / "texts.txt")
+    convert(checkpoint, tmp_path / "int8", dtype="int8")
+    loaded, converted = (
+        evaluate(checkpoint, FUNNELS[:1], task, dtype="int8"),
+        evaluate(tmp_path / "int8", FUNNELS[:1], task),
+    )
+    assert loaded.options["dtype"] == converted.options["dtype"] == "int8"
+    assert loaded.lines == converted.lines
+    beside = evaluate(tmp_path / "int8", FUNNELS[:1], task, baseline=checkpoint)
+    exact = evaluate(checkpoint, FUNNELS[:1], task)
+    assert beside.lines[1].scores["cosine"] == pytest.approx(exact.lines[1].scores["cosine"], abs=0.01)
+
+
 def test_prompts_of_the_checkpoint_are_put_before_the_texts(tmp_path):
     save_embedding_gemma(tmp_path)
     convert(tmp_path / "source", tmp_path / "model", dtype="float32")

@@ -194,6 +194,9 @@ def test_rivals_are_timed_and_scored_beside_the_funnels(checkpoint, texts, expec
     assert any(name.endswith("tokens") for name in rivals)
     engine = Engine.load(checkpoint, attention="bidirectional")
     ids = engine.token_ids(list(read_texts(texts).sides[1].texts))
+    int8 = rivals.pop("int8 weights")
+    assert (int8.kind, int8.computed, int8.held_out) == ("dtype", 1, None)
+    assert 0.9 < int8.ratio.low <= int8.ratio.high <= 1
     for each in rivals.values():
         assert each.latency.ratio == each.computed < 1
         assert each.ratio.high < 1
@@ -211,6 +214,20 @@ def test_a_funnel_loses_where_a_rival_is_faster(expected):
     names = [each.candidate.name for each in loose.where_it_loses()]
     assert "first layer" in names
     assert not any(name.endswith("tokens") for name in names)
+
+
+def test_int8_that_saves_time_is_named_beside_the_winner(checkpoint, expected):
+    def timed(ratio: float) -> list[str]:
+        latency = Latency(ratio, 1.0, ratio, ratio, ratio)
+        candidates = [
+            dataclasses.replace(each, latency=latency) if each.kind == "dtype" else each for each in expected.candidates
+        ]
+        return conclude(dataclasses.replace(expected, candidates=candidates), checkpoint)
+
+    assert timed(1.5) == conclude(expected, checkpoint)
+    (line,) = set(timed(0.25)) - set(timed(1.5))
+    assert line.startswith("Without a funnel, int8 weights take 0.250 of the time and keep ")
+    assert line.endswith("plan again with --dtype int8.")
 
 
 def test_the_first_layers_are_those_of_transformers(checkpoint):
@@ -376,7 +393,7 @@ def test_taggers_have_funnels_with_a_recovery_and_no_cut_inputs(tmp_path, monkey
     found = plan(
         path, task, max_loss=0.3, output=tmp_path / "out", measure=computed, attention="bidirectional", pooling="mean"
     )
-    assert [each.kind for each in found.candidates] == ["funnel", "funnel", "layers", "layers"]
+    assert [each.kind for each in found.candidates] == ["funnel", "funnel", "layers", "layers", "dtype"]
     assert [each.name for each in found.candidates[:2]] == ["1:2/mean/mean_last", "1:2/mean/keep_first/mean_last"]
     assert found.data["score"] == "span F1"
 

@@ -1,4 +1,4 @@
-"""What a plan compares: funnels, and the two rivals that need no funnel."""
+"""What a plan compares: funnels, and the rivals that need no funnel."""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from funnel_engine.checkpoints.native import Checkpoint
 from funnel_engine.config import Funnel
 from funnel_engine.flops import forward_flops
 from funnel_engine.inputs import Ragged, join
+from funnel_engine.weights import dtype_of
 from funnel_training.candidates import computed_flops, depths
 from funnel_training.engines import EngineMaker, first_layers
 from funnel_training.scores import Ints
@@ -28,8 +29,8 @@ class Contender:
     """A way to run a checkpoint faster.
 
     Attributes:
-        kind: "funnel", "by length" (several funnels), "layers" (only the first ones) or "tokens" (only the first ones
-            of each input).
+        kind: "funnel", "by length" (several funnels), "layers" (only the first ones), "tokens" (only the first ones of
+            each input) or "dtype" (int8 weights).
         name: a funnel's short form, or words.
         ideal: FLOPs relative to the unfunneled model, on the lengths of the data.
         computed: the same with the rows of padding that a funnel needs.
@@ -68,9 +69,9 @@ def rivals(
     baseline: Engine,
     task: Task,
     lengths: Ints,
-    make_maker: Callable[[Checkpoint], EngineMaker],
+    make_maker: Callable[..., EngineMaker],
 ) -> list[Contender]:
-    """The same checkpoint with only its first layers; and with only the first tokens of its inputs.
+    """The same checkpoint with only its first layers; with only the first tokens of its inputs; with int8 weights.
 
     Args:
         lengths: of all inputs, in tokens.
@@ -90,6 +91,9 @@ def rivals(
             found.append(
                 Contender("tokens", f"first {plural(tokens, 'token')}", ratio, ratio, cut_runner(baseline, tokens))
             )
+    if dtype_of(baseline.params) != "int8":
+        make = partial(make_maker(checkpoint, dtype="int8"), NO_FUNNEL)
+        found.append(Contender("dtype", "int8 weights", 1.0, 1.0, runner(make)))
     return found
 
 

@@ -92,16 +92,21 @@ class Plan:
         return sorted(found, key=lambda each: each.latency.ratio)
 
     def where_it_loses(self) -> list["Timed"]:
-        """The rivals within the bound on the search half that are faster than the winner, or any if there is none."""
+        """The rivals within the bound on the search half that are faster than the winner, or any if there is none.
+
+        int8 weights are no such rival: a funnel can be used with them.
+        """
         timed = self.timed()
         limit = min((each.latency.ratio for each in timed if each.candidate.name == self.winner), default=1.0)
         return [
             each
-            for each in timed
-            if each.candidate.kind in ("layers", "tokens")
-            and each.latency.ratio < limit
-            and each.ratio.low >= 1 - self.options["max_loss"]
+            for each in self.within_bound()
+            if each.candidate.kind in ("layers", "tokens") and each.latency.ratio < limit
         ]
+
+    def within_bound(self) -> list["Timed"]:
+        """Those that were timed and keep the bound on the search half."""
+        return [each for each in self.timed() if each.ratio.low >= 1 - self.options["max_loss"]]
 
 
 class Timed(NamedTuple):

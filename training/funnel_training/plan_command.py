@@ -183,6 +183,12 @@ def conclude(result: "Plan", checkpoint: Path) -> list[str]:
             f"A funnel loses here: {rival.name} take {latency.ratio:.3f} of the time and keep {ratio.value:.3f} of the "
             "score."
         )
+    for each, ratio, latency in result.within_bound():
+        if each.kind == "dtype" and latency.ratio < 1:
+            lines.append(
+                f"Without a funnel, {each.name} take {latency.ratio:.3f} of the time and keep {ratio.value:.3f} of the "
+                "score. A funnel can be used with them: plan again with --dtype int8."
+            )
     if result.winner is not None:
         lines += [
             f"{result.winner} keeps at least {bound:g} of the score. Use it:",

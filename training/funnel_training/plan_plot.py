@@ -9,6 +9,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "by length": ("#56b4e9", "D"),
     "layers": ("#d55e00", "s"),
     "tokens": ("#009e73", "^"),
+    "dtype": ("#e69f00", "P"),
 }
 
 

@@ -41,6 +41,8 @@ def linear(
     """`x @ weight.T`, accumulated in float32, plus `add` if it is given.
 
     The sum is rounded once. On an accelerator the product may also be rounded to the dtype of `add` before the sum.
+    With an int8 weight the rows of `x` are rounded to 8-bit integers too, see `reference.integer_product`; XLA
+    multiplies them as they are. This holds for all four products.
 
     Args:
         x: float32 or bfloat16.

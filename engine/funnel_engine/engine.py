@@ -24,7 +24,7 @@ from funnel_engine.programs import COUNTERS, Counters, Programs, use_compilation
 from funnel_engine.sharding import DeviceMesh
 from funnel_engine.text import TextConfig, Tokenize, read_tokenizer
 from funnel_engine.threads import count_threads
-from funnel_engine.weights import ACTIVATIONS, MATRICES, check_dtype, dtype_of, expected_shapes, leaf_of
+from funnel_engine.weights import ACTIVATIONS, DTYPES, MATRICES, check_dtype, dtype_of, expected_shapes, leaf_of
 from funnel_kernels import PackedWeight, QuantizedWeight, Record, native_calls
 from funnel_kernels.errors import CheckpointError, ConfigError, InputError
 from funnel_kernels.target import check_backend
@@ -478,10 +478,11 @@ def check_weights(weights: Mapping[str, Any], config: ModelConfig, head: HeadCon
     for name, weight in weights.items():
         kinds[leaf_of(name) in MATRICES].add(str(weight.dtype))
     matrices, others = kinds[True], kinds[False]
-    if not (others <= set(ACTIVATIONS) and len(others) == len(matrices) == 1 and matrices <= {"int8", *others}):
+    known = matrices <= set(DTYPES) and others <= set(ACTIVATIONS)
+    if not known or len(matrices) > 1 or len(others) > 1 or (matrices == {"float32"} != others):
         raise CheckpointError(
             f"weights are {', '.join(sorted(matrices | others))}; they must all be bfloat16 or all float32, or all "
-            "matrices int8 and all others bfloat16 or float32"
+            "matrices int8 or bfloat16 and all others bfloat16 or float32"
         )
     if plain := [name for name, weight in weights.items() if is_plain_int8(weight)]:
         raise CheckpointError(f"{plain[0]} is int8 without scales; give what funnel_kernels.quantize returns")

@@ -217,7 +217,7 @@ def test_stats_count_calls_tokens_and_padding():
     engine.embed(random_ids([20]))
     stats = engine.stats()
     assert (stats["calls"], stats["sequences"], stats["tokens"], stats["batches"]) == (2, 3, 27, 2)
-    assert stats["padding_rows"] == (16 - 7) + (24 - 20)
+    assert stats["padding_rows"] == (8 - 7) + (20 - 20)
     assert stats["compilations"] == 4
     assert stats["compile_seconds"] > 0
 
@@ -244,7 +244,7 @@ def test_bfloat16_is_close_to_float32():
 
 def test_describe_names_what_runs():
     text = make_engine(funnel=FunnelConfig.after(1, recovery="sum_max"), backend="reference").describe()
-    for part in ("gemma2", "3 layers", "bidirectional", "2:1 before layer 1", "sum_max", "reference", "16 to 64 rows"):
+    for part in ("gemma2", "3 layers", "bidirectional", "2:1 before layer 1", "sum_max", "reference", "8 to 64 rows"):
         assert part in text
 
 

@@ -214,7 +214,7 @@ def test_without_products_of_bfloat16_the_ceiling_is_that_of_float32(monkeypatch
         made.append(dtype)
         yield None
 
-    monkeypatch.setattr(ceilings_module, "packs", lambda dtype, target: True)
+    monkeypatch.setattr(ceilings_module, "packs", lambda target: True)
     monkeypatch.setattr(ceilings_module, "onednn", product)
     for multiplies in (False, True):
         monkeypatch.setattr(ceilings_module, "multiplies_bfloat16", lambda multiplies=multiplies: multiplies)

@@ -20,7 +20,6 @@ from funnel_benchmarks.machine import multiplies_bfloat16, usable_cores
 from funnel_benchmarks.measure import Sample, sampler
 from funnel_benchmarks.peers.peer import Peer
 from funnel_engine.devices import local_target
-from funnel_kernels import native_calls
 from funnel_kernels.linear.packed import packs
 
 HOST_PRODUCT = {"rows": 1024, "in": 2048, "out": 16384}
@@ -61,8 +60,7 @@ def ceilings(dtype: str, shrink: int = 1, seconds: float = SAMPLE_SECONDS) -> It
     side, size = (HOST_SIDE, HOST_BYTES) if host else (DEVICE_SIDE, DEVICE_BYTES)
     with ExitStack() as stack:
         if host and packs(local_target("cpu")):
-            computed = dtype if native_calls.multiplies_bfloat16() else "float32"
-            product = stack.enter_context(onednn(computed, shrink))
+            product = stack.enter_context(onednn(dtype, shrink))
         else:
             product = xla_product(dtype, side // shrink, seconds)
         copy = (

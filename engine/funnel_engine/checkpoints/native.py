@@ -342,11 +342,11 @@ def write_checkpoint(
     directory.mkdir()
     files = {}
     values: dict[str, Iterator[np.ndarray]] = {}
-    for name, parts in model.weights.items():
+    for name, shape in shapes.items():
         if name + SCALE in types:
-            values[name], values[name + SCALE] = quantized(parts, shapes[name][1])
+            values[name], values[name + SCALE] = quantized(model.weights[name], shape[1])
         else:
-            values[name] = rounded(parts, types[name].dtype, allow_nonfinite)
+            values[name] = rounded(model.weights[name], types[name].dtype, allow_nonfinite)
     with hashing(model.files) as source_files:
         for name, part in plan_shards(types).items():
             digest = write_tensors(directory / name, part, values, advance)

@@ -68,8 +68,8 @@ class Engine:
             config: the architecture.
             head: what runs on the rows of the encoder.
             weights: arrays with the names and shapes of `weights.expected_shapes`, all float32 or all bfloat16; or all
-                matrices of the encoder int8 (`funnel_kernels.quantize`) and the others either. Without a mesh, JAX
-                arrays on the device are not copied, so engines can share them.
+                matrices of the encoder int8 (`funnel_kernels.quantize`) or bfloat16 and the others either. Without a
+                mesh, JAX arrays on the device are not copied, so engines can share them.
             funnel: where and how the token axis is pooled; or by the number of tokens of a sequence, see
                 `FunnelByLength`: `[(0, None), (64, "6:2/mean")]`. A class that no sequence can reach is not compiled.
             backend: "auto" or one of `funnel_kernels.BACKENDS`, see `funnel_kernels.Target`.

@@ -42,7 +42,7 @@ def forward(
 
     Args:
         params: weights, see `weights.expected_shapes`. The dtype of the norms is that of the activations; matrices
-            may be int8.
+            may be int8, or bfloat16 beside norms of float32.
         batch: N packed rows, made by `packing.pack` with the plan of the same `config` and `funnel`.
         config, funnel: the architecture and its funnel.
         target: where it runs, and with which kernels.

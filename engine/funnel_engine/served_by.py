@@ -11,13 +11,12 @@ from funnel_engine.config import FunnelConfig, ModelConfig
 from funnel_engine.devices import Tree, batch_shapes, default_activations, map_weights
 from funnel_engine.heads import HeadConfig
 from funnel_engine.model import forward
-from funnel_engine.packing import make_plan, row_buckets
+from funnel_engine.packing import make_plan, row_alignment, row_buckets
 from funnel_engine.weights import (
-    MATRICES,
     cast,
+    dtype_for,
     expected_shapes,
     join_scales,
-    leaf_of,
     nest,
     prepare_weight,
     tensor_types,
@@ -37,11 +36,13 @@ def served_by(config: ModelConfig, funnel: FunnelConfig, dtype: str, target: Tar
     activations = default_activations(dtype, target)
 
     def make_tree(weights: Mapping[str, Any]) -> Tree:
-        cast_to = {name: dtype if leaf_of(name) in MATRICES else activations for name in weights}
-        return nest({name: cast(name, weight, cast_to[name]) for name, weight in weights.items()}, config, funnel)
+        in_dtype = {name: cast(name, weight, dtype_for(name, dtype, activations)) for name, weight in weights.items()}
+        return nest(in_dtype, config, funnel)
 
     tree = jax.eval_shape(make_tree, join_scales(tensor_types(shapes, dtype)))
     params = map_weights(partial(prepare_weight, dtype=dtype, activations=activations, target=target), tree)
     encoder = partial(forward, config=config, funnel=funnel, target=dataclasses.replace(target, record=record))
-    jax.eval_shape(encoder, params, batch_shapes(plan, row_buckets(plan, 1)[0]))
+    jax.eval_shape(
+        encoder, params, batch_shapes(plan, row_buckets(plan, 1, alignment=row_alignment(target.platform))[0])
+    )
     return record

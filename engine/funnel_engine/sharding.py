@@ -33,7 +33,7 @@ from funnel_engine.heads import HeadConfig
 from funnel_engine.jax_settings import device_name
 from funnel_engine.model import Params, forward
 from funnel_engine.packing import Ints, Plan, make_plan, split
-from funnel_engine.weights import ACTIVATIONS, DTYPES, MATRICES, check_dtype, expected_shapes, nest
+from funnel_engine.weights import ACTIVATIONS, DTYPES, check_dtype, dtype_for, expected_shapes, nest
 from funnel_kernels import PackedWeight, QuantizedWeight, Target
 from funnel_kernels.errors import ConfigError
 
@@ -103,7 +103,7 @@ class DeviceMesh:
 
         def put(name: str, weight: Any) -> jax.Array:
             split, shards = self.splits.get(name), []
-            form = DTYPES[dtype if name in MATRICES else activations]
+            form = DTYPES[dtype_for(name, dtype, activations)]
             if isinstance(weight, QuantizedWeight):
                 weight = weight.astype(form)
             for index, devices in enumerate(self.mesh.devices.T):

@@ -132,6 +132,11 @@ def dtype_of(weights: Mapping[str, Any]) -> str:
     return str(weights["embedding"].dtype)
 
 
+def dtype_for(name: str, dtype: str, activations: str) -> str:
+    """The dtype of the weight of this name, where matrices have one dtype and norms and heads that of activations."""
+    return dtype if leaf_of(name) in MATRICES else activations
+
+
 def prepare_weight(name: str, weight: Any, dtype: str, activations: str, target: Target) -> Weight:
     """Casts one weight and puts it into the layout for a target (`funnel_kernels.linear.prepare`).
 
@@ -145,7 +150,7 @@ def prepare_weight(name: str, weight: Any, dtype: str, activations: str, target:
         CheckpointError: the weight contains NaN or infinity, and int8 cannot represent them.
     """
     leaf = leaf_of(name)
-    weight = cast(name, weight, dtype if leaf in MATRICES else activations)
+    weight = cast(name, weight, dtype_for(name, dtype, activations))
     return prepare(weight, parts=PRODUCTS[leaf], target=target) if leaf in PRODUCTS else weight
 
 

@@ -11,7 +11,7 @@ constexpr int kVectors = kLanes == 16 ? 4 : 2;
 constexpr int64_t kLine = 64;           // bytes
 constexpr int64_t kFetchingBlocks = 3;  // with at least this many, one after another, there is time to fetch
 constexpr int64_t kGroupWords = kGroup / 4;
-constexpr float kSmallest = 1e-30f;  // a group with no larger value is 0: the inverse of its scale would overflow
+constexpr float kSmallest = 1e-30f;  // as SMALLEST in linear/reference.py
 
 typedef int32_t IntsAt __attribute__((vector_size(4 * FUNNEL_LANES), aligned(4), may_alias));
 

@@ -14,6 +14,7 @@ from funnel_kernels.target import Unsupported
 
 HIGHEST = jax.lax.Precision.HIGHEST
 GROUP = 128  # input features that share a scale of the activations, where weights are 8-bit integers
+SMALLEST = 1e-30  # the inverse of a smaller group's scale could overflow
 
 
 def linear(x: Rows, weight: Weight, add: Rows | None) -> Rows:
@@ -31,12 +32,12 @@ def integer_product(x: Rows, values: jax.Array, scale: Vector) -> Rows:
     """The product with 8-bit weights, [N, out]: x becomes 8-bit integers too, and sums of integers are exact.
 
     A row of x is cut into groups of GROUP features. Each group has a scale, a 127th of its largest absolute value, and
-    values are rounded to nearest, ties to even. A group without a value above 1.5e-36 counts as zeros.
+    values are rounded to nearest, ties to even. A group whose largest absolute value is below SMALLEST is 0.
     """
     padding = [(0, 0), (0, -x.shape[1] % GROUP)]
     x, values = (jnp.pad(array, padding).reshape(array.shape[0], -1, GROUP) for array in (x, values))
-    x_scale = jnp.max(jnp.abs(x), axis=2) / LARGEST  # [N, groups]
-    inverse = jnp.where(x_scale < jnp.finfo(jnp.float32).tiny, 0.0, 1.0 / x_scale)
+    largest = jnp.max(jnp.abs(x), axis=2)  # [N, groups]
+    x_scale, inverse = (jnp.where(largest < SMALLEST, 0.0, value) for value in (largest / LARGEST, LARGEST / largest))
     integers = jnp.rint(x * inverse[..., None]).astype(jnp.int8)
     sums = jnp.einsum("ngi,ogi->ngo", integers, values, preferred_element_type=jnp.int32)
     return (sums * x_scale[..., None]).sum(axis=1) * scale

@@ -19,6 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from funnel_kernels import BACKENDS as BACKEND_TABLE
 from funnel_kernels import PackedWeight, QuantizedWeight, Target, prepare, quantize
+from funnel_kernels.linear import GATE_ACTIVATIONS
 from funnel_kernels.recover_norm import MODES, SITES
 
 BACKENDS = tuple(BACKEND_TABLE)
@@ -413,7 +414,7 @@ def exact_product(x: np.ndarray, weight: np.ndarray | QuantizedWeight, backend: 
 
 @dataclasses.dataclass(frozen=True)
 class LinearCase:
-    """A product, or with `gated` a gate and what it gates: twice as many rows of weights.
+    """A product, or with `gate` that of a gate with this activation and of what it gates: two weights in one.
 
     `weights` is their dtype, if it is not that of x.
     """
@@ -423,13 +424,13 @@ class LinearCase:
     out_features: int
     dtype: str = "float32"
     add: bool = False
-    gated: bool = False
+    gate: str | None = None
     weights: str | None = None  # the dtype of the weight; None is that of x
 
     def arrays(self) -> tuple[Any, ...]:
         """x, weight and what is added (None without); the products are of the size of what is added."""
         x = normal(10, self.rows, self.in_features)
-        weight = normal(11, self.out_features * (1 + self.gated), self.in_features) / self.in_features**0.5
+        weight = normal(11, self.out_features * (2 if self.gate else 1), self.in_features) / self.in_features**0.5
         add = normal(12, self.rows, self.out_features).astype(jnp.dtype(self.dtype)) if self.add else None
         return *operands(self, x, weight), add
 
@@ -453,9 +454,10 @@ LINEAR_CASES = {
     for name, (dtype, weights) in OPERANDS.items()
 }
 GATED_CASES = {
-    f"{'x'.join(map(str, size))}, {name}": LinearCase(*size, dtype, gated=True, weights=weights)
+    f"{'x'.join(map(str, size))}, {name}, {gate}": LinearCase(*size, dtype, gate=gate, weights=weights)
     for size in LINEAR_SIZES
     for name, (dtype, weights) in OPERANDS.items()
+    for gate in GATE_ACTIVATIONS
 }
 
 
@@ -507,7 +509,7 @@ class HeadsCase:
     heads: tuple[int, ...]
     plain_heads: int
     dtype: str = "float32"
-    normed: bool = False
+    normed: int = 0  # the number of results that have a norm, from the first one on
     weights: str | None = None
 
     def arrays(self) -> tuple[Any, ...]:
@@ -517,8 +519,9 @@ class HeadsCase:
         x = normal(20, self.rows, self.in_features)
         x, weight = operands(self, x, normal(21, out_features, self.in_features) / self.in_features**0.5)
         angles = (10 * normal(22, self.rows, self.head_dim // 2)).astype(np.float32)
-        norms = tuple(0.3 * normal(23 + index, self.head_dim).astype(dtype) for index in range(len(self.heads)))
-        return x, weight, np.cos(angles), np.sin(angles), norms if self.normed else None
+        norms = [0.3 * normal(23 + index, self.head_dim).astype(dtype) for index in range(self.normed)]
+        none = [None] * (len(self.heads) + bool(self.plain_heads) - self.normed)
+        return x, weight, np.cos(angles), np.sin(angles), (*norms, *none)
 
     def options(self) -> dict[str, Any]:
         return {"heads": self.heads, "plain_heads": self.plain_heads, "eps": EPS}
@@ -536,12 +539,12 @@ HEADS_SIZES = (  # rows, input features, head dim, heads, plain heads
     (9, 64, 512, (2, 1), 0),
 )
 HEADS_CASES = {
-    f"{rows} rows, {'+'.join(map(str, heads))}+{plain} heads of {d}, {name}{', normed' * normed}": HeadsCase(
+    f"{rows} rows, {'+'.join(map(str, heads))}+{plain} heads of {d}, {name}, {normed} normed": HeadsCase(
         rows, in_features, d, heads, plain, dtype, normed, weights
     )
     for rows, in_features, d, heads, plain in HEADS_SIZES
     for name, (dtype, weights) in OPERANDS.items()
-    for normed in (False, True)
+    for normed in sorted({0, len(heads), len(heads) + bool(plain)})
 }
 
 

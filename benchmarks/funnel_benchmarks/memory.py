@@ -41,7 +41,7 @@ def activation_bytes(config: ModelConfig, rows: int) -> int:
     F is the MLP's width, D the model's, H and K the query and key/value heads of d dimensions. It is an upper
     estimate: buffers of attention and of the MLP, counted both, can share memory.
     """
-    heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    heads = max(each.query_width + 2 * each.key_width for each in map(config.heads, set(config.layer_types)))
     block = min(rows, rows_per_block(config.intermediate_size)) if default_device().platform == "cpu" else rows
     mlp = block * MLP_BYTES * config.intermediate_size
     return mlp + rows * (WIDTH_BYTES * config.hidden_size + HEAD_BYTES * heads)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from funnel_engine.checks import check_flag, check_integer, check_number, check_option, check_positive
 from funnel_kernels.errors import ConfigError
+from funnel_kernels.linear import GATE_ACTIVATIONS
 from funnel_kernels.pool_norm import POOLS
 from funnel_kernels.recover_norm import SITES
 
@@ -40,24 +41,66 @@ RECOVERIES = {
 Window = tuple[int, int]  # inclusive radii (left, right) in tokens
 
 
+class Llama3Scaling(NamedTuple):
+    """How Llama 3 stretches RoPE to longer contexts (transformers, `modeling_rope_utils.py`).
+
+    A pair whose wavelength is at most `original_positions / high_frequency_factor` tokens keeps its frequency. If it is
+    at least `original_positions / low_frequency_factor`, the frequency is divided by `factor`. Between the two it is
+    interpolated.
+    """
+
+    factor: float
+    low_frequency_factor: float
+    high_frequency_factor: float
+    original_positions: int
+
+
 class Rope(NamedTuple):
-    """Rotary position embedding (arXiv:2104.09864): base `theta`; frequencies are divided by `factor`."""
+    """Rotary position embedding (arXiv:2104.09864): pair `j` of a head turns by `theta ** (-2 j / head_dim)` per token.
+
+    Attributes:
+        factor: frequencies are divided by it.
+        rotated: the part of the pairs that turn, from the first one on; the other pairs stay as they are (Gemma 4).
+        llama3: changes the frequencies, see there.
+    """
 
     theta: float
     factor: float = 1.0
+    rotated: float = 1.0
+    llama3: Llama3Scaling | None = None
+
+
+class Heads(NamedTuple):
+    """The attention heads of a layer."""
+
+    queries: int  # number of query heads
+    keys: int  # number of key/value heads
+    dim: int
+
+    @property
+    def query_width(self) -> int:
+        return self.queries * self.dim
+
+    @property
+    def key_width(self) -> int:
+        return self.keys * self.dim
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The architecture of one Gemma-family encoder.
+    """The architecture of one encoder.
 
     Attributes:
         family: the `model_type` in its Hugging Face config, e.g. "gemma2".
         num_kv_heads: number of key/value heads; must divide `num_heads`.
+        full_kv_heads, full_head_dim: those of the full layers, if they differ from the sliding ones.
+        activation: of the MLP's gate, "gelu_tanh" or "silu".
+        scale_embedding: whether rows of the embedding are multiplied by the square root of `hidden_size`.
         query_scale: factor of the attention scores (`query_pre_attn_scalar ** -0.5`).
         softcap: bound on the attention scores, or None.
         post_norms: whether attention and MLP outputs are normalised before they join the residual stream.
         qk_norm: whether queries and keys are normalised per head before RoPE.
+        value_norm: whether values are normalised per head, without a weight.
         layer_types: "full" or "sliding" for each layer.
         causal_window, bidirectional_window: inclusive (left, right) radii in tokens of a sliding layer, for each kind
             of attention; None if the model has no sliding layers.
@@ -85,9 +128,14 @@ class ModelConfig:
     sliding_rope: Rope
     causal_window: Window | None = None
     bidirectional_window: Window | None = None
+    full_kv_heads: int | None = None
+    full_head_dim: int | None = None
+    activation: str = "gelu_tanh"
+    scale_embedding: bool = True
     softcap: float | None = None
     post_norms: bool = False
     qk_norm: bool = False
+    value_norm: bool = False
     norm_eps: float = 1e-6
     pad_token_id: int | None = 0
 
@@ -95,12 +143,20 @@ class ModelConfig:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim"):
             set_field(self, name, check_positive(name, getattr(self, name)))
         set_field(self, "max_positions", check_positive("max_positions", self.max_positions))
-        for name in ("post_norms", "qk_norm"):
+        for name in ("post_norms", "qk_norm", "value_norm", "scale_embedding"):
             set_field(self, name, check_flag(name, getattr(self, name)))
-        if self.num_heads % self.num_kv_heads:
-            raise ConfigError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
-        if self.head_dim % 2:
-            raise ConfigError(f"head_dim={self.head_dim} must be even, because RoPE rotates the two halves of a head")
+        check_option("activation", self.activation, GATE_ACTIVATIONS)
+        for name in ("full_kv_heads", "full_head_dim"):
+            if getattr(self, name) is not None:
+                set_field(self, name, check_positive(name, getattr(self, name)))
+        for name in ("num_kv_heads", "full_kv_heads"):
+            kv_heads = getattr(self, name)
+            if kv_heads is not None and self.num_heads % kv_heads:
+                raise ConfigError(f"num_heads={self.num_heads} must be a multiple of {name}={kv_heads}")
+        for name in ("head_dim", "full_head_dim"):
+            dim = getattr(self, name)
+            if dim is not None and dim % 2:
+                raise ConfigError(f"{name}={dim} must be even, because RoPE rotates the two halves of a head")
         if not self.layer_types:
             raise ConfigError("layer_types is empty; a model needs at least one layer")
         for layer_type in self.layer_types:
@@ -114,8 +170,7 @@ class ModelConfig:
             rope = getattr(self, name)
             if not isinstance(rope, Rope):
                 raise ConfigError(f"{name}={rope!r} must be a Rope")
-            theta, factor = check_number(f"{name}.theta", rope.theta), check_number(f"{name}.factor", rope.factor)
-            set_field(self, name, Rope(theta, factor))
+            set_field(self, name, check_rope(name, rope))
 
     @property
     def num_layers(self) -> int:
@@ -131,6 +186,35 @@ class ModelConfig:
 
     def rope(self, layer_type: str) -> Rope:
         return self.full_rope if layer_type == "full" else self.sliding_rope
+
+    def heads(self, layer_type: str) -> Heads:
+        kv_heads, dim = self.num_kv_heads, self.head_dim
+        if layer_type == "full":
+            kv_heads, dim = self.full_kv_heads or kv_heads, self.full_head_dim or dim
+        return Heads(self.num_heads, kv_heads, dim)
+
+
+def check_rope(name: str, rope: Rope) -> Rope:
+    """Raises `ConfigError` unless the numbers of a RoPE are positive, and those of Llama 3 are in order."""
+    theta, factor = check_number(f"{name}.theta", rope.theta), check_number(f"{name}.factor", rope.factor)
+    rotated = check_number(f"{name}.rotated", rope.rotated)
+    if rotated > 1:
+        raise ConfigError(f"{name}.rotated={rotated} must be at most 1, which rotates every pair of a head")
+    if rope.llama3 is None:
+        return Rope(theta, factor, rotated)
+    stretch, low, high, positions = rope.llama3
+    scaling = Llama3Scaling(
+        check_number(f"{name}.llama3.factor", stretch),
+        check_number(f"{name}.llama3.low_frequency_factor", low),
+        check_number(f"{name}.llama3.high_frequency_factor", high),
+        check_positive(f"{name}.llama3.original_positions", positions),
+    )
+    if scaling.low_frequency_factor >= scaling.high_frequency_factor:
+        raise ConfigError(
+            f"{name}.llama3: low_frequency_factor={scaling.low_frequency_factor:g} must be below "
+            f"high_frequency_factor={scaling.high_frequency_factor:g}"
+        )
+    return Rope(theta, factor, rotated, scaling)
 
 
 @dataclasses.dataclass(frozen=True)

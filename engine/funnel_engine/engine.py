@@ -67,8 +67,8 @@ class Engine:
         Args:
             config: the architecture.
             head: what runs on the rows of the encoder.
-            weights: arrays with the names and shapes of `weights.expected_shapes`, all float32 or all bfloat16; or all
-                matrices of the encoder int8 (`funnel_kernels.quantize`) or bfloat16 and the others either. Without a
+            weights: arrays with the names and shapes of `weights.expected_shapes`. The matrices of the encoder are all
+                float32, all bfloat16 or all int8 (`funnel_kernels.quantize`), the others float32 or bfloat16. Without a
                 mesh, JAX arrays on the device are not copied, so engines can share them.
             funnel: where and how the token axis is pooled; or by the number of tokens of a sequence, see
                 `FunnelByLength`: `[(0, None), (64, "6:2/mean")]`. A class that no sequence can reach is not compiled.
@@ -113,7 +113,8 @@ class Engine:
         self.intended_funnel = funnel if intended_funnel is None else intended_funnel
         self.tokenizer, self.text = tokenizer, text
         self.max_length = min(config.max_positions, text.max_tokens or max_batch_tokens, max_batch_tokens)
-        self.params = self.devices.put(weights, funnel, *choose_dtypes(dtype_of(weights), dtype, self.devices))
+        matrices, self.activations = choose_dtypes(dtype_of(weights), dtype, self.devices)
+        self.params = self.devices.put(weights, funnel, matrices, self.activations)
         self.counters = Counters("calls")
         self.programs = tuple(
             Programs(
@@ -121,6 +122,7 @@ class Engine:
                 each,
                 head,
                 params=self.params,
+                activations=self.activations,
                 devices=self.devices,
                 max_batch_tokens=max_batch_tokens,
                 min_tokens=tokens,
@@ -340,7 +342,7 @@ class Engine:
     @guarded
     def describe(self) -> str:
         """A description for people: the model, the ops of the programs, the backend of each op, devices and limits."""
-        config, dtype, activations = self.config, dtype_of(self.params), str(self.params["final_norm"].dtype)
+        config, dtype, activations = self.config, dtype_of(self.params), self.activations
         for programs in self.programs:
             if not programs.record.served:
                 programs.trace()
@@ -478,11 +480,10 @@ def check_weights(weights: Mapping[str, Any], config: ModelConfig, head: HeadCon
     for name, weight in weights.items():
         kinds[leaf_of(name) in MATRICES].add(str(weight.dtype))
     matrices, others = kinds[True], kinds[False]
-    known = matrices <= set(DTYPES) and others <= set(ACTIVATIONS)
-    if not known or len(matrices) > 1 or len(others) > 1 or (matrices == {"float32"} != others):
+    if not matrices <= set(DTYPES) or not others <= set(ACTIVATIONS) or len(matrices) > 1:
         raise CheckpointError(
-            f"weights are {', '.join(sorted(matrices | others))}; they must all be bfloat16 or all float32, or all "
-            "matrices int8 or bfloat16 and all others bfloat16 or float32"
+            f"matrices are {', '.join(sorted(matrices))} and other weights {', '.join(sorted(others))}; all matrices "
+            f"must be one of {', '.join(DTYPES)}, and other weights {' or '.join(ACTIVATIONS)}"
         )
     if plain := [name for name, weight in weights.items() if is_plain_int8(weight)]:
         raise CheckpointError(f"{plain[0]} is int8 without scales; give what funnel_kernels.quantize returns")

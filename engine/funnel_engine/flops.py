@@ -37,6 +37,7 @@ def class_flops(config: ModelConfig, funnel: FunnelConfig, lengths: Ints) -> int
     return sum(
         layer_flops(
             config,
+            step.layer_type,
             queries=len(levels[step.query_stride].row),
             keys=len(levels[step.key_stride].row),
             pairs=visible[step.query_stride, step.key_stride, step.layer_type],
@@ -50,12 +51,12 @@ def ideal_ratio(config: ModelConfig, funnel: Funnel, lengths: np.ndarray) -> flo
     return forward_flops(config, funnel, lengths) / forward_flops(config, FunnelConfig(), lengths)
 
 
-def layer_flops(config: ModelConfig, *, queries: int, keys: int, pairs: int) -> int:
+def layer_flops(config: ModelConfig, layer_type: str, *, queries: int, keys: int, pairs: int) -> int:
     """FLOPs of one layer: query, output and key/value projections, MLP, scores and weighted sum."""
-    width, head_width = config.hidden_size, config.num_heads * config.head_dim
-    per_query = 2 * 2 * width * head_width + 6 * width * config.intermediate_size
-    per_key = 2 * 2 * width * config.num_kv_heads * config.head_dim
-    return queries * per_query + keys * per_key + 4 * head_width * pairs
+    width, heads = config.hidden_size, config.heads(layer_type)
+    per_query = 2 * 2 * width * heads.query_width + 6 * width * config.intermediate_size
+    per_key = 2 * 2 * width * heads.key_width
+    return queries * per_query + keys * per_key + 4 * heads.query_width * pairs
 
 
 def count_pairs(queries: LevelRows, keys: LevelRows, window: tuple[int | None, int | None], rows: int) -> int:

@@ -89,8 +89,8 @@ def decode(kind: Any, value: Any, where: str) -> Any:
     """Converts a JSON value to a `kind`; the inverse of `json.dumps(dataclasses.asdict(...))`.
 
     Args:
-        kind: a type annotation of dataclasses, NamedTuples, tuples, dicts, `X | None`, `X | Y` of dataclasses without
-            common fields, and plain types.
+        kind: a type annotation of dataclasses, NamedTuples (fields with defaults may be left out at the end), tuples,
+            dicts, `X | None`, `X | Y` of dataclasses without common fields, and plain types.
         where: the name of the value in messages, e.g. "funnel.json: config.head_dim".
 
     Raises:
@@ -122,9 +122,10 @@ def decode(kind: Any, value: Any, where: str) -> Any:
     if origin is tuple or issubclass(kind, tuple):
         hints = typing.get_type_hints(kind) if origin is None else {str(i): hint for i, hint in enumerate(arguments)}
         check_type(list, value, where)
-        if len(value) != len(hints):
+        least = len(hints) - len(getattr(kind, "_field_defaults", {}))
+        if not least <= len(value) <= len(hints):
             raise CheckpointError(f"{where} has {len(value)} entries; it must have {len(hints)}")
-        items = [decode(hint, item, f"{where}[{key}]") for (key, hint), item in zip(hints.items(), value, strict=True)]
+        items = [decode(hint, item, f"{where}[{key}]") for (key, hint), item in zip(hints.items(), value, strict=False)]
         return tuple(items) if origin is tuple else kind(*items)
     if kind is float:
         if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:

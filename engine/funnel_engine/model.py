@@ -1,10 +1,11 @@
-"""The forward pass of a funneled Gemma encoder: two pure functions, to be read from top to bottom.
+"""The forward pass of a funneled encoder: two pure functions, to be read from top to bottom.
 
 Weights are matrices `[out, in]`, as in Hugging Face checkpoints. `q`, `k` and `v` are one matrix, and so are gate and
 up. A backend may store them in its own layout (`funnel_kernels.linear.prepare`). The layers are a Python loop over a
 list and not a scan over stacked weights, because a scan copies the weights of every layer out of the stack at run time.
 """
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -12,7 +13,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from funnel_engine.config import RECOVERIES, FunnelConfig, LayerStep, ModelConfig, Rope, layer_steps
+from funnel_engine.config import (
+    RECOVERIES,
+    FunnelConfig,
+    LayerStep,
+    Llama3Scaling,
+    ModelConfig,
+    Rope,
+    layer_steps,
+)
 from funnel_engine.packing import Batch
 from funnel_kernels import (
     Target,
@@ -34,6 +43,7 @@ def forward(
     *,
     config: ModelConfig,
     funnel: FunnelConfig,
+    dtype: Any,
     target: Target,
     axis: str | None = None,
     recompute: bool = False,
@@ -41,10 +51,11 @@ def forward(
     """Runs the encoder on a packed batch.
 
     Args:
-        params: weights, see `weights.expected_shapes`. The dtype of the norms is that of the activations; matrices
-            may be int8, or bfloat16 beside norms of float32.
+        params: weights, see `weights.expected_shapes`. Norms are float32. Matrices have the dtype of the activations,
+            or they are int8, or bfloat16 beside activations of float32.
         batch: N packed rows, made by `packing.pack` with the plan of the same `config` and `funnel`.
         config, funnel: the architecture and its funnel.
+        dtype: of the activations, float32 or bfloat16.
         target: where it runs, and with which kernels.
         axis: inside a `jax.shard_map`, the mesh axis along which the heads and the MLP's width are divided; `config`
             and `params` are then the part of one device, see `sharding`.
@@ -58,18 +69,20 @@ def forward(
         ConfigError: the funnel does not fit the model.
         BackendUnavailable: the backend does not support an op.
     """
-    dtype = params["final_norm"].dtype
     eps = config.norm_eps
     recovery = RECOVERIES[funnel.recovery] if funnel.recovery else None
     source = recovery.source if recovery else None
     steps = layer_steps(config, funnel)
 
     x = gather_columns(params["embedding"][batch.ids].astype(dtype), axis)  # [N, D], the residual stream
-    x = x * jnp.asarray(config.hidden_size**0.5, dtype)
+    if config.scale_embedding:
+        x = x * jnp.asarray(config.hidden_size**0.5, dtype)
     full: Any = x if source else None  # one buffer of full-length activations, for the recovery
     full_layers = 0  # the number of layers whose outputs are in it
     rotations = {
-        (stride, step.layer_type): rotation(config.rope(step.layer_type), config.head_dim, level.positions)
+        (stride, step.layer_type): rotation(
+            config.rope(step.layer_type), config.heads(step.layer_type).dim, level.positions
+        )
         for stride, level in batch.levels.items()
         for step in steps
         if stride in (step.query_stride, step.key_stride)
@@ -145,17 +158,20 @@ def layer(
         )
 
     # Attention: queries from the (pooled) rows, keys and values from the same rows or from the unpooled ones.
-    norms = (weights["query_norm"], weights["key_norm"]) if config.qk_norm else None
-    heads, kv_heads = config.num_heads, config.num_kv_heads
+    heads, kv_heads, head_dim = config.heads(step.layer_type)
+    query_norm, key_norm = weights.get("query_norm"), weights.get("key_norm")
+    value_norm = jnp.zeros(head_dim, jnp.float32) if config.value_norm else None  # a factor of 1
+    norms: tuple[Any, ...]
     project = partial(project_heads, eps=eps, target=target)
     if step.key_stride == step.query_stride:
         angles = rotations[step.query_stride, step.layer_type]
+        norms = (query_norm, key_norm, value_norm)
         q, k, v = project(normed, weights["qkv"], *angles, norms, heads=(heads, kv_heads), plain_heads=kv_heads)
     else:
         query_angles, key_angles = (rotations[s, step.layer_type] for s in (step.query_stride, step.key_stride))
-        query_norm, key_norm = ((norm,) for norm in norms) if norms else (None, None)
-        (q,) = project(normed, weights["q"], *query_angles, query_norm, heads=(heads,))
-        k, v = project(unpooled, weights["kv"], *key_angles, key_norm, heads=(kv_heads,), plain_heads=kv_heads)
+        (q,) = project(normed, weights["q"], *query_angles, (query_norm,), heads=(heads,))
+        norms = key_norm, value_norm
+        k, v = project(unpooled, weights["kv"], *key_angles, norms, heads=(kv_heads,), plain_heads=kv_heads)
     lo, hi = batch.intervals[step.query_stride, step.key_stride, step.layer_type]
     attended = attention(
         q,
@@ -186,6 +202,7 @@ def layer(
         weights["down"],
         next_norm,
         update_weight=weights.get("mlp_output_norm"),
+        activation=config.activation,
         eps=eps,
         axis=axis,
         one_block=recompute,
@@ -208,8 +225,22 @@ def rotation(rope: Rope, head_dim: int, positions: jax.Array) -> tuple[jax.Array
     with jax.ensure_compile_time_eval(), jax.default_device(jax.local_devices(backend="cpu")[0]):
         exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
         frequencies = 1.0 / (rope.theta**exponents) / rope.factor
+        if rope.llama3:
+            frequencies = stretch(frequencies, rope.llama3)
+        rotated = int(rope.rotated * head_dim // 2)
+        frequencies = jnp.where(jnp.arange(head_dim // 2) < rotated, frequencies, 0.0)
     angles = positions[:, None] * frequencies
     return jnp.cos(angles), jnp.sin(angles)
+
+
+def stretch(frequencies: jax.Array, scaling: Llama3Scaling) -> jax.Array:
+    """The frequencies of Llama 3, [head_dim / 2] each, see `Llama3Scaling`."""
+    factor, low, high, positions = scaling
+    wavelengths = 2 * math.pi / frequencies
+    part = (positions / wavelengths - low) / (high - low)  # of the old frequency
+    between = (1 - part) * frequencies / factor + part * frequencies
+    stretched = jnp.where(wavelengths > positions / low, frequencies / factor, between)
+    return jnp.where(wavelengths < positions / high, frequencies, stretched)
 
 
 def update_recovery_buffer(buffer: jax.Array, x: jax.Array, *, source: str, layer: int) -> jax.Array:

@@ -89,6 +89,7 @@ class Programs:
         head: HeadConfig,
         *,
         params: Any,
+        activations: str,
         devices: Devices,
         max_batch_tokens: int,
         min_tokens: int,
@@ -97,6 +98,7 @@ class Programs:
         Args:
             config: the whole model, also where each device computes a part of it.
             params: the weights, as `devices.put` returns them; funnels can share them.
+            activations: the dtype of activations.
             max_batch_tokens: tokens of the largest batch.
         """
         self.funnel, self.min_tokens = funnel, max(1, min_tokens)
@@ -105,12 +107,13 @@ class Programs:
         self.buckets = row_buckets(self.plan, max_batch_tokens, self.min_tokens, alignment=alignment)
         self.heads = {each.name: each for each in make_heads(head, self.plan, config.pad_token_id)}
         self.params, self.devices = params, devices
+        self.activations, self.width = activations, config.hidden_size
         self.head_params = {name: params[name] for name in head_shapes(config.hidden_size, head)}
         self.record = Record()
         self.counters = Counters(*COUNTERS)
         self.compiled: dict[ProgramKey, Future[Program]] = {}
         self._encoder: Callable[..., jax.Array] = partial(
-            forward, config=devices.config, funnel=funnel, axis=devices.axis
+            forward, config=devices.config, funnel=funnel, dtype=activations, axis=devices.axis
         )
         self._target = dataclasses.replace(devices.target, record=self.record)
         self._lock = threading.Lock()  # guards what is compiled
@@ -197,8 +200,8 @@ class Programs:
         if key.name == "forward":
             function, params, shapes = self._encoder, self.params, (batch_shapes(self.plan, key.rows),)
         else:
-            function, params, norm = self.heads[key.name], self.head_params, self.params["final_norm"]
-            hidden = jax.ShapeDtypeStruct((key.rows // self.plan.output_stride, *norm.shape), norm.dtype)
+            function, params = self.heads[key.name], self.head_params
+            hidden = jax.ShapeDtypeStruct((key.rows // self.plan.output_stride, self.width), self.activations)
             per_sequence = jax.ShapeDtypeStruct((key.sequences,), np.int32)
             shapes = (hidden, *[per_sequence] * self.heads[key.name].inputs_per_sequence)
         sharded = self.devices.shard(partial(function, target=self._target), params)

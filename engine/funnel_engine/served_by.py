@@ -41,7 +41,8 @@ def served_by(config: ModelConfig, funnel: FunnelConfig, dtype: str, target: Tar
 
     tree = jax.eval_shape(make_tree, join_scales(tensor_types(shapes, dtype)))
     params = map_weights(partial(prepare_weight, dtype=dtype, activations=activations, target=target), tree)
-    encoder = partial(forward, config=config, funnel=funnel, target=dataclasses.replace(target, record=record))
+    recorded = dataclasses.replace(target, record=record)
+    encoder = partial(forward, config=config, funnel=funnel, dtype=activations, target=recorded)
     jax.eval_shape(
         encoder, params, batch_shapes(plan, row_buckets(plan, 1, alignment=row_alignment(target.platform))[0])
     )

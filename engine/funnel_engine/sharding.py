@@ -33,7 +33,7 @@ from funnel_engine.heads import HeadConfig
 from funnel_engine.jax_settings import device_name
 from funnel_engine.model import Params, forward
 from funnel_engine.packing import Ints, Plan, make_plan, split
-from funnel_engine.weights import ACTIVATIONS, DTYPES, check_dtype, dtype_for, expected_shapes, nest
+from funnel_engine.weights import ACTIVATIONS, DTYPES, check_dtype, dtype_for, expected_shapes, nest, tensor_types
 from funnel_kernels import PackedWeight, QuantizedWeight, Target
 from funnel_kernels.errors import ConfigError
 
@@ -116,10 +116,9 @@ class DeviceMesh:
 
     def weight_shapes(self, funnel: FunnelConfig, dtype: str) -> dict[str, Any]:
         """The shapes of the tree that `put` returns for an encoder."""
-        element = np.zeros((), DTYPES[dtype])  # one element for all shapes
-        shapes = expected_shapes(self.whole, HeadConfig())
-        tree = nest({name: np.broadcast_to(element, shape) for name, shape in shapes.items()}, self.whole, funnel)
-        return map_weights(self._weight_shape, tree)
+        types = tensor_types(expected_shapes(self.whole, HeadConfig()), dtype)
+        flat = {name: np.broadcast_to(np.zeros((), tensor.dtype), tensor.shape) for name, tensor in types.items()}
+        return map_weights(self._weight_shape, nest(flat, self.whole, funnel))
 
     def stack(self, batches: Sequence[Tree]) -> Tree:
         """Stacks the arrays of up to `data` batches of one bucket along a new first axis [data].
@@ -236,6 +235,11 @@ def device_config(config: ModelConfig, devices: int) -> ModelConfig:
     Raises:
         ConfigError: the number of devices does not divide the model.
     """
+    if devices > 1 and config.heads("full") != config.heads("sliding"):
+        raise ConfigError(
+            f"the mesh has {devices} devices along 'model', but the full layers of this model have other heads than "
+            "its sliding layers, and such a model is not divided; put all devices along 'data'"
+        )
     for name in ("num_heads", "intermediate_size", "hidden_size"):
         if getattr(config, name) % devices:
             raise ConfigError(
@@ -273,7 +277,8 @@ def abstract_forward(
     """
     dtype = check_dtype(dtype, ACTIVATIONS)
     devices = DeviceMesh(mesh, config, backend=backend)
-    encoder = partial(forward, config=devices.config, funnel=funnel, target=devices.target, axis=devices.axis)
+    options: dict[str, Any] = {"dtype": dtype, "target": devices.target, "axis": devices.axis}
+    encoder = partial(forward, config=devices.config, funnel=funnel, **options)
     params = devices.weight_shapes(funnel, dtype)
     batch = devices.stacked_shapes(batch_shapes(make_plan(config, funnel), rows))
     return jax.jit(devices.shard(encoder, params)), params, batch

@@ -18,7 +18,7 @@ from funnel_kernels import PackedWeight, QuantizedWeight, Target, Weight, prepar
 from funnel_kernels.errors import CheckpointError, ConfigError, InputError
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "int8": np.dtype(np.int8)}
-ACTIVATIONS = ("float32", "bfloat16")  # the dtypes of activations; norms and heads have the same dtype
+ACTIVATIONS = ("float32", "bfloat16")  # the dtypes of activations, and of the weights of heads
 Shapes = dict[str, tuple[int, ...]]
 # The matrices of the products, and the number of matrices that each one consists of.
 PRODUCTS = {"qkv": 1, "q": 1, "kv": 1, "attention_output": 1, "gate_up": 2, "down": 1}
@@ -47,25 +47,31 @@ def expected_shapes(config: ModelConfig, head: HeadConfig) -> Shapes:
     """The shape of every weight of a model, by its name in our checkpoint format.
 
     `qkv` contains the rows of the query, key and value projections, in this order; `gate_up` contains those of gate and
-    up. Norm weights are zero-centred, as in all Gemma models.
+    up. Norm weights are zero-centred: the factor is `1 + weight`, as in Gemma 1 to 3. `convert` subtracts 1 from those
+    of other models.
     """
-    hidden, q_width = config.hidden_size, config.num_heads * config.head_dim
-    layer: Shapes = {
+    shapes: Shapes = {"embedding": (config.vocab_size, config.hidden_size)}
+    for index, layer_type in enumerate(config.layer_types):
+        shapes |= {f"layers.{index}.{name}": shape for name, shape in layer_shapes(config, layer_type).items()}
+    return shapes | {"final_norm": (config.hidden_size,)} | head_shapes(config.hidden_size, head)
+
+
+def layer_shapes(config: ModelConfig, layer_type: str) -> Shapes:
+    """The shape of every weight of a layer, by the last part of its name."""
+    hidden, heads = config.hidden_size, config.heads(layer_type)
+    shapes: Shapes = {
         "attention_input_norm": (hidden,),
-        "qkv": (q_width + 2 * config.num_kv_heads * config.head_dim, hidden),
-        "attention_output": (hidden, q_width),
+        "qkv": (heads.query_width + 2 * heads.key_width, hidden),
+        "attention_output": (hidden, heads.query_width),
         "mlp_input_norm": (hidden,),
         "gate_up": (2 * config.intermediate_size, hidden),
         "down": (hidden, config.intermediate_size),
     }
     if config.post_norms:
-        layer |= {"attention_output_norm": (hidden,), "mlp_output_norm": (hidden,)}
+        shapes |= {"attention_output_norm": (hidden,), "mlp_output_norm": (hidden,)}
     if config.qk_norm:
-        layer |= {"query_norm": (config.head_dim,), "key_norm": (config.head_dim,)}
-    shapes: Shapes = {"embedding": (config.vocab_size, hidden)}
-    for index in range(config.num_layers):
-        shapes |= {f"layers.{index}.{name}": shape for name, shape in layer.items()}
-    return shapes | {"final_norm": (hidden,)} | head_shapes(config.hidden_size, head)
+        shapes |= {"query_norm": (heads.dim,), "key_norm": (heads.dim,)}
+    return shapes
 
 
 def nest(flat: Mapping[str, Any], config: ModelConfig, funnel: Funnel) -> dict[str, Any]:
@@ -82,10 +88,10 @@ def nest(flat: Mapping[str, Any], config: ModelConfig, funnel: Funnel) -> dict[s
             layers[int(index)][leaf] = weight
         else:
             tree[name] = weight
-    q_width = config.num_heads * config.head_dim
     for layer, *steps in zip(layers, *(layer_steps(config, each) for _, each in funnel.classes), strict=True):
         is_split = [step.key_stride != step.query_stride for step in steps]
         if any(is_split):
+            q_width = config.heads(steps[0].layer_type).query_width
             layer |= {"q": layer["qkv"][:q_width], "kv": layer["qkv"][q_width:]}
         if all(is_split):
             del layer["qkv"]
@@ -95,15 +101,14 @@ def nest(flat: Mapping[str, Any], config: ModelConfig, funnel: Funnel) -> dict[s
 def tensor_types(shapes: Shapes, dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
     """The shape and dtype of each tensor of a checkpoint, by name, if weights of these shapes are stored in a dtype.
 
-    With int8, a matrix NAME is a tensor of that name and float32 scales NAME.scale, and the other weights are float32.
+    Norms are float32. With int8, a matrix NAME is a tensor of that name and float32 scales NAME.scale, and weights of
+    heads are float32.
     """
-    if dtype != "int8":
-        return {name: jax.ShapeDtypeStruct(shape, DTYPES[dtype]) for name, shape in shapes.items()}
     types = {}
     for name, shape in shapes.items():
-        is_matrix = leaf_of(name) in MATRICES
-        types[name] = jax.ShapeDtypeStruct(shape, np.int8 if is_matrix else np.float32)
-        if is_matrix:
+        stored = dtype_for(name, dtype, "float32" if dtype == "int8" else dtype)
+        types[name] = jax.ShapeDtypeStruct(shape, DTYPES[stored])
+        if stored == "int8":
             types[name + SCALE] = jax.ShapeDtypeStruct(shape[:1], np.float32)
     return types
 
@@ -133,8 +138,15 @@ def dtype_of(weights: Mapping[str, Any]) -> str:
 
 
 def dtype_for(name: str, dtype: str, activations: str) -> str:
-    """The dtype of the weight of this name, where matrices have one dtype and norms and heads that of activations."""
+    """The dtype of the weight of this name: that of matrices, that of activations for a head, float32 for a norm."""
+    if is_norm(name):
+        return "float32"
     return dtype if leaf_of(name) in MATRICES else activations
+
+
+def is_norm(name: str) -> bool:
+    """Whether the weight of this name is that of a norm."""
+    return name.endswith("_norm")
 
 
 def prepare_weight(name: str, weight: Any, dtype: str, activations: str, target: Target) -> Weight:
@@ -143,7 +155,7 @@ def prepare_weight(name: str, weight: Any, dtype: str, activations: str, target:
     Args:
         name: its name in the flat table or in the tree.
         dtype: of matrices.
-        activations: the dtype of activations, and of norms and heads.
+        activations: the dtype of activations, and of the weights of heads.
 
     Raises:
         ConfigError: the weight is already packed, with another dtype.
@@ -176,11 +188,10 @@ def random_weights(config: ModelConfig, head: HeadConfig, dtype: str, seed: int)
 
 
 def random_weight(generator: np.random.Generator, name: str, shape: tuple[int, ...], dtype: str) -> Any:
-    """One weight of `random_weights`; with int8, a quantized matrix or a float32 vector."""
-    if dtype != "int8":
-        return random_array(generator, shape, dtype)
-    weight = random_array(generator, shape, "float32")
-    return quantize(weight) if leaf_of(name) in MATRICES else weight
+    """One weight of `random_weights` in the dtype that a checkpoint stores it in, see `tensor_types`."""
+    stored = str(tensor_types({name: shape}, dtype)[name].dtype)
+    weight = random_array(generator, shape, "float32" if stored == "int8" else stored)
+    return quantize(weight) if stored == "int8" else weight
 
 
 def random_array(generator: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:

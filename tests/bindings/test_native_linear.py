@@ -4,6 +4,7 @@ import functools
 import os
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -57,8 +58,8 @@ def packed(weight: np.ndarray, kind: tuple[str, str], parts: int = 1) -> PackedW
 def program(case: LinearCase, kind: tuple[str, str], threads: int):
     """Compiled once, and its arrays: its kernels run with the instruction set that is allowed when it is called."""
     x, weight, add = case.arrays()
-    arrays = (x, packed(weight, kind, 1 + case.gated), *(() if add is None else (add,)))
-    product = gated_linear if case.gated else linear
+    arrays = (x, packed(weight, kind, 2 if case.gate else 1), *(() if add is None else (add,)))
+    product = partial(gated_linear, activation=case.gate) if case.gate else linear
     run = jax.jit(lambda *arrays: product(*arrays, target=target("cpu", threads)))
     return run.lower(*arrays).compile(), arrays
 
@@ -68,12 +69,12 @@ def run(case: LinearCase, kind: tuple[str, str], threads: int = 0) -> np.ndarray
     return np.asarray(compiled(*arrays))
 
 
-TAILS = ((False, False), (True, False), (False, True))
+TAILS = ((False, None), (True, None), (False, "gelu_tanh"), (False, "silu"))
 CASES = [
-    (LinearCase(130, 48, 600, add=add, gated=gated, **weights_of(kind)), kind) for kind in KINDS for add, gated in TAILS
+    (LinearCase(130, 48, 600, add=add, gate=gate, **weights_of(kind)), kind) for kind in KINDS for add, gate in TAILS
 ]
 over_cases = pytest.mark.parametrize(
-    ("case", "kind"), CASES, ids=[f"{case.add}-{case.gated}-{' with '.join(kind)}" for case, kind in CASES]
+    ("case", "kind"), CASES, ids=[f"{case.add}-{case.gate}-{' with '.join(kind)}" for case, kind in CASES]
 )
 
 
@@ -86,9 +87,9 @@ def test_every_instruction_set_rounds_alike(instruction_set, case, kind):
     limited = run(case, kind).astype(np.float64)
     HANDLERS.limit_instruction_set(BEST)
     best = run(case, kind).astype(np.float64)
-    step = 2**-8 if case.dtype == "bfloat16" and (case.add or case.gated) else 2**-20
+    step = 2**-8 if case.dtype == "bfloat16" and (case.add or case.gate) else 2**-20
     assert np.abs(limited - best).max() <= step * np.abs(best).max()
-    assert (limited == best).mean() > 0.99 or case.gated or (kind == ("bfloat16", "bfloat16") and not case.add)
+    assert (limited == best).mean() > 0.99 or case.gate or (kind == ("bfloat16", "bfloat16") and not case.add)
 
 
 def quantized_product(x: np.ndarray, values: np.ndarray, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -178,7 +179,7 @@ def sliced(op: str, kind: tuple[str, str]):
     takes the first slice, and x and weights as the kernels round them."""
     options = {}
     if op == "project_heads":
-        case = HeadsCase(800, 384, 128, (3, 1), 1, normed=True, **weights_of(kind))
+        case = HeadsCase(800, 384, 128, (3, 1), 1, normed=2, **weights_of(kind))
         x, weight, *by_row, norms = case.arrays()
         options = case.options() | {"norms": norms}
     elif op == "linear_add_norm":
@@ -187,8 +188,11 @@ def sliced(op: str, kind: tuple[str, str]):
         ).arrays()
         options = {"norm_weight": norm, "update_weight": update_norm, "eps": EPS}
     else:
-        x, weight, _ = LinearCase(800, 384, 600, gated=op == "gated_linear", **weights_of(kind)).arrays()
+        x, weight, _ = LinearCase(
+            800, 384, 600, gate="gelu_tanh" if op == "gated_linear" else None, **weights_of(kind)
+        ).arrays()
         by_row = []
+        options = {"activation": "gelu_tanh"} if op == "gated_linear" else {}
     arrays = (x, packed(weight, kind, 1 + (op == "gated_linear")), *by_row)
     function = globals()[op]
 
@@ -292,7 +296,7 @@ def test_which_products_make_whole_rows(dtype, size):
 HEADS = [
     (HeadsCase(300, 96, 128, (5, 1), 1, normed=normed, **weights_of(kind)), kind)
     for kind in KINDS
-    for normed in (False, True)
+    for normed in (0, 2, 3)
 ]
 over_heads = pytest.mark.parametrize(
     ("case", "kind"), HEADS, ids=[f"{case.normed}-{' with '.join(kind)}" for case, kind in HEADS]
@@ -333,7 +337,7 @@ def test_many_threads_at_once():
     from concurrent.futures import ThreadPoolExecutor
 
     for kind in (("bfloat16", "bfloat16"), ("float32", "int8")):
-        case = LinearCase(67, 112, 200, gated=True, **weights_of(kind))  # a shape that no other test has
+        case = LinearCase(67, 112, 200, gate="gelu_tanh", **weights_of(kind))  # a shape that no other test has
         with ThreadPoolExecutor(8) as pool:
             results = list(pool.map(lambda _, case=case, kind=kind: run(case, kind), range(24)))
         assert all((result == results[0]).all() for result in results)
@@ -475,7 +479,7 @@ def test_a_wrong_call_is_an_error_that_says_why(arrays, attributes, message):
 def test_a_wrong_gated_call_is_an_error_that_says_why(arrays, attributes, message):
     out, x, packed = arrays
     with pytest.raises(Exception, match=message):
-        call("funnel_gated_linear", out, x, np.concatenate([packed, packed]), **attributes)
+        call("funnel_gated_linear", out, x, np.concatenate([packed, packed]), activation=np.int64(0), **attributes)
 
 
 TABLE, NORM = np.ones((4, 32), np.float32), np.ones(64, np.float32)
@@ -484,7 +488,8 @@ PACKED_HEADS = funnel_native.pack(np.ones((256, 32), np.float32))
 BAD_HEADS = {
     "fewer results than groups": ((Q, K), (), {}, "each group of heads needs a result"),
     "more results than groups": ((Q, K, K, K), (), {}, "each group of heads needs a result"),
-    "one norm of two": ((Q, K, K), (NORM,), {}, "a norm if another group has one"),
+    "one norm of two": ((Q, K, K), (NORM,), {"normed": np.array([1, 1, 0])}, "a norm if `normed` says so"),
+    "normed for two results": ((Q, K, K), (NORM,), {"normed": np.array([1, 0])}, "a norm if `normed` says so"),
     "a norm of another size": ((Q, K, K), (NORM, NORM[:32]), {}, "a head's norm has shape"),
     "a norm of integers": ((Q, K, K), (NORM, NORM.astype(np.int32)), {}, "a head's norm has shape"),
     "results in another order": ((K, Q, K), (), {}, "heads has shape"),
@@ -507,6 +512,7 @@ BAD_HEADS = {
 
 def call_heads(outs, norms=(), table=TABLE, packed=PACKED_HEADS, **attributes):
     attributes = {
+        "normed": np.array([int(index < len(norms)) for index in range(len(outs))]),
         "heads": np.array([2, 1]),
         "plain_heads": np.int64(1),
         "head_dim": np.int64(64),
@@ -642,6 +648,7 @@ def test_a_program_that_is_compiled_has_made_all_its_products():
     unless it is preferred."""
     code = """
 import sys, jax, jax.numpy as jnp, numpy as np, funnel_native
+from functools import partial
 from funnel_kernels import PackedWeight, Target, gated_linear, linear, prepare
 cpu = Target("cpu")
 funnel_native.handlers().prefer_onednn(sys.argv[2] == "True")
@@ -651,7 +658,7 @@ values = funnel_native.pack(weight.astype(np.int8), scale=np.ones(1000, np.float
 int8 = PackedWeight(jnp.asarray(values), weight.shape)
 for rows in (1, 16, 300):  # one tile, and tiles of different sizes
     x = jax.ShapeDtypeStruct((rows, 300), jnp.bfloat16)
-    products = (linear, down), (linear, int8), (gated_linear, gate_up)
+    products = (linear, down), (linear, int8), (partial(gated_linear, activation="silu"), gate_up)
     program = jax.jit(lambda x: [product(x, packed, target=cpu) for product, packed in products]).lower(x).compile()
     if sys.argv[1] == "call":
         jax.block_until_ready(program(np.ones(x.shape, x.dtype)))

@@ -58,6 +58,8 @@ def function_of(op: str, case: Any, backend: str):
         options["eps"] = grid.EPS
     if "target" in inspect.signature(function).parameters:
         options["target"] = target(backend)
+    if op == "gated_linear":
+        options["activation"] = case.gate
     leaves, tree = jax.tree.flatten([None if array is None else array for array in arrays_of(op, case)])
     moving = [index for index, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.floating)]
 

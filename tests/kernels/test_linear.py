@@ -1,6 +1,7 @@
 """The matrix products and `prepare`: every implementation against float64, and what is refused."""
 
 import dataclasses
+import itertools
 import math
 import re
 
@@ -23,6 +24,7 @@ from funnel_kernels import (
     project_heads,
     quantize,
 )
+from funnel_kernels.linear import GATE_ACTIVATIONS
 from option_grid import (
     BACKENDS,
     DTYPES,
@@ -74,12 +76,12 @@ def test_linear_agrees_with_float64(backend, case):
 @pytest.mark.parametrize("backend", SERVED)
 def test_gated_linear_agrees_with_float64(backend, case):
     x, weight, _ = case.arrays()
-    actual = jax.jit(lambda *arrays: gated_linear(*arrays, target=target(backend)))(
+    actual = jax.jit(lambda *arrays: gated_linear(*arrays, activation=case.gate, target=target(backend)))(
         x, prepare(weight, parts=2, target=target(backend))
     )
     (gate, up), sizes = (np.split(part, 2, axis=1) for part in exact_product(x, weight, backend))
-    inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
-    expected = 0.5 * gate * (1 + np.tanh(inner)) * up
+    gelu = 0.5 * gate * (1 + np.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)))
+    expected = (gelu if case.gate == "gelu_tanh" else gate / (1 + np.exp(-gate))) * up
     assert actual.shape == expected.shape
     assert actual.dtype == x.dtype
     check(actual, expected, (1 + sizes[0]) * (1 + sizes[1]), WIDE_ROUNDING[case.dtype])
@@ -150,16 +152,17 @@ def exact_heads(case: HeadsCase, backend: str) -> list[np.ndarray]:
     cos, sin = exact(cos, sin)
     product = exact_product(x, weight, backend)[0].reshape(case.rows, -1, case.head_dim)
     first, groups = 0, []
-    for index, count in enumerate(case.heads):
+    for index, count in enumerate([*case.heads, *[case.plain_heads] * bool(case.plain_heads)]):
         group = product[:, first : first + count]
         first += count
-        if norms is not None:
+        if index < case.normed:
             rms = np.sqrt((group**2).sum(-1, keepdims=True) / case.head_dim + case.options()["eps"])
             group = group / rms * (1 + np.asarray(norms[index], np.float64))
-        pairs = (group[..., : case.head_dim // 2] + 1j * group[..., case.head_dim // 2 :]) * (cos + 1j * sin)[:, None]
-        groups.append(np.concatenate([pairs.real, pairs.imag], axis=-1))
-    if case.plain_heads:
-        groups.append(product[:, first:])
+        if index < len(case.heads):
+            pairs = group[..., : case.head_dim // 2] + 1j * group[..., case.head_dim // 2 :]
+            pairs = pairs * (cos + 1j * sin)[:, None]
+            group = np.concatenate([pairs.real, pairs.imag], axis=-1)
+        groups.append(group)
     return [group.reshape(case.rows, -1) for group in groups]
 
 
@@ -186,11 +189,11 @@ def test_on_accelerators_the_products_are_xlas(backend, weights):
     targets = theirs, dataclasses.replace(theirs, backend="xla")
     assert prepare(weight, target=theirs) is weight
     assert len({np.asarray(linear(x, weight, add, target=each)).tobytes() for each in targets}) == 1
-    assert len({np.asarray(gated_linear(x, weight, target=each)).tobytes() for each in targets}) == 1
+    assert len({np.asarray(gated_linear(x, weight, activation="silu", target=each)).tobytes() for each in targets}) == 1
     arrays = LinearAddNormCase(5, 24, 40, weights=weights).arrays()[:4]
     results = [linear_add_norm(*arrays, eps=EPS, target=each) for each in targets]
     assert all((ours == expected).all() for ours, expected in zip(*results, strict=True))
-    case = HeadsCase(5, 24, 8, (3, 1), 1, normed=True, weights=weights)
+    case = HeadsCase(5, 24, 8, (3, 1), 1, normed=3, weights=weights)
     results = [project_heads(*case.arrays(), **case.options(), target=each) for each in targets]
     assert all((ours == expected).all() for ours, expected in zip(*results, strict=True))
 
@@ -271,14 +274,14 @@ def test_a_product_of_integers_has_no_derivative():
 
 
 def test_large_gates_neither_overflow_nor_vanish():
-    """gelu(x) is x for large x and 0 for very negative ones, where its exponential over- and underflows."""
+    """Both activations are x for large x and 0 for very negative ones, where their exponentials over- and underflow."""
     gates = np.array([-1e30, -200.0, -50.0, -20.0, 20.0, 50.0, 200.0, 1e30], np.float32)
     weight = np.concatenate([gates, np.ones(8, np.float32)])[:, None]
-    for backend in SERVED:
-        out = gated_linear(
-            np.ones((1, 1), np.float32), prepare(weight, parts=2, target=target(backend)), target=target(backend)
-        )
-        np.testing.assert_allclose(np.asarray(out)[0], np.maximum(gates, 0), rtol=1e-6, atol=1e-30)
+    for backend, activation in itertools.product(SERVED, GATE_ACTIVATIONS):
+        prepared = prepare(weight, parts=2, target=target(backend))
+        x = np.ones((1, 1), np.float32)
+        out = gated_linear(x, prepared, activation=activation, target=target(backend))
+        np.testing.assert_allclose(np.asarray(out)[0], np.maximum(gates, 0), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -313,7 +316,7 @@ def test_only_backend_cpu_reads_a_packed_weight_and_only_that():
         with pytest.raises(BackendUnavailable, match=f"{backend}: the weight is packed for backend 'cpu'"):
             linear(x, packed, target=target(backend))
         with pytest.raises(BackendUnavailable, match="packed for backend 'cpu'"):
-            gated_linear(x, packed_weight(weight, 2), target=target(backend))
+            gated_linear(x, packed_weight(weight, 2), activation="silu", target=target(backend))
     with pytest.raises(BackendUnavailable, match=r"cpu: the weight is not packed \(funnel_kernels.prepare\)"):
         linear(x, weight, target=target("cpu"))
     np.testing.assert_allclose(linear(x, weight, target=target()), x @ weight.T, rtol=1e-4, atol=1e-5)  # auto goes on
@@ -354,9 +357,11 @@ def test_what_does_not_fit_is_refused():
         with pytest.raises(InputError, match=message):
             linear(*arrays, target=target())
     with pytest.raises(InputError, match="packed in 1 parts, but this product needs 2"):
-        gated_linear(x, packed, target=target())
+        gated_linear(x, packed, activation="silu", target=target())
     with pytest.raises(InputError, match="63 rows; the number must be even"):
-        gated_linear(x, weight[:63], target=target())
+        gated_linear(x, weight[:63], activation="silu", target=target())
+    with pytest.raises(InputError, match="activation='gelu' must be one of gelu_tanh, silu"):
+        gated_linear(x, weight, activation="gelu", target=target())
     norm = np.ones(64, np.float32)
     for arrays, update_weight, message in (
         ((x, weight, add[:3], norm), None, r"add has shape \(3, 64\); it must have shape \(4, 64\)"),
@@ -368,7 +373,7 @@ def test_what_does_not_fit_is_refused():
     ):
         with pytest.raises(InputError, match=message):
             linear_add_norm(*arrays, update_weight=update_weight, eps=EPS, target=target())
-    x, weight, cos, sin, norms = HeadsCase(4, 32, 64, (2, 1), 1, normed=True).arrays()
+    x, weight, cos, sin, norms = HeadsCase(4, 32, 64, (2, 1), 1, normed=3).arrays()
     right = {"heads": (2, 1), "plain_heads": 1, "eps": 1e-6}
     for arrays, changed, message in (
         ((x, weight[:-1], cos, sin), {}, "weight has 255 rows; 4 heads of width 64 need 256"),
@@ -383,9 +388,13 @@ def test_what_does_not_fit_is_refused():
         ),
         ((x, weight, cos, sin), {"heads": (5,), "plain_heads": -1}, "plain_heads must be at least 0"),
         ((x, weight, cos, sin), {"heads": ()}, "at least one number"),
-        ((x, weight, cos, sin, norms[:1]), {}, "norms has 1 weights for 2 groups"),
-        ((x, weight, cos, sin, (norms[0], norms[1][:5])), {}, r"norm has shape \(5,\); it must have shape \(64,\)"),
+        ((x, weight, cos, sin, norms[:1]), {}, "norms has 1 entries for 3 groups"),
+        (
+            (x, weight, cos, sin, (norms[0], norms[1][:5], None)),
+            {},
+            r"norm has shape \(5,\); it must have shape \(64,\)",
+        ),
         ((x, packed_weight(weight, 2), cos, sin), {}, "packed in 2 parts"),
     ):
         with pytest.raises(InputError, match=message):
-            project_heads(*arrays, **right | changed, target=target())
+            project_heads(*(arrays if len(arrays) == 5 else (*arrays, norms)), **right | changed, target=target())

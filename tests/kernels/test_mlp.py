@@ -28,9 +28,10 @@ def test_blocks_of_rows_change_nothing(monkeypatch, dtype, most_rows):
     monkeypatch.setattr(module, "HIDDEN_PER_BLOCK", 24 * most_rows)
     here = target("xla")
     options = {"update_weight": update_weight, "eps": EPS, "target": here}
-    hidden = gated_linear(normed, gate_up, target=here)
+    hidden = gated_linear(normed, gate_up, activation="silu", target=here)
     expected = linear_add_norm(hidden, down, x, norm_weight, **options)
-    for ours, whole in zip(mlp(x, normed, gate_up, down, norm_weight, **options), expected, strict=True):
+    blocks = mlp(x, normed, gate_up, down, norm_weight, activation="silu", **options)
+    for ours, whole in zip(blocks, expected, strict=True):
         tolerance = 1e-5 if dtype == "float32" else 2**-7
         np.testing.assert_allclose(
             np.asarray(ours, np.float32), np.asarray(whole, np.float32), rtol=tolerance, atol=4 * tolerance
@@ -41,7 +42,7 @@ def test_an_accelerator_takes_all_rows_at_once(monkeypatch):
     monkeypatch.setattr(module, "HIDDEN_PER_BLOCK", 24 * 5)
     x, normed, gate_up, down, norm_weight, _ = arrays("float32", 23)
     for platform, loops in (("gpu", 0), ("tpu", 0), ("cpu", 1)):
-        run = jax.make_jaxpr(lambda *a, p=platform: mlp(*a, eps=EPS, target=Target("xla", p)))
+        run = jax.make_jaxpr(lambda *a, p=platform: mlp(*a, activation="gelu_tanh", eps=EPS, target=Target("xla", p)))
         text = str(run(x, normed, gate_up, down, norm_weight))
         assert text.count("scan") + text.count("while") >= loops
         assert ("scan" in text or "while" in text) == bool(loops)
@@ -51,8 +52,8 @@ def test_packed_weights_are_taken():
     x, normed, gate_up, down, norm_weight, _ = arrays("float32", 9)
     here = target()
     packed = prepare(gate_up, parts=2, target=here), prepare(down, target=here)
-    ours = mlp(x, normed, *packed, norm_weight, eps=EPS, target=here)
-    expected = mlp(x, normed, gate_up, down, norm_weight, eps=EPS, target=target("reference"))
+    ours = mlp(x, normed, *packed, norm_weight, activation="gelu_tanh", eps=EPS, target=here)
+    expected = mlp(x, normed, gate_up, down, norm_weight, activation="gelu_tanh", eps=EPS, target=target("reference"))
     for a, b in zip(ours, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
@@ -60,9 +61,9 @@ def test_packed_weights_are_taken():
 def test_what_does_not_fit_is_refused():
     x, normed, gate_up, down, norm_weight, _ = arrays("float32", 4)
     with pytest.raises(InputError, match=r"weight has shape \(40, 24\); it must have shape \(40, 20\)"):
-        mlp(x, normed, gate_up[:40], down, norm_weight, eps=EPS, target=target())
+        mlp(x, normed, gate_up[:40], down, norm_weight, activation="gelu_tanh", eps=EPS, target=target())
     with pytest.raises(InputError, match=r"add has shape \(3, 40\)"):
-        mlp(x[:3], normed, gate_up, down, norm_weight, eps=EPS, target=target())
+        mlp(x[:3], normed, gate_up, down, norm_weight, activation="gelu_tanh", eps=EPS, target=target())
 
 
 @pytest.mark.parametrize("rows", [1, 1024, 1025, 2500])

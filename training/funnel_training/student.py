@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from funnel_engine.heads import Head
 from funnel_engine.inputs import Ragged
 from funnel_engine.model import forward
 from funnel_engine.packing import ROW_ALIGNMENT, Batch, Ints, Plan, make_plan, pack, round_up, spans
-from funnel_engine.weights import PRODUCTS, nest
+from funnel_engine.weights import PRODUCTS, dtype_for, nest
 from funnel_kernels import Target
 from funnel_kernels.errors import ConfigError
 
@@ -119,7 +119,7 @@ class Student:
                 down = jax.random.normal(key, (self.rank, columns)) * columns**-0.5
                 trained[name] = {"down": down, "up": jnp.zeros((rows, self.rank))}
         stay = [name for name in weights if not isinstance(trained.get(name), jax.Array)]
-        return trained, {name: jnp.asarray(weights[name], self.dtype) for name in stay}
+        return trained, {name: in_dtype(name, weights[name], self.dtype) for name in stay}
 
     def merge(self, trained: Weights, frozen: Mapping[str, Any], dtype: Any) -> Weights:
         """All weights by name, in a dtype; the products of LoRA are added in float32."""
@@ -129,12 +129,13 @@ class Student:
             else weight
             for name, weight in trained.items()
         }
-        return {name: jnp.asarray(weight, dtype) for name, weight in {**frozen, **trained}.items()}
+        return {name: in_dtype(name, weight, dtype) for name, weight in {**frozen, **trained}.items()}
 
     def outputs(self, trained: Weights, frozen: Weights, packs: Packs) -> jax.Array:
         """What the head returns: [P, B, ...] if it reads texts, [P, R, ...] if it reads every row; float32."""
         target = Target.of(self.mesh.devices.flat[0], backend="xla")
-        encode = partial(forward, config=self.config, funnel=self.funnel, target=target, recompute=self.recompute)
+        options: dict[str, Any] = {"dtype": self.dtype, "target": target, "recompute": self.recompute}
+        encode: Callable[..., jax.Array] = partial(forward, config=self.config, funnel=self.funnel, **options)
 
         def pack_outputs(weights: Weights, one: Packs) -> jax.Array:
             rows = encode(nest(weights, self.config, self.funnel), one.batch)
@@ -188,3 +189,8 @@ class Student:
             groups[-1].append(text)
             used += needed[text]
         return [np.array(group, np.int32) for group in groups]
+
+
+def in_dtype(name: str, weight: Any, dtype: Any) -> jax.Array:
+    """A weight in a dtype; norms stay float32."""
+    return jnp.asarray(weight, dtype_for(name, str(jnp.dtype(dtype)), str(jnp.dtype(dtype))))

@@ -148,10 +148,10 @@ def heads_case(sizes: Sizes) -> Case:
     width, out = config.hidden_size, d * (sum(groups) + groups[1])
 
     def arrays(target: Target) -> tuple[Any, ...]:
-        norms = tuple(sizes.normal(d, seed=2 + group) for group in range(2))
+        norms = tuple(sizes.normal(d, seed=2 + group) if config.qk_norm else None for group in range(2))
         angles = jnp.arange(rows * d // 2, dtype=jnp.float32).reshape(rows, d // 2)
         weight = sizes.weight(out, width, target)
-        return sizes.normal(rows, width), weight, jnp.cos(angles), jnp.sin(angles), norms if config.qk_norm else None
+        return sizes.normal(rows, width), weight, jnp.cos(angles), jnp.sin(angles), (*norms, None)
 
     moved = sizes.itemsize * (rows * width + out * width + rows * out)
     options: Any = {"heads": groups, "plain_heads": groups[1], "eps": config.norm_eps}
@@ -195,7 +195,7 @@ def gated_case(sizes: Sizes) -> Case:
 
     moved = sizes.itemsize * (rows * width + 2 * out * width + rows * out)
     name = f"gated_linear, {rows} x {width} x (2 x {out})"
-    return op_case(name, gated_linear, arrays, 4 * rows * width * out, moved)
+    return op_case(name, gated_linear, arrays, 4 * rows * width * out, moved, activation=sizes.config.activation)
 
 
 def attention_case(sizes: Sizes, layout: Layout, what: str) -> Case:

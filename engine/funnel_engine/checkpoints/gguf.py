@@ -28,7 +28,7 @@ from funnel_engine.input_files import decode, file_in, is_file, reading
 from funnel_engine.messages import quote
 from funnel_engine.presets import preset
 from funnel_engine.text import TextConfig
-from funnel_engine.weights import expected_shapes
+from funnel_engine.weights import expected_shapes, is_norm
 from funnel_kernels.errors import CheckpointError
 
 SUFFIX = ".gguf"
@@ -286,7 +286,10 @@ def weight_parts(config: ModelConfig, head: HeadConfig) -> Parts:
         prefix = block.replace("layers", "blk")
         names = [f"{prefix}.{name}.weight" for name in LAYER[leaf]] if block else [f"{OUTER[leaf]}.weight"]
         sizes = rows.get(leaf, shape[:1])
-        parts[ours] = tuple(Part(name, (size, *shape[1:])) for name, size in zip(names, sizes, strict=True))
+        minus = float(is_norm(ours))  # llama.cpp stores `1 + weight`
+        parts[ours] = tuple(
+            Part(name, (size, *shape[1:]), minus=minus) for name, size in zip(names, sizes, strict=True)
+        )
     for ours, shape in head_shapes(config.hidden_size, head).items():
         parts[ours] = (Part(f"{DENSE[int(ours.split('.')[1])]}.weight", shape),)
     return parts

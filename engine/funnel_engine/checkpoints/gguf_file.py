@@ -46,7 +46,7 @@ class GGUFTensor(NamedTuple):
     size: int
 
     def read(self, at: tuple[int, ...], start: int, stop: int) -> np.ndarray:
-        """Rows as float32. Norms, which the file stores as `1 + weight`, are returned zero-centred.
+        """Rows as float32.
 
         Raises:
             CheckpointError: the file cannot be read any more, or became shorter.
@@ -60,8 +60,7 @@ class GGUFTensor(NamedTuple):
         data = read_array(self.path, first, np.dtype(np.uint8), size)
         with np.errstate(over="ignore", invalid="ignore"):  # scales may be damaged; values are checked when written
             values = dequantize(data.reshape(stop - start, row_bytes), GGMLQuantizationType[self.dtype])
-        values = values.reshape(stop - start, *self.shape[1:])
-        return values - np.float32(1) if self.name.endswith("norm.weight") else values
+        return values.reshape(stop - start, *self.shape[1:])
 
 
 class Header(NamedTuple):

@@ -20,7 +20,7 @@ from funnel_engine.heads import HeadConfig, head_shapes
 from funnel_engine.hugging_face_config import read_model_config
 from funnel_engine.input_files import decode, file_in, is_file, optional_file, read_json, reading, unfinished_downloads
 from funnel_engine.messages import quote
-from funnel_engine.weights import expected_shapes
+from funnel_engine.weights import expected_shapes, is_norm
 from funnel_kernels.errors import CheckpointError
 
 CONFIG = "config.json"
@@ -51,6 +51,10 @@ NORMS = {
     "t5gemma": SANDWICH_NORMS
     | {"attention_input_norm": ("pre_self_attn_layernorm",), "attention_output_norm": ("post_self_attn_layernorm",)},
 }
+
+
+# Families whose norms multiply by `1 + weight`. Those of the others multiply by `weight`.
+ZERO_CENTRED = ("gemma", "gemma2", "gemma3_text", "t5gemma")
 
 
 class Layout(NamedTuple):
@@ -186,16 +190,22 @@ def read_tensors(directory: Path, drop_rule: Callable[[str], str | None]) -> dic
 def encoder_parts(config: ModelConfig, prefix: str) -> Parts:
     """For each of our encoder weights, the tensors that contain its rows, in order."""
     layer = LAYER | NORMS[config.family]
-    q_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    rows = {"qkv": (q_width, kv_width, kv_width), "gate_up": (config.intermediate_size,) * 2}
     parts = {}
     for ours, shape in expected_shapes(config, HeadConfig()).items():
         block, _, leaf = ours.rpartition(".")  # "layers.3" and "qkv", or "" and "embedding"
         theirs = (
             [f"{prefix}{block}.{name}.weight" for name in layer[leaf]] if block else [f"{prefix}{OUTER[leaf]}.weight"]
         )
-        sizes = rows.get(leaf, shape[:1])
-        parts[ours] = tuple(Part(name, (size, *shape[1:])) for name, size in zip(theirs, sizes, strict=True))
+        sizes = shape[:1]
+        if leaf == "qkv":
+            heads = config.heads(config.layer_types[int(block.removeprefix("layers."))])
+            sizes = heads.query_width, heads.key_width, heads.key_width
+        elif leaf == "gate_up":
+            sizes = (config.intermediate_size,) * 2
+        minus = float(is_norm(ours) and config.family not in ZERO_CENTRED)
+        parts[ours] = tuple(
+            Part(name, (size, *shape[1:]), minus=minus) for name, size in zip(theirs, sizes, strict=True)
+        )
     return parts
 
 

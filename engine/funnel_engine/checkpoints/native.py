@@ -51,18 +51,28 @@ from funnel_engine.weights import (
     SCALE,
     count_parameters,
     expected_shapes,
+    is_norm,
     join_scales,
     tensor_types,
 )
 from funnel_kernels import quantize
 from funnel_kernels.errors import CheckpointError
 
-VERSION = 4
+VERSION = 5
 # The fields that a version added to the one before it, and what they mean where they are missing.
-# Version 4 also allows a funnel by length.
+# Version 4 also allows a funnel by length. Before version 5, norms had the dtype of the other weights.
 ADDED: dict[int, dict[str, Any]] = {
     3: {"funnel": dataclasses.asdict(FunnelConfig()) | {"strides": []}, "training": None},
     4: {"head": {"classifier_input": "last_token"}, "training": {"held_out": {}}, "quantized": {}},
+    5: {
+        "config": {
+            "full_kv_heads": None,
+            "full_head_dim": None,
+            "activation": "gelu_tanh",
+            "scale_embedding": True,
+            "value_norm": False,
+        }
+    },
 }
 MANIFEST = "funnel.json"
 SHARD_BYTES = 4_900_000_000  # bytes of tensors in a file; with its header it stays below 5 GB
@@ -94,7 +104,7 @@ class Manifest:
     """The content of funnel.json. A change that older engines cannot read needs a new `version`.
 
     Attributes:
-        dtype: the dtype of every tensor, "bfloat16" or "float32"; with "int8" see `weights.tensor_types`.
+        dtype: "float32", "bfloat16" or "int8"; `weights.tensor_types` says what dtype each tensor has.
         quantized: see `SourceModel`.
         funnel: the funnel that the model is meant to run with; `Engine.load` uses it.
         training: how the weights were trained for this funnel; None if they were not.
@@ -257,7 +267,7 @@ def read_shards(directory: Path, manifest: Manifest, files: Mapping[str, Path]) 
     dtypes = {tensor.dtype.name for tensor in types.values()}
     check_tensors(directory, {name: tensor.shape for name, tensor in types.items()}, tensors, tuple(sorted(dtypes)))
     for name, tensor in tensors.items():
-        if tensor.dtype != types[name].dtype.name:
+        if tensor.dtype != types[name].dtype.name and not (is_norm(name) and tensor.dtype == manifest.dtype):
             raise CheckpointError(
                 f"{tensor.path}: {name} is {tensor.dtype}, but it must be {types[name].dtype.name} in a checkpoint "
                 f"whose dtype is {manifest.dtype}; convert the source again"

@@ -28,7 +28,7 @@ from funnel_engine.checkpoints.tensors import Part, Parts, assemble, drop_by_nam
 from funnel_engine.checkpoints.tokenizer_files import find_tokenizer
 from funnel_engine.config import ModelConfig
 from funnel_engine.heads import DenseConfig, HeadConfig
-from funnel_engine.hugging_face_config import MAX_LAYERS
+from funnel_engine.hugging_face_config.fields import MAX_LAYERS
 from funnel_engine.input_files import HEAD_BYTES, file_in, is_file, optional_file, reading, refuse_replacement
 from funnel_engine.messages import quote
 from funnel_engine.text import TextConfig

@@ -146,7 +146,7 @@ def join_shards(
 
 
 class Part(NamedTuple):
-    """The part of a source tensor that goes into one of our weights: `tensor[at][:rows].transpose(axes)`, flattened.
+    """The part of a source tensor that goes into one of our weights: `tensor[at][:rows].transpose(axes) - minus`, flat.
 
     Attributes:
         name: the name of the tensor.
@@ -154,6 +154,7 @@ class Part(NamedTuple):
         at: leading indices of the part.
         axes: the order of the part's axes in our weight; None keeps the order.
         rows: the number of rows to take; None takes all.
+        minus: subtracted in float32; 1 for the factors of norms, because ours are zero-centred.
     """
 
     name: str
@@ -161,6 +162,7 @@ class Part(NamedTuple):
     at: tuple[int, ...] = ()
     axes: tuple[int, ...] | None = None
     rows: int | None = None
+    minus: float = 0.0
 
 
 Parts = Mapping[str, tuple[Part, ...]]  # by our weight's name
@@ -174,12 +176,13 @@ class Rows(NamedTuple):
 
     def pieces(self) -> Iterator[np.ndarray]:
         """The values in our order, as arrays of about 1 MiB, or of one row if that is larger."""
-        _, _, at, axes, rows = self.part
+        _, _, at, axes, rows, minus = self.part
         shape = self.tensor.shape[len(at) :]
         rows = shape[0] if rows is None else rows
         if axes is None:
             for start, stop in row_blocks((rows, *shape[1:])):
-                yield self.tensor.read(at, start, stop)
+                piece = self.tensor.read(at, start, stop)
+                yield piece.astype(np.float32) - np.float32(minus) if minus else piece
             return
         view = self.tensor.read(at, 0, rows).transpose(axes)
         for start, stop in row_blocks(view.shape):

@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 
 from funnel_kernels.add_norm import add_norm
-from funnel_kernels.checks import check_float, check_shape
+from funnel_kernels.checks import check_choice, check_float, check_shape
 from funnel_kernels.errors import InputError
 from funnel_kernels.linear.packed import PackedWeight, QuantizedWeight, Weight, prepare, quantize
 from funnel_kernels.op import Op
 from funnel_kernels.target import Target
 
 __all__ = [
+    "GATE_ACTIVATIONS",
     "PackedWeight",
     "QuantizedWeight",
     "Weight",
@@ -23,6 +24,8 @@ __all__ = [
     "project_heads",
     "quantize",
 ]
+
+GATE_ACTIVATIONS = ("gelu_tanh", "silu")
 
 # On GPUs and TPUs XLA computes the products: it calls cuBLAS, or uses the matrix unit of the TPU.
 LINEAR: Op[jax.Array] = Op("linear", __name__, "xla", "cpu")
@@ -66,9 +69,10 @@ def gated_linear(
     x: jax.Array,  # [N, in]
     weight: Weight,  # [2 * out, in]
     *,
+    activation: str,
     target: Target,
 ) -> jax.Array:  # [N, out], dtype of x
-    """`gelu(x @ gate.T) * (x @ up.T)`: GeGLU (arXiv:2002.05202), the tanh approximation of gelu.
+    """`activation(x @ gate.T) * (x @ up.T)`: GeGLU with "gelu_tanh", SwiGLU with "silu" (arXiv:2002.05202).
 
     Everything is computed in float32 and the result is rounded once. On an accelerator both products are rounded to
     the dtype of `x` first, because they are the largest arrays that it writes to memory.
@@ -76,6 +80,7 @@ def gated_linear(
     Args:
         x: float32 or bfloat16.
         weight: the rows of gate and then the rows of up, as `prepare` returns it for the target with `parts=2`.
+        activation: "gelu_tanh", the tanh approximation of gelu (arXiv:1606.08415), or "silu", x * sigmoid(x).
         target: where it runs, and with which kernels.
 
     Raises:
@@ -88,7 +93,8 @@ def gated_linear(
         raise InputError(
             f"weight has {weight.shape[0]} rows; the number must be even, half of the rows for gate and half for up"
         )
-    return GATED_LINEAR(x, weight, target=target)
+    check_choice("activation", activation, GATE_ACTIVATIONS)
+    return GATED_LINEAR(x, weight, activation=activation, target=target)
 
 
 def linear_add_norm(
@@ -145,7 +151,7 @@ def project_heads(
     weight: Weight,  # [(sum(heads) + plain_heads) * d, in]
     cos: jax.Array,  # [N, d / 2]
     sin: jax.Array,  # [N, d / 2]
-    norms: tuple[jax.Array, ...] | None = None,  # [d] each
+    norms: tuple[jax.Array | None, ...],  # [d] each
     *,
     heads: tuple[int, ...],
     plain_heads: int = 0,
@@ -161,10 +167,10 @@ def project_heads(
         x: float32 or bfloat16.
         weight: in the dtype of `x`, bfloat16 or int8, as `prepare` returns it for the target.
         cos, sin: float32, cosines and sines of the d / 2 angles of each row.
-        norms: for each of `heads`, the zero-centred weight of an RMSNorm over d before the rotation (the factor is
-            `1 + weight`). None applies no norm.
+        norms: for each result, the zero-centred weight of an RMSNorm over d before the rotation (the factor is
+            `1 + weight`), or None for no norm.
         heads: the number of heads of each result, in the order of the rows of `weight`: e.g. of queries and of keys.
-        plain_heads: the number of heads at the end that are not normalised and not rotated: the values.
+        plain_heads: the number of heads at the end that are not rotated: the values.
         eps: added to the mean square in each norm.
         target: where it runs, and with which kernels.
 
@@ -188,12 +194,13 @@ def project_heads(
         raise InputError(
             f"weight has {weight.shape[0]} rows; {count} heads of width {head_dim} need {count * head_dim}"
         )
-    if norms is not None:
-        if len(norms) != len(heads):
-            raise InputError(
-                f"norms has {len(norms)} weights for {len(heads)} groups of heads; give one for each group, or None"
-            )
-        for norm in norms:
+    groups = len(heads) + (plain_heads > 0)
+    if len(norms) != groups:
+        raise InputError(
+            f"norms has {len(norms)} entries for {groups} groups of heads; give a weight or None for each group"
+        )
+    for norm in norms:
+        if norm is not None:
             check_float("norm", norm, ndim=1)
             check_shape("norm", norm, (head_dim,))
     return PROJECT_HEADS(x, weight, cos, sin, norms, heads=heads, plain_heads=plain_heads, eps=eps, target=target)

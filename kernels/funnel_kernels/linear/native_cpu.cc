@@ -1,4 +1,5 @@
 // The handlers of products with a model's weights, and of the operations that follow them tile by tile.
+#include <algorithm>
 #include <string>
 #include <utility>
 #include <vector>
@@ -72,15 +73,16 @@ ffi::Error linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weights
 }
 
 ffi::Error gated_linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weights, ffi::Result<ffi::AnyBuffer> out,
-                        int64_t out_features, int64_t threads) {
+                        int64_t out_features, int64_t activation, int64_t threads) {
   ffi::Error error;
   Product product;
+  if (activation < 0 || activation >= kActivations) return invalid("there is no such activation");
   if (!read_product(x, weights, out_features, 2, product, error)) return error;
   if (!fits("the result", *out, x.element_type(), {product.rows, out_features}, error)) return error;
   char* to = static_cast<char*>(out->untyped_data());
   return by_tiles(pool, threads, product, [&](const Tile& tile) {
     FUNNEL_BEST(store_gated)
-    (tile.parts[0], tile.parts[1], tile.stride, tile.rows, tile.columns,
+    (tile.parts[0], tile.parts[1], tile.stride, tile.rows, tile.columns, static_cast<Activation>(activation),
      to + (tile.row * out_features + tile.column) * product.element(), product.is_bfloat16, out_features);
   });
 }
@@ -123,15 +125,18 @@ struct Heads {
   char* out;  // [rows, end - first, head_dim]
 };
 
-// Reads the results: one for each count in `turned`, with a norm for each or for none, and then one for the heads that
-// are left as they are, if there are any.
+// Reads the results: one for each count in `turned`, and then one for the heads that are not turned, if there are any.
+// `normed` says which of them have a norm.
 bool read_heads(ffi::RemainingArgs& norms, ffi::RemainingRets& outs, ffi::Span<const int64_t> turned, int64_t plain,
-                int64_t head_dim, const Product& product, std::vector<Heads>& all, ffi::Error& error) {
+                ffi::Span<const int64_t> normed, int64_t head_dim, const Product& product, std::vector<Heads>& all,
+                ffi::Error& error) {
   const size_t results = turned.size() + (plain > 0);
-  if (outs.size() != results || (norms.size() != 0 && norms.size() != turned.size())) {
-    error = invalid("each group of heads needs a result, and a norm if another group has one");
+  const size_t norms_needed = std::count_if(normed.begin(), normed.end(), [](int64_t has) { return has != 0; });
+  if (outs.size() != results || normed.size() != results || norms.size() != norms_needed) {
+    error = invalid("each group of heads needs a result, and a norm if `normed` says so");
     return false;
   }
+  size_t norms_read = 0;
   const auto dtype = product.is_bfloat16 ? ffi::BF16 : ffi::F32;
   int64_t first = 0;
   for (size_t i = 0; i < results; ++i) {
@@ -141,8 +146,8 @@ bool read_heads(ffi::RemainingArgs& norms, ffi::RemainingRets& outs, ffi::Span<c
     if (out.has_error()) return error = out.error(), false;
     if (!fits("heads", **out, dtype, {product.rows, count * head_dim}, error)) return false;
     Heads heads{first, first + count, nullptr, turns, static_cast<char*>((*out)->untyped_data())};
-    if (turns && norms.size() != 0) {
-      const auto norm = norms.get<ffi::AnyBuffer>(i);
+    if (normed[i] != 0) {
+      const auto norm = norms.get<ffi::AnyBuffer>(norms_read++);
       if (norm.has_error()) return error = norm.error(), false;
       if (!read_factor("a head's norm", *norm, head_dim, heads.factor, error)) return false;
     }
@@ -154,7 +159,8 @@ bool read_heads(ffi::RemainingArgs& norms, ffi::RemainingRets& outs, ffi::Span<c
 
 ffi::Error project_heads(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weights, ffi::AnyBuffer cos,
                          ffi::AnyBuffer sin, ffi::RemainingArgs norms, ffi::RemainingRets outs,
-                         ffi::Span<const int64_t> turned, int64_t plain, int64_t head_dim, float eps, int64_t threads) {
+                         ffi::Span<const int64_t> normed, ffi::Span<const int64_t> turned, int64_t plain,
+                         int64_t head_dim, float eps, int64_t threads) {
   ffi::Error error;
   Product product;
   if (head_dim < kUnit || head_dim % kUnit != 0 || head_dim > kMostFeatures) {
@@ -172,7 +178,7 @@ ffi::Error project_heads(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer 
   }
   std::vector<Heads> groups;
   try {
-    if (!read_heads(norms, outs, turned, plain, head_dim, product, groups, error)) return error;
+    if (!read_heads(norms, outs, turned, plain, normed, head_dim, product, groups, error)) return error;
   } catch (const std::bad_alloc&) {
     return ffi::Error(ffi::ErrorCode::kResourceExhausted, "funnel_native: no memory for heads");
   }
@@ -212,6 +218,7 @@ Handlers linear_handlers() {
                              .Arg<ffi::AnyBuffer>()
                              .Ret<ffi::AnyBuffer>()
                              .Attr<int64_t>("out_features")
+                             .Attr<int64_t>("activation")
                              .Attr<int64_t>("threads"));
   XLA_FFI_DEFINE_HANDLER(linear_add_norm_handler, linear_add_norm,
                          ffi::Ffi::Bind()
@@ -234,6 +241,7 @@ Handlers linear_handlers() {
                              .Arg<ffi::AnyBuffer>()
                              .RemainingArgs()
                              .RemainingRets()
+                             .Attr<ffi::Span<const int64_t>>("normed")
                              .Attr<ffi::Span<const int64_t>>("heads")
                              .Attr<int64_t>("plain_heads")
                              .Attr<int64_t>("head_dim")

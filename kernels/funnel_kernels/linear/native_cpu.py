@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import funnel_native
 from funnel_kernels import native_calls
 from funnel_kernels.add_norm.native_cpu import add_norm
-from funnel_kernels.linear import xla
+from funnel_kernels.linear import GATE_ACTIVATIONS, xla
 from funnel_kernels.linear.packed import PackedWeight, Weight
 from funnel_kernels.shapes import Angles, Heads, Rows, Vector
 from funnel_kernels.target import Target, Unsupported
@@ -20,10 +20,18 @@ def linear(x: Rows, weight: Weight, add: Rows | None, *, target: Target) -> Rows
     return native_calls.call("funnel_linear", out, x, weight.packed, *added, out_features=out.shape[1], target=target)
 
 
-def gated_linear(x: Rows, weight: Weight, *, target: Target) -> Rows:
+def gated_linear(x: Rows, weight: Weight, *, activation: str, target: Target) -> Rows:
     out = jax.ShapeDtypeStruct((x.shape[0], weight.shape[0] // 2), x.dtype)
     generate_code(x, weight, out.shape[1], target)
-    return native_calls.call("funnel_gated_linear", out, x, weight.packed, out_features=out.shape[1], target=target)
+    return native_calls.call(
+        "funnel_gated_linear",
+        out,
+        x,
+        weight.packed,
+        out_features=out.shape[1],
+        activation=GATE_ACTIVATIONS.index(activation),
+        target=target,
+    )
 
 
 def linear_add_norm(
@@ -54,7 +62,7 @@ def project_heads(
     weight: Weight,
     cos: Angles,
     sin: Angles,
-    norms: tuple[Vector, ...] | None,
+    norms: tuple[Vector | None, ...],
     *,
     heads: tuple[int, ...],
     plain_heads: int,
@@ -78,7 +86,8 @@ def project_heads(
         weight.packed,
         cos,
         sin,
-        *(norms or ()),
+        *(norm for norm in norms if norm is not None),
+        normed=tuple(int(norm is not None) for norm in norms),
         heads=heads,
         plain_heads=plain_heads,
         head_dim=head_dim,

@@ -12,6 +12,19 @@ Floats gelu(Floats x) {
   return twice_u < -88.0f ? Floats{} : result;  // where the exponential would overflow
 }
 
+Floats silu(Floats x) {
+  const Floats result = x / (1.0f + exponential(-x));
+  return x < -88.0f ? Floats{} : result;  // where the exponential would overflow
+}
+
+// Functions as types, so that they are inlined.
+struct Gelu {
+  Floats operator()(Floats x) const { return gelu(x); }
+};
+struct Silu {
+  Floats operator()(Floats x) const { return silu(x); }
+};
+
 template <typename Add, typename Out>
 void store_product_as(const float* tile, int64_t tile_stride, int64_t rows, int64_t columns, const Add* add, Out* out,
                       int64_t stride) {
@@ -26,12 +39,13 @@ void store_product_as(const float* tile, int64_t tile_stride, int64_t rows, int6
   }
 }
 
-template <typename Out>
+template <typename Activate, typename Out>
 void store_gated_as(const float* gate, const float* up, int64_t tile_stride, int64_t rows, int64_t columns, Out* out,
                     int64_t stride) {
   for (int64_t i = 0; i < rows; ++i, gate += tile_stride, up += tile_stride, out += stride) {
-    store_row(out, columns,
-              [&](int64_t j, int64_t count) { return gelu(load_some(gate + j, count)) * load_some(up + j, count); });
+    store_row(out, columns, [&](int64_t j, int64_t count) {
+      return Activate()(load_some(gate + j, count)) * load_some(up + j, count);
+    });
   }
 }
 
@@ -77,10 +91,15 @@ void store_product(const float* tile, int64_t tile_stride, int64_t rows, int64_t
   });
 }
 
-void store_gated(const float* gate, const float* up, int64_t tile_stride, int64_t rows, int64_t columns, void* out,
-                 bool out_is_bfloat16, int64_t stride) {
+void store_gated(const float* gate, const float* up, int64_t tile_stride, int64_t rows, int64_t columns,
+                 Activation activation, void* out, bool out_is_bfloat16, int64_t stride) {
   choose(out_is_bfloat16, [&](auto out_element) {
-    store_gated_as(gate, up, tile_stride, rows, columns, static_cast<decltype(out_element)*>(out), stride);
+    auto* to = static_cast<decltype(out_element)*>(out);
+    if (activation == Activation::silu) {
+      store_gated_as<Silu>(gate, up, tile_stride, rows, columns, to, stride);
+    } else {
+      store_gated_as<Gelu>(gate, up, tile_stride, rows, columns, to, stride);
+    }
   });
 }
 

@@ -14,10 +14,14 @@ namespace funnel {
 FUNNEL_KERNEL(void, store_product, const float* tile, int64_t tile_stride, int64_t rows, int64_t columns,
               const void* add, bool add_is_bfloat16, void* out, bool out_is_bfloat16, int64_t stride)
 
-// out = gelu(gate) * up with the tanh approximation of gelu (arXiv:1606.08415), in float32 and rounded once; shapes and
-// strides as in store_product.
+// The activations of a gate, in the order of GATE_ACTIVATIONS in __init__.py: the tanh approximation of gelu
+// (arXiv:1606.08415), and x * sigmoid(x).
+enum class Activation { gelu_tanh, silu };
+constexpr int64_t kActivations = 2;
+
+// out = activation(gate) * up in float32, rounded once; shapes and strides as in store_product.
 FUNNEL_KERNEL(void, store_gated, const float* gate, const float* up, int64_t tile_stride, int64_t rows, int64_t columns,
-              void* out, bool out_is_bfloat16, int64_t stride)
+              Activation activation, void* out, bool out_is_bfloat16, int64_t stride)
 
 // One attention head of each row: its RMSNorm with `factor` [head_dim], unless that is null, then RoPE, which turns the
 // pairs (j, j + head_dim / 2) by the angles whose cosines and sines are cos, sin [rows, head_dim / 2], unless those are

@@ -48,9 +48,13 @@ def refuse_derivative(arrays: tuple[jax.Array, ...], directions: tuple[jax.Array
     raise InputError("the product with int8 weights has no derivative; train float weights, then quantize them")
 
 
-def gated_linear(x: Rows, weight: Weight) -> Rows:
+def gated_linear(x: Rows, weight: Weight, *, activation: str) -> Rows:
     gate, up = jnp.split(linear(x, weight, None), 2, axis=1)
-    return (jax.nn.gelu(gate, approximate=True) * up).astype(x.dtype)
+    return (activate(gate, activation) * up).astype(x.dtype)
+
+
+def activate(gate: Rows, activation: str) -> Rows:
+    return jax.nn.silu(gate) if activation == "silu" else jax.nn.gelu(gate, approximate=True)
 
 
 def linear_add_norm(
@@ -70,7 +74,7 @@ def project_heads(
     weight: Weight,
     cos: Angles,
     sin: Angles,
-    norms: tuple[Vector, ...] | None,
+    norms: tuple[Vector | None, ...],
     *,
     heads: tuple[int, ...],
     plain_heads: int,
@@ -79,14 +83,14 @@ def project_heads(
     rows, half = cos.shape
     all_heads = linear(x, weight, None).reshape(rows, -1, 2 * half)
     groups, first = [], 0
-    for index, count in enumerate(heads):
+    for index, count in enumerate((*heads, plain_heads) if plain_heads else heads):
         group = all_heads[:, first : first + count]
         first += count
-        if norms is not None:
-            group = rms_norm(group, norms[index], eps)
-        left, right = group[..., :half], group[..., half:]
-        rotated = (left * cos[:, None] - right * sin[:, None], right * cos[:, None] + left * sin[:, None])
-        groups.append(jnp.concatenate(rotated, axis=-1))
-    if plain_heads:
-        groups.append(all_heads[:, first:])
+        if (norm := norms[index]) is not None:
+            group = rms_norm(group, norm, eps)
+        if index < len(heads):
+            left, right = group[..., :half], group[..., half:]
+            rotated = (left * cos[:, None] - right * sin[:, None], right * cos[:, None] + left * sin[:, None])
+            group = jnp.concatenate(rotated, axis=-1)
+        groups.append(group)
     return tuple(group.reshape(rows, -1).astype(x.dtype) for group in groups)

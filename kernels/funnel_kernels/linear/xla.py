@@ -9,9 +9,12 @@ import jax.numpy as jnp
 
 from funnel_kernels.add_norm import add_norm
 from funnel_kernels.linear.packed import PackedWeight, QuantizedWeight, Weight
+from funnel_kernels.linear.reference import activate
 from funnel_kernels.norm import rms_norm, sum_dtype, widened
 from funnel_kernels.shapes import Angles, Heads, Rows, Vector
 from funnel_kernels.target import Target, Unsupported
+
+Rotation = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # of heads [..., d] by cosines and sines
 
 
 def linear(x: Rows, weight: Weight, add: Rows | None, *, target: Target) -> Rows:
@@ -25,13 +28,13 @@ def linear(x: Rows, weight: Weight, add: Rows | None, *, target: Target) -> Rows
     return (add + product).astype(add.dtype)
 
 
-def gated_linear(x: Rows, weight: Weight, *, target: Target) -> Rows:
+def gated_linear(x: Rows, weight: Weight, *, activation: str, target: Target) -> Rows:
     # On a CPU float32 costs nothing. An accelerator writes gate and up, the largest arrays, to memory and reads them
     # again, so there they are rounded to the dtype of the activations, as in transformers.
     product = project(x, weight, sum_dtype(x.dtype) if target.platform == "cpu" else x.dtype)
     # Split before the cast: otherwise XLA writes the whole array as float32.
     gate, up = (widened(half) for half in jnp.split(product, 2, axis=1))
-    return (jax.nn.gelu(gate, approximate=True) * up).astype(x.dtype)
+    return (activate(gate, activation) * up).astype(x.dtype)
 
 
 def linear_add_norm(
@@ -59,7 +62,7 @@ def project_heads(
     weight: Weight,
     cos: Angles,
     sin: Angles,
-    norms: tuple[Vector, ...] | None,
+    norms: tuple[Vector | None, ...],
     *,
     heads: tuple[int, ...],
     plain_heads: int,
@@ -74,7 +77,7 @@ def finish_heads(
     product: Heads,
     cos: Angles,
     sin: Angles,
-    norms: tuple[Vector, ...] | None,
+    norms: tuple[Vector | None, ...],
     dtype: Any,
     *,
     heads: tuple[int, ...],
@@ -87,15 +90,21 @@ def finish_heads(
     ends = [head_dim * sum(heads[: i + 1]) for i in range(len(heads))]
     *groups, plain = jnp.split(product, ends, axis=1)
 
-    def finish(norm: Vector | None, head: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-        return rotate(head if norm is None else rms_norm(head, norm, eps), cos, sin).astype(dtype)
+    def finish(norm: Vector | None, turn: Rotation, head: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+        return turn(head if norm is None else rms_norm(head, norm, eps), cos, sin).astype(dtype)
 
-    every_norm: tuple[Vector | None, ...] = norms or (None,) * len(heads)
-    rotated = [
-        per_head(partial(finish, norm), group, cos, sin, target=target)
-        for norm, group in zip(every_norm, groups, strict=True)
-    ]
-    return (*rotated, plain.astype(dtype)) if plain_heads else tuple(rotated)
+    turns = [rotate] * len(heads)
+    if plain_heads:
+        groups, turns = [*groups, plain], [*turns, leave]
+    return tuple(
+        per_head(partial(finish, norm, turn), group, cos, sin, target=target)
+        for norm, turn, group in zip(norms, turns, groups, strict=True)
+    )
+
+
+def leave(head: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Heads that are not rotated."""
+    return head
 
 
 def rotate(head: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

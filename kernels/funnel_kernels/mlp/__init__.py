@@ -20,12 +20,13 @@ def mlp(
     norm_weight: jax.Array,  # [D]
     *,
     update_weight: jax.Array | None = None,  # [D]
+    activation: str,
     eps: float,
     axis: str | None = None,
     one_block: bool = False,
     target: Target,
 ) -> tuple[Rows, Rows]:  # [N, D] each, dtype of x
-    """`x + down(gelu(gate(normed)) * up(normed))`, and Gemma's RMSNorm of the sum.
+    """`x + down(activation(gate(normed)) * up(normed))`, and Gemma's RMSNorm of the sum.
 
     These are the ops `gated_linear` and `linear_add_norm`. The hidden rows between them are many times wider than `x`.
     On a CPU they are computed in blocks, so their memory does not grow with N, and XLA's products are faster: a layer
@@ -37,6 +38,7 @@ def mlp(
         x: float32 or bfloat16, the residual stream.
         normed: its norm, in the same dtype.
         gate_up, down: as `prepare` returns them for the target; gate_up with `parts=2`.
+        activation: see `gated_linear`.
         norm_weight, update_weight, eps, axis: see `linear_add_norm`.
         one_block: all rows are one block on a CPU too. The derivative of blocks keeps the hidden rows of all of them.
         target: where it runs, and with which kernels.
@@ -47,7 +49,7 @@ def mlp(
     """
 
     def block(x: Rows, normed: Rows) -> tuple[Rows, Rows]:
-        hidden = gated_linear(normed, gate_up, target=target)
+        hidden = gated_linear(normed, gate_up, activation=activation, target=target)
         return linear_add_norm(
             hidden, down, x, norm_weight, update_weight=update_weight, eps=eps, axis=axis, target=target
         )

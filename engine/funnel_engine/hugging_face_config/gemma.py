@@ -1,13 +1,20 @@
-"""Reads a Hugging Face `config.json` into a `ModelConfig`: old and new field names, nested configs, class defaults.
+"""Gemma 1, 2 and 3, EmbeddingGemma, and the encoder of T5Gemma.
 
-Field names and defaults are those of the configuration classes of transformers 5.23 (`GemmaConfig`, `Gemma2Config`,
-`Gemma3TextConfig`, `T5GemmaModuleConfig`). A config file does not contain fields that have the class default.
+Their classes are `GemmaConfig`, `Gemma2Config`, `Gemma3TextConfig` and `T5GemmaModuleConfig`.
 """
 
 from typing import Any
 
-from funnel_engine.checks import check_flag, check_integer, check_number
+from funnel_engine.checks import check_flag, check_number
 from funnel_engine.config import ModelConfig, Rope, Window
+from funnel_engine.hugging_face_config.fields import (
+    MAX_LAYERS,
+    Config,
+    integer,
+    number,
+    read_layer_types,
+    read_rope,
+)
 from funnel_engine.messages import shorten
 from funnel_kernels.errors import ConfigError
 
@@ -40,50 +47,20 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "t5gemma": GEMMA_2 | {"attn_logit_softcapping": 50.0},
     "gemma3_text": GEMMA_2 | {"vocab_size": 262208, "max_position_embeddings": 131072},
 }
-# model_type -> the key of its nested text config, and the family of that config
-NESTED = {"gemma3": ("text_config", "gemma3_text"), "t5gemma": ("encoder", "t5gemma")}
-MAX_LAYERS = 1000  # the largest Gemma has 62; a damaged file must not fill the memory with layers
 ACTIVATIONS = ("gelu_pytorch_tanh", "gelu")  # the legacy value "gelu" means tanh too (transformers PR 29402)
 
 
-def read_model_config(config: dict[str, Any], sliding_window: int | None = None) -> ModelConfig:
-    """Reads the content of a `config.json` of Gemma 1, 2, 3, EmbeddingGemma or T5Gemma (its encoder).
-
-    Args:
-        sliding_window: replaces the value in the config, if that is known to be wrong.
-
-    Raises:
-        ConfigError: the family or a feature is not supported, or a value is not valid.
-    """
-    if not isinstance(config, dict):
-        raise ConfigError(f"the config is a {type(config).__name__}; it must be a JSON object")
-    refuse_own_code(config)
-    refuse_other_files(config)
-    refuse_quantized(config)
-    family = config.get("model_type")
-    text = config
-    if isinstance(family, str) and family in NESTED:
-        key, family = NESTED[family]
-        text = config.get(key) or {}
-        if not isinstance(text, dict):
-            raise ConfigError(f"{key} in the config is a {type(text).__name__}; it must be a JSON object")
-        refuse_quantized(text)
-    if not isinstance(family, str) or family not in DEFAULTS:
-        known = ", ".join(sorted({*DEFAULTS, *NESTED}))
-        raise ConfigError(f"model_type {shorten(family)} is not supported; this engine runs {known}")
-
-    fields = DEFAULTS[family] | {key: value for key, value in text.items() if value is not None}
-    if sliding_window is not None:
-        fields["sliding_window"] = sliding_window
+def read_gemma(config: Config) -> ModelConfig:
+    family, fields = config.family, config.fields
     refuse_unsupported(family, fields)
     num_layers = integer(fields, "num_hidden_layers", most=MAX_LAYERS)
-    layer_types = read_layer_types(family, fields, num_layers)
-    if sliding_window is not None and "sliding" not in layer_types:
-        raise ConfigError(f"sliding_window={sliding_window} is given, but this model has no sliding layers")
+    layer_types = ("full",) * num_layers
+    if family != "gemma":
+        layer_types = read_layer_types(fields, num_layers, period=6 if family == "gemma3_text" else 2)
     causal_window, bidirectional_window = read_windows(family, fields, layer_types)
     head_dim = integer(fields, "head_dim")
     softcap = fields.get("attn_logit_softcapping") if family in ("gemma2", "t5gemma") else None
-    if text.get("attn_logit_softcapping", softcap) is None:  # an explicit null means no softcap
+    if config.text.get("attn_logit_softcapping", softcap) is None:  # an explicit null means no softcap
         softcap = None
     scalar = float(head_dim) if family == "gemma" else number(fields, "query_pre_attn_scalar")
     full_rope, sliding_rope = read_ropes(family, fields)
@@ -107,7 +84,7 @@ def read_model_config(config: dict[str, Any], sliding_window: int | None = None)
         post_norms=family != "gemma",
         qk_norm=family == "gemma3_text",
         norm_eps=number(fields, "rms_norm_eps"),
-        pad_token_id=read_pad_token_id(family, config, text),
+        pad_token_id=read_pad_token_id(family, config.whole, config.text),
     )
 
 
@@ -122,38 +99,6 @@ def read_pad_token_id(family: str, config: dict[str, Any], text: dict[str, Any])
         configs = [config, decoder if isinstance(decoder, dict) else {}]
     fields = next((fields for fields in configs if "pad_token_id" in fields), COMMON)
     return None if fields["pad_token_id"] is None else integer(fields, "pad_token_id", least=0)
-
-
-def refuse_own_code(config: dict[str, Any]) -> None:
-    """Raises `ConfigError` if `auto_map` names a class in the checkpoint's own code, which may mask differently."""
-    auto_map = config.get("auto_map") or {}
-    if not isinstance(auto_map, dict) or any(name.startswith("AutoModel") for name in auto_map):
-        raise ConfigError(
-            f"auto_map={shorten(auto_map)} names a class in the checkpoint's own code, which this engine does not run; "
-            "if its forward is the standard one, delete auto_map from config.json"
-        )
-
-
-def refuse_other_files(config: dict[str, Any]) -> None:
-    """Raises `ConfigError` if a field names other files, which transformers would read instead of the usual ones."""
-    for name in ("transformers_weights", "configuration_files"):
-        if config.get(name):
-            raise ConfigError(
-                f"{name}={shorten(config[name])} names files that this engine does not read; load the model with "
-                "transformers and save it, which writes one config.json and model.safetensors"
-            )
-
-
-def refuse_quantized(config: dict[str, Any]) -> None:
-    for name in ("quantization_config", "compression_config", "quantization"):
-        value = config.get(name)
-        if value:
-            method = value.get("quant_method") if isinstance(value, dict) else value
-            by = shorten(method or ("mlx" if "quantization" in config else value))
-            raise ConfigError(
-                f"{name} says that the weights are quantized, by {by}; this engine reads plain weights. Convert the "
-                "original model, or load this one with transformers, call model.dequantize() and save it"
-            )
 
 
 def refuse_unsupported(family: str, fields: dict[str, Any]) -> None:
@@ -171,24 +116,6 @@ def is_bidirectional(family: str, fields: dict[str, Any]) -> bool:
     if family == "t5gemma":
         return True
     return fields.get("use_bidirectional_attention", False) is True or fields.get("is_causal", True) is False
-
-
-def read_layer_types(family: str, fields: dict[str, Any], num_layers: int) -> tuple[str, ...]:
-    if family == "gemma":
-        return ("full",) * num_layers
-    names = fields.get("layer_types")
-    if names is None:
-        default = 6 if family == "gemma3_text" else 2
-        spelling = "sliding_window_pattern" if "sliding_window_pattern" in fields else "_sliding_window_pattern"
-        period = integer({spelling: default} | fields, spelling)
-        names = [("full" if (i + 1) % period == 0 else "sliding") + "_attention" for i in range(num_layers)]
-    if not isinstance(names, list) or len(names) != num_layers:
-        raise ConfigError(f"layer_types must list one type for each of the {num_layers} layers; it is {shorten(names)}")
-    known = {"full_attention": "full", "sliding_attention": "sliding"}
-    unknown = [name for name in names if not isinstance(name, str) or name not in known]
-    if unknown:
-        raise ConfigError(f"layer type {shorten(unknown[0])} is unknown; it must be {' or '.join(known)}")
-    return tuple(known[name] for name in names)
 
 
 def read_windows(
@@ -233,24 +160,3 @@ def read_ropes(family: str, fields: dict[str, Any]) -> tuple[Rope, Rope]:
     if not all(isinstance(value, dict) for value in nested):
         raise ConfigError(f"rope_parameters of Gemma 3 must contain two JSON objects; it is {shorten(parameters)}")
     return read_rope(full | nested[0]), read_rope(sliding | nested[1])
-
-
-def read_rope(parameters: dict[str, Any]) -> Rope:
-    kind = parameters.get("rope_type") or parameters.get("type") or "default"
-    theta = number(parameters, "rope_theta")
-    if parameters.get("partial_rotary_factor") not in (None, 1):
-        factor = shorten(parameters["partial_rotary_factor"])
-        raise ConfigError(f"partial_rotary_factor={factor} is not supported; Gemma rotates whole heads")
-    if kind == "default":
-        return Rope(theta)
-    if kind == "linear":
-        return Rope(theta, check_number("RoPE factor", parameters.get("factor")))
-    raise ConfigError(f"RoPE type {shorten(kind)} is not supported; it must be 'default' or 'linear'")
-
-
-def integer(fields: dict[str, Any], name: str, *, least: int = 1, most: int = 2**31 - 1) -> int:
-    return check_integer(name, fields.get(name), least=least, most=most)
-
-
-def number(fields: dict[str, Any], name: str) -> float:
-    return check_number(name, fields.get(name))

@@ -7,6 +7,7 @@ width every softmax would be flat, and RoPE, softcap and score scale could be wr
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,31 @@ def t5gemma(**fields: Any) -> transformers.T5GemmaConfig:
         num_labels=LABELS,
         is_encoder_decoder=False,
     )
+
+
+def t5gemma2(**fields: Any) -> transformers.T5Gemma2Config:
+    """`fields` are those of the text encoder. Its id 77 is the end of an image, with an embedding of its own."""
+    fields = SIZES | {"query_pre_attn_scalar": 11, "sliding_window": 9, "num_hidden_layers": 2} | fields
+    fields["layer_types"] = ["sliding_attention", "full_attention"] * (fields["num_hidden_layers"] // 2)
+    vision = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return transformers.T5Gemma2Config(
+        encoder={
+            "text_config": fields,
+            "vision_config": {"model_type": "siglip_vision_model", "image_size": 28, "patch_size": 14, **vision},
+            "eoi_token_index": 77,
+            "mm_tokens_per_image": 4,
+        },
+        decoder=SIZES | {"num_hidden_layers": 1},
+        vocab_size=SIZES["vocab_size"],
+        image_token_index=99,
+    )
+
+
+class T5Gemma2Encoder(transformers.T5Gemma2Model):
+    """T5Gemma 2 without its decoder. Its own class for this ignores the config's end-of-image token."""
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+        return self.encoder(input_ids=input_ids, attention_mask=attention_mask)
 
 
 def build(
@@ -136,11 +162,9 @@ class Specimen:
 
 
 def float64_tensors(model: Any) -> dict[str, np.ndarray]:
-    """Weights for the oracle; names without the prefixes of task models and of T5Gemma."""
-    return {
-        name.removeprefix("model.").removeprefix("encoder."): tensor.numpy().astype(np.float64)
-        for name, tensor in model.state_dict().items()
-    }
+    """Weights for the oracle; names without the prefixes of task models and of the T5Gemmas."""
+    prefix = re.compile(r"^(model\.)?(encoder\.)?(text_model\.)?")
+    return {prefix.sub("", name): tensor.numpy().astype(np.float64) for name, tensor in model.state_dict().items()}
 
 
 def pad(sequences: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -31,6 +31,7 @@ NORMS = {
     ),
 }
 NORMS["gemma3_text"] = NORMS["gemma2"]
+NORMS["t5gemma2"] = NORMS["t5gemma"]
 
 
 def forward(
@@ -58,10 +59,14 @@ def forward(
     """
     family = config["model_type"]
     config = config.get("encoder", config)  # T5Gemma
+    end_of_image = config.get("eoi_token_index")
+    config = config.get("text_config", config)  # T5Gemma 2
     layer_types = config.get("layer_types") or ["full_attention"] * config["num_hidden_layers"]
     eps = config["rms_norm_eps"]
 
     x = tensors["embed_tokens.weight"][list(ids)] * config["hidden_size"] ** 0.5
+    if end_of_image is not None:
+        x[np.array(ids) == end_of_image] = tensors["embed_tokens.eoi_embedding"]
     windows = [(token, token) for token in range(len(ids))]
     full_length = [x]  # h_0, the embedding, then h_1 .. h_L, the outputs of the layers before the first funnel
 
@@ -134,6 +139,8 @@ def radii(family: str, config: Mapping[str, Any], layer_type: str, attention: st
         if family == "gemma3_text" and attention == "bidirectional":
             left = config["sliding_window"] // 2
         right = left
+        if family == "t5gemma2":
+            left, right = (config["sliding_window"] + 1) // 2 - 1, config["sliding_window"] // 2
     return left, 0 if attention == "causal" else right
 
 
@@ -150,7 +157,7 @@ def attend(family, config, layer_type, weights, queries, query_positions, keys, 
         (rows @ weights[f"self_attn.{name}_proj.weight"].T).reshape(len(rows), -1, head_dim)
         for name, rows in (("q", queries), ("k", keys), ("v", keys))
     )
-    if family == "gemma3_text":
+    if family in ("gemma3_text", "t5gemma2"):
         q = norm(q, weights["self_attn.q_norm.weight"], config["rms_norm_eps"])
         k = norm(k, weights["self_attn.k_norm.weight"], config["rms_norm_eps"])
     rope = config["rope_parameters"].get(layer_type, config["rope_parameters"])

@@ -29,6 +29,10 @@ def t5gemma(*shape: int) -> Fields:
     return {"model_type": "t5gemma", "encoder": sizes(*shape)}
 
 
+def t5gemma2(*shape: int, window: int, **fields: Any) -> Fields:
+    return {"model_type": "t5gemma2", "encoder": {"text_config": {**sizes(*shape), "sliding_window": window, **fields}}}
+
+
 SMALL_3 = {"vocab_size": 262144, "max_position_embeddings": 32768}
 LARGE_3 = {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}
 
@@ -62,6 +66,10 @@ PRESETS: dict[str, Fields] = {
     "t5gemma-xl": t5gemma(24, 2048, 32, 32, 64, 5120),
     "t5gemma-2b": t5gemma(26, 2304, 8, 4, 256, 9216),
     "t5gemma-9b": t5gemma(42, 3584, 16, 8, 256, 14336),
+    # The encoders of T5Gemma 2 begin as Gemma 3 models of the same sizes (arXiv:2512.14856).
+    "t5gemma2-270m": t5gemma2(18, 640, 4, 1, 256, 2048, window=512),
+    "t5gemma2-1b": t5gemma2(26, 1152, 4, 1, 256, 6912, window=512),
+    "t5gemma2-4b": t5gemma2(34, 2560, 8, 4, 256, 10240, window=1024, **LARGE_3),
 }
 
 

@@ -31,6 +31,7 @@ from funnel_engine.checkpoints import gguf_file, tensors
 from funnel_engine.checkpoints.formats import detect_format
 from funnel_engine.checkpoints.gguf_file import TYPES
 from funnel_engine.checkpoints.native import read_checkpoint
+from funnel_engine.config import Rope
 from funnel_engine.inspection import inspect_checkpoint
 from funnel_engine.presets import PRESETS
 from sentence_models import TEXTS, VOCAB_SIZE, train_sentencepiece, train_tokenizer, write_json
@@ -319,13 +320,13 @@ def test_the_27b_models_scale_by_the_width_per_head(tmp_path, architecture, laye
 def test_rope(tmp_path):
     keys = {"rope.freq_base": 5e5, "rope.scaling.type": "linear", "rope.scaling.factor": 8.0, "rope.freq_base_swa": 2e4}
     config = config_of(tmp_path / "all", "gemma3", **keys)
-    assert (config.full_rope, config.sliding_rope) == ((5e5, 8.0), (2e4, 1.0))
+    assert (config.full_rope, config.sliding_rope) == (Rope(5e5, 8.0), Rope(2e4))
     config = config_of(tmp_path / "no type", "gemma3", **{"rope.scaling.factor": 4.0})  # llama.cpp takes linear
-    assert config.full_rope == (1e6, 4.0)
+    assert config.full_rope == Rope(1e6, 4.0)
     config = config_of(tmp_path / "none", "gemma3", **{"rope.scaling.factor": 4.0, "rope.scaling.type": "none"})
-    assert config.full_rope == (1e6, 1.0)
+    assert config.full_rope == Rope(1e6)
     config = config_of(tmp_path / "gemma2", "gemma2", **{"rope.scaling.factor": 2.0, "rope.freq_base": 9e3})
-    assert config.full_rope == config.sliding_rope == (9e3, 2.0)
+    assert config.full_rope == config.sliding_rope == Rope(9e3, 2.0)
 
 
 def test_windows(tmp_path):

@@ -130,8 +130,9 @@ def check_weights(checkpoint: Checkpoint, expected: dict[str, torch.Tensor]) -> 
     assert checkpoint.weights.keys() == expected.keys()
     for name, tensor in expected.items():
         ours = checkpoint.weights[name]
-        assert str(ours.dtype) == checkpoint.dtype
-        theirs = tensor.detach().to(getattr(torch, checkpoint.dtype)).float().numpy()
+        dtype = "float32" if name.endswith("_norm") else checkpoint.dtype
+        assert str(ours.dtype) == dtype
+        theirs = tensor.detach().to(getattr(torch, dtype)).float().numpy()
         np.testing.assert_array_equal(ours.astype(np.float32), theirs, strict=True, err_msg=name)
 
 
@@ -577,3 +578,45 @@ def test_dense_layer_without_safetensors(source, make):
         f"{source / '2_Dense' / 'model.safetensors'} does not exist; load the model with sentence-transformers"
         in message
     )
+
+
+T5GEMMA_2 = {  # class -> the tensors that are left out
+    "T5Gemma2Model": {"decoder.", "encoder.vision_tower.", "encoder.multi_modal_projector."},
+    "T5Gemma2ForConditionalGeneration": {
+        "model.decoder.",
+        "model.encoder.vision_tower.",
+        "model.encoder.multi_modal_projector.",
+    },
+}
+
+
+@pytest.mark.parametrize("class_name", T5GEMMA_2)
+def test_the_encoder_of_t5gemma_2(tmp_path, class_name):
+    """The row of its end-of-image token has a tensor of its own, which is not scaled."""
+    model = build(class_name, models.t5gemma2())
+    encoder = (model if class_name == "T5Gemma2Model" else model.model).encoder.text_model
+    convert(save(model, tmp_path / "source"), tmp_path / "ours", dtype="float32")
+    checkpoint = read_checkpoint(tmp_path / "ours")
+    assert set(checkpoint.manifest.source.dropped) == T5GEMMA_2[class_name]
+    assert checkpoint.config.bidirectional_window == (4, 4)
+    expected = encoder.embed_tokens.weight.detach().clone()
+    expected[77] = encoder.embed_tokens.eoi_embedding.detach() * 48**-0.5
+    np.testing.assert_allclose(checkpoint.weights["embedding"], expected.numpy(), rtol=1e-7)
+    query = encoder.layers[1].self_attn.q_proj.weight.detach().numpy()
+    np.testing.assert_array_equal(checkpoint.weights["layers.1.qkv"][:84], query)
+
+
+def test_t5gemma_2_without_images_in_its_vocabulary(tmp_path):
+    config = models.t5gemma2()
+    config.encoder.eoi_token_index = 256_000
+    model = build("T5Gemma2Model", config)
+    convert(save(model, tmp_path / "source"), tmp_path / "ours", dtype="float32")
+    expected = model.encoder.text_model.embed_tokens.weight.detach().numpy()
+    np.testing.assert_array_equal(read_checkpoint(tmp_path / "ours").weights["embedding"], expected)
+
+
+@pytest.mark.parametrize("class_name", ["T5Gemma2ForSequenceClassification", "T5Gemma2ForTokenClassification"])
+def test_the_classifiers_of_t5gemma_2_read_its_decoder(tmp_path, class_name):
+    source = save(build(class_name, models.t5gemma2()), tmp_path / "source")
+    with pytest.raises(CheckpointError, match=f"{class_name} reads the decoder, .* save the model as a T5Gemma2Model"):
+        convert(source, tmp_path / "ours")

@@ -25,6 +25,7 @@ import hugging_face_models as models
 from funnel_engine import CheckpointError, Engine, HeadConfig, convert
 from funnel_engine.checkpoints.formats import detect_format, read_source
 from funnel_engine.checkpoints.native import read_checkpoint
+from funnel_engine.config import Rope
 from funnel_engine.presets import PRESETS
 from funnel_engine.text import TextConfig
 from sentence_models import train_sentencepiece
@@ -347,7 +348,7 @@ def test_options_of_the_config(tmp_path):
     assert config("gemma3", use_sliding_window_attention=False).layer_types == ("full",) * LAYERS
     assert config("gemma3", query_head_dim_normalize=False).query_scale == pytest.approx(8**-0.5)
     scaled = config("gemma3", global_rope_scaling_factor=8.0, local_rope_scaling_factor=2)
-    assert (scaled.full_rope, scaled.sliding_rope) == ((1_000_000.0, 8.0), (10_000.0, 2.0))
+    assert (scaled.full_rope, scaled.sliding_rope) == (Rope(1_000_000.0, 8.0), Rope(10_000.0, 2.0))
 
 
 @pytest.mark.parametrize("family", ["gemma2", "embeddinggemma"])

@@ -66,7 +66,7 @@ def edit(checkpoint: Path, path: str, value: Any) -> None:
 def test_manifest_says_what_is_there(checkpoint):
     found, fields = read_checkpoint(checkpoint), manifest(checkpoint)
     shapes = expected_shapes(found.config, found.head)
-    assert fields["version"] == 4
+    assert fields["version"] == 5
     assert fields["tensors"] == len(found.weights) == len(shapes)
     assert fields["parameters"] == sum(array.size for array in found.weights.values()) == count_parameters(shapes)
     assert fields["config"]["softcap"] == 1.7
@@ -112,7 +112,7 @@ def test_what_is_no_checkpoint(tmp_path, checkpoint):
         ("version", 1, "version 1"),
         ("version", "absent", "version None"),
         ("version", "1", "version '1'"),
-        ("version", 5, "version 5; this engine reads versions 2 to 4"),
+        ("version", 6, "version 6; this engine reads versions 2 to 5"),
         ("version", 4.0, "version 4.0"),
         ("version", True, "version True"),
         ("funnel", "absent", "lacks 'funnel'"),
@@ -141,7 +141,7 @@ def test_what_is_no_checkpoint(tmp_path, checkpoint):
         ("config/query_scale", 10**400, "query_scale is 1000"),
         ("config/softcap", "1.7", "softcap is '1.7'"),
         ("config/post_norms", 1, "post_norms is 1"),
-        ("config/full_rope", [10000.0], "full_rope has 1 entries"),
+        ("config/full_rope", [], "full_rope has 0 entries"),
         ("config/full_rope", [10000.0, "1"], "full_rope"),
         ("config/causal_window", [8], "causal_window has 1 entries"),
         ("config/causal_window", [8, None], "causal_window"),
@@ -155,7 +155,7 @@ def test_what_is_no_checkpoint(tmp_path, checkpoint):
         ("head/dense", [DENSE, DENSE], "has in_features=48, but its input has 3"),
         ("head/dense", [DENSE | {"activation": "softmax"}], "'softmax'"),
         ("head/dense", [[3, 48]], "dense[0] is [3, 48]"),
-        ("dtype", "bfloat16", "'float32', not bfloat16"),
+        ("dtype", "bfloat16", "is float32, but it must be bfloat16 in a checkpoint whose dtype is bfloat16"),
         ("dtype", "float16", "'float16'"),
         ("text/prompts", {"query": 1}, "prompts.query"),
         ("text/default_prompt_name", "query", "'query'"),

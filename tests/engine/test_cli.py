@@ -76,7 +76,8 @@ def test_inspect_for_people_and_for_programs(folder):
     assert (facts["format"], facts["problems"], facts["dtype"]) == ("funnel", [], "float32")
     assert (facts["tokenizer"], facts["begin_id"], facts["end_id"]) == ("tokenizer.json", 2, None)
     assert facts["gigabytes"] == (folder / "model" / "weights.safetensors").stat().st_size / 1e9
-    assert facts["gigabytes_converted"]["bfloat16"] == facts["parameters"] * 2 / 1e9
+    norms = (3 * 4 + 1) * 48
+    assert facts["gigabytes_converted"]["bfloat16"] == (facts["parameters"] * 2 + norms * 2) / 1e9
     assert 1 / 3 < facts["ideal_ratio"] < 2 / 3  # one layer of three whole, two halved, with a window
     whole = json.loads(run("inspect", folder / "model", "--json").stdout)
     assert whole["ideal_ratio"] == 1

@@ -146,9 +146,9 @@ def program_flops(config, funnel, tokens):
     plan = make_plan(config, funnel)
     batch = pack(plan, np.zeros(tokens, np.int32), np.array([0, tokens], np.int32), tokens)
     shapes = expected_shapes(config, HeadConfig()).items()
-    weights = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in shapes}
+    weights = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes}
     params = jax.eval_shape(partial(nest, config=config, funnel=funnel), weights)
-    run = jax.jit(partial(forward, config=config, funnel=funnel, target=Target("reference")))
+    run = jax.jit(partial(forward, config=config, funnel=funnel, dtype="float32", target=Target("reference")))
     return run.lower(params, batch).compile().cost_analysis()["flops"]
 
 

@@ -31,6 +31,7 @@ MODELS = {  # the windows are small and of several parities, so that they begin 
     "gemma3 causal": (Gemma3TextModel, hf.gemma3(**LAYERS), "causal"),
     "embeddinggemma": (Gemma3TextModel, hf.gemma3(**LAYERS, use_bidirectional_attention=True), "bidirectional"),
     "t5gemma": (T5GemmaEncoderModel, hf.t5gemma(**LAYERS), "bidirectional"),
+    "t5gemma2": (hf.T5Gemma2Encoder, hf.t5gemma2(**LAYERS), "bidirectional"),
 }
 OPTIONS = {
     "model": tuple(MODELS),
@@ -146,7 +147,7 @@ def test_forward_with_the_specified_ops(specimen):
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     batch = pack(plan, np.concatenate(SEQUENCES).astype(np.int32), offsets, rows=1296)
     params = nest(checkpoint.weights, checkpoint.config, funnel)
-    encoder = partial(forward, config=checkpoint.config, funnel=funnel)
+    encoder = partial(forward, config=checkpoint.config, funnel=funnel, dtype="float32")
     run = {
         backend: jax.jit(partial(encoder, target=Target(backend)))(params, batch) for backend in ("reference", "xla")
     }

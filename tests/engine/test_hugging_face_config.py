@@ -214,7 +214,7 @@ def test_a_window_that_an_old_save_halved_is_refused(width):
         (None, "the config is a NoneType; it must be a JSON object"),
         ({}, "model_type None is not supported; this engine runs gemma, gemma2, gemma3, gemma3_text, t5gemma"),
         ({"model_type": "llama"}, "model_type 'llama' is not supported"),
-        ({"model_type": "t5gemma2"}, "model_type 't5gemma2' is not"),
+        ({"model_type": "t5gemma3"}, "model_type 't5gemma3' is not"),
         ({"model_type": ["gemma"]}, "model_type .*'gemma'.* is not"),
         ({"model_type": "gemma3", "text_config": [1]}, "text_config in the config is a list; it must be a JSON object"),
         ({"model_type": "t5gemma", "encoder": "x"}, "encoder in the config is a str; it must be a JSON object"),
@@ -292,7 +292,7 @@ def test_a_window_that_an_old_save_halved_is_refused(width):
         ({"model_type": "gemma", "auto_map": "AutoModel"}, "auto_map='AutoModel'"),
         (
             {"model_type": "gemma3_text", "rope_parameters": {"full_attention": 4}},
-            "rope_parameters of Gemma 3 must contain two JSON objects",
+            "rope_parameters of gemma3_text must contain two JSON objects",
         ),
     ],
 )

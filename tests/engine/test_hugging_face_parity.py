@@ -26,6 +26,9 @@ CASES = {
     # A causal window of 9 is the token itself and 8 before it; the authors' bidirectional one has 8 on either side.
     "gemma2 causal": Case(Gemma2Model, hf.gemma2, "causal", (9, 10)),
     "gemma2 bidirectional": Case(Gemma2Model, hf.gemma2, "bidirectional", (9, 10)),
+    # A window of 9 has 4 tokens on either side, one of 8 has 3 to the left and 4 to the right.
+    "t5gemma2 odd window": Case(hf.T5Gemma2Encoder, hf.t5gemma2, "bidirectional", (4, 5, 6)),
+    "t5gemma2 even window": Case(hf.T5Gemma2Encoder, lambda: hf.t5gemma2(sliding_window=8), "bidirectional", (4, 5, 6)),
     "t5gemma": Case(T5GemmaEncoderModel, hf.t5gemma, "bidirectional", (8, 9)),
     "gemma3 window 512, linear RoPE": Case(
         Gemma3TextModel,

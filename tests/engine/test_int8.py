@@ -119,7 +119,7 @@ def test_what_is_stored(folder):
         else:
             np.testing.assert_array_equal(stored[name], array, strict=True)
     manifest = json.loads((folder / "int8" / "funnel.json").read_text())
-    assert (manifest["dtype"], manifest["version"], manifest["tensors"]) == ("int8", 4, len(stored))
+    assert (manifest["dtype"], manifest["version"], manifest["tensors"]) == ("int8", 5, len(stored))
     assert sum(array.nbytes for array in stored.values()) == count_bytes(shapes, "int8")
     opened = read_checkpoint(folder / "int8", verify=True).weights
     assert {name for name, weight in opened.items() if isinstance(weight, QuantizedWeight)} == matrices
@@ -157,7 +157,8 @@ def test_people_are_told(folder):
     engine = Engine.load(folder / "int8", max_batch_tokens=64)
     activations = default_activations("int8", local_target())
     assert f"bidirectional attention, int8 weights, {activations} activations" in engine.describe()
-    assert str(engine.params["final_norm"].dtype) == str(engine.params["classifier.weight"].dtype) == activations
+    assert engine.activations == str(engine.params["classifier.weight"].dtype) == activations
+    assert str(engine.params["final_norm"].dtype) == "float32"
     assert str(engine.params["embedding"].dtype) == "int8"
     assert engine.classify(ids()).shape == (6, 2)
 
@@ -267,10 +268,12 @@ def test_a_table_that_does_not_fit_is_refused():
     Engine(CONFIG, head, weights, max_batch_tokens=64)
     floats = random_weights(CONFIG, head, "float32", seed=7)
     for change, message in (
-        ({"layers.0.qkv": floats["layers.0.qkv"]}, "weights are float32, int8; they must all be bfloat16 or all float"),
-        ({"embedding": floats["embedding"]}, "weights are float32, int8"),
-        ({"final_norm": floats["final_norm"].astype(np.int8)}, "weights are float32, int8"),
-        ({"final_norm": floats["final_norm"].astype(jax.numpy.bfloat16)}, "weights are bfloat16, float32, int8"),
+        (
+            {"layers.0.qkv": floats["layers.0.qkv"]},
+            "matrices are float32, int8 and other weights float32; all matrices must be one of",
+        ),
+        ({"embedding": floats["embedding"]}, "matrices are float32, int8"),
+        ({"final_norm": floats["final_norm"].astype(np.int8)}, "other weights float32, int8; .* float32 or bfloat16"),
         ({"layers.0.down": weights["layers.0.down"].values}, "layers.0.down is int8 without scales; give what funnel"),
     ):
         with pytest.raises(CheckpointError, match=message):

@@ -21,11 +21,19 @@ from funnel_engine.heads import HeadConfig
 from funnel_engine.model import forward, rotation
 from funnel_engine.packing import make_plan, pack, spans
 from funnel_engine.presets import preset
-from funnel_engine.weights import ACTIVATIONS, DTYPES, expected_shapes, nest, prepare_weight, random_weights
+from funnel_engine.weights import (
+    ACTIVATIONS,
+    DTYPES,
+    expected_shapes,
+    nest,
+    prepare_weight,
+    random_weights,
+    tensor_types,
+)
 from funnel_kernels import BACKENDS, ConfigError, Target
 from option_grid import target
 
-run = jax.jit(forward, static_argnames=("config", "funnel", "target"))
+run = jax.jit(forward, static_argnames=("config", "funnel", "dtype", "target"))
 
 # No matrix of a layer has as many elements as an activation, so that its copies are known by their size.
 MODEL = ModelConfig(
@@ -66,12 +74,13 @@ def shapes_only(tree):
 def compiled(config, funnel, dtype, rows):
     """The forward pass compiled from shapes alone, and the shapes of its weights."""
     flat = {
-        name: np.broadcast_to(np.zeros((), DTYPES[dtype]), shape)  # one element, whatever the shape
-        for name, shape in expected_shapes(config, HeadConfig()).items()
+        name: np.broadcast_to(np.zeros((), tensor.dtype), tensor.shape)  # one element, whatever the shape
+        for name, tensor in tensor_types(expected_shapes(config, HeadConfig()), dtype).items()
     }
     batch = pack(make_plan(config, funnel), np.array([1], np.int32), np.array([0, 1], np.int32), rows)
     params = shapes_only(nest(flat, config, funnel))
-    return run.lower(params, shapes_only(batch), config=config, funnel=funnel, target=target()).compile(), params
+    options = {"config": config, "funnel": funnel, "dtype": dtype, "target": target()}
+    return run.lower(params, shapes_only(batch), **options).compile(), params
 
 
 def elements(shape: str) -> int:
@@ -127,7 +136,7 @@ def test_no_weight_is_copied_at_run_time(funnel, rows, dtype):
 def test_a_large_model_compiles_from_shapes_alone(name, funnel):
     config = dataclasses.replace(preset(name), attention="bidirectional")
     program, params = compiled(config, funnel, "bfloat16", 512)
-    weights = sum(2 * leaf.size for leaf in jax.tree.leaves(params))
+    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
     memory = program.memory_analysis()
     assert 0 < memory.argument_size_in_bytes - weights < 1e5
     assert memory.temp_size_in_bytes < 0.1 * weights
@@ -176,7 +185,7 @@ def test_every_backend_gives_what_the_reference_gives(backend, name, config, dty
         prepared = map_weights(
             functools.partial(prepare_weight, dtype=dtype, activations=dtype, target=target(served_by)), params
         )
-        result = run(prepared, batch, config=config, funnel=funnel, target=target(served_by))
+        result = run(prepared, batch, config=config, funnel=funnel, dtype=dtype, target=target(served_by))
         assert result.dtype == DTYPES[dtype]
         assert result.shape == (len(batch.ids) // funnel.output_stride, config.hidden_size)
         results.append(np.asarray(result, np.float32)[rows])
@@ -193,7 +202,7 @@ def test_rows_that_hold_no_token_are_finite(recovery, dtype):
     funnel = FunnelConfig((1, 4), keep_first=True, recovery=recovery)
     for lengths in ((5, 1, 11), ()):
         params, batch, plan, _ = example(config, funnel, dtype, lengths)
-        out = run(params, batch, config=config, funnel=funnel, target=target()).astype(np.float32)
+        out = run(params, batch, config=config, funnel=funnel, dtype=dtype, target=target()).astype(np.float32)
         assert np.isfinite(out).all()
         assert len(lengths) == 0 or 0 < len(token_rows(plan, np.array(lengths))) < len(out)
 
@@ -206,7 +215,7 @@ def test_rows_that_hold_no_token_do_not_reach_the_others():
     assert padding.sum() > 10
     other = dataclasses.replace(batch, ids=np.where(padding, np.arange(len(padding)) % 97, batch.ids))
     rows = token_rows(plan, lengths)
-    options = {"config": SMALL, "funnel": funnel, "target": target()}
+    options = {"config": SMALL, "funnel": funnel, "dtype": "float32", "target": target()}
     before, after = (np.asarray(run(params, held, **options)) for held in (batch, other))
     np.testing.assert_array_equal(after[rows], before[rows])
     assert (after != before).any()
@@ -215,7 +224,7 @@ def test_rows_that_hold_no_token_do_not_reach_the_others():
 def test_what_does_not_fit_is_refused():
     params, batch, _, _ = example(SMALL, FunnelConfig(), "float32")
     with pytest.raises(ConfigError, match="4 strides but the model has only 3 layers"):
-        forward(params, batch, config=SMALL, funnel=FunnelConfig.after(3), target=target())
+        forward(params, batch, config=SMALL, funnel=FunnelConfig.after(3), dtype="float32", target=target())
 
 
 # What differs between platforms.
@@ -229,7 +238,8 @@ def result_on(platform, config, dtype, rows=40):
     ids = np.random.default_rng(3).integers(0, config.vocab_size, rows, np.int32)
     batch = pack(make_plan(config, funnel), ids, np.array([0, rows // 3, rows], np.int32), rows + 2)
     params = nest(random_weights(config, HeadConfig(), dtype, seed=4), config, funnel)
-    program = jax.jit(functools.partial(forward, config=config, funnel=funnel, target=Target("xla", platform)))
+    options = {"config": config, "funnel": funnel, "dtype": dtype, "target": Target("xla", platform)}
+    program = jax.jit(functools.partial(forward, **options))
     return np.asarray(program(params, batch), np.float64)[:rows]
 
 
@@ -262,7 +272,8 @@ def export_for(platform, rows):
         name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in expected_shapes(MODEL, HeadConfig()).items()
     }
     params = jax.eval_shape(lambda flat: nest(flat, MODEL, funnel), flat)
-    encoder = jax.jit(functools.partial(forward, config=MODEL, funnel=funnel, target=Target("xla", platform)))
+    options = {"config": MODEL, "funnel": funnel, "dtype": "float32", "target": Target("xla", platform)}
+    encoder = jax.jit(functools.partial(forward, **options))
     names = {"gpu": "cuda"}
     return jax.export.export(encoder, platforms=[names.get(platform, platform)])(params, batch).mlir_module()
 

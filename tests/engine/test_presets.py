@@ -34,8 +34,15 @@ T5GEMMA = {  # layers, width, intermediate, heads, kv heads, head dim of the enc
 }
 
 
+T5GEMMA_2 = {  # layers, width, intermediate, heads, kv heads of the encoder; window to the left and to the right
+    "t5gemma2-270m": (18, 640, 2048, 4, 1, (255, 256)),
+    "t5gemma2-1b": (26, 1152, 6912, 4, 1, (255, 256)),
+    "t5gemma2-4b": (34, 2560, 10240, 8, 4, (511, 512)),
+}
+
+
 def test_every_published_size_has_a_preset():
-    assert set(PRESETS) == {*SIZES, *T5GEMMA}
+    assert set(PRESETS) == {*SIZES, *T5GEMMA, *T5GEMMA_2}
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -71,21 +78,31 @@ def test_sizes_of_t5gemma_encoders(name):
     assert config.bidirectional_window == (4095, 4095)
 
 
+@pytest.mark.parametrize("name", T5GEMMA_2)
+def test_sizes_of_t5gemma_2_encoders(name):
+    layers, width, hidden, heads, kv_heads, window = T5GEMMA_2[name]
+    config = preset(name)
+    assert (config.num_layers, config.hidden_size, config.intermediate_size) == (layers, width, hidden)
+    assert config.heads("full") == config.heads("sliding") == (heads, kv_heads, 256)
+    assert (config.vocab_size, config.attention, config.softcap) == (262208, "bidirectional", None)
+    assert config.bidirectional_window == window
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_what_the_families_differ_in(name):
     config = preset(name)
     kind = {"embeddinggemma": "gemma3"}.get(name.split("-")[0], name.split("-")[0])
     assert config.post_norms == (kind != "gemma")
-    assert config.qk_norm == (kind == "gemma3")
+    assert config.qk_norm == (kind in ("gemma3", "t5gemma2"))
     assert config.softcap == (50.0 if kind in ("gemma2", "t5gemma") else None)
     full = [index for index, layer_type in enumerate(config.layer_types) if layer_type == "full"]
-    period = {"gemma": 1, "gemma2": 2, "t5gemma": 2, "gemma3": 6}[kind]
+    period = {"gemma": 1, "gemma2": 2, "t5gemma": 2, "gemma3": 6, "t5gemma2": 6}[kind]
     assert full == list(range(period - 1, config.num_layers, period))
-    if kind == "gemma3":
-        scaled = name in ("gemma3-4b", "gemma3-12b", "gemma3-27b")
+    if kind in ("gemma3", "t5gemma2"):
+        scaled = name in ("gemma3-4b", "gemma3-12b", "gemma3-27b", "t5gemma2-4b")
         assert config.full_rope == Rope(1e6, 8.0 if scaled else 1.0)
         assert config.sliding_rope == Rope(1e4)
-        assert config.bidirectional_window == (256,) * 2 if SIZES[name][6] == 512 else (512,) * 2
+        assert kind == "t5gemma2" or config.bidirectional_window == (SIZES[name][6] // 2,) * 2
     else:
         assert config.full_rope == config.sliding_rope == Rope(1e4)
     assert config.attention == ("bidirectional" if name.startswith(("t5", "embedding")) else "causal")
@@ -95,5 +112,5 @@ def test_what_the_families_differ_in(name):
 
 @pytest.mark.parametrize("name", ["gemma-3b", "", "Gemma-2B"])
 def test_an_unknown_preset_is_refused_with_the_list(name):
-    with pytest.raises(ConfigError, match=f"preset '{name}' is unknown; choose one of gemma-2b, .*, t5gemma-9b"):
+    with pytest.raises(ConfigError, match=f"preset '{name}' is unknown; choose one of gemma-2b, .*, t5gemma-9b.*"):
         preset(name)

@@ -102,7 +102,8 @@ def test_random_weights_are_uniform_reproducible_and_all_different(name, dtype):
     config = dataclasses.replace(GEMMA_3, vocab_size=6001, hidden_size=1400)  # more than one part of 4 M numbers
     weights = random_weights(config, HeadConfig(), name, seed=5)
     assert {key: array.shape for key, array in weights.items()} == expected_shapes(config, HeadConfig())
-    assert {array.dtype for array in weights.values()} == {np.dtype(dtype)}
+    for key, array in weights.items():
+        assert array.dtype == (np.float32 if key.endswith("_norm") else dtype)
     for array in weights.values():
         values = np.asarray(array, np.float64)
         assert np.abs(values).max() <= 0.01 * 12**0.5 * 1.004
@@ -146,7 +147,10 @@ def test_a_weight_is_cast_before_it_is_packed():
     assert prepared.dtype == ml_dtypes.bfloat16
     assert isinstance(prepared, PackedWeight)
     packed = packed_weight(flat["layers.0.qkv"].astype(ml_dtypes.bfloat16))
-    assert prepare_weight("final_norm", flat["final_norm"], "float32", "bfloat16", target("cpu")).dtype == "bfloat16"
+    norm = flat["final_norm"]
+    assert prepare_weight("final_norm", norm, "bfloat16", "bfloat16", target("cpu")) is norm
+    half = prepare_weight("classifier.weight", flat["embedding"], "float32", "bfloat16", target("cpu"))
+    assert half.dtype == "bfloat16"
     with pytest.raises(ConfigError, match=r"layers\.0\.qkv is packed as bfloat16; cast it to float32 before"):
         prepare_weight("layers.0.qkv", packed, "float32", "float32", target("cpu"))
 
@@ -183,6 +187,6 @@ def test_weights_of_bfloat16_are_read_as_they_are_where_activations_are_float32(
     np.testing.assert_array_equal(engine.embed([[1, 2, 3, 4, 5]]), expected.embed([[1, 2, 3, 4, 5]]))
     on_xla = Engine(config, HeadConfig(), stored, dtype=asked, backend="xla", max_batch_tokens=16)
     assert on_xla.params["layers"][0]["qkv"].dtype == np.dtype(asked or ml_dtypes.bfloat16)
-    assert str(
-        Engine(config, HeadConfig(), stored, dtype="bfloat16", max_batch_tokens=16).params["final_norm"].dtype
-    ) == ("bfloat16")
+    halved = Engine(config, HeadConfig(), stored, dtype="bfloat16", max_batch_tokens=16)
+    assert halved.activations == "bfloat16"
+    assert halved.params["final_norm"].dtype == np.float32

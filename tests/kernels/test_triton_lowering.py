@@ -38,7 +38,8 @@ funnel = FunnelConfig.after(1, recovery="mean_last", pool_query_only=True)
 plan = make_plan(config, funnel)
 weights = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in expected_shapes(config, HeadConfig()).items()}
 params = jax.eval_shape(lambda flat: nest(flat, config, funnel), weights)
-program = jax.jit(lambda params, batch: forward(params, batch, config=config, funnel=funnel, target=target))
+options = {"config": config, "funnel": funnel, "dtype": dtype, "target": target}
+program = jax.jit(lambda params, batch: forward(params, batch, **options))
 allowed = [export.DisabledSafetyCheck.custom_call(triton_calls.FFI_TARGET)]
 
 compiled = []

@@ -15,6 +15,7 @@ from funnel_engine.checkpoints.sentence_transformers import MODULES, SentenceMod
 from funnel_engine.checkpoints.source import SourceModel
 from funnel_engine.checkpoints.tensors import Part, Parts, assemble, drop_by_name, join_shards, unwrap, unwrapped
 from funnel_engine.checkpoints.tokenizer_files import find_tokenizer
+from funnel_engine.checks import check_integer
 from funnel_engine.config import ModelConfig
 from funnel_engine.heads import HeadConfig, head_shapes
 from funnel_engine.hugging_face_config import read_model_config
@@ -51,10 +52,11 @@ NORMS = {
     "t5gemma": SANDWICH_NORMS
     | {"attention_input_norm": ("pre_self_attn_layernorm",), "attention_output_norm": ("post_self_attn_layernorm",)},
 }
+NORMS["t5gemma2_text"] = NORMS["t5gemma"]
 
 
 # Families whose norms multiply by `1 + weight`. Those of the others multiply by `weight`.
-ZERO_CENTRED = ("gemma", "gemma2", "gemma3_text", "t5gemma")
+ZERO_CENTRED = ("gemma", "gemma2", "gemma3_text", "t5gemma", "t5gemma2_text")
 
 
 class Layout(NamedTuple):
@@ -69,6 +71,8 @@ class Layout(NamedTuple):
     dropped: tuple[str, ...]
 
 
+END_OF_IMAGE = 256_000  # the default of T5Gemma 2's config
+TOWERS = ("vision_tower", "multi_modal_projector")
 TEXT_MODEL = Layout(("model.", ""), ("lm_head.weight",))
 LAYOUTS = {
     "gemma": TEXT_MODEL,
@@ -86,6 +90,17 @@ LAYOUTS = {
         ),
     ),
     "t5gemma": Layout(("model.encoder.", "encoder."), ("model.decoder.", "decoder.", "lm_head.out_proj.weight")),
+    "t5gemma2": Layout(
+        ("model.encoder.", "encoder.", "model.encoder.text_model.", "encoder.text_model."),
+        (
+            "model.decoder.",
+            "decoder.",
+            "lm_head.out_proj.weight",
+            *(f"{prefix}{tower}." for prefix in ("model.encoder.", "encoder.") for tower in TOWERS),
+        ),
+    ),
+    "t5gemma2_encoder": Layout(("", "text_model."), tuple(f"{tower}." for tower in TOWERS)),
+    "t5gemma2_text": Layout(("",), ()),
 }
 TASKS = {"ForSequenceClassification": "classify", "ForTokenClassification": "tag"}
 
@@ -143,6 +158,8 @@ def read_hugging_face(root: Path, sliding_window: int | None = None) -> SourceMo
     prefix = find_prefix(layout, config, tensors)
     with reading(root):
         parts = {**encoder_parts(config, prefix), **head_parts(config, head, sentence_model, classifier)}
+        if config.family == "t5gemma2_text":
+            parts["embedding"] = with_image_end(parts["embedding"], fields)
     weights, dropped = assemble(directory, parts, tensors, drop_rule)
     text, tokenizer_file = find_tokenizer(directory, config)
     if sentence_model:
@@ -209,6 +226,18 @@ def encoder_parts(config: ModelConfig, prefix: str) -> Parts:
     return parts
 
 
+def with_image_end(embedding: tuple[Part, ...], fields: dict[str, Any]) -> tuple[Part, ...]:
+    """The embedding of T5Gemma 2, whose row of the end-of-image token is a tensor of its own, and is not scaled."""
+    (table,) = embedding
+    rows, width = table.shape
+    encoder = fields.get("encoder", fields)
+    token = check_integer("eoi_token_index", encoder.get("eoi_token_index", END_OF_IMAGE), least=0)
+    own = Part(f"{table.name.removesuffix('weight')}eoi_embedding", (width,), times=width**-0.5)
+    if token >= rows:  # a smaller vocabulary, without this token
+        return table, own._replace(rows=0)
+    return table._replace(rows=token), own, table._replace(first=token + 1)
+
+
 def head_parts(config: ModelConfig, head: HeadConfig, sentence_model: SentenceModel | None, classifier: str) -> Parts:
     """The same for the weights of the head."""
     names = {
@@ -259,6 +288,11 @@ def read_head(
         )
     if not tasks:
         return HeadConfig(pooling, pooler, dense, similarity)
+    if config.family == "t5gemma2_text":
+        raise CheckpointError(
+            f"{architectures[0]} reads the decoder, which this engine does not run; save the model as a T5Gemma2Model, "
+            "whose encoder it runs"
+        )
     if config.family == "t5gemma" and fields.get("is_encoder_decoder", True):
         raise CheckpointError(
             f"{architectures[0]} with is_encoder_decoder=true reads the decoder, which this engine does not run; "

@@ -267,7 +267,7 @@ def read_shards(directory: Path, manifest: Manifest, files: Mapping[str, Path]) 
     dtypes = {tensor.dtype.name for tensor in types.values()}
     check_tensors(directory, {name: tensor.shape for name, tensor in types.items()}, tensors, tuple(sorted(dtypes)))
     for name, tensor in tensors.items():
-        if tensor.dtype != types[name].dtype.name and not (is_norm(name) and tensor.dtype == manifest.dtype):
+        if tensor.dtype != types[name].dtype.name and not (is_norm(name) and tensor.dtype in ACTIVATIONS):
             raise CheckpointError(
                 f"{tensor.path}: {name} is {tensor.dtype}, but it must be {types[name].dtype.name} in a checkpoint "
                 f"whose dtype is {manifest.dtype}; convert the source again"

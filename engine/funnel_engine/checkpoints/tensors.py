@@ -146,22 +146,25 @@ def join_shards(
 
 
 class Part(NamedTuple):
-    """The part of a source tensor that goes into one of our weights: `tensor[at][:rows].transpose(axes) - minus`, flat.
+    """The part of a source tensor that goes into one of our weights, flattened:
+    `tensor[at][first:rows].transpose(axes) * times - minus`.
 
     Attributes:
         name: the name of the tensor.
         shape: the required shape of the whole tensor.
         at: leading indices of the part.
         axes: the order of the part's axes in our weight; None keeps the order.
-        rows: the number of rows to take; None takes all.
-        minus: subtracted in float32; 1 for the factors of norms, because ours are zero-centred.
+        first, rows: the first row to take, and the end of the rows to take; None is the end of the tensor.
+        times, minus: computed in float32; 1 is subtracted from the factors of norms, because ours are zero-centred.
     """
 
     name: str
     shape: tuple[int, ...]
     at: tuple[int, ...] = ()
     axes: tuple[int, ...] | None = None
+    first: int = 0
     rows: int | None = None
+    times: float = 1.0
     minus: float = 0.0
 
 
@@ -176,13 +179,14 @@ class Rows(NamedTuple):
 
     def pieces(self) -> Iterator[np.ndarray]:
         """The values in our order, as arrays of about 1 MiB, or of one row if that is larger."""
-        _, _, at, axes, rows, minus = self.part
+        _, _, at, axes, first, rows, times, minus = self.part
         shape = self.tensor.shape[len(at) :]
         rows = shape[0] if rows is None else rows
         if axes is None:
-            for start, stop in row_blocks((rows, *shape[1:])):
-                piece = self.tensor.read(at, start, stop)
-                yield piece.astype(np.float32) - np.float32(minus) if minus else piece
+            for start, stop in row_blocks((rows - first, *shape[1:])):
+                piece = self.tensor.read(at, first + start, first + stop)
+                changes = (times, minus) != (1, 0)
+                yield piece.astype(np.float32) * np.float32(times) - np.float32(minus) if changes else piece
             return
         view = self.tensor.read(at, 0, rows).transpose(axes)
         for start, stop in row_blocks(view.shape):

@@ -20,8 +20,13 @@ from funnel_kernels.errors import ConfigError
 
 DEFAULTS: dict[str, dict[str, Any]] = {**gemma.DEFAULTS}  # of the fields of each family
 READERS: dict[str, Callable[[Config], ModelConfig]] = {**dict.fromkeys(gemma.DEFAULTS, gemma.read_gemma)}
-# model_type -> the key of its nested text config, and the family of that config
-NESTED = {"gemma3": ("text_config", "gemma3_text"), "t5gemma": ("encoder", "t5gemma")}
+# model_type -> the keys that lead to its nested text config, and the family of that config
+NESTED: dict[str, tuple[tuple[str, ...], str]] = {
+    "gemma3": (("text_config",), "gemma3_text"),
+    "t5gemma": (("encoder",), "t5gemma"),
+    "t5gemma2": (("encoder", "text_config"), "t5gemma2_text"),
+    "t5gemma2_encoder": (("text_config",), "t5gemma2_text"),
+}
 
 
 def read_model_config(config: dict[str, Any], sliding_window: int | None = None) -> ModelConfig:
@@ -41,11 +46,12 @@ def read_model_config(config: dict[str, Any], sliding_window: int | None = None)
     family = config.get("model_type")
     text = config
     if isinstance(family, str) and family in NESTED:
-        key, family = NESTED[family]
-        text = config.get(key) or {}
-        if not isinstance(text, dict):
-            raise ConfigError(f"{key} in the config is a {type(text).__name__}; it must be a JSON object")
-        refuse_quantized(text)
+        keys, family = NESTED[family]
+        for key in keys:
+            text = text.get(key) or {}
+            if not isinstance(text, dict):
+                raise ConfigError(f"{key} in the config is a {type(text).__name__}; it must be a JSON object")
+            refuse_quantized(text)
     if not isinstance(family, str) or family not in READERS:
         known = ", ".join(sorted({*READERS, *NESTED}))
         raise ConfigError(f"model_type {shorten(family)} is not supported; this engine runs {known}")

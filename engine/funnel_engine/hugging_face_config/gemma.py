@@ -1,6 +1,6 @@
-"""Gemma 1, 2 and 3, EmbeddingGemma, and the encoder of T5Gemma.
+"""Gemma 1, 2 and 3, EmbeddingGemma, and the encoders of T5Gemma and T5Gemma 2.
 
-Their classes are `GemmaConfig`, `Gemma2Config`, `Gemma3TextConfig` and `T5GemmaModuleConfig`.
+Their classes are `GemmaConfig`, `Gemma2Config`, `Gemma3TextConfig`, `T5GemmaModuleConfig` and `T5Gemma2TextConfig`.
 """
 
 from typing import Any
@@ -34,6 +34,7 @@ GEMMA_2 = COMMON | {
     "query_pre_attn_scalar": 256,
     "sliding_window": 4096,
 }
+GEMMA_3 = GEMMA_2 | {"vocab_size": 262208, "max_position_embeddings": 131072}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "gemma": COMMON
     | {
@@ -45,8 +46,11 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "gemma2": GEMMA_2 | {"attn_logit_softcapping": 50.0},
     "t5gemma": GEMMA_2 | {"attn_logit_softcapping": 50.0},
-    "gemma3_text": GEMMA_2 | {"vocab_size": 262208, "max_position_embeddings": 131072},
+    "gemma3_text": GEMMA_3,
+    "t5gemma2_text": GEMMA_3,
 }
+ENCODERS = ("t5gemma", "t5gemma2_text")  # always bidirectional
+LIKE_GEMMA_3 = ("gemma3_text", "t5gemma2_text")  # norms of queries and keys, every 6th layer full, two RoPEs
 ACTIVATIONS = ("gelu_pytorch_tanh", "gelu")  # the legacy value "gelu" means tanh too (transformers PR 29402)
 
 
@@ -56,10 +60,10 @@ def read_gemma(config: Config) -> ModelConfig:
     num_layers = integer(fields, "num_hidden_layers", most=MAX_LAYERS)
     layer_types = ("full",) * num_layers
     if family != "gemma":
-        layer_types = read_layer_types(fields, num_layers, period=6 if family == "gemma3_text" else 2)
+        layer_types = read_layer_types(fields, num_layers, period=6 if family in LIKE_GEMMA_3 else 2)
     causal_window, bidirectional_window = read_windows(family, fields, layer_types)
     head_dim = integer(fields, "head_dim")
-    softcap = fields.get("attn_logit_softcapping") if family in ("gemma2", "t5gemma") else None
+    softcap = None if family in ("gemma", "gemma3_text") else fields.get("attn_logit_softcapping")
     if config.text.get("attn_logit_softcapping", softcap) is None:  # an explicit null means no softcap
         softcap = None
     scalar = float(head_dim) if family == "gemma" else number(fields, "query_pre_attn_scalar")
@@ -82,7 +86,7 @@ def read_gemma(config: Config) -> ModelConfig:
         bidirectional_window=bidirectional_window,
         softcap=None if softcap is None else check_number("attn_logit_softcapping", softcap),
         post_norms=family != "gemma",
-        qk_norm=family == "gemma3_text",
+        qk_norm=family in LIKE_GEMMA_3,
         norm_eps=number(fields, "rms_norm_eps"),
         pad_token_id=read_pad_token_id(family, config.whole, config.text),
     )
@@ -112,8 +116,8 @@ def refuse_unsupported(family: str, fields: dict[str, Any]) -> None:
 
 
 def is_bidirectional(family: str, fields: dict[str, Any]) -> bool:
-    """True for T5Gemma's encoder, if `use_bidirectional_attention` is true, or if `is_causal` is false."""
-    if family == "t5gemma":
+    """True for an encoder, if `use_bidirectional_attention` is true, or if `is_causal` is false."""
+    if family in ENCODERS:
         return True
     return fields.get("use_bidirectional_attention", False) is True or fields.get("is_causal", True) is False
 
@@ -124,7 +128,8 @@ def read_windows(
     """Inclusive (left, right) radii of a sliding layer, causal and bidirectional, from the config's `sliding_window`.
 
     A causal window contains W keys, with the query's own. With bidirectional attention Gemma 3 halves W (transformers
-    PR 40700), and the other families do not (google-deepmind/gemma).
+    PR 40700). So does T5Gemma 2, where the two sides and the query's own key are W + 1 keys if W is odd, and W if it is
+    even. The other families do not halve it (google-deepmind/gemma).
     """
     if "sliding" not in layer_types:
         return None, None
@@ -141,6 +146,8 @@ def read_windows(
                 "halved window. Give the original value: --sliding-window 512 for EmbeddingGemma"
             )
         return (width - 1, 0), (width // 2, width // 2)
+    if family == "t5gemma2_text":
+        return (width - 1, 0), ((width + 1) // 2 - 1, width // 2)
     return (width - 1, 0), (width - 1, width - 1)
 
 
@@ -151,12 +158,12 @@ def read_ropes(family: str, fields: dict[str, Any]) -> tuple[Rope, Rope]:
     for name, value in (("rope_parameters", parameters), ("rope_scaling", scaling)):
         if not isinstance(value, dict):
             raise ConfigError(f"{name} is a {type(value).__name__}; it must be a JSON object")
-    if family != "gemma3_text":
+    if family not in LIKE_GEMMA_3:
         rope = read_rope({"rope_theta": fields.get("rope_theta", 10_000.0)} | scaling | parameters)
         return rope, rope
     full = {"rope_theta": fields.get("rope_theta", 1_000_000.0)} | scaling
     sliding = {"rope_theta": fields.get("rope_local_base_freq", 10_000.0)}
     nested = [parameters.get(key) or {} for key in ("full_attention", "sliding_attention")]
     if not all(isinstance(value, dict) for value in nested):
-        raise ConfigError(f"rope_parameters of Gemma 3 must contain two JSON objects; it is {shorten(parameters)}")
+        raise ConfigError(f"rope_parameters of {family} must contain two JSON objects; it is {shorten(parameters)}")
     return read_rope(full | nested[0]), read_rope(sliding | nested[1])

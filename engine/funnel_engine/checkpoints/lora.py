@@ -227,7 +227,7 @@ class Adapter:
         if kinds == TABLE and self.dora:
             return f"{module!r} is an embedding with DoRA, which is not supported; {MERGE}"
         if wrong := [
-            f"{tensor.name} is {tensor.dtype!r}" for tensor in tensors.values() if tensor.dtype not in FLOAT_DTYPES
+            f"{tensor.name!r} is {tensor.dtype!r}" for tensor in tensors.values() if tensor.dtype not in FLOAT_DTYPES
         ]:
             return f"dtype: {wrong[0]}, not {' or '.join(FLOAT_DTYPES)}"
         if len(shape) != 2:
@@ -243,8 +243,8 @@ class Adapter:
         for kind, tensor in tensors.items():
             if tensor.shape != shapes[kind]:
                 return (
-                    f"misshapen: {tensor.name} is {tensor.shape}; for rank {rank} and a weight {shape} in the base it "
-                    f"must be {shapes[kind]}"
+                    f"misshapen: {tensor.name!r} is {tensor.shape}; for rank {rank} and a weight {shape} in the base "
+                    f"it must be {shapes[kind]}"
                 )
         return None
 

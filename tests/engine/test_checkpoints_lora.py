@@ -39,6 +39,10 @@ def save_base(folder: Path, model_class: Any = transformers.GemmaModel, config: 
     return folder
 
 
+def ones(*shape: int) -> np.ndarray:
+    return np.ones(shape, np.float32)
+
+
 def weight_of(module: str) -> str:
     return f"{module}.weight"
 
@@ -336,8 +340,12 @@ def test_a_classifier_of_the_base_is_replaced(tmp_path):
     assert len(read_checkpoint(tmp_path / "ours").head.labels) == models.LABELS
 
 
-def test_a_classifier_without_its_weights(tmp_path, base):
-    message = refusal(Adapter(base).add().save(tmp_path / "adapter", task_type="SEQ_CLS"))
+@pytest.mark.parametrize("shape", [None, (5,), (2**40, 0)])
+def test_a_classifier_without_its_weights(tmp_path, base, shape):
+    adapter = Adapter(base).add()
+    if shape is not None:
+        adapter.tensors["base_model.model.score.weight"] = ones(*shape)
+    message = refusal(adapter.save(tmp_path / "adapter", task_type="SEQ_CLS"))
     assert "neither it nor its base" in message
     assert "modules_to_save=['score']" in message
 
@@ -520,10 +528,6 @@ def only(tensors: Arrays, end: str) -> Arrays:
 Q = "base_model.model.layers.0.self_attn.q_proj"
 
 
-def ones(*shape: int) -> np.ndarray:
-    return np.ones(shape, np.float32)
-
-
 NORM, TABLE = "base_model.model.norm", "base_model.model.embed_tokens"
 REFUSED_TENSORS = {
     "A without B": (
@@ -550,10 +554,16 @@ REFUSED_TENSORS = {
     ),
     "a copy that the model does not have": (
         lambda t: t | {f"{Q}.bias": ones(84)},
-        ["unknown: 'layers.0.self_attn.q_proj.bias'"],
+        ["the base has no tensor 'layers.0.self_attn.q_proj.bias'"],
     ),
-    "a copy of another shape": (lambda t: t | {f"{TABLE}.weight": ones(102, 48)}, ["embed_tokens.weight is (102, 48)"]),
-    "a kind of later": (lambda t: t | {f"{Q}.lora_C.weight": ones(4, 4)}, ["lora_C"]),
+    "a copy of another shape": (
+        lambda t: t | {f"{TABLE}.weight": ones(102, 48)},
+        ["copy of 'embed_tokens.weight' is (102, 48)"],
+    ),
+    "a kind of later": (
+        lambda t: t | {f"{Q}.lora_C.weight": ones(4, 4)},
+        ["no tensor 'layers.0.self_attn.q_proj.lora_C"],
+    ),
     "two spellings": (lambda t: t | {f"{Q}.lora_A.default.weight": ones(4, 48)}, ["twice"]),
     "two prefixes": (
         lambda t: t | {name.replace("layers.0", "model.layers.0"): array for name, array in t.items() if ".up" in name},

@@ -54,7 +54,7 @@ NO_EFFECT = {
 }
 INITIALIZATIONS = (None, True, False, "gaussian", "orthogonal", "eva")  # the others change the weights of the base
 TASKS = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
-CLASSIFIERS = ("score.weight", "classifier.weight", "score.out_proj.weight")
+CLASSIFIERS = ("score.", "classifier.")  # what the names of their tensors begin with
 PREFIX = "base_model.model."
 MAX_RANK = 2**31 - 1
 LORA = re.compile(
@@ -189,9 +189,14 @@ class Adapter:
         def name_in_base(name: str) -> str:
             return name if name in base else names.get(bare(name), name)
 
-        for name, copy in self.copies.items():
-            merged[name_in_base(name)] = copy
         problems = []
+        for name, copy in self.copies.items():
+            name = name_in_base(name)
+            if name in base and copy.shape != base[name].shape:
+                problems.append(f"misshapen: the copy of {name!r} is {copy.shape}, but the base has {base[name].shape}")
+            elif name not in base and not name.startswith(CLASSIFIERS) and not drop_rule(name):
+                problems.append(f"unknown: the base has no tensor {name!r}")
+            merged[name] = copy
         changed: dict[str, str] = {}
         for module, tensors in self.updates.items():
             name = name_in_base(f"{module}.weight")
@@ -268,7 +273,8 @@ class Adapter:
         If the base is no classifier, the number of labels is that of the adapter's classifier. Their names are unknown.
         """
         architectures = decode(tuple[str, ...], fields.get("architectures") or [], "architectures in config.json")
-        classifier = next((self.copies[name] for name in CLASSIFIERS if name in self.copies), None)
+        matrices = [copy for name, copy in self.copies.items() if name.startswith(CLASSIFIERS) and len(copy.shape) == 2]
+        classifier = next((copy for copy in matrices if copy.size > 0), None)
         known = any(name.endswith(task) for name in architectures for task in TASKS.values())
         if self.task is None or known:
             return fields
@@ -277,8 +283,7 @@ class Adapter:
                 f"the adapter in {self.directory} was trained with a {self.task} model, but neither it nor its base "
                 f"{self.base} contains a classifier; save the adapter with modules_to_save=['score']"
             )
-        labels = {"num_labels": classifier.shape[0] if classifier.shape else 0, "id2label": None}
-        return fields | labels | {"architectures": [self.task]}
+        return fields | {"architectures": [self.task], "num_labels": classifier.shape[0], "id2label": None}
 
 
 def is_adapter(directory: Path) -> bool:

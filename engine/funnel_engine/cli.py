@@ -105,6 +105,13 @@ sliding_window_option = click.option(
     "--sliding-window", type=int, help="Replaces the window in the source's config, in tokens, if that is wrong."
 )
 
+base_option = click.option(
+    "--base",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="The base model of a LoRA adapter. Default: found in the same folder, beside it, or where its config says.",
+)
+
 
 @main.command()
 @click.argument("source", type=click.Path(path_type=Path))
@@ -115,6 +122,7 @@ sliding_window_option = click.option(
 @click.option("--overwrite", is_flag=True, help="Replace DESTINATION if it exists.")
 @format_option
 @sliding_window_option
+@base_option
 @funnel_option("that of the source, if it is a converted checkpoint")
 @click.option("--allow-nonfinite", is_flag=True, help="Accept weights that are NaN or infinite.")
 def convert(
@@ -124,12 +132,13 @@ def convert(
     overwrite: bool,
     form: str | None,
     sliding_window: int | None,
+    base: Path | None,
     funnel: Funnel | None,
     allow_nonfinite: bool,
 ) -> None:
     """Convert a Gemma checkpoint for the engine.
 
-    SOURCE is a file or folder in one of the formats: Hugging Face, sentence-transformers, Orbax (Flax),
+    SOURCE is a file or folder in one of the formats: Hugging Face, sentence-transformers, a LoRA adapter, Orbax (Flax),
     gemma_pytorch, GGUF, KerasHub, or a checkpoint that is already converted. DESTINATION is the new folder; it appears
     when it is complete. `funnel inspect SOURCE` shows beforehand what will be converted.
     """
@@ -142,6 +151,7 @@ def convert(
         format=form,
         sliding_window=sliding_window,
         allow_nonfinite=allow_nonfinite,
+        base=base,
     )
     click.echo(f"Wrote {destination}")
 
@@ -155,6 +165,7 @@ def convert(
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 @format_option
 @sliding_window_option
+@base_option
 @funnel_option("that of the checkpoint")
 def inspect(
     checkpoint: Path,
@@ -163,6 +174,7 @@ def inspect(
     as_json: bool,
     form: str | None,
     sliding_window: int | None,
+    base: Path | None,
     funnel: Funnel | None,
 ) -> None:
     """Show the contents and the problems of a CHECKPOINT, converted or not, and what a funnel would save.
@@ -170,7 +182,9 @@ def inspect(
     The weights are not loaded. If there are problems, the exit status is 2. If there are none, `funnel convert` accepts
     the checkpoint, or the engine if it is already converted. Example: funnel inspect gemma-2b --funnel 2:2
     """
-    facts = inspect_checkpoint(checkpoint, form, sliding_window, funnel=funnel, seq_len=seq_len, verify=verify)
+    facts = inspect_checkpoint(
+        checkpoint, form, sliding_window, funnel=funnel, seq_len=seq_len, verify=verify, base=base
+    )
     print_facts(facts, as_json)
     if facts["problems"]:
         raise SystemExit(2)

@@ -25,11 +25,12 @@ def inspect_checkpoint(
     funnel: Funnel | None = None,
     seq_len: int = 512,
     verify: bool = False,
+    base: Path | None = None,
 ) -> Facts:
     """All facts that can be found without reading a weight.
 
     Args:
-        form, sliding_window: as `format` and `sliding_window` of `convert`.
+        form, sliding_window, base: as `format`, `sliding_window` and `base` of `convert`.
         funnel: the funnel for the costs; None takes the checkpoint's own.
         seq_len: the number of tokens per sequence for the costs.
         verify: compare the files of a converted checkpoint with its hashes; this reads all files.
@@ -43,7 +44,7 @@ def inspect_checkpoint(
     except FunnelError as error:
         return {"format": None, "problems": str(error).splitlines()}
     try:
-        model = read_source(path, form, sliding_window)
+        model = read_source(path, form, sliding_window, base)
         if verify:
             check_hashes(path, form)
         return (
@@ -86,7 +87,7 @@ def describe(model: SourceModel) -> Facts:
         "parameters": count_parameters(shapes),
         "dtype": ", ".join(stored),
         "quantized": model.quantized,
-        "files": [file.relative_to(model.directory).as_posix() for file in model.files],
+        "files": [model.name_of(file) for file in model.files],
         "gigabytes": sum(file.stat().st_size for file in model.files) / 1e9,
         "gigabytes_converted": {dtype: count_bytes(shapes, dtype) / 1e9 for dtype in DTYPES},
         "left_out": model.dropped,

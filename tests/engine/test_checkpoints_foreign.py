@@ -111,15 +111,16 @@ def test_weights_under_other_names_are_named(source, name):
     assert "save_pretrained" in message
 
 
-@pytest.mark.parametrize("alone", [True, False])
-def test_an_adapter(source, alone):
-    write_json(source / "adapter_config.json", peft_type="LORA", base_model_name_or_path="google/gemma-2b")
-    if alone:
-        (source / CONFIG).unlink()
-        (source / WEIGHTS).rename(source / "adapter_model.safetensors")
-    message = refusal(source)
-    assert "peft adapter for the base model 'google/gemma-2b'" in message
-    assert "merge_and_unload" in message
+def test_an_adapter_that_is_not_lora(source):
+    """LoRA is merged with its base."""
+    write_json(source / "adapter_config.json", peft_type="IA3", base_model_name_or_path="google/gemma-2b")
+    assert "peft_type is 'IA3'" in refusal(source)
+    assert "merge_and_unload" in refusal(source)
+
+
+def test_weights_that_are_merged_beside_what_is_left_of_an_adapter(source):
+    write_json(source / "adapter_config.json", peft_type="LORA", r=8, lora_alpha=16)
+    assert "already merged, delete adapter_config.json" in refusal(source)
 
 
 @pytest.mark.parametrize(

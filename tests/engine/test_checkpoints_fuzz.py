@@ -1,7 +1,7 @@
 """Whatever stands in the files of a source, the outcome is a clean conversion or a `CheckpointError`.
 
-The source is a sentence-transformers folder with everything a reader looks at. One value of one JSON file becomes
-another, or one of the safetensors headers does.
+The source is a sentence-transformers folder with everything a reader looks at, and a LoRA adapter in it. One value of
+one JSON file becomes another, or one of the safetensors headers does.
 """
 
 import json
@@ -40,6 +40,18 @@ JSON_FILES = {
     },
     "sentence_bert_config.json": {"max_seq_length": 100, "do_lower_case": False},
     "config_sentence_transformers.json": {"prompts": {"query": "query: "}, "default_prompt_name": "query"},
+    "adapter_config.json": {
+        "peft_type": "LORA",
+        "base_model_name_or_path": "google/source",
+        "r": 3,
+        "lora_alpha": 6,
+        "use_rslora": False,
+        "use_dora": False,
+        "rank_pattern": {"k_proj": 2},
+        "alpha_pattern": {"o_proj": 5},
+        "task_type": None,
+        "init_lora_weights": True,
+    },
     "tokenizer_config.json": {"add_bos_token": True, "add_eos_token": False, "bos_token": {"content": "<bos>"}},
 }
 
@@ -55,8 +67,13 @@ def source(tmp_path_factory) -> Path:
     for name, content in JSON_FILES.items():
         (directory / name).parent.mkdir(exist_ok=True)
         (directory / name).write_text(json.dumps(content))
-    weight = torch.randn((5, WIDTH), generator=torch.Generator().manual_seed(3))
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn((5, WIDTH), generator=generator)
     save_file({"linear.weight": weight}, directory / "2_Dense" / "model.safetensors")
+    module = "base_model.model.layers.0.self_attn.q_proj"
+    matrices = {"A": torch.randn((3, WIDTH), generator=generator), "B": torch.randn((84, 3), generator=generator)}
+    adapter = {f"{module}.lora_{name}.weight": matrix for name, matrix in matrices.items()}
+    save_file(adapter, directory / "adapter_model.safetensors")
     return directory
 
 

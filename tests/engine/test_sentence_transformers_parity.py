@@ -9,10 +9,10 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling
-from transformers import Gemma3TextModel
+from transformers import Gemma2Model, Gemma3TextModel
 
 import hugging_face_models as hf
-from funnel_engine import Engine, InputError, convert
+from funnel_engine import CheckpointError, Engine, InputError, convert
 from sentence_models import (
     DENSE_SIZES,
     PROMPTS,
@@ -22,6 +22,7 @@ from sentence_models import (
     save_sentence_model,
     text_of,
     train_sentencepiece,
+    train_tokenizer,
     write_json,
 )
 
@@ -243,3 +244,64 @@ def test_most_tokens_of_a_text(limited, tmp_path, transformer, tokenizer):
     convert(tmp_path / "source", tmp_path / "checkpoint", dtype="float32")
     engine = Engine.load(tmp_path / "checkpoint")
     assert engine.max_length == min(library.max_seq_length, hf.SIZES["max_position_embeddings"])
+
+
+# ------------------------------------------------------------------------------------------- causal embedders
+
+INSTRUCTIONS = {
+    "web_search_query": "Instruct: Given a web search query, retrieve relevant passages\nQuery: ",
+    "sts_query": "Instruct: Retrieve semantically similar text\nQuery: ",
+}
+CAUSAL = {
+    "gemma2": (Gemma2Model, hf.gemma2, {}),
+    "gemma3": (Gemma3TextModel, hf.gemma3, {}),
+    "gemma3 with linear RoPE": (
+        Gemma3TextModel,
+        hf.gemma3,
+        {"rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        }},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("end", ["", " <eos>"])
+@pytest.mark.parametrize(("model_class", "config", "fields"), CAUSAL.values(), ids=CAUSAL)
+def test_causal_embedders(tmp_path, model_class, config, fields, end):
+    """Language models as embedders: causal, the last token, an instruction before a query, vectors of length 1.
+
+    The side on which the library pads a batch does not matter.
+    """
+    model = hf.build(model_class, config(vocab_size=VOCAB_SIZE, **fields))
+    modules = [Pooling(WIDTH, pooling_mode="lasttoken"), Normalize()]
+    save_sentence_model(tmp_path, model, modules, prompts=INSTRUCTIONS)
+    source = tmp_path / "source"
+    train_tokenizer(f"<bos> $A{end}").save(str(source / "tokenizer.json"))
+    convert(source, tmp_path / "checkpoint", dtype="float32")
+    engine = Engine.load(tmp_path / "checkpoint", max_batch_tokens=1024)
+    assert (engine.config.attention, engine.head.pooling) == ("causal", "last")
+    assert (engine.text.begin, engine.text.end) == (2, 1 if end else None)
+    library = SentenceTransformer(str(source), device="cpu")
+    assert engine.text.prompts == library.prompts == INSTRUCTIONS | {"query": "", "document": ""}
+    for side, name in itertools.product(("left", "right"), (None, *INSTRUCTIONS)):
+        library.tokenizer.padding_side = side
+        mask = library.preprocess(["a", "a small funnel"])["attention_mask"][0].tolist()
+        assert mask == sorted(mask, reverse=side == "right")
+        theirs = library.encode(TEXTS, prompt_name=name)
+        assert worst(engine.embed(TEXTS, prompt_name=name), theirs) < TOLERANCE
+        assert np.linalg.norm(theirs, axis=1) == pytest.approx(1)
+        assert len(np.unique(np.round(theirs, 3), axis=0)) > len(TEXTS) // 2
+
+
+def test_an_embedder_with_code_of_its_own(tmp_path):
+    """It is refused; the message leads to a folder that is converted, if the code computes the standard forward."""
+    source = save(tmp_path, [Pooling(WIDTH, pooling_mode="mean"), Normalize()])
+    write_json(source / "config.json", auto_map={"AutoConfig": "configuration.C", "AutoModel": "modeling.M"})
+    (source / "modeling.py").write_text("class M: ...\n")
+    with pytest.raises(CheckpointError, match=r"code, which this engine does not run; if .* delete auto_map from"):
+        convert(source, tmp_path / "checkpoint")
+    config = json.loads((source / "config.json").read_text())
+    del config["auto_map"]
+    (source / "config.json").write_text(json.dumps(config))
+    check(source, normalize=True)

@@ -36,6 +36,7 @@ def convert(
     format: str | None = None,
     sliding_window: int | None = None,
     allow_nonfinite: bool = False,
+    base: str | os.PathLike[str] | None = None,
 ) -> None:
     """Converts a Gemma, EmbeddingGemma or T5Gemma checkpoint for `Engine.load`.
 
@@ -55,6 +56,8 @@ def convert(
         format: the format of the source, a key of `formats.FORMATS`; None detects it from the content.
         sliding_window: replaces the value in the source's config, if an old save wrote a wrong one.
         allow_nonfinite: accept weights that are NaN or infinite; not with int8, which cannot represent them.
+        base: the folder of the base model, if the source is a LoRA adapter. None finds it in the same folder, beside it
+            by the name in adapter_config.json, or where that says.
 
     Raises:
         CheckpointError: the source is missing, damaged or not supported, or the destination exists or cannot be
@@ -68,7 +71,7 @@ def convert(
         raise ConfigError("int8 cannot represent NaN or infinity; leave allow_nonfinite out, or use dtype='bfloat16'")
     source, destination = to_path(source), to_path(destination)
     destination = prepare_destination(destination, source, overwrite)
-    model = read_source(source, format, sliding_window)
+    model = read_source(source, format, sliding_window, None if base is None else to_path(base))
     if funnel is not None:
         model = with_funnel(model, read_funnel(funnel))
     save(model, destination, dtype, overwrite=overwrite, allow_nonfinite=allow_nonfinite)

@@ -9,7 +9,7 @@ from funnel_engine.checkpoints.foreign import describe_unknown
 from funnel_engine.checkpoints.source import SourceModel
 from funnel_engine.checks import check_option
 from funnel_engine.input_files import check_file, is_file, reading, to_path
-from funnel_kernels.errors import CheckpointError
+from funnel_kernels.errors import CheckpointError, ConfigError
 
 
 class Format(NamedTuple):
@@ -17,11 +17,12 @@ class Format(NamedTuple):
 
     Attributes:
         matches: whether the content of a file or folder has this format.
-        read: reads the model without its values; its arguments are the path and `sliding_window` of `convert`.
+        read: reads the model without its values; its arguments are the path and `sliding_window` of `convert`, and for
+            "hugging_face" also `base`.
     """
 
     matches: Callable[[Path], bool]
-    read: Callable[[Path, int | None], SourceModel]
+    read: Callable[..., SourceModel]
 
 
 # Checked in this order; the first that matches is used.
@@ -51,22 +52,28 @@ def detect_format(path: Path) -> str:
         raise CheckpointError(f"the format of {path} is not known ({', '.join(FORMATS)}){describe_unknown(path)}")
 
 
-def read_source(path: Path, form: str | None = None, sliding_window: int | None = None) -> SourceModel:
+def read_source(
+    path: Path, form: str | None = None, sliding_window: int | None = None, base: Path | None = None
+) -> SourceModel:
     """Reads a source without the values of its tensors.
 
     Args:
         form: the name of its format; None detects it.
         sliding_window: replaces the value in the config, e.g. by 512 if an old save halved EmbeddingGemma's to 257.
+        base: the folder of the base model of an adapter; None finds it.
 
     Raises:
         CheckpointError: the source is missing, damaged or not supported.
-        ConfigError: the format is unknown.
+        ConfigError: the format is unknown, or has no adapters but a base is given.
     """
     path = to_path(path)
     if form is None:
         form = detect_format(path)
     check_option("format", form, tuple(FORMATS))
+    if base is not None and form != "hugging_face":
+        raise ConfigError(f"{path} is in the format {form}, which has no adapters; leave the base {base} out")
+    options = {} if base is None else {"base": to_path(base)}
     with reading(path):
         if is_file(path):
             check_file(path)
-        return FORMATS[form].read(path, sliding_window)
+        return FORMATS[form].read(path, sliding_window, **options)

@@ -9,12 +9,22 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from funnel_engine.checkpoints.foreign import other_weights, refuse_adapter
+from funnel_engine.checkpoints.foreign import other_weights
+from funnel_engine.checkpoints.lora import find_adapter, is_adapter
 from funnel_engine.checkpoints.safetensors_file import StoredTensor, read_header
 from funnel_engine.checkpoints.sentence_transformers import MODULES, SentenceModel, read_sentence_model
 from funnel_engine.checkpoints.source import SourceModel
-from funnel_engine.checkpoints.tensors import Part, Parts, assemble, drop_by_name, join_shards, unwrap, unwrapped
-from funnel_engine.checkpoints.tokenizer_files import find_tokenizer
+from funnel_engine.checkpoints.tensors import (
+    Part,
+    Parts,
+    SourceTensor,
+    assemble,
+    drop_by_name,
+    join_shards,
+    unwrap,
+    unwrapped,
+)
+from funnel_engine.checkpoints.tokenizer_files import find_tokenizer, has_tokenizer
 from funnel_engine.checks import check_integer
 from funnel_engine.config import ModelConfig
 from funnel_engine.heads import HeadConfig, head_shapes
@@ -106,15 +116,16 @@ TASKS = {"ForSequenceClassification": "classify", "ForTokenClassification": "tag
 
 
 def matches(path: Path) -> bool:
-    """Whether a folder has a Hugging Face config, or the module list of the sentence-transformers library."""
-    return is_file(path / CONFIG) or is_file(path / MODULES)
+    """Whether a folder has a Hugging Face config, the module list of sentence-transformers, or an adapter."""
+    return is_file(path / CONFIG) or is_file(path / MODULES) or is_adapter(path)
 
 
-def read_hugging_face(root: Path, sliding_window: int | None = None) -> SourceModel:
+def read_hugging_face(root: Path, sliding_window: int | None = None, base: Path | None = None) -> SourceModel:
     """Reads a directory without the values of its tensors.
 
     Args:
         sliding_window: replaces the value in the config.
+        base: the folder of the base model, if the directory contains a LoRA adapter. None finds it.
 
     Raises:
         CheckpointError: this is not a directory in this format, the model family is not supported, or files are
@@ -123,16 +134,22 @@ def read_hugging_face(root: Path, sliding_window: int | None = None) -> SourceMo
     """
     if not root.is_dir():
         raise CheckpointError(f"{root} is not a directory; give the folder with the model's config.json")
-    refuse_adapter(root)
     sentence_model = read_sentence_model(root)
     directory = sentence_model.transformer if sentence_model else root
-    refuse_adapter(directory)
+    adapter = find_adapter(directory, root, base)
+    if adapter is not None:
+        base_model = read_sentence_model(adapter.base)
+        directory = base_model.transformer if base_model else adapter.base
+        adapter.check_base(directory)
+        sentence_model = sentence_model or base_model
     config_file = optional_file(directory, CONFIG)
     if config_file is None:
         raise CheckpointError(
             f"{directory} is not in Hugging Face format: it has no {CONFIG}; give the folder that has it"
         )
     fields = read_json(config_file)
+    if adapter is not None:
+        fields = adapter.with_task(fields)
     with reading(config_file):
         config = read_model_config(fields, sliding_window)
     if sentence_model and sentence_model.width not in (None, config.hidden_size):
@@ -142,7 +159,9 @@ def read_hugging_face(root: Path, sliding_window: int | None = None) -> SourceMo
         )
     layout = LAYOUTS[fields["model_type"]]
     drop_rule = drop_by_name(layout.dropped)
-    tensors = read_tensors(directory, drop_rule)
+    tensors: dict[str, SourceTensor] = {**read_tensors(directory, drop_rule)}
+    if adapter is not None:
+        tensors = adapter.merge(tensors, layout.prefixes, drop_rule)
     for dense in sentence_model.dense if sentence_model else ():
         file = optional_file(dense.folder, SINGLE_FILE)
         if file is None:
@@ -161,6 +180,8 @@ def read_hugging_face(root: Path, sliding_window: int | None = None) -> SourceMo
         if config.family == "t5gemma2_text":
             parts["embedding"] = with_image_end(parts["embedding"], fields)
     weights, dropped = assemble(directory, parts, tensors, drop_rule)
+    if adapter is not None and has_tokenizer(adapter.directory):
+        directory = adapter.directory
     text, tokenizer_file = find_tokenizer(directory, config)
     if sentence_model:
         text = dataclasses.replace(
@@ -178,6 +199,7 @@ def read_hugging_face(root: Path, sliding_window: int | None = None) -> SourceMo
         text=text,
         tokenizer_file=tokenizer_file,
         directory=root,
+        adapter_files=() if adapter is None else adapter.files,
     )
 
 
@@ -251,7 +273,7 @@ def head_parts(config: ModelConfig, head: HeadConfig, sentence_model: SentenceMo
     return {ours: (Part(names[ours], shape),) for ours, shape in head_shapes(config.hidden_size, head).items()}
 
 
-def find_prefix(layout: Layout, config: ModelConfig, tensors: Mapping[str, StoredTensor]) -> str:
+def find_prefix(layout: Layout, config: ModelConfig, tensors: Mapping[str, SourceTensor]) -> str:
     """The prefix with which most of the encoder's tensors are found."""
 
     def count_found(prefix: str) -> int:
@@ -260,7 +282,7 @@ def find_prefix(layout: Layout, config: ModelConfig, tensors: Mapping[str, Store
     return max(layout.prefixes, key=count_found)
 
 
-def classifier_name(config: ModelConfig, tensors: Mapping[str, StoredTensor]) -> str:
+def classifier_name(config: ModelConfig, tensors: Mapping[str, SourceTensor]) -> str:
     """The name of the classifier. Hand-written heads on Gemma 3 may be called "classifier" (transformers has none)."""
     if config.family == "t5gemma":
         return "score.out_proj"
@@ -271,7 +293,7 @@ def read_head(
     fields: dict[str, Any],
     config: ModelConfig,
     sentence_model: SentenceModel | None,
-    tensors: Mapping[str, StoredTensor],
+    tensors: Mapping[str, SourceTensor],
     classifier: str,
 ) -> HeadConfig:
     """The head on the encoder. Without modules.json, sentence vectors come from the pooler, or else are the mean."""

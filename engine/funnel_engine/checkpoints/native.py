@@ -90,7 +90,7 @@ class Source:
 
     Attributes:
         format: a key of `formats.FORMATS`.
-        files: the files that contained weights.
+        files: the files that contained weights, those of an adapter and of its base included.
         dropped: how many tensors were left out, by the rule for leaving them out.
     """
 
@@ -387,7 +387,7 @@ def write_checkpoint(
         files=files,
         source=Source(
             model.format,
-            {file.relative_to(model.directory).as_posix(): facts for file, facts in hashed.items()},
+            {model.name_of(file): facts for file, facts in hashed.items()},
             model.dropped,
         ),
     )

@@ -1,6 +1,7 @@
 """The result of the readers of all formats: a model without the values of its tensors."""
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -64,6 +65,7 @@ class SourceModel:
         quantized: the quantized types that the weights had in their first source, e.g. "Q4_K", and how many tensors had
             each; the weights are then not those that were published. Empty: none were.
         tokenizer_json: the content of a tokenizer.json that the reader made; then `tokenizer_file` is None.
+        adapter_files: the files of an adapter that is merged with the weights.
     """
 
     format: str
@@ -78,10 +80,17 @@ class SourceModel:
     training: TrainingRecord | None = None
     quantized: dict[str, int] = dataclasses.field(default_factory=dict)
     tokenizer_json: str | None = None
+    adapter_files: tuple[Path, ...] = ()
 
     @property
     def files(self) -> list[Path]:
-        """The files that contain weights, sorted by name."""
+        """The files that contain weights, and those of an adapter, sorted by name."""
         paths = {rows.tensor.path for weight in self.weights.values() for rows in weight}
         files = {file for path in paths for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()}
-        return sorted(files)
+        return sorted({*files, *self.adapter_files})
+
+    def name_of(self, file: Path) -> str:
+        """The path of a file, relative to the folder of the source; that of an adapter's base may begin with ".."."""
+        if file.is_relative_to(self.directory):
+            return file.relative_to(self.directory).as_posix()
+        return Path(os.path.relpath(file, self.directory)).as_posix()

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from funnel_engine.checkpoints.architectures import is_embedding_gemma
 from funnel_engine.config import ModelConfig
-from funnel_engine.input_files import decode, optional_file, read_json
+from funnel_engine.input_files import decode, is_file, optional_file, read_json
 from funnel_engine.messages import quote
 from funnel_engine.text import REPAIR, TextConfig, load_sentencepiece, load_tokenizer_json, raising
 from funnel_kernels.errors import CheckpointError
@@ -94,6 +94,10 @@ def find_tokenizer(
                 "they do not belong together, so fetch the model's own tokenizer"
             )
     return TextConfig(begin, end, max_tokens), file
+
+
+def has_tokenizer(directory: Path) -> bool:
+    return is_file(directory / TOKENIZER_JSON) or is_file(directory / SENTENCEPIECE)
 
 
 def read_limit(limits: list[Any], where: str) -> int | None:

@@ -406,7 +406,7 @@ def test_a_window_that_an_old_save_halved_is_refused(width):
         ),
         (
             {"model_type": "llama_bidirec", "auto_map": {"AutoModel": "m.LlamaBidirectionalModel"}},
-            "own code.*set model_type to that family, is_causal to false if every token sees all others, and delete",
+            "own code.*delete auto_map from config.json, and set model_type, and is_causal=false if bidirectional",
         ),
         ({"model_type": "llama", "hidden_act": "gelu"}, "activation 'gelu' is not supported; it must be 'silu'"),
         ({"model_type": "qwen3", "attention_bias": True}, "attention_bias=true is not supported"),

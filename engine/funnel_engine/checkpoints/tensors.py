@@ -286,8 +286,10 @@ def check_tensors(
 
 
 def drop_by_name(rules: tuple[str, ...]) -> Callable[[str], str | None]:
-    """A rule for `assemble`: tensors with these names, with these prefixes, which end in a dot or a slash, or with these
-    suffixes, which begin with a dot."""
+    """A rule for `assemble`: tensors with these names, prefixes or suffixes.
+
+    A prefix ends in a dot or a slash, and a suffix begins with a dot.
+    """
 
     def rule_of(name: str) -> str | None:
         for rule in rules:

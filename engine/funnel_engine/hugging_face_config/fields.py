@@ -32,9 +32,8 @@ def refuse_own_code(config: dict[str, Any]) -> None:
     auto_map = config.get("auto_map") or {}
     if not isinstance(auto_map, dict) or any(name.startswith("AutoModel") for name in auto_map):
         raise ConfigError(
-            f"auto_map={shorten(auto_map)} names a class in the checkpoint's own code, which this engine does not run; "
-            "if it computes what a family of this engine does, set model_type to that family, is_causal to false if "
-            "every token sees all others, and delete auto_map"
+            f"auto_map={shorten(auto_map)} names a class in the checkpoint's own code, which is not run; if it computes a "
+            "known family, delete auto_map from config.json, and set model_type, and is_causal=false if bidirectional"
         )
 
 
@@ -95,10 +94,9 @@ def read_rope(parameters: dict[str, Any]) -> Rope:
     if kind == "linear":
         return Rope(theta, check_number("RoPE factor", parameters.get("factor")))
     if kind == "llama3":
-        names = ("factor", "low_freq_factor", "high_freq_factor")
-        factor, low, high = (check_number(f"RoPE {name}", parameters.get(name)) for name in names)
-        positions = integer(parameters, "original_max_position_embeddings")
-        return Rope(theta, llama3=Llama3Scaling(factor, low, high, positions))
+        fields = ("factor", "low_freq_factor", "high_freq_factor")
+        factors = [check_number(f"RoPE {field}", parameters.get(field)) for field in fields]
+        return Rope(theta, llama3=Llama3Scaling(*factors, integer(parameters, "original_max_position_embeddings")))
     raise ConfigError(f"RoPE type {shorten(kind)} is not supported; it must be 'default', 'linear' or 'llama3'")
 
 

@@ -32,8 +32,8 @@ def refuse_own_code(config: dict[str, Any]) -> None:
     auto_map = config.get("auto_map") or {}
     if not isinstance(auto_map, dict) or any(name.startswith("AutoModel") for name in auto_map):
         raise ConfigError(
-            f"auto_map={shorten(auto_map)} names a class in the checkpoint's own code, which is not run; if it computes a "
-            "known family, delete auto_map from config.json, and set model_type, and is_causal=false if bidirectional"
+            f"auto_map={shorten(auto_map)} names a class in the checkpoint's own code, which is not run; if it is like "
+            "a known family, delete auto_map from config.json, and set model_type, and is_causal=false if bidirectional"
         )
 
 
@@ -94,9 +94,10 @@ def read_rope(parameters: dict[str, Any]) -> Rope:
     if kind == "linear":
         return Rope(theta, check_number("RoPE factor", parameters.get("factor")))
     if kind == "llama3":
-        fields = ("factor", "low_freq_factor", "high_freq_factor")
-        factors = [check_number(f"RoPE {field}", parameters.get(field)) for field in fields]
-        return Rope(theta, llama3=Llama3Scaling(*factors, integer(parameters, "original_max_position_embeddings")))
+        names = ("factor", "low_freq_factor", "high_freq_factor")
+        stretch, low, high = (check_number(f"RoPE {name}", parameters.get(name)) for name in names)
+        positions = integer(parameters, "original_max_position_embeddings")
+        return Rope(theta, llama3=Llama3Scaling(stretch, low, high, positions))
     raise ConfigError(f"RoPE type {shorten(kind)} is not supported; it must be 'default', 'linear' or 'llama3'")
 
 

@@ -10,7 +10,7 @@ import sentencepiece
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
-from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
@@ -91,6 +91,51 @@ def train_tokenizer(post_processor: str | None = "<bos> $A") -> Tokenizer:
     if post_processor is not None:
         known = [*SPECIAL.items(), ("a", tokenizer.token_to_id("a"))]
         tokenizer.post_processor = TemplateProcessing(single=post_processor, special_tokens=known)
+    return tokenizer
+
+
+# Scripts, composed and decomposed characters, digits, contractions, emoji, whitespace of all kinds, special tokens.
+BYTE_TEXTS = [
+    *TEXTS,
+    "Größe, \N{ANGSTROM SIGN} and A\N{COMBINING RING ABOVE}; it's, I'LL, don't",
+    "Ελληνικά и русский, עברית العربية हिन्दी ภาษาไทย",
+    "日本語のテキストと한국어 텍스트、中文。",
+    "1234567 3.14 ½ 2²",
+    "\N{WOMAN}\N{ZERO WIDTH JOINER}\N{PERSONAL COMPUTER} \N{REGIONAL INDICATOR SYMBOL LETTER D}",
+    "def f(x):\n\treturn  x[0]  \r\n\r\n   # end \u00a0\u3000.",
+    "a<|endoftext|>b <|im_end|>  c",
+    "Instruct: find pairs\nQuery:what is a funnel",
+]
+BYTE_SPECIAL = ("<|endoftext|>", "<|im_end|>", "<|begin_of_text|>")
+
+
+def train_byte_tokenizer(words: str, post_processor: str | None = "$A <|endoftext|>", **options: Any) -> Tokenizer:
+    """A byte-level tokenizer.json as Qwen and Llama 3 have it.
+
+    Args:
+        words: the regular expression that cuts a text into words.
+        options: of the model.
+    """
+    tokenizer = Tokenizer(BPE(**options))
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(words), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False, trim_offsets=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = BpeTrainer(
+        vocab_size=420,
+        special_tokens=list(BYTE_SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([*corpus(), *BYTE_TEXTS * 20], trainer)
+    if post_processor is not None:
+        known = [(token, number) for number, token in enumerate(BYTE_SPECIAL)]
+        template = TemplateProcessing(single=post_processor, special_tokens=known)
+        tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
     return tokenizer
 
 

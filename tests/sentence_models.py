@@ -14,7 +14,8 @@ from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, 
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
-from transformers import Gemma3TextModel
+from transformers import Gemma3TextModel, Qwen3Model
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QWEN_WORDS
 
 import hugging_face_models as hf
 
@@ -184,3 +185,46 @@ def save_embedding_gemma(folder: Path, layers: int = 4) -> None:
         Normalize(),
     ]
     save_sentence_model(folder, hf.build(Gemma3TextModel, config), modules, prompts=PROMPTS)
+
+
+QWEN_PROMPTS = {"query": "Instruct: Given a web search query, retrieve passages that answer it\nQuery:", "document": ""}
+
+
+def save_qwen3_embedding(folder: Path, *, padding_side: str = "left", max_tokens: int = 131072) -> Path:
+    """A model in the files that Qwen3-Embedding is published in: its tokenizer puts <|endoftext|> after a text, and the
+    vector is the row of that token."""
+    model = hf.build(Qwen3Model, hf.qwen3(use_sliding_window=False, vocab_size=VOCAB_SIZE))
+    model.save_pretrained(folder)
+    write_json(folder / "config.json", architectures=["Qwen3ForCausalLM"])
+    train_byte_tokenizer(QWEN_WORDS).save(str(folder / "tokenizer.json"))
+    write_json(
+        folder / "tokenizer_config.json",
+        tokenizer_class="Qwen2Tokenizer",
+        add_bos_token=False,
+        add_prefix_space=False,
+        bos_token=None,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        unk_token=None,
+        errors="replace",
+        model_max_length=max_tokens,
+        padding_side=padding_side,
+        split_special_tokens=False,
+    )
+    kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
+    modules = [
+        {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for index, (path, kind) in enumerate(kinds.items())
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    modes = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
+    flags = {f"pooling_mode_{mode}": mode == "lasttoken" for mode in modes}
+    size = model.config.hidden_size
+    write_json(folder / "1_Pooling" / "config.json", word_embedding_dimension=size, **flags, include_prompt=True)
+    write_json(
+        folder / "config_sentence_transformers.json",
+        prompts=QWEN_PROMPTS,
+        default_prompt_name=None,
+        similarity_fn_name="cosine",
+    )
+    return folder

@@ -86,6 +86,36 @@ class T5Gemma2Encoder(transformers.T5Gemma2Model):
         return self.encoder(input_ids=input_ids, attention_mask=attention_mask)
 
 
+def llama(**fields: Any) -> transformers.LlamaConfig:
+    return transformers.LlamaConfig(num_labels=LABELS, **SIZES | fields)
+
+
+def mistral(**fields: Any) -> transformers.MistralConfig:
+    return transformers.MistralConfig(num_labels=LABELS, **SIZES | {"sliding_window": 9} | fields)
+
+
+def qwen3(**fields: Any) -> transformers.Qwen3Config:
+    """The window, if there is one, begins at layer 1."""
+    window = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+    return transformers.Qwen3Config(num_labels=LABELS, **SIZES | window | fields)
+
+
+def eurobert(**fields: Any) -> transformers.EuroBertConfig:
+    return transformers.EuroBertConfig(num_labels=LABELS, **SIZES | {"pad_token_id": PAD} | fields)
+
+
+# In 26 tokens, the pairs of a head of 14 make 4.1 turns (a short wave), 1.1 and 0.3 (between), 0.08 and fewer (long).
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 0.2,
+    "high_freq_factor": 1.2,
+    "original_max_position_embeddings": 26,
+}
+FACTOR_NORMS = ("llama", "mistral", "qwen3", "eurobert")  # their norms multiply by the weight itself
+
+
 def build(
     model_class: type[transformers.PreTrainedModel],
     config: transformers.PreTrainedConfig,
@@ -99,9 +129,10 @@ def build(
     model = model_class(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             matrix = deviation or 0.9 / parameter.shape[-1] ** 0.5
-            parameter.normal_(0.0, matrix if parameter.ndim == 2 else 0.3, generator=generator)
+            mean = 1.0 if name.endswith("norm.weight") and config.model_type in FACTOR_NORMS else 0.0
+            parameter.normal_(mean, matrix if parameter.ndim == 2 else 0.3, generator=generator)
     return model
 
 
@@ -111,7 +142,7 @@ def repair_bidirectional_attention(model: Any) -> None:
     Gemma 3 is right as it is.
     """
     config = model.config
-    if config.model_type in ("gemma", "gemma2"):
+    if config.model_type in ("gemma", "gemma2", "llama", "mistral", "qwen3"):
         config.is_causal = False  # decides the mask; use_bidirectional_attention alone leaves eager attention causal
     if config.model_type == "gemma2":
         config.sliding_window -= 1  # the mask is |q - k| <= window, its authors' is |q - k| < window

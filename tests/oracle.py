@@ -13,10 +13,11 @@ import torch
 Tensors = Mapping[str, np.ndarray]
 Windows = list[tuple[int, int]]  # the first and the last token that each row holds
 
-# The norms of a layer: before and after attention, before and after the MLP. Gemma 1 has none "after", and its
+# The norms of a layer: before and after attention, before and after the MLP. Where none is "after", as in Gemma 1,
 # post_attention_layernorm is the one before the MLP.
+PRE_NORMS = ("input_layernorm", None, "post_attention_layernorm", None)
 NORMS = {
-    "gemma": ("input_layernorm", None, "post_attention_layernorm", None),
+    "gemma": PRE_NORMS,
     "gemma2": (
         "input_layernorm",
         "post_attention_layernorm",
@@ -32,6 +33,8 @@ NORMS = {
 }
 NORMS["gemma3_text"] = NORMS["gemma2"]
 NORMS["t5gemma2"] = NORMS["t5gemma"]
+LLAMAS = ("llama", "mistral", "qwen3", "eurobert")  # norms times w, not 1 + w; silu; embeddings as they are
+NORMS |= dict.fromkeys(LLAMAS, PRE_NORMS)
 
 
 def forward(
@@ -62,11 +65,19 @@ def forward(
     end_of_image = config.get("eoi_token_index")
     config = config.get("text_config", config)  # T5Gemma 2
     layer_types = config.get("layer_types") or ["full_attention"] * config["num_hidden_layers"]
+    everywhere = "sliding_attention" if family == "mistral" and config["sliding_window"] else "full_attention"
+    layer_types = config.get("layer_types") or [everywhere] * config["num_hidden_layers"]
     eps = config["rms_norm_eps"]
+    activation = silu if family in LLAMAS else gelu
+    if family in LLAMAS:
+        tensors = {name: tensor - 1 if name.endswith("norm.weight") else tensor for name, tensor in tensors.items()}
 
     x = tensors["embed_tokens.weight"][list(ids)] * config["hidden_size"] ** 0.5
     if end_of_image is not None:
         x[np.array(ids) == end_of_image] = tensors["embed_tokens.eoi_embedding"]
+    x = tensors["embed_tokens.weight"][list(ids)]
+    if family not in LLAMAS:
+        x = x * config["hidden_size"] ** 0.5
     windows = [(token, token) for token in range(len(ids))]
     full_length = [x]  # h_0, the embedding, then h_1 .. h_L, the outputs of the layers before the first funnel
 
@@ -101,7 +112,7 @@ def forward(
         x = x + (update if after_attention is None else norm(update, after_attention, eps))
 
         normed = norm(x, before_mlp, eps)
-        hidden = gelu(normed @ weights["mlp.gate_proj.weight"].T) * (normed @ weights["mlp.up_proj.weight"].T)
+        hidden = activation(normed @ weights["mlp.gate_proj.weight"].T) * (normed @ weights["mlp.up_proj.weight"].T)
         update = hidden @ weights["mlp.down_proj.weight"].T
         x = x + (update if after_mlp is None else norm(update, after_mlp, eps))
 
@@ -138,6 +149,8 @@ def radii(family: str, config: Mapping[str, Any], layer_type: str, attention: st
         left = config["sliding_window"] - 1
         if family == "gemma3_text" and attention == "bidirectional":
             left = config["sliding_window"] // 2
+        if family in LLAMAS and attention == "bidirectional":
+            left = config["sliding_window"]
         right = left
         if family == "t5gemma2":
             left, right = (config["sliding_window"] + 1) // 2 - 1, config["sliding_window"] // 2
@@ -157,7 +170,7 @@ def attend(family, config, layer_type, weights, queries, query_positions, keys, 
         (rows @ weights[f"self_attn.{name}_proj.weight"].T).reshape(len(rows), -1, head_dim)
         for name, rows in (("q", queries), ("k", keys), ("v", keys))
     )
-    if family in ("gemma3_text", "t5gemma2"):
+    if family in ("gemma3_text", "t5gemma2", "qwen3"):
         q = norm(q, weights["self_attn.q_norm.weight"], config["rms_norm_eps"])
         k = norm(k, weights["self_attn.k_norm.weight"], config["rms_norm_eps"])
     rope = config["rope_parameters"].get(layer_type, config["rope_parameters"])
@@ -180,12 +193,27 @@ def rotate(x: np.ndarray, positions: np.ndarray, rope: Mapping[str, Any]) -> np.
     8191 the exact one is 3e-4 away from what every implementation of these models computes."""
     head_dim = x.shape[-1]
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    frequencies = (1.0 / rope["rope_theta"] ** exponents) / rope.get("factor", 1.0)
+    frequencies = 1.0 / rope["rope_theta"] ** exponents
+    if rope["rope_type"] == "linear":
+        frequencies = frequencies / rope["factor"]
+    if rope["rope_type"] == "llama3":
+        frequencies = stretch(frequencies, rope)
     angles = positions.astype(np.float32)[:, None, None] * frequencies.numpy()
     assert angles.dtype == np.float32
     cos, sin = np.cos(angles.astype(np.float64)), np.sin(angles.astype(np.float64))
     first, second = x[..., : head_dim // 2], x[..., head_dim // 2 :]
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def stretch(frequencies: torch.Tensor, rope: Mapping[str, Any]) -> torch.Tensor:
+    """Llama 3's frequencies: long waves turn slower by `factor`, short ones do not, and those between by some part."""
+    result = []
+    for frequency in frequencies:
+        turns = rope["original_max_position_embeddings"] * frequency / (2 * np.pi)  # in the original context
+        kept = (turns - rope["low_freq_factor"]) / (rope["high_freq_factor"] - rope["low_freq_factor"])
+        kept = kept.clamp(0, 1)
+        result.append((1 - kept) * frequency / rope["factor"] + kept * frequency)
+    return torch.stack(result)
 
 
 def norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
@@ -196,6 +224,10 @@ def norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
 def gelu(x: np.ndarray) -> np.ndarray:
     """The tanh approximation."""
     return x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    return x / (1 + np.exp(-x))
 
 
 def recover(x, windows, full_length, recovery, site, final_norm):

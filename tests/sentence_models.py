@@ -10,11 +10,12 @@ import sentencepiece
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
-from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
-from transformers import Gemma3TextModel
+from transformers import Gemma3TextModel, Qwen3Model
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QWEN_WORDS
 
 import hugging_face_models as hf
 
@@ -94,6 +95,51 @@ def train_tokenizer(post_processor: str | None = "<bos> $A") -> Tokenizer:
     return tokenizer
 
 
+# Scripts, composed and decomposed characters, digits, contractions, emoji, whitespace of all kinds, special tokens.
+BYTE_TEXTS = [
+    *TEXTS,
+    "Größe, \N{ANGSTROM SIGN} and A\N{COMBINING RING ABOVE}; it's, I'LL, don't",
+    "Ελληνικά и русский, עברית العربية हिन्दी ภาษาไทย",
+    "日本語のテキストと한국어 텍스트、中文。",
+    "1234567 3.14 ½ 2²",
+    "\N{WOMAN}\N{ZERO WIDTH JOINER}\N{PERSONAL COMPUTER} \N{REGIONAL INDICATOR SYMBOL LETTER D}",
+    "def f(x):\n\treturn  x[0]  \r\n\r\n   # end \u00a0\u3000.",
+    "a<|endoftext|>b <|im_end|>  c",
+    "Instruct: find pairs\nQuery:what is a funnel",
+]
+BYTE_SPECIAL = ("<|endoftext|>", "<|im_end|>", "<|begin_of_text|>")
+
+
+def train_byte_tokenizer(words: str, post_processor: str | None = "$A <|endoftext|>", **options: Any) -> Tokenizer:
+    """A byte-level tokenizer.json as Qwen and Llama 3 have it.
+
+    Args:
+        words: the regular expression that cuts a text into words.
+        options: of the model.
+    """
+    tokenizer = Tokenizer(BPE(**options))
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(words), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False, trim_offsets=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = BpeTrainer(
+        vocab_size=420,
+        special_tokens=list(BYTE_SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([*corpus(), *BYTE_TEXTS * 20], trainer)
+    if post_processor is not None:
+        known = [(token, number) for number, token in enumerate(BYTE_SPECIAL)]
+        template = TemplateProcessing(single=post_processor, special_tokens=known)
+        tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
+    return tokenizer
+
+
 def write_json(path: Path, **fields: Any) -> None:
     """Sets fields of a JSON file, which is made if it is not there."""
     path.parent.mkdir(exist_ok=True)
@@ -139,3 +185,46 @@ def save_embedding_gemma(folder: Path, layers: int = 4) -> None:
         Normalize(),
     ]
     save_sentence_model(folder, hf.build(Gemma3TextModel, config), modules, prompts=PROMPTS)
+
+
+QWEN_PROMPTS = {"query": "Instruct: Given a web search query, retrieve passages that answer it\nQuery:", "document": ""}
+
+
+def save_qwen3_embedding(folder: Path, *, padding_side: str = "left", max_tokens: int = 131072) -> Path:
+    """A model in the files that Qwen3-Embedding is published in: its tokenizer puts <|endoftext|> after a text, and the
+    vector is the row of that token."""
+    model = hf.build(Qwen3Model, hf.qwen3(use_sliding_window=False, vocab_size=VOCAB_SIZE))
+    model.save_pretrained(folder)
+    write_json(folder / "config.json", architectures=["Qwen3ForCausalLM"])
+    train_byte_tokenizer(QWEN_WORDS).save(str(folder / "tokenizer.json"))
+    write_json(
+        folder / "tokenizer_config.json",
+        tokenizer_class="Qwen2Tokenizer",
+        add_bos_token=False,
+        add_prefix_space=False,
+        bos_token=None,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        unk_token=None,
+        errors="replace",
+        model_max_length=max_tokens,
+        padding_side=padding_side,
+        split_special_tokens=False,
+    )
+    kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
+    modules = [
+        {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for index, (path, kind) in enumerate(kinds.items())
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    modes = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
+    flags = {f"pooling_mode_{mode}": mode == "lasttoken" for mode in modes}
+    size = model.config.hidden_size
+    write_json(folder / "1_Pooling" / "config.json", word_embedding_dimension=size, **flags, include_prompt=True)
+    write_json(
+        folder / "config_sentence_transformers.json",
+        prompts=QWEN_PROMPTS,
+        default_prompt_name=None,
+        similarity_fn_name="cosine",
+    )
+    return folder

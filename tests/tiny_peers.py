@@ -12,15 +12,18 @@ TINY: dict[str, Any] = {
     "head_dim": 32,
     "query_pre_attn_scalar": 32,
     "max_position_embeddings": 128,
-    "use_bidirectional_attention": True,
 }
+GEMMA = TINY | {"use_bidirectional_attention": True}
 # EmbeddingGemma sees 4 tokens to each side, but for one layer, so that short sequences meet the window's edge.
 MODELS = {
-    "gemma": TINY | {"model_type": "gemma"},
-    "embeddinggemma": TINY
+    "gemma": GEMMA | {"model_type": "gemma"},
+    "embeddinggemma": GEMMA
     | {
         "model_type": "gemma3_text",
         "sliding_window": 8,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
+    "qwen3": TINY | {"model_type": "qwen3"},  # causal
+    "mistral": TINY | {"model_type": "mistral", "sliding_window": 5},  # 4 tokens to the left
+    "eurobert": TINY | {"model_type": "eurobert", "pad_token_id": 0},
 }

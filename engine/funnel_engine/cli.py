@@ -77,7 +77,7 @@ class FunnelGroup(click.Group):
 @click.group(cls=FunnelGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="funnel-engine")
 def main() -> None:
-    """Run Gemma encoders whose token sequence is pooled partway through the stack.
+    """Run encoders whose token sequence is pooled partway through the stack.
 
     Start with `funnel demo`: it makes a small model, runs it with and without a funnel, and shows the difference.
     """
@@ -136,7 +136,7 @@ def convert(
     funnel: Funnel | None,
     allow_nonfinite: bool,
 ) -> None:
-    """Convert a Gemma checkpoint for the engine.
+    """Convert a checkpoint for the engine.
 
     SOURCE is a file or folder in one of the formats: Hugging Face, sentence-transformers, a LoRA adapter, Orbax (Flax),
     gemma_pytorch, GGUF, KerasHub, or a checkpoint that is already converted. DESTINATION is the new folder; it appears

@@ -33,6 +33,22 @@ def t5gemma2(*shape: int, window: int, **fields: Any) -> Fields:
     return {"model_type": "t5gemma2", "encoder": {"text_config": {**sizes(*shape), "sliding_window": window, **fields}}}
 
 
+def llama3(*shape: int, stretched: float) -> Fields:
+    scaling = {"rope_type": "llama3", "factor": stretched, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope = {"rope_theta": 500_000.0, "rope_scaling": scaling | {"original_max_position_embeddings": 8192}}
+    fields = {"vocab_size": 128256, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5}
+    return {"model_type": "llama", **sizes(*shape), **fields, **rope}
+
+
+def qwen3_embedding(*shape: int, vocabulary: int, positions: int) -> Fields:
+    fields = {"vocab_size": vocabulary, "max_position_embeddings": positions, "rope_theta": 1_000_000.0}
+    return {"model_type": "qwen3", **sizes(*shape), **fields}
+
+
+def eurobert(*shape: int) -> Fields:
+    return {"model_type": "eurobert", **sizes(*shape), "rope_theta": 250_000.0}
+
+
 SMALL_3 = {"vocab_size": 262144, "max_position_embeddings": 32768}
 LARGE_3 = {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}
 
@@ -70,6 +86,20 @@ PRESETS: dict[str, Fields] = {
     "t5gemma2-270m": t5gemma2(18, 640, 4, 1, 256, 2048, window=512),
     "t5gemma2-1b": t5gemma2(26, 1152, 4, 1, 256, 6912, window=512),
     "t5gemma2-4b": t5gemma2(34, 2560, 8, 4, 256, 10240, window=1024, **LARGE_3),
+    "qwen3-embedding-0.6b": qwen3_embedding(28, 1024, 16, 8, 128, 3072, vocabulary=151669, positions=32768),
+    "qwen3-embedding-4b": qwen3_embedding(36, 2560, 32, 8, 128, 9728, vocabulary=151665, positions=40960),
+    "qwen3-embedding-8b": qwen3_embedding(36, 4096, 32, 8, 128, 12288, vocabulary=151665, positions=40960),
+    "llama3.2-1b": llama3(16, 2048, 32, 8, 64, 8192, stretched=32.0),
+    "llama3.1-8b": llama3(32, 4096, 32, 8, 128, 14336, stretched=8.0),
+    "mistral-7b": {
+        "model_type": "mistral",
+        **sizes(32, 4096, 32, 8, 128, 14336),
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-5,
+    },
+    "eurobert-210m": eurobert(12, 768, 12, 12, 64, 3072),
+    "eurobert-610m": eurobert(26, 1152, 18, 6, 64, 4096),
+    "eurobert-2.1b": eurobert(32, 2304, 18, 6, 128, 6144),
 }
 
 

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from funnel_benchmarks import machine
-from funnel_benchmarks.peers import command, hugging_face, sentence_transformers_peer
+from funnel_benchmarks.peers import command, hugging_face, llama_cpp_peer, sentence_transformers_peer
 from funnel_benchmarks.peers import suite as suite_module
 from funnel_benchmarks.peers.forms import PEERS, Kind, dtype_beside
 from funnel_benchmarks.peers.suite import Suite, model_fields
@@ -54,6 +54,10 @@ def test_models_are_those_of_the_presets_with_a_small_vocabulary():
     four = read_model_config(model_fields("embeddinggemma-300m", 7))
     assert four.layer_types == read_model_config(PRESETS["embeddinggemma-300m"]).layer_types[:7]
     assert set(four.layer_types) == {"full", "sliding"}
+    qwen3 = read_model_config(model_fields("qwen3-embedding-0.6b", 4))
+    assert (qwen3.num_layers, qwen3.hidden_size, qwen3.num_kv_heads) == (4, 1024, 8)
+    assert (qwen3.attention, qwen3.vocab_size) == ("causal", 2048)
+    assert read_model_config(model_fields("eurobert-210m", 1)).attention == "bidirectional"
 
 
 def test_models_that_cannot_be_had():
@@ -267,6 +271,15 @@ def test_on_a_gpu_hugging_face_computes_there_and_others_are_left_out(fake, monk
         for _, measure in suite.cells(None):
             with pytest.raises(LeftOut, match=f"JAX runs on {platform}, where this peer does not"):
                 measure()
+
+
+def test_llama_cpp_is_left_out_where_it_has_no_such_model(tmp_path, monkeypatch):
+    monkeypatch.setitem(PEERS, "llama-cpp", Kind(llama_cpp_peer, {}, PEERS["llama-cpp"].forms))  # needs no package
+    suite = make_suite(tmp_path, fields=MODELS["qwen3"], peers=("llama-cpp",))
+    for _, measure in suite.cells(None):
+        with pytest.raises(LeftOut, match=r"llama\.cpp runs no causal qwen3 as an encoder"):
+            measure()
+    assert not list(tmp_path.iterdir())  # before a checkpoint is written
 
 
 def run(*options):

@@ -20,7 +20,8 @@ from funnel_engine import Engine, FunnelError, convert
 from tiny_peers import MODELS
 
 LENGTHS = np.array([5, 17, 2, 9], np.int32)
-NEAR = 5  # tokens that all see each other
+NEAR = 5  # tokens that all see each other, unless the model is causal
+CAUSAL = ("qwen3", "mistral")
 
 
 @pytest.fixture(autouse=True)
@@ -74,8 +75,8 @@ def embedded(module, task):
     [
         (LENGTHS, "sorted", ()),
         (LENGTHS, "unsorted", ()),
-        ([12] * 3, "sorted", ("gemma",)),
-        ([NEAR] * 7, "sorted", MODELS),
+        ([12] * 3, "sorted", ("gemma", "eurobert")),
+        ([NEAR] * 7, "sorted", MODELS.keys() - CAUSAL),
     ],
 )
 def test_hugging_face_computes_what_the_engine_does(request, model, engine, lengths, order, without_mask):
@@ -101,9 +102,10 @@ def test_another_attention_is_seen(model):
     source, folder = model
     task, sequences = make_task(source, LENGTHS, "sorted")
     theirs, _ = embedded(hugging_face, task)
-    causal = load(folder, attention="causal")
+    own = load(folder).config.attention
+    other = load(folder, attention={"causal": "bidirectional", "bidirectional": "causal"}[own])
     with pytest.raises(FunnelError, match=r"by [01]\.\d+ .* limit of 0\.05 for bfloat16: it computes something else"):
-        check_same("the engine's", "bfloat16", causal.embed(sequences, normalize=False), theirs)
+        check_same("the engine's", "bfloat16", other.embed(sequences, normalize=False), theirs)
 
 
 def test_the_graph_computes_what_hugging_face_does(model):
@@ -124,11 +126,13 @@ def test_looked_up_angles_are_those_of_the_model(model):
     encoder = hugging_face.load_model(str(source), torch.float32, "sdpa")
     tables = exported_graph.angle_tables(torch, encoder, 50)
     x, positions = torch.zeros(1), torch.tensor([[0, 3, 49]])
-    for kind in [()] if encoder.config.model_type == "gemma" else [("sliding_attention",), ("full_attention",)]:
+    by_kind = encoder.config.model_type == "gemma3_text"
+    for kind in [("sliding_attention",), ("full_attention",)] if by_kind else [()]:
         for looked_up, made in zip(tables(x, positions, *kind), encoder.rotary_emb(x, positions, *kind), strict=True):
             torch.testing.assert_close(looked_up, made)
 
 
+@pytest.mark.parametrize("model", [name for name in MODELS if name not in CAUSAL], indirect=True)
 def test_every_row_of_a_mask_sees_something(model):
     """Softmax over nothing would be NaN, also in the rows of padding that no real token is near."""
     source, _ = model
@@ -143,6 +147,20 @@ def test_every_row_of_a_mask_sees_something(model):
         near = masks["sliding_attention"][:, 0].sum(2)
         assert near[0].tolist() == [3] * 3 + [4, 4, 3, 2] + [1] * 13
         assert near[1].tolist() == [5, 6, 7, 8] + [9] * 12 + [8, 7, 6, 5]
+
+
+@pytest.mark.parametrize("model", CAUSAL, indirect=True)
+def test_a_causal_mask_sees_what_is_before(model):
+    source, _ = model
+    config = hugging_face.load_model(str(source), torch.float32, "sdpa").config
+    masks = exported_graph.attention_masks(torch, config, torch.tensor([[1] * 3 + [0] * 5, [1] * 8]))
+    mask = (masks["full_attention"] if isinstance(masks, dict) else masks)[:, 0]
+    first, second = mask.sum(2).tolist()
+    if config.model_type == "mistral":  # padding sees the real tokens that are near, and itself
+        assert (first, second) == ([1, 2, 3, 4, 4, 3, 2, 1], [1, 2, 3, 4, 5, 5, 5, 5])
+    else:
+        assert (first, second) == ([1, 2, 3, 4, 4, 4, 4, 4], [1, 2, 3, 4, 5, 6, 7, 8])
+    assert not mask.triu(1).any()
 
 
 def test_the_engine_is_a_peer_too(model, engine):
@@ -164,6 +182,16 @@ def test_sentence_transformers_computes_what_the_engine_does(tmp_path):
     ours = engine.embed(sequences)
     assert 0 < difference(ours, theirs) < 0.03
     np.testing.assert_array_equal(engine.embed([text_of(ids) for ids in sequences]), ours)
+
+
+def test_a_sentence_model_that_is_causal_has_the_last_token(tmp_path):
+    write_sentence_model(tmp_path / "source", MODELS["qwen3"])
+    convert(tmp_path / "source", tmp_path / "converted")
+    engine, sequences = load(tmp_path), random_sequences([*LENGTHS, 30, 1])
+    task = {"checkpoint": str(tmp_path / "source"), "sequences": sequences, "cores": 1, "dtype": "bfloat16"}
+    theirs, _ = embedded(sentence_transformers_peer, task | {"batches": [[5, 1, 2], [3, 4, 0]]})
+    assert (engine.head.pooling, engine.head.dense) == ("last", ())
+    assert 0 < difference(engine.embed(sequences), theirs) < 0.03
 
 
 def test_the_encoder_of_a_sentence_model_has_the_same_weights(tmp_path):

@@ -186,6 +186,13 @@ def test_without_a_config_the_shapes_say_which_published_model_it_is(tmp_path, m
     assert "no published model has" in refusal(save(tmp_path / "other", state))
 
 
+def test_config_of_another_family(tmp_path):
+    """A Llama has tensors of the same shapes, but its norms mean something else."""
+    source = save(tmp_path / "source", state_of(make_model("gemma")), models.llama())
+    message = refusal(source)
+    assert f"{source / 'config.json'} is that of a llama, which is not read in this format" in message
+
+
 def test_tokenizer_beside_the_checkpoint(tmp_path):
     model = make_model("gemma2", vocab_size=512)
     source = save(tmp_path / "source", state_of(model), model.config)

@@ -35,7 +35,16 @@ T5GEMMA_NORMS = GEMMA_2_NORMS | {
     "attention_input_norm": "pre_self_attn_layernorm",
     "attention_output_norm": "post_self_attn_layernorm",
 }
-NORMS = {"gemma": GEMMA_1_NORMS, "gemma2": GEMMA_2_NORMS, "gemma3_text": GEMMA_3_NORMS, "t5gemma": T5GEMMA_NORMS}
+NORMS = {
+    "gemma": GEMMA_1_NORMS,
+    "gemma2": GEMMA_2_NORMS,
+    "gemma3_text": GEMMA_3_NORMS,
+    "t5gemma": T5GEMMA_NORMS,
+    "llama": GEMMA_1_NORMS,
+    "mistral": GEMMA_1_NORMS,
+    "qwen3": GEMMA_1_NORMS | {"query_norm": "self_attn.q_norm", "key_norm": "self_attn.k_norm"},
+    "eurobert": GEMMA_1_NORMS,
+}
 
 
 def multimodal() -> transformers.Gemma3Config:
@@ -60,6 +69,10 @@ def untied_gemma() -> transformers.GemmaConfig:
     return models.gemma(tie_word_embeddings=False)
 
 
+def tied_qwen3() -> transformers.Qwen3Config:
+    return models.qwen3(tie_word_embeddings=True)
+
+
 def untied_t5gemma() -> transformers.T5GemmaConfig:
     config = whole_t5gemma()
     config.tie_word_embeddings = False
@@ -81,6 +94,15 @@ ENCODERS: list[tuple[str, Callable[[], transformers.PreTrainedConfig], set[str]]
     ("T5GemmaModel", whole_t5gemma, {"decoder."}),
     ("T5GemmaForConditionalGeneration", whole_t5gemma, {"model.decoder."}),
     ("T5GemmaForConditionalGeneration", untied_t5gemma, {"model.decoder.", "lm_head.out_proj.weight"}),
+    ("LlamaModel", models.llama, set()),
+    ("LlamaForCausalLM", models.llama, {"lm_head.weight"}),
+    ("MistralModel", models.mistral, set()),
+    ("MistralForCausalLM", models.mistral, {"lm_head.weight"}),
+    ("Qwen3Model", models.qwen3, set()),
+    ("Qwen3ForCausalLM", models.qwen3, {"lm_head.weight"}),
+    ("Qwen3ForCausalLM", tied_qwen3, set()),
+    ("EuroBertModel", models.eurobert, set()),
+    ("EuroBertForMaskedLM", models.eurobert, {"lm_head.weight"}),
 ]
 CLASSIFIERS: list[tuple[str, Callable[[], transformers.PreTrainedConfig], str, bool]] = [
     ("GemmaForSequenceClassification", models.gemma, "classify", False),
@@ -91,6 +113,13 @@ CLASSIFIERS: list[tuple[str, Callable[[], transformers.PreTrainedConfig], str, b
     ("Gemma3ForSequenceClassification", multimodal, "classify", False),
     ("T5GemmaForSequenceClassification", models.t5gemma, "classify", True),
     ("T5GemmaForTokenClassification", models.t5gemma, "tag", True),
+    ("LlamaForSequenceClassification", models.llama, "classify", False),
+    ("LlamaForTokenClassification", models.llama, "tag", True),
+    ("MistralForSequenceClassification", models.mistral, "classify", False),
+    ("MistralForTokenClassification", models.mistral, "tag", True),
+    ("Qwen3ForSequenceClassification", models.qwen3, "classify", False),
+    ("Qwen3ForTokenClassification", models.qwen3, "tag", True),
+    ("EuroBertForTokenClassification", models.eurobert, "tag", True),
 ]
 
 
@@ -105,7 +134,8 @@ def fused(model: torch.nn.Module, family: str) -> dict[str, torch.Tensor]:
     """The encoder's weights by our names, float32."""
     encoder = encoder_of(model)
     state = {name: tensor.detach() for name, tensor in encoder.state_dict().items()}
-    weights = {"embedding": state["embed_tokens.weight"], "final_norm": state["norm.weight"]}
+    zero = 1.0 if family in models.FACTOR_NORMS else 0.0  # what a factor of 1 is stored as
+    weights = {"embedding": state["embed_tokens.weight"], "final_norm": state["norm.weight"] - zero}
     for layer in range(models.SIZES["num_hidden_layers"]):
 
         def get(*names: str, layer: int = layer) -> torch.Tensor:
@@ -116,7 +146,7 @@ def fused(model: torch.nn.Module, family: str) -> dict[str, torch.Tensor]:
             "attention_output": get("self_attn.o_proj"),
             "gate_up": get("mlp.gate_proj", "mlp.up_proj"),
             "down": get("mlp.down_proj"),
-        } | {ours: get(theirs) for ours, theirs in NORMS[family].items()}
+        } | {ours: get(theirs) - zero for ours, theirs in NORMS[family].items()}
         weights |= {f"layers.{layer}.{name}": tensor for name, tensor in parts.items()}
     return weights
 
@@ -168,9 +198,71 @@ def test_classifier_of_every_family(tmp_path, class_name, make_config, task, bia
     checkpoint = read_checkpoint(tmp_path / "ours")
     assert (checkpoint.head.task, checkpoint.head.classifier_bias) == (task, bias)
     assert checkpoint.head.labels == (("neither", "nor", "both") if labels == 3 else ("LABEL_0", "LABEL_1"))
-    linear = getattr(model.score, "out_proj", model.score)
+    score = model.classifier if class_name.startswith("EuroBert") else model.score
+    linear = getattr(score, "out_proj", score)
     head = {"classifier.weight": linear.weight} | ({"classifier.bias": linear.bias} if bias else {})
     check_weights(checkpoint, fused(model, checkpoint.config.family) | head)
+
+
+def test_frequencies_that_old_versions_of_transformers_saved(tmp_path):
+    """Of a Llama before version 4.32: a buffer in each layer, which newer versions leave out and make anew."""
+    model = build("LlamaForCausalLM", models.llama())
+    source = save(model, tmp_path / "source")
+    buffers = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(7) for layer in range(3)}
+    edit_tensors(source, lambda tensors: tensors | buffers)
+    convert(source, tmp_path / "ours", dtype="float32")
+    checkpoint = read_checkpoint(tmp_path / "ours")
+    check_weights(checkpoint, fused(model, "llama"))
+    assert checkpoint.manifest.source.dropped == {"lm_head.weight": 1, ".rotary_emb.inv_freq": 3}
+
+
+def test_prefix_of_qwen3_embedding(tmp_path):
+    """It is published without "model.", although its architecture is `Qwen3ForCausalLM`."""
+    model = build("Qwen3Model", models.qwen3())
+    source = save(model, tmp_path / "source")
+    edit_json(source / "config.json", architectures=["Qwen3ForCausalLM"])
+    convert(source, tmp_path / "ours", dtype="float32")
+    check_weights(read_checkpoint(tmp_path / "ours"), fused(model, "qwen3"))
+
+
+def test_classifier_of_eurobert(tmp_path):
+    source = save(build("EuroBertForSequenceClassification", models.eurobert()), tmp_path / "source")
+    message = refusal(source)
+    assert "EuroBertForSequenceClassification has a dense layer and GELU before its classifier" in message
+    assert "save the encoder alone (model.model.save_pretrained)" in message
+    build("EuroBertForSequenceClassification", models.eurobert()).model.save_pretrained(tmp_path / "encoder")
+    convert(tmp_path / "encoder", tmp_path / "ours")  # the remedy
+    assert read_checkpoint(tmp_path / "ours").head.task is None
+
+
+def test_answers_in_a_text_are_no_task_here(tmp_path):
+    source = save(build("Qwen3ForQuestionAnswering", models.qwen3()), tmp_path / "source")
+    message = refusal(source)
+    assert "unknown: 'qa_outputs.weight'" in message
+
+
+def test_biases_that_the_config_does_not_mention(tmp_path):
+    source = save(build("Qwen3Model", models.qwen3(attention_bias=True)), tmp_path / "source")
+    assert "attention_bias=true is not supported" in refusal(source)
+    edit_json(source / "config.json", attention_bias=False)
+    assert "unknown: 'layers.0.self_attn.q_proj.bias' (84,)" in refusal(source)
+
+
+@pytest.mark.parametrize(
+    ("fields", "tensor"),
+    [
+        ({"num_hidden_layers": 2}, "unknown: 'layers.2.self_attn.q_norm.weight'"),
+        ({"num_hidden_layers": 4, "layer_types": None}, "missing: layers.3.self_attn.q_norm.weight (14,)"),
+        ({"head_dim": 16}, "layers.0.self_attn.q_proj.weight is (84, 48), but the config says (96, 48)"),
+        ({"num_key_value_heads": 3}, "layers.0.self_attn.k_proj.weight is (28, 48), but the config says (42, 48)"),
+        ({"model_type": "llama"}, "unknown: 'layers.0.self_attn.q_norm.weight'"),
+    ],
+)
+def test_config_whose_layers_disagree_with_the_tensors(tmp_path, fields, tensor):
+    source = save(build("Qwen3Model", models.qwen3()), tmp_path / "source")
+    layer_types = {"layer_types": ["full_attention"] * fields.get("num_hidden_layers", 3)}
+    edit_json(source / "config.json", **layer_types | fields)
+    assert tensor in refusal(source)
 
 
 @pytest.mark.parametrize(
@@ -326,7 +418,7 @@ def test_one_missing_tensor(source, name):
 def test_missing_bias_of_a_classifier(tmp_path, class_name, make_config):
     source = save(build(class_name, make_config()), tmp_path / "source")
     edit_tensors(source, lambda tensors: {key: value for key, value in tensors.items() if not key.endswith("bias")})
-    assert "missing: score" in refusal(source)
+    assert "missing: " + ("classifier.bias" if class_name.startswith("EuroBert") else "score") in refusal(source)
 
 
 def test_classifier_without_an_architecture_that_says_what_it_is_for(tmp_path):

@@ -89,11 +89,11 @@ def test_a_row_longer_than_a_piece():
 
 
 def test_assemble_finds_every_part_and_counts_what_is_left_out():
-    found = {name: held(2, 3) for name in ("q", "k", "lm_head", "vision.a", "vision.b")}
+    found = {name: held(2, 3) for name in ("q", "k", "lm_head", "vision.a", "vision.b", "0.rotary.angles")}
     parts = {"qk": (Part("q", (2, 3)), Part("k", (2, 3)))}
-    weights, dropped = assemble(WHERE, parts, found, drop_by_name(("lm_head", "vision.", "absent")))
+    weights, dropped = assemble(WHERE, parts, found, drop_by_name(("lm_head", "vision.", ".angles", "absent")))
     assert [rows.tensor for rows in weights["qk"]] == [found["q"], found["k"]]
-    assert dropped == {"lm_head": 1, "vision.": 2}
+    assert dropped == {"lm_head": 1, "vision.": 2, ".angles": 1}
 
 
 def test_a_needed_tensor_is_not_left_out():

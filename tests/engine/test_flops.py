@@ -152,7 +152,7 @@ def program_flops(config, funnel, tokens):
     return run.lower(params, batch).compile().cost_analysis()["flops"]
 
 
-COUNTED = (("gemma-2b", 512), ("gemma2-2b", 256), ("embeddinggemma-300m", 512))
+COUNTED = (("gemma-2b", 512), ("gemma2-2b", 256), ("embeddinggemma-300m", 512), ("qwen3-embedding-0.6b", 512))
 COUNTED_FUNNELS = (
     FunnelConfig(),
     FunnelConfig.after(1),

@@ -10,7 +10,15 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
-from transformers import Gemma2Model, Gemma3TextModel, GemmaModel, T5GemmaEncoderModel
+from transformers import (
+    Gemma2Model,
+    Gemma3TextModel,
+    GemmaModel,
+    LlamaModel,
+    MistralModel,
+    Qwen3Model,
+    T5GemmaEncoderModel,
+)
 
 import hugging_face_models as hf
 from funnel_engine import FunnelConfig
@@ -32,6 +40,10 @@ MODELS = {  # the windows are small and of several parities, so that they begin 
     "embeddinggemma": (Gemma3TextModel, hf.gemma3(**LAYERS, use_bidirectional_attention=True), "bidirectional"),
     "t5gemma": (T5GemmaEncoderModel, hf.t5gemma(**LAYERS), "bidirectional"),
     "t5gemma2": (hf.T5Gemma2Encoder, hf.t5gemma2(**LAYERS), "bidirectional"),
+    "llama": (LlamaModel, hf.llama(**LAYERS, rope_parameters=hf.LLAMA3_ROPE), "causal"),
+    "mistral": (MistralModel, hf.mistral(**LAYERS), "causal"),
+    "mistral bidirectional": (MistralModel, hf.mistral(**LAYERS, sliding_window=5), "bidirectional"),
+    "qwen3": (Qwen3Model, hf.qwen3(**LAYERS), "causal"),
 }
 OPTIONS = {
     "model": tuple(MODELS),

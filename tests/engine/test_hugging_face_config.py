@@ -9,7 +9,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from funnel_engine.config import ModelConfig, Rope
+from funnel_engine.config import Llama3Scaling, ModelConfig, Rope
 from funnel_engine.hugging_face_config import DEFAULTS, NESTED, read_model_config
 from funnel_kernels import ConfigError
 
@@ -34,7 +34,12 @@ CLASSES = {
     "gemma3_text": transformers.Gemma3TextConfig,
     "t5gemma": transformers.T5GemmaConfig,
     "gemma3": transformers.Gemma3Config,
+    "llama": transformers.LlamaConfig,
+    "mistral": transformers.MistralConfig,
+    "qwen3": transformers.Qwen3Config,
+    "eurobert": transformers.EuroBertConfig,
 }
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
 def as_written(config):
@@ -62,6 +67,31 @@ def expected(config):
         "pad_token_id": config.pad_token_id,
     }
     ropes = config.rope_parameters
+    if family in ("llama", "mistral", "qwen3", "eurobert"):
+        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        llama3 = ropes["rope_type"] == "llama3"
+        rope = Rope(
+            ropes["rope_theta"],
+            ropes["factor"] if ropes["rope_type"] == "linear" else 1.0,
+            llama3=Llama3Scaling(*(ropes[name] for name in names)) if llama3 else None,
+        )
+        layers, window = config.num_hidden_layers, getattr(config, "sliding_window", None)
+        layer_types = sliding_layers(config) if family == "qwen3" else ("sliding" if window else "full",) * layers
+        has_window = "sliding" in layer_types
+        causal = family != "eurobert" and getattr(config, "is_causal", True)
+        return ModelConfig(
+            **common,
+            layer_types=layer_types,
+            query_scale=config.head_dim**-0.5,
+            attention="causal" if causal else "bidirectional",
+            causal_window=(window - 1, 0) if has_window else None,
+            bidirectional_window=(window, window) if has_window else None,
+            full_rope=rope,
+            sliding_rope=rope,
+            activation="silu",
+            scale_embedding=False,
+            qk_norm=family == "qwen3",
+        )
     if family == "gemma":
         rope = Rope(ropes["rope_theta"], ropes.get("factor", 1.0))
         return ModelConfig(
@@ -146,6 +176,85 @@ def test_what_transformers_writes_is_read_back(model_type, fields):
     assert read_model_config(as_written(config)) == expected(config)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "fields"),
+    [
+        ("llama", {"rope_parameters": LLAMA3 | {"rope_theta": 5e5, "original_max_position_embeddings": 256}}),
+        ("llama", {"rope_parameters": LLAMA3 | {"rope_theta": 5e5}}),  # stretched from max_position_embeddings
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}),
+        ("llama", {"is_causal": False}),
+        ("mistral", {"sliding_window": 20}),
+        ("mistral", {"sliding_window": None}),
+        ("mistral", {"is_causal": False}),
+        ("qwen3", {"sliding_window": 20}),  # not used
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 3}),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 0}),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 99}),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0}),
+        (
+            "qwen3",
+            {
+                "use_sliding_window": True,
+                "sliding_window": 20,
+                "layer_types": ["full_attention", "sliding_attention"] * 4,
+                "is_causal": False,
+            },
+        ),
+        ("eurobert", {"rope_parameters": {"rope_type": "default", "rope_theta": 2.5e5}}),
+        ("eurobert", {"is_causal": True}),  # its class does not read it
+    ],
+)
+def test_what_transformers_writes_of_the_llamas_is_read_back(model_type, fields):
+    for sizes in (SIZES, SIZES | {"num_key_value_heads": 6, "pad_token_id": None}):
+        config = CLASSES[model_type](**sizes, **fields)
+        assert read_model_config(as_written(config)) == expected(config)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen3", "eurobert"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope_theta": 5e5, "rope_scaling": LLAMA3 | {"original_max_position_embeddings": 256}},
+        {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 3.0}},
+        {"rope_theta": 5e5, "rope_scaling": None},
+        {"rope_scaling": LLAMA3, "original_max_position_embeddings": 128},
+        {},
+    ],
+)
+def test_older_spellings_of_the_llamas(model_type, fields):
+    config = CLASSES[model_type](**SIZES, **fields)
+    config.standardize_rope_params()  # as a model does; it is what reads original_max_position_embeddings
+    assert read_model_config({"model_type": model_type, **SIZES, **fields}) == expected(config)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "eurobert"])
+def test_a_null_is_the_rule_of_the_class(model_type):
+    """And not the default, which Mistral has for the window."""
+    written = {"model_type": model_type, **SIZES, "head_dim": None, "sliding_window": None, "pad_token_id": None}
+    if model_type != "mistral":
+        written["num_key_value_heads"] = None
+    config = read_model_config(written)
+    fields = {name: value for name, value in written.items() if name != "model_type"}
+    assert config == expected(CLASSES[model_type](**fields))
+    assert (config.head_dim, config.pad_token_id) == (8, None)
+    assert config.num_kv_heads == (3 if model_type == "mistral" else 6)
+
+
+def test_windows_of_mistral_and_qwen3():
+    """With `is_causal` false, transformers sees the whole window on either side."""
+    mistral = read_model_config({"model_type": "mistral", "sliding_window": 512})
+    assert set(mistral.layer_types) == {"sliding"}
+    assert (mistral.causal_window, mistral.bidirectional_window) == ((511, 0), (512, 512))
+    fields = {"use_sliding_window": True, "max_window_layers": 30}
+    qwen3 = read_model_config({"model_type": "qwen3", **fields})
+    assert qwen3.layer_types == ("full",) * 30 + ("sliding",) * 2
+    assert (qwen3.causal_window, qwen3.bidirectional_window) == ((4095, 0), (4096, 4096))
+    assert read_model_config({"model_type": "mistral"}, 100).causal_window == (99, 0)
+    for config in ({"model_type": "mistral", "sliding_window": None}, {"model_type": "qwen3"}):
+        with pytest.raises(ConfigError, match="sliding_window=100 is given, but this model has no sliding layers"):
+            read_model_config(config, 100)
+
+
 def test_nested_configs_are_read_and_their_neighbours_are_not():
     encoder, decoder = SIZES | SCORES, SIZES | {"hidden_size": 96, "num_hidden_layers": 2}
     config = transformers.T5GemmaConfig(encoder=encoder, decoder=decoder, vocab_size=307)
@@ -215,6 +324,9 @@ def test_a_window_that_an_old_save_halved_is_refused(width):
         ({}, "model_type None is not supported; this engine runs gemma, gemma2, gemma3, gemma3_text, t5gemma"),
         ({"model_type": "llama"}, "model_type 'llama' is not supported"),
         ({"model_type": "t5gemma3"}, "model_type 't5gemma3' is not"),
+        ({}, "model_type None is not supported; this engine runs eurobert, gemma, gemma2, gemma3, .*, t5gemma"),
+        ({"model_type": "qwen2"}, "model_type 'qwen2' is not supported"),
+        ({"model_type": "llama_bidirec"}, "model_type 'llama_bidirec' is not supported"),
         ({"model_type": ["gemma"]}, "model_type .*'gemma'.* is not"),
         ({"model_type": "gemma3", "text_config": [1]}, "text_config in the config is a list; it must be a JSON object"),
         ({"model_type": "t5gemma", "encoder": "x"}, "encoder in the config is a str; it must be a JSON object"),
@@ -294,6 +406,53 @@ def test_a_window_that_an_old_save_halved_is_refused(width):
             {"model_type": "gemma3_text", "rope_parameters": {"full_attention": 4}},
             "rope_parameters of gemma3_text must contain two JSON objects",
         ),
+        (
+            {"model_type": "llama_bidirec", "auto_map": {"AutoModel": "m.LlamaBidirectionalModel"}},
+            "own code.*delete auto_map from config.json, and set model_type, and is_causal=false if bidirectional",
+        ),
+        ({"model_type": "llama", "hidden_act": "gelu"}, "activation 'gelu' is not supported; it must be 'silu'"),
+        ({"model_type": "qwen3", "attention_bias": True}, "attention_bias=true is not supported"),
+        ({"model_type": "eurobert", "mlp_bias": True}, "mlp_bias=true is not supported"),
+        ({"model_type": "llama", "use_bidirectional_attention": True}, "no effect on this family .* is_causal=false"),
+        ({"model_type": "qwen3", "is_causal": "no"}, "is_causal='no'"),
+        ({"model_type": "qwen3", "use_sliding_window": "yes"}, "use_sliding_window='yes'"),
+        (
+            {"model_type": "qwen3", "layer_types": ["sliding_attention"] * 32},
+            "layer_types lists sliding_attention, but the config has no window .* set use_sliding_window=true",
+        ),
+        ({"model_type": "qwen3", "layer_types": ["full_attention"]}, "layer_types must list .* each of the 32 layers"),
+        ({"model_type": "qwen3", "use_sliding_window": True, "max_window_layers": -1}, "max_window_layers=-1"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window=0 must be an integer from 1"),
+        ({"model_type": "llama", "num_key_value_heads": 5}, "num_heads=32 must be a multiple of num_kv_heads=5"),
+        ({"model_type": "llama", "hidden_size": 96}, "head_dim=3 must be even"),
+        ({"model_type": "llama", "pad_token_id": -1}, "pad_token_id=-1 must be an integer from 0"),
+        ({"model_type": "llama", "partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported"),
+        *(
+            ({"model_type": "llama", "rope_scaling": {"rope_type": kind, "factor": 4}}, f"RoPE type '{kind}' is not")
+            for kind in ("yarn", "dynamic", "longrope", "proportional")
+        ),
+        ({"model_type": "llama", "rope_scaling": {"rope_type": "llama3"}}, "RoPE factor=None must be a finite number"),
+        (
+            {"model_type": "llama", "rope_scaling": LLAMA3 | {"original_max_position_embeddings": "8k"}},
+            "original_max_position_embeddings='8k' must be an integer",
+        ),
+        (
+            {"model_type": "llama", "rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}},
+            "low_frequency_factor=1 must be below high_frequency_factor=1",
+        ),
+        (
+            {"model_type": "qwen3", "rope_parameters": {"full_attention": {"rope_theta": 1e6}}},
+            "rope_parameters must be for all layers of this family, but it has 'full_attention'",
+        ),
+        *(
+            (
+                {"model_type": model_type, "quantization_config": {"quant_method": method}},
+                f"the weights are quantized, by '{method}'",
+            )
+            for model_type in ("llama", "mistral", "qwen3", "eurobert")
+            for method in ("gptq", "awq", "bitsandbytes")
+        ),
+        ({"model_type": "qwen3", "quantization": {"bits": 4}}, "the weights are quantized, by 'mlx'"),
     ],
 )
 def test_a_config_that_cannot_be_is_refused(config, message):
@@ -339,14 +498,19 @@ JSON = SCALARS | st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
     max_leaves=5,
 )
-ROPE = st.dictionaries(st.sampled_from(["rope_type", "type", "factor", "rope_theta"]), JSON | st.just("linear"))
+KINDS = st.sampled_from(["linear", "llama3"])
+ROPE = st.dictionaries(st.sampled_from(["rope_type", "type", *LLAMA3, "rope_theta"]), JSON | KINDS)
 ROPES = ROPE | st.fixed_dictionaries({"full_attention": ROPE | JSON, "sliding_attention": ROPE})
 LAYERS = st.lists(st.sampled_from(["full_attention", "sliding_attention"]), min_size=8, max_size=8)
 VALUES = {  # what may stand in a field: something that is likely, or anything
-    **dict.fromkeys([*SIZES, *SCORES, "sliding_window_pattern", "_sliding_window_pattern"], st.integers(0, 99)),
+    **dict.fromkeys(
+        [*SIZES, *SCORES, "sliding_window_pattern", "_sliding_window_pattern", "max_window_layers"], st.integers(0, 99)
+    ),
     **dict.fromkeys(["rope_theta", "rope_local_base_freq", "attn_logit_softcapping"], st.floats(0, 1e6)),
-    **dict.fromkeys(["hidden_act", "hidden_activation"], st.sampled_from(["gelu", "gelu_pytorch_tanh", "relu"])),
-    **dict.fromkeys(["use_bidirectional_attention", "is_causal", "attention_bias"], st.booleans()),
+    **dict.fromkeys(["hidden_act", "hidden_activation"], st.sampled_from(["gelu", "gelu_pytorch_tanh", "silu"])),
+    **dict.fromkeys(
+        ["use_bidirectional_attention", "is_causal", "attention_bias", "use_sliding_window"], st.booleans()
+    ),
     **dict.fromkeys(["rope_scaling", "rope_parameters"], ROPES),
     "layer_types": LAYERS,
     "auto_map": st.dictionaries(st.sampled_from(["AutoConfig", "AutoModel"]), st.text(max_size=4)),

@@ -4,7 +4,16 @@ from typing import Any, NamedTuple
 
 import pytest
 import transformers
-from transformers import Gemma2Model, Gemma3TextModel, GemmaModel, T5GemmaEncoderModel
+from transformers import (
+    EuroBertModel,
+    Gemma2Model,
+    Gemma3TextModel,
+    GemmaModel,
+    LlamaModel,
+    MistralModel,
+    Qwen3Model,
+    T5GemmaEncoderModel,
+)
 
 import hugging_face_models as hf
 
@@ -44,6 +53,16 @@ CASES = {
         "bidirectional",
         (257, 258, 513),
     ),
+    "llama, llama3 RoPE": Case(LlamaModel, lambda: hf.llama(rope_parameters=hf.LLAMA3_ROPE), "causal", (26, 257)),
+    "llama bidirectional": Case(LlamaModel, hf.llama, "bidirectional", (257,)),
+    # A causal window of 9 is the token itself and 8 before it; a bidirectional one has 9 on either side.
+    "mistral causal": Case(MistralModel, hf.mistral, "causal", (9, 10)),
+    "mistral bidirectional": Case(MistralModel, hf.mistral, "bidirectional", (10, 11)),
+    "mistral without a window": Case(MistralModel, lambda: hf.mistral(sliding_window=None), "causal", (257,)),
+    "qwen3": Case(Qwen3Model, lambda: hf.qwen3(use_sliding_window=False), "causal", (257,)),
+    "qwen3 with windows": Case(Qwen3Model, hf.qwen3, "causal", (8, 9)),
+    "qwen3 with windows, bidirectional": Case(Qwen3Model, hf.qwen3, "bidirectional", (9, 10)),
+    "eurobert": Case(EuroBertModel, hf.eurobert, "bidirectional", (257,)),
 }
 
 
@@ -89,8 +108,12 @@ def test_batch_of_equal_lengths_beyond_the_window(subject):
         (Gemma3TextModel, hf.gemma3(), "causal"),
         (Gemma3TextModel, hf.gemma3(use_bidirectional_attention=True), "bidirectional"),
         (T5GemmaEncoderModel, hf.t5gemma(), "bidirectional"),
+        (LlamaModel, hf.llama(), "causal"),
+        (MistralModel, hf.mistral(), "causal"),
+        (Qwen3Model, hf.qwen3(), "causal"),
+        (EuroBertModel, hf.eurobert(), "bidirectional"),
     ],
-    ids=["gemma", "gemma2", "gemma3", "embeddinggemma", "t5gemma"],
+    ids=["gemma", "gemma2", "gemma3", "embeddinggemma", "t5gemma", "llama", "mistral", "qwen3", "eurobert"],
 )
 def test_weights_of_standard_deviation_2_percent(tmp_path, model_class, config, attention):
     specimen = hf.Specimen.make(tmp_path, hf.build(model_class, config, deviation=0.02), attention)

@@ -14,8 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import transformers
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from funnel_engine.config import RECOVERIES, FunnelConfig, ModelConfig, Rope
+from funnel_engine.config import RECOVERIES, FunnelConfig, Llama3Scaling, ModelConfig, Rope
 from funnel_engine.devices import map_weights
 from funnel_engine.heads import HeadConfig
 from funnel_engine.model import forward, rotation
@@ -58,6 +60,16 @@ MODEL = ModelConfig(
 )
 SMALL = dataclasses.replace(MODEL, vocab_size=101, hidden_size=24, intermediate_size=40, head_dim=8)
 GEMMA_1 = dataclasses.replace(SMALL, layer_types=("full",) * 3, softcap=None, post_norms=False, qk_norm=False)
+QWEN_3 = dataclasses.replace(
+    SMALL,
+    family="qwen3",
+    head_dim=64,
+    attention="causal",
+    activation="silu",
+    scale_embedding=False,
+    softcap=None,
+    post_norms=False,
+)
 
 FUNNELS = {
     "no funnel": FunnelConfig(),
@@ -168,6 +180,7 @@ COMPARED = [
         *((name, SMALL, "float32") for name in FUNNELS),
         *((name, SMALL, "bfloat16") for name in ("no funnel", ALL_OPS)),
         *((name, GEMMA_1, "float32") for name in ("funnel", ALL_OPS)),
+        *((name, QWEN_3, dtype) for name in ("no funnel", ALL_OPS) for dtype in ACTIVATIONS),
     )
     for backend in BACKENDS
     # Kernels that are interpreted take seconds.
@@ -292,3 +305,21 @@ def test_rope_tables_are_those_of_transformers(theta, factor, jit):
     angles = torch.from_numpy(positions)[:, None] * frequencies
     np.testing.assert_allclose(cos, torch.cos(angles).numpy(), rtol=0, atol=2e-6)
     np.testing.assert_allclose(sin, torch.sin(angles).numpy(), rtol=0, atol=2e-6)
+
+
+def test_frequencies_of_llama_3_are_those_of_transformers():
+    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    rope = Rope(5e5, llama3=Llama3Scaling(*scaling.values()))
+    config = transformers.LlamaConfig(
+        head_dim=128, rope_parameters=scaling | {"rope_type": "llama3", "rope_theta": 5e5}
+    )
+    frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](config)
+    positions = np.array([0, 0.5, 1, 511, 4095, 8191], np.float32)
+    cos, sin = rotation(rope, 128, jnp.asarray(positions))
+    plain, _ = rotation(Rope(5e5), 128, jnp.asarray(positions))
+    angles = torch.from_numpy(positions)[:, None] * frequencies
+    np.testing.assert_allclose(cos, torch.cos(angles).numpy(), rtol=0, atol=2e-6)
+    np.testing.assert_allclose(sin, torch.sin(angles).numpy(), rtol=0, atol=2e-6)
+    same = (np.abs(cos - plain) < 2e-6).all(0)
+    assert same[:29].all()  # short waves
+    assert not same[32:].any()

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from transformers import Gemma2Model, Gemma3TextModel
+from transformers import Gemma2Model, Gemma3TextModel, MistralModel, Qwen3Model
 
 import funnel_native
 import hugging_face_models as hf
@@ -28,6 +28,8 @@ SUBJECTS = {
         "bidirectional",
         FunnelConfig((1, 1, 3), keep_first=True, recovery="sum_mean", recovery_site="after_norm"),
     ),
+    "qwen3": (Qwen3Model, hf.qwen3(), "causal", FunnelConfig((1, 2))),
+    "mistral": (MistralModel, hf.mistral(), "causal", FunnelConfig()),
 }
 
 

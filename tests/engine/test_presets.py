@@ -2,7 +2,7 @@
 
 import pytest
 
-from funnel_engine.config import FunnelConfig, Rope, layer_steps
+from funnel_engine.config import FunnelConfig, Llama3Scaling, Rope, layer_steps
 from funnel_engine.heads import DenseConfig, HeadConfig
 from funnel_engine.presets import PRESETS, preset
 from funnel_engine.weights import count_parameters, expected_shapes
@@ -22,6 +22,15 @@ SIZES = {
     "gemma3-12b": (48, 3840, 16, 8, 256, 15360, 1024, 256, 262208, 131072, 10.76, 11.77),
     "gemma3-27b": (62, 5376, 32, 16, 128, 21504, 1024, 168, 262208, 131072, 25.60, 27.01),
     "embeddinggemma-300m": (24, 768, 3, 1, 256, 1152, 512, 256, 262144, 2048, 0.102, 0.303),
+    "qwen3-embedding-0.6b": (28, 1024, 16, 8, 128, 3072, None, 128, 151669, 32768, 0.440, 0.596),
+    "qwen3-embedding-4b": (36, 2560, 32, 8, 128, 9728, None, 128, 151665, 40960, 3.634, 4.022),
+    "qwen3-embedding-8b": (36, 4096, 32, 8, 128, 12288, None, 128, 151665, 40960, 6.946, 7.567),
+    "llama3.2-1b": (16, 2048, 32, 8, 64, 8192, None, 64, 128256, 131072, 0.973, 1.236),
+    "llama3.1-8b": (32, 4096, 32, 8, 128, 14336, None, 128, 128256, 131072, 6.980, 7.505),
+    "mistral-7b": (32, 4096, 32, 8, 128, 14336, 4096, 128, 32000, 32768, 6.980, 7.111),
+    "eurobert-210m": (12, 768, 12, 12, 64, 3072, None, 64, 128256, 8192, 0.113, 0.212),
+    "eurobert-610m": (26, 1152, 18, 6, 64, 4096, None, 64, 128256, 8192, 0.460, 0.608),
+    "eurobert-2.1b": (32, 2304, 18, 6, 128, 6144, None, 128, 128256, 8192, 1.812, 2.107),
 }
 T5GEMMA = {  # layers, width, intermediate, heads, kv heads, head dim of the encoder
     "t5gemma-2b": (26, 2304, 9216, 8, 4, 256),
@@ -88,9 +97,41 @@ def test_sizes_of_t5gemma_2_encoders(name):
     assert config.bidirectional_window == window
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_what_the_families_differ_in(name):
+LLAMAS = {  # norm eps, RoPE
+    "qwen3-embedding-0.6b": (1e-6, Rope(1e6)),
+    "qwen3-embedding-4b": (1e-6, Rope(1e6)),
+    "qwen3-embedding-8b": (1e-6, Rope(1e6)),
+    "llama3.2-1b": (1e-5, Rope(5e5, llama3=Llama3Scaling(32.0, 1.0, 4.0, 8192))),
+    "llama3.1-8b": (1e-5, Rope(5e5, llama3=Llama3Scaling(8.0, 1.0, 4.0, 8192))),
+    "mistral-7b": (1e-5, Rope(1e4)),
+    "eurobert-210m": (1e-5, Rope(2.5e5)),
+    "eurobert-610m": (1e-5, Rope(2.5e5)),
+    "eurobert-2.1b": (1e-5, Rope(2.5e5)),
+}
+
+
+@pytest.mark.parametrize("name", LLAMAS)
+def test_blocks_of_llama(name):
     config = preset(name)
+    assert (config.norm_eps, config.full_rope) == LLAMAS[name]
+    assert config.sliding_rope == config.full_rope
+    assert (config.activation, config.scale_embedding, config.post_norms, config.softcap) == (
+        "silu",
+        False,
+        False,
+        None,
+    )
+    assert config.qk_norm == name.startswith("qwen3")
+    assert config.attention == ("bidirectional" if name.startswith("eurobert") else "causal")
+    assert set(config.layer_types) == {"sliding" if name == "mistral-7b" else "full"}
+    assert config.bidirectional_window == ((4096, 4096) if name == "mistral-7b" else None)
+    assert config.pad_token_id == (128001 if name.startswith("eurobert") else None)
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name not in LLAMAS])
+def test_what_gemmas_differ_in(name):
+    config = preset(name)
+    assert (config.activation, config.scale_embedding) == ("gelu_tanh", True)
     kind = {"embeddinggemma": "gemma3"}.get(name.split("-")[0], name.split("-")[0])
     assert config.post_norms == (kind != "gemma")
     assert config.qk_norm == (kind in ("gemma3", "t5gemma2"))
@@ -112,5 +153,5 @@ def test_what_the_families_differ_in(name):
 
 @pytest.mark.parametrize("name", ["gemma-3b", "", "Gemma-2B"])
 def test_an_unknown_preset_is_refused_with_the_list(name):
-    with pytest.raises(ConfigError, match=f"preset '{name}' is unknown; choose one of gemma-2b, .*, t5gemma-9b.*"):
+    with pytest.raises(ConfigError, match=f"preset '{name}' is unknown; choose one of gemma-2b, .*, eurobert-2.1b"):
         preset(name)

@@ -14,11 +14,14 @@ from transformers import Gemma2Model, Gemma3TextModel
 import hugging_face_models as hf
 from funnel_engine import CheckpointError, Engine, InputError, convert
 from sentence_models import (
+    BYTE_TEXTS,
     DENSE_SIZES,
     PROMPTS,
+    QWEN_PROMPTS,
     TEXTS,
     VOCAB_SIZE,
     save_embedding_gemma,
+    save_qwen3_embedding,
     save_sentence_model,
     text_of,
     train_sentencepiece,
@@ -126,6 +129,65 @@ def test_truncate(library, engine, texts):
     engine.embed(long[:2])
     with pytest.raises(InputError, match=f"input 2 has {LIMIT + 1} tokens, more than the limit of {LIMIT} "):
         engine.embed(long[:3])
+
+
+# ------------------------------------------------------------------------------------------- Qwen3-Embedding
+
+
+@pytest.fixture(scope="module")
+def qwen3_embedding(tmp_path_factory):
+    """The engine on a model in the files of Qwen3-Embedding, and the library on the same, padding on either side."""
+    folder = tmp_path_factory.mktemp("qwen")
+    libraries = {
+        side: SentenceTransformer(str(save_qwen3_embedding(folder / side, padding_side=side)), device="cpu")
+        for side in ("left", "right")
+    }
+    assert [library.tokenizer.padding_side for library in libraries.values()] == ["left", "right"]
+    convert(folder / "left", folder / "checkpoint", dtype="float32")
+    return Engine.load(folder / "checkpoint", max_batch_tokens=4096), libraries
+
+
+@pytest.mark.parametrize("prompt", [None, *QWEN_PROMPTS])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_last_token_of_qwen3_embedding(qwen3_embedding, side, prompt):
+    """Which side is padded makes no difference to the row of the last token."""
+    engine, libraries = qwen3_embedding
+    theirs = libraries[side].encode(BYTE_TEXTS, prompt_name=prompt)
+    assert worst(engine.embed(BYTE_TEXTS, prompt_name=prompt), theirs) < TOLERANCE
+    assert len(np.unique(np.round(theirs, 3), axis=0)) == len(BYTE_TEXTS)
+
+
+def test_prompts_and_end_of_qwen3_embedding(qwen3_embedding):
+    engine, libraries = qwen3_embedding
+    assert engine.text.prompts == libraries["left"].prompts == QWEN_PROMPTS
+    end = libraries["left"].tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    assert (engine.text.begin, engine.text.end) == (None, end)
+    assert (engine.head.pooling, engine.head.similarity, engine.config.attention) == ("last", "cosine", "causal")
+    text = "a small funnel"
+    with_query = engine.embed(QWEN_PROMPTS["query"] + text)
+    np.testing.assert_array_equal(engine.embed(text, prompt_name="query"), with_query)
+    np.testing.assert_array_equal(engine.embed(text, prompt_name="document"), engine.embed(text))
+    ids = libraries["left"].tokenizer(text)["input_ids"]
+    assert ids[-1] == end
+    np.testing.assert_array_equal(engine.embed([ids]), engine.embed([text]))
+    assert worst(engine.embed([ids[:-1]]), engine.embed([text])) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("size", [1, 32])
+def test_truncate_dim_of_qwen3_embedding(qwen3_embedding, size):
+    engine, libraries = qwen3_embedding
+    theirs = libraries["left"].encode(BYTE_TEXTS, truncate_dim=size, normalize_embeddings=True)
+    assert worst(engine.embed(BYTE_TEXTS, truncate_dim=size), theirs) < TOLERANCE
+
+
+def test_truncation_of_qwen3_embedding_keeps_the_end(tmp_path):
+    source = save_qwen3_embedding(tmp_path / "source", max_tokens=50)
+    convert(source, tmp_path / "checkpoint", dtype="float32")
+    engine, library = Engine.load(tmp_path / "checkpoint"), SentenceTransformer(str(source), device="cpu")
+    assert engine.max_length == library.max_seq_length == 50
+    texts = [*BYTE_TEXTS, "the large memory keeps every token " * 20]
+    theirs = library.encode(texts, prompt_name="query")
+    assert worst(engine.embed(texts, prompt_name="query", truncate=True), theirs) < TOLERANCE
 
 
 # ------------------------------------------------------------------------------------------- what the library saves

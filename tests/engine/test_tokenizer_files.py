@@ -5,15 +5,24 @@ import json
 
 import pytest
 import transformers
-from tokenizers import Tokenizer, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE, Unigram, WordLevel, WordPiece
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QWEN_WORDS
 
 from funnel_engine.checkpoints.tokenizer_files import find_tokenizer
 from funnel_engine.hugging_face_config import read_model_config
 from funnel_engine.inputs import read_inputs
 from funnel_engine.text import TextConfig, read_tokenizer
 from funnel_kernels import CheckpointError
-from sentence_models import TEXTS, VOCAB_SIZE, train_sentencepiece, train_tokenizer, write_json
+from sentence_models import (
+    BYTE_TEXTS,
+    TEXTS,
+    VOCAB_SIZE,
+    train_byte_tokenizer,
+    train_sentencepiece,
+    train_tokenizer,
+    write_json,
+)
 
 ADDED_FIELDS = ("add_bos_token", "add_eos_token")
 FLAGS = [
@@ -217,6 +226,7 @@ def test_broken_tokenizer_json(folder, content):
         ("auto_map", {"AutoTokenizer": ["t.T", None]}),
         ("sp_model_kwargs", {"enable_sampling": True}),
         ("fast_tokenizer_files", ["tokenizer.4.0.0.json"]),
+        ("fix_mistral_regex", True),
     ],
 )
 def test_options_that_the_engine_does_not_have(folder, field, value):
@@ -321,6 +331,193 @@ def test_most_tokens_of_a_text(folder, fields):
     write_json(folder / "tokenizer_config.json", **fields)
     assert find(folder)[0].max_tokens == transformers.AutoTokenizer.from_pretrained(folder).model_max_length == 7
     assert our_ids(folder, max_length=7, truncate=True) == their_ids(folder, truncation=True)
+
+
+# ------------------------------------------------------------------------------------------- Qwen, Llama, Mistral
+
+LLAMAS = {
+    "qwen3": transformers.Qwen3Config(vocab_size=VOCAB_SIZE),
+    "llama": transformers.LlamaConfig(vocab_size=VOCAB_SIZE),
+    "mistral": transformers.MistralConfig(vocab_size=VOCAB_SIZE),
+    "eurobert": transformers.EuroBertConfig(vocab_size=VOCAB_SIZE, pad_token_id=0),
+}
+PLAIN = ("PreTrainedTokenizerFast", "TokenizersBackend")
+LLAMA_WORDS = QWEN_WORDS.replace(r"\p{N}|", r"\p{N}{1,3}|")
+assert LLAMA_WORDS != QWEN_WORDS
+
+
+def llama_folder(folder, family, tokenizer, name=None, **fields):
+    """A folder with config.json and a tokenizer of the class `name`, or of none."""
+    LLAMAS[family].save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    write_json(folder / "tokenizer_config.json", **fields | ({} if name is None else {"tokenizer_class": name}))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["Qwen2Tokenizer", "Qwen2TokenizerFast", *PLAIN, None])
+@pytest.mark.parametrize("post_processor", ["$A <|endoftext|>", "$A", None])
+def test_tokenizer_of_qwen3(tmp_path, name, post_processor):
+    """As Qwen3-Embedding is published: its post-processor adds the token that last-token pooling reads."""
+    tokenizer = train_byte_tokenizer(QWEN_WORDS, post_processor)
+    fields = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "bos_token": None, "add_bos_token": False}
+    folder = llama_folder(tmp_path, "qwen3", tokenizer, name, padding_side="left", **fields)
+    assert our_ids(folder, BYTE_TEXTS) == their_ids(folder, BYTE_TEXTS)
+    end = tokenizer.token_to_id("<|endoftext|>") if post_processor == "$A <|endoftext|>" else None
+    assert find(folder)[0] == TextConfig(None, end)
+
+
+def test_truncation_keeps_the_end_of_qwen3(tmp_path):
+    folder = llama_folder(tmp_path, "qwen3", train_byte_tokenizer(QWEN_WORDS))
+    theirs = their_ids(folder, BYTE_TEXTS, truncation=True, max_length=6)
+    assert our_ids(folder, BYTE_TEXTS, max_length=6, truncate=True) == theirs
+    assert {len(ids) for ids in theirs} >= {6}
+
+
+def other_words(tokenizer):
+    bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    words = pre_tokenizers.Split(Regex(LLAMA_WORDS), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, bytes_only])
+
+
+def with_prefix_space(tokenizer):
+    bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False)
+    words = pre_tokenizers.Split(Regex(QWEN_WORDS), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, bytes_only])
+
+
+CHANGES = {
+    "no normalizer": lambda tokenizer: setattr(tokenizer, "normalizer", None),
+    "other normalizer": lambda tokenizer: setattr(tokenizer, "normalizer", normalizers.NFKC()),
+    "other words": other_words,
+    "space before a text": with_prefix_space,
+    "ignores merges": lambda tokenizer: setattr(tokenizer.model, "ignore_merges", True),
+    "unknown token": lambda tokenizer: setattr(tokenizer.model, "unk_token", "<|endoftext|>"),
+}
+
+
+@pytest.mark.parametrize("name", ["Qwen2Tokenizer", "Qwen2TokenizerFast", None])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_rules_that_are_not_qwens(tmp_path, name, change):
+    """transformers 5 replaces them in a tokenizer of Qwen's class, 4 keeps them."""
+    tokenizer = train_byte_tokenizer(QWEN_WORDS)
+    change(tokenizer)
+    folder = llama_folder(tmp_path, "qwen3", tokenizer, name)
+    message = refusal(folder)
+    assert "does not have the rules of Qwen2's tokenizer (NFC, " in message
+    assert f"but its class is {name or 'Qwen2Tokenizer'}" in message
+    write_json(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")  # the remedy
+    assert our_ids(folder, BYTE_TEXTS) == their_ids(folder, BYTE_TEXTS)
+
+
+def test_a_token_that_qwens_class_would_add(tmp_path):
+    content = json.loads(train_byte_tokenizer(QWEN_WORDS, "$A").to_str())
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != "<|endoftext|>"]
+    folder = llama_folder(tmp_path, "qwen3", Tokenizer.from_str(json.dumps(content)), "Qwen2Tokenizer")
+    assert "the token <|endoftext|>" in refusal(folder)
+
+
+def test_space_before_a_text_of_qwen3(tmp_path):
+    """The class reads it from tokenizer_config.json, and only from there."""
+    tokenizer = train_byte_tokenizer(QWEN_WORDS)
+    folder = llama_folder(tmp_path, "qwen3", tokenizer, "Qwen2Tokenizer", add_prefix_space=True)
+    assert "does not have the rules of Qwen2's tokenizer" in refusal(folder)
+    with_prefix_space(tokenizer)
+    llama_folder(folder, "qwen3", tokenizer)
+    assert our_ids(folder, BYTE_TEXTS) == their_ids(folder, BYTE_TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [
+        ("llama", ("LlamaTokenizer", "LlamaTokenizerFast", *PLAIN, None)),
+        ("mistral", ("LlamaTokenizer", "LlamaTokenizerFast", *PLAIN, None)),
+        ("eurobert", (*PLAIN, None)),
+        ("qwen3", PLAIN),
+    ],
+)
+def test_tokenizer_of_llama_3(tmp_path, family, names):
+    """It has merges that whole words ignore, and transformers uses it as it is."""
+    tokenizer = train_byte_tokenizer(LLAMA_WORDS, "<|begin_of_text|> $A", ignore_merges=True)
+    tokenizer.normalizer = None
+    for name in names:
+        folder = llama_folder(tmp_path, family, tokenizer, name)
+        assert our_ids(folder, BYTE_TEXTS) == their_ids(folder, BYTE_TEXTS)
+        assert find(folder)[0] == TextConfig(2, None)
+        (folder / "tokenizer_config.json").unlink()
+
+
+def llama_2():
+    """Llama 2's tokenizer, also Mistral's: its normalizer puts a space before every text."""
+    tokenizer = train_tokenizer("<bos> $A <eos>")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    tokenizer.pre_tokenizer = None
+    return tokenizer
+
+
+@pytest.mark.parametrize("name", ["LlamaTokenizer", "LlamaTokenizerFast", *PLAIN, None])
+def test_tokenizer_of_mistral(tmp_path, name):
+    folder = llama_folder(tmp_path, "mistral", llama_2(), name, bos_token="<bos>", eos_token="<eos>", legacy=True)
+    assert our_ids(folder) == their_ids(folder)
+    assert find(folder)[0] == TextConfig(2, 1)
+
+
+def test_tokenizer_of_llama_2(tmp_path):
+    """transformers 5 puts its own rules in place of these, which differ where a text begins with a space."""
+    folder = llama_folder(tmp_path, "llama", llama_2(), "LlamaTokenizer")
+    assert "does not have the rules of Llama's tokenizer in transformers 5" in refusal(folder)
+    for name in PLAIN:  # the remedy
+        write_json(folder / "tokenizer_config.json", tokenizer_class=name)
+        assert our_ids(folder) == their_ids(folder)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "fields"),
+    [
+        ("first", {}),
+        ("first", {"legacy": False}),
+        ("always", {"legacy": True}),
+        ("never", {"add_prefix_space": False, "legacy": True}),
+    ],
+)
+@pytest.mark.parametrize("name", ["LlamaTokenizer", "LlamaTokenizerFast"])
+def test_tokenizer_of_llama_as_transformers_5_saves_it(tmp_path, name, scheme, fields):
+    tokenizer = train_tokenizer("<bos> $A")
+    tokenizer.normalizer = None
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme=scheme, split=False)
+    tokens = {"bos_token": "<bos>", "eos_token": "<eos>"}
+    folder = llama_folder(tmp_path, "llama", tokenizer, name, **tokens, **fields)
+    assert our_ids(folder) == their_ids(folder)
+    if scheme != "always":  # transformers forgets `legacy` when it saves
+        transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
+        assert our_ids(folder) == their_ids(folder)
+    write_json(folder / "tokenizer_config.json", legacy=scheme != "always", add_prefix_space=scheme == "never" or None)
+    assert "does not have the rules of Llama's tokenizer" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("qwen3", "LlamaTokenizer"),
+        ("qwen3", "GemmaTokenizer"),
+        ("qwen3", "GPT2Tokenizer"),
+        ("llama", "Qwen2Tokenizer"),
+        ("llama", "GemmaTokenizerFast"),
+        ("mistral", "MistralCommonBackend"),
+        ("eurobert", "LlamaTokenizer"),
+        ("eurobert", "RobertaTokenizerFast"),
+    ],
+)
+def test_tokenizer_class_of_another_family(tmp_path, family, name):
+    folder = llama_folder(tmp_path, family, train_byte_tokenizer(QWEN_WORDS), name)
+    assert f"tokenizer_class is '{name}'; this engine only supports" in refusal(folder)
+
+
+@pytest.mark.parametrize("family", LLAMAS)
+def test_sentencepiece_is_for_gemma(tmp_path, sentencepiece_model, family):
+    LLAMAS[family].save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model)
+    message = refusal(tmp_path)
+    assert f"{tmp_path / 'tokenizer.model'} is a SentencePiece model, which this engine reads for Gemma only" in message
 
 
 # ------------------------------------------------------------------------------------------- SentencePiece

@@ -11,7 +11,7 @@ import importlib
 from typing import Any
 
 from funnel_benchmarks.peers.batches import padded
-from funnel_benchmarks.peers.hugging_face import load_model
+from funnel_benchmarks.peers.hugging_face import is_causal, load_model
 
 NAMES = ("cosines", "sines")
 
@@ -46,7 +46,8 @@ def export(task: dict[str, Any]) -> Any:
 
 def angle_tables(torch: Any, model: Any, longest: int) -> Any:
     """A module in place of `model.rotary_emb`: positions [1, T], below `longest` -> cosines and sines, [1, T, d]."""
-    kinds: list[Any] = [None] if model.config.model_type == "gemma" else sorted(set(model.config.layer_types))
+    by_kind = model.config.model_type == "gemma3_text"
+    kinds: list[Any] = sorted(set(model.config.layer_types)) if by_kind else [None]
 
     class AngleTables(torch.nn.Module):
         def __init__(self) -> None:
@@ -63,15 +64,21 @@ def angle_tables(torch: Any, model: Any, longest: int) -> Any:
 
 
 def attention_masks(torch: Any, config: Any, mask: Any) -> Any:
-    """What each token sees, [B, 1, T, T] bool: real tokens, and itself; for a model with windows a mask of each kind.
+    """What each token sees, [B, 1, T, T] bool: real tokens, and itself; a mask of each kind if layers differ.
 
     Args:
-        config: of transformers, whose `sliding_window` is then the least distance that is too far.
+        config: of transformers, whose `sliding_window` is the least distance that is too far, or None.
         mask: [B, T], not 0 for real tokens.
     """
     places = torch.arange(mask.shape[1])
-    distance = (places[:, None] - places[None, :]).abs()
+    distance = places[:, None] - places[None, :]
     real, itself = mask[:, None, None, :] != 0, distance == 0
-    if config.model_type == "gemma":
+    if is_causal(config):
+        real = real & (distance >= 0)
+    window = getattr(config, "sliding_window", None)
+    near = real if window is None else real & (distance.abs() < window)
+    if config.model_type == "mistral":  # all of its layers have the window
+        return near | itself
+    if getattr(config, "layer_types", None) is None:
         return real | itself
-    return {"full_attention": real | itself, "sliding_attention": real & (distance < config.sliding_window) | itself}
+    return {"full_attention": real | itself, "sliding_attention": near | itself}

@@ -71,12 +71,21 @@ def shapes(lengths: list[list[int]]) -> set[tuple[int, int]]:
 
 
 def fastest_attention(checkpoint: str, lengths: list[list[int]]) -> str:
-    """Without a mask, where every batch has sequences of one length, and each token sees all of its own."""
+    """Without a mask, where every batch has sequences of one length, and each token sees all of its own.
+
+    Where each sees those before it, transformers itself makes no mask for sequences of one length.
+    """
     transformers: Any = importlib.import_module("transformers")
-    window = getattr(transformers.AutoConfig.from_pretrained(checkpoint), "sliding_window", None)
+    config = transformers.AutoConfig.from_pretrained(checkpoint)
+    window = getattr(config, "sliding_window", None)
     equal = all(min(batch) == max(batch) for batch in lengths)
     in_sight = window is None or max(map(max, lengths)) <= window  # of transformers: the least distance too far
-    return WITHOUT_MASK if equal and in_sight else "sdpa"
+    return WITHOUT_MASK if equal and in_sight and not is_causal(config) else "sdpa"
+
+
+def is_causal(config: Any) -> bool:
+    """Whether a token sees only those before it, in a model that `load_model` loads."""
+    return config.model_type in ("llama", "mistral", "qwen3")
 
 
 def use_cores(torch: Any, cores: int) -> None:
@@ -86,7 +95,7 @@ def use_cores(torch: Any, cores: int) -> None:
 
 
 def load_model(checkpoint: str, dtype: Any, attention: str) -> Any:
-    """The encoder, of a bidirectional model, ready to run."""
+    """The encoder, ready to run; bidirectional if it is a Gemma."""
     transformers: Any = importlib.import_module("transformers")
     config = transformers.AutoConfig.from_pretrained(checkpoint, use_cache=False)
     if config.model_type == "gemma":

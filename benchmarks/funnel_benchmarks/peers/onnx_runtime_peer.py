@@ -1,7 +1,7 @@
 """ONNX Runtime as a peer, on the CPU: the graph that torch.onnx exports, in float32 or with dynamic int8 products.
 
-It has no product in bfloat16 for x86, and its optimiser for transformers does not know Gemma, so that what it fuses
-when a session is made is all there is.
+It has no product in bfloat16 for x86, and its optimiser for transformers does not know these families, so that what
+it fuses when a session is made is all there is.
 """
 
 import importlib

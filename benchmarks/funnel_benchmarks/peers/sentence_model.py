@@ -1,4 +1,4 @@
-"""Random weights in a folder of sentence-transformers, with heads like EmbeddingGemma's and one word for each token id.
+"""Random weights in a folder of sentence-transformers, with heads as published and one word for each token id.
 
 `funnel_engine.convert` reads such folders too, heads and tokenizer included, so both embed the same texts.
 """
@@ -11,13 +11,16 @@ from typing import Any
 from funnel_benchmarks.peers.peer_process import not_installed
 from funnel_benchmarks.random_checkpoint import write_random_model
 from funnel_benchmarks.results import LeftOut
+from funnel_engine.hugging_face_config import read_model_config
 from funnel_engine.presets import Fields
 
 WIDENING = 4  # the first dense layer makes rows this many times as wide, the second takes it back
 
 
 def write_sentence_model(directory: Path, fields: Fields) -> None:
-    """Writes the encoder of `write_random_model`, then mean pooling, two dense layers and normalisation.
+    """Writes the encoder of `write_random_model`, then pooling and normalisation.
+
+    As published, a causal model has last-token pooling; another one has mean pooling and two dense layers.
 
     Args:
         directory: of the model, which is made.
@@ -42,7 +45,9 @@ def write_sentence_model(directory: Path, fields: Fields) -> None:
         identity = torch.nn.Identity()
         dense = [modules.Dense(*pair, bias=False, activation_function=identity) for pair in sizes]
         transformer = modules.Transformer(str(encoder))
-        parts = [transformer, modules.Pooling(width, "mean"), *dense, modules.Normalize()]
+        causal = read_model_config(fields).attention == "causal"
+        head = [modules.Pooling(width, "lasttoken")] if causal else [modules.Pooling(width, "mean"), *dense]
+        parts = [transformer, *head, modules.Normalize()]
         library.SentenceTransformer(modules=parts, device="cpu").save(str(directory), create_model_card=False)
 
 

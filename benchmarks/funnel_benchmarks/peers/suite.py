@@ -9,6 +9,7 @@ There are two scenarios: "batch" embeds all sequences in one call of ours, and i
 sequence after another, whose latencies are the samples.
 """
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -26,7 +27,7 @@ from funnel_benchmarks.lengths import length_facts
 from funnel_benchmarks.machine import multiplies_bfloat16, multiplies_int8, usable_cores
 from funnel_benchmarks.measure import Call, Sample, compiling_nothing, sampler, spread
 from funnel_benchmarks.models import check_depth
-from funnel_benchmarks.peers import hugging_face
+from funnel_benchmarks.peers import gguf_file, hugging_face, llama_cpp_peer
 from funnel_benchmarks.peers.batches import in_order, make_batches
 from funnel_benchmarks.peers.forms import COMMON, PEERS, SENTENCE, dtype_beside
 from funnel_benchmarks.peers.peer import Peer
@@ -55,15 +56,19 @@ TOLERANCES = {"float32": 0.05, "bfloat16": 0.05, "int8": 0.6}
 
 
 def model_fields(preset: str, depth: int | None) -> Fields:
-    """The `config.json` of a bidirectional model of a preset's shape, whole or only its first `depth` layers.
+    """The `config.json` of an encoder of a preset's shape, whole or only its first `depth` layers.
+
+    A Gemma is bidirectional, as EmbeddingGemma is; another family has its own attention.
 
     Raises:
-        ConfigError: no such preset, one that the peers have no bidirectional encoder for, or more layers than it has.
+        ConfigError: no such preset, one that the peers have no encoder for, or more layers than it has.
     """
     able = [name for name, fields in PRESETS.items() if fields["model_type"] in ARCHITECTURES]
     if preset not in able:
         raise ConfigError(f"preset {preset!r} has no peers: there are some for {', '.join(able)}; take one of these")
-    fields = PRESETS[preset] | {"use_bidirectional_attention": True, "vocab_size": VOCABULARY}
+    fields = PRESETS[preset] | {"vocab_size": VOCABULARY, "pad_token_id": 0}
+    if fields["model_type"].startswith("gemma"):
+        fields |= {"use_bidirectional_attention": True}
     if depth is None:
         return fields
     check_depth(depth, preset, fields["num_hidden_layers"])
@@ -222,6 +227,9 @@ def measure(suite: Suite, peer_name: str, name: str, lengths: Ints, scenario: st
         raise LeftOut(f"JAX runs on {platform}, where this peer does not")
     if missing := next((package for package in COMMON + kind.packages if find_spec(package) is None), None):
         raise LeftOut(not_installed(missing))  # before a checkpoint of gigabytes is written
+    if kind.module is llama_cpp_peer:
+        with leaving_out_what_it_lacks():
+            gguf_file.architecture(suite.config)
     dtype = dtype_beside(peer_name, suite.dtype, on_cpu=platform == "cpu")
     source = suite.source(peer_name)
     engine = suite.engine(source)
@@ -271,6 +279,15 @@ def measure(suite: Suite, peer_name: str, name: str, lengths: Ints, scenario: st
         "speedup": quartiles([theirs / ours for ours, theirs in pairs])._asdict(),
     }
     return row | rates(engine.config, lengths, row) if scenario == "batch" else row
+
+
+@contextlib.contextmanager
+def leaving_out_what_it_lacks() -> Iterator[None]:
+    """Leaves a peer out if it has no such model."""
+    try:
+        yield
+    except ConfigError as error:
+        raise LeftOut(str(error)) from None
 
 
 def random_sequences(lengths: Ints, vocab_size: int) -> list[list[int]]:

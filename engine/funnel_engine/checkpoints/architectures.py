@@ -11,6 +11,7 @@ from funnel_engine.input_files import optional_file, read_json, reading
 from funnel_engine.presets import PRESETS, preset
 from funnel_kernels.errors import CheckpointError
 
+FAMILIES = ("gemma", "gemma2", "gemma3_text", "t5gemma")  # that are published in the formats that need this module
 IMAGE_ROWS = 64  # 262,208 - 262,144
 
 
@@ -30,25 +31,33 @@ def find_config(
         sliding_window: replaces the value in config.json, which must then exist.
 
     Raises:
-        CheckpointError: config.json cannot be read, or is missing although no published model has these shapes.
+        CheckpointError: config.json cannot be read or is that of another family, or it is missing although no published
+            model has these shapes.
     """
     config_file = optional_file(directory, "config.json")
     if config_file:
         with reading(config_file):
-            return fit_vocabulary(read_model_config(read_json(config_file), sliding_window), vocabulary)
+            config = read_model_config(read_json(config_file), sliding_window)
+        if config.family not in FAMILIES:
+            raise CheckpointError(
+                f"{config_file} is that of a {config.family}, which is not read in this format but only in Hugging "
+                "Face's; these files do not belong together, so fetch the model again"
+            )
+        return fit_vocabulary(config, vocabulary)
     if sliding_window is not None:
         raise CheckpointError(
             f"--sliding-window {sliding_window} replaces the value in config.json, but {directory} has no config.json; "
             "leave it out to take the value of the published model"
         )
-    for name in PRESETS:
-        config = fit_vocabulary(preset(name), vocabulary)
+    published = {name: config for name in PRESETS if (config := preset(name)).family in FAMILIES}
+    for config in published.values():
+        config = fit_vocabulary(config, vocabulary)
         parts = [part for weight_parts in parts_of(config).values() for part in weight_parts]
         if all(part.name in tensors and tensors[part.name].shape == part.shape for part in parts):
             return config
     raise CheckpointError(
-        f"{directory} has tensors whose shapes no published model has ({', '.join(PRESETS)}); put the model's Hugging "
-        "Face config.json into this folder"
+        f"{directory} has tensors whose shapes no published model has ({', '.join(published)}); put the model's "
+        "Hugging Face config.json into this folder"
     )
 
 

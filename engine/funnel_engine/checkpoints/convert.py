@@ -38,7 +38,7 @@ def convert(
     allow_nonfinite: bool = False,
     base: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Converts a Gemma, EmbeddingGemma or T5Gemma checkpoint for `Engine.load`.
+    """Converts a checkpoint for `Engine.load`.
 
     Reads and writes piece by piece, so memory contains at most one tensor. The destination appears, by a rename, when
     it is complete and on the disk. A run that fails leaves no files. The files of a run that was killed are removed by

@@ -1,4 +1,4 @@
-"""Reads a Hugging Face directory of a Gemma model: config.json, safetensors, and further files in the same folder.
+"""Reads a Hugging Face directory: config.json, safetensors, and further files in the same folder.
 
 Nothing is guessed. A tensor is either needed, or one of a family's known tensors that an encoder does not need
 (`Layout.dropped`); any other tensor is an error.
@@ -54,13 +54,18 @@ SANDWICH_NORMS = {
     "mlp_input_norm": ("pre_feedforward_layernorm",),
     "mlp_output_norm": ("post_feedforward_layernorm",),
 }
+# Two norms per layer: this "post_attention" norm is the "pre_feedforward" norm of the families that have four.
+PRE_NORMS = {"attention_input_norm": ("input_layernorm",), "mlp_input_norm": ("post_attention_layernorm",)}
 NORMS = {
-    # Gemma 1 has two norms per layer. Its "post_attention" norm is the "pre_feedforward" norm of the other families.
-    "gemma": {"attention_input_norm": ("input_layernorm",), "mlp_input_norm": ("post_attention_layernorm",)},
+    "gemma": PRE_NORMS,
     "gemma2": SANDWICH_NORMS,
     "gemma3_text": SANDWICH_NORMS,
     "t5gemma": SANDWICH_NORMS
     | {"attention_input_norm": ("pre_self_attn_layernorm",), "attention_output_norm": ("post_self_attn_layernorm",)},
+    "llama": PRE_NORMS,
+    "mistral": PRE_NORMS,
+    "qwen3": PRE_NORMS,
+    "eurobert": PRE_NORMS,
 }
 NORMS["t5gemma2_text"] = NORMS["t5gemma"]
 
@@ -74,7 +79,8 @@ class Layout(NamedTuple):
 
     Attributes:
         prefixes: the possible prefixes of the encoder's tensors; the first are for task models, then the bare model.
-        dropped: names, and prefixes that end in a dot, of tensors that an encoder does not need.
+        dropped: names of tensors that an encoder does not need, prefixes that end in a dot, and suffixes that begin
+            with one.
     """
 
     prefixes: tuple[str, ...]
@@ -84,6 +90,7 @@ class Layout(NamedTuple):
 END_OF_IMAGE = 256_000  # the default of T5Gemma 2's config
 TOWERS = ("vision_tower", "multi_modal_projector")
 TEXT_MODEL = Layout(("model.", ""), ("lm_head.weight",))
+LLAMA = Layout(("model.", ""), ("lm_head.weight", ".rotary_emb.inv_freq"))  # old versions saved RoPE's frequencies
 LAYOUTS = {
     "gemma": TEXT_MODEL,
     "gemma2": TEXT_MODEL,
@@ -111,6 +118,10 @@ LAYOUTS = {
     ),
     "t5gemma2_encoder": Layout(("", "text_model."), tuple(f"{tower}." for tower in TOWERS)),
     "t5gemma2_text": Layout(("",), ()),
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "qwen3": TEXT_MODEL,
+    "eurobert": TEXT_MODEL,
 }
 TASKS = {"ForSequenceClassification": "classify", "ForTokenClassification": "tag"}
 
@@ -283,7 +294,7 @@ def find_prefix(layout: Layout, config: ModelConfig, tensors: Mapping[str, Sourc
 
 
 def classifier_name(config: ModelConfig, tensors: Mapping[str, SourceTensor]) -> str:
-    """The name of the classifier. Hand-written heads on Gemma 3 may be called "classifier" (transformers has none)."""
+    """The name of the classifier: "score", or "classifier" for EuroBERT and in hand-written heads on Gemma 3."""
     if config.family == "t5gemma":
         return "score.out_proj"
     return "classifier" if "classifier.weight" in tensors else "score"
@@ -319,6 +330,11 @@ def read_head(
         raise CheckpointError(
             f"{architectures[0]} with is_encoder_decoder=true reads the decoder, which this engine does not run; "
             "train the head on the encoder (is_encoder_decoder=false)"
+        )
+    if config.family == "eurobert" and tasks[0] == "classify":
+        raise CheckpointError(
+            f"{architectures[0]} has a dense layer and GELU before its classifier, which this engine does not run; "
+            "save the encoder alone (model.model.save_pretrained) to use its vectors, or train another classifier on it"
         )
     # Token classifiers of transformers and all T5Gemma heads have a bias; hand-written heads may have one.
     must_have_bias = config.family == "t5gemma" or (tasks[0] == "tag" and config.family != "gemma3_text")

@@ -290,11 +290,15 @@ def check_tensors(
 
 
 def drop_by_name(rules: tuple[str, ...]) -> Callable[[str], str | None]:
-    """A rule for `assemble`: tensors with these names, or with these prefixes, which end in a dot or a slash."""
+    """A rule for `assemble`: tensors with these names, prefixes or suffixes.
+
+    A prefix ends in a dot or a slash, and a suffix begins with a dot.
+    """
 
     def rule_of(name: str) -> str | None:
         for rule in rules:
-            if name == rule or (rule[-1] in "./" and name.startswith(rule)):
+            is_prefix, is_suffix = rule[-1] in "./", rule[0] == "."
+            if name == rule or (is_prefix and name.startswith(rule)) or (is_suffix and name.endswith(rule)):
                 return rule
         return None
 

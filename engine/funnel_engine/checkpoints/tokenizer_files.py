@@ -5,9 +5,9 @@ in transformers 5:
 
 - tokenizer.json: only its post-processor counts; without one nothing is added. If tokenizer_config.json says otherwise
   (`add_bos_token`, `add_eos_token`), transformers 4 follows it and 5 does not, so such a tokenizer is refused.
-- A SentencePiece model has no such rule. `add_bos_token` and `add_eos_token` in tokenizer_config.json decide; if only
-  one exists, the other is false. If neither exists, Gemma's own rule is used, which transformers 5 has removed: BOS,
-  and for EmbeddingGemma also EOS.
+- A SentencePiece model has no such rule, and is read for Gemma only. `add_bos_token` and `add_eos_token` in
+  tokenizer_config.json decide; if only one exists, the other is false. If neither exists, Gemma's own rule is used,
+  which transformers 5 has removed: BOS, and for EmbeddingGemma also EOS.
 
 The other files of a tokenizer also give the largest number of tokens of a text. Apart from that they must agree with
 the tokenizer: they must not name a token that it does not have, or a tokenizer class or an option with which
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from funnel_engine.checkpoints.architectures import is_embedding_gemma
+from funnel_engine.checkpoints.tokenizer_rules import GEMMA, check_rules, own_class, supported_classes
 from funnel_engine.config import ModelConfig
 from funnel_engine.input_files import decode, is_file, optional_file, read_json
 from funnel_engine.messages import quote
@@ -36,20 +37,15 @@ ADDED_TOKENS = "added_tokens.json"
 SEVERAL_TOKENS = ("extra_special_tokens", "additional_special_tokens")
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized")  # of an added token: how it matches the text around it
 UNLIMITED = 2**31  # transformers writes 1e30 where a tokenizer has no limit
-# Tokenizer classes. For the first, which include the default, transformers 5 makes Gemma's tokenizer from the file. For
-# the second, it uses the file without changes.
-GEMMA_CLASSES = (None, "GemmaTokenizer", "GemmaTokenizerFast")
-PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 # Fields of tokenizer_config.json, and the values other than null with which transformers gives the same ids as we do.
 OPTIONS: dict[str, tuple[Any, ...]] = {
     "split_special_tokens": (False,),
     "truncation_side": ("right",),
-    "tokenizer_class": tuple(name for name in (*GEMMA_CLASSES, *PLAIN_CLASSES) if name),
     "auto_map": (),
+    "fix_mistral_regex": (False,),
     "sp_model_kwargs": ({},),
     "fast_tokenizer_files": ([TOKENIZER_JSON],),
 }
-SPACES = " a  B\t\u00e9 e\u0301 \ufb01\n "  # a normaliser other than Gemma's would change it
 PROBES = ("a", "b a")  # two texts, so that an id of a text is not mistaken for an added one
 REMEDY = (
     "load it with transformers, set tokenizer.add_bos_token and tokenizer.add_eos_token to True or False, and save it"
@@ -74,19 +70,24 @@ def find_tokenizer(
         tokenizer, truncation = load_tokenizer_json(file)
         begin, end = ids_added_by_processor(tokenizer, file)
         check_flags(tokenizer, file, directory, fields, (begin, end))
-        check_model(tokenizer, file, fields.get("tokenizer_class"), where)
+        check_rules(tokenizer, file, config.family, fields, where)
         added = tokenizer.get_added_tokens_decoder()
         known: dict[str, tuple[int, Any]] = {token.content: (number, token) for number, token in added.items()}
         if truncation is not None and "truncation_side" not in fields:
             fields["truncation_side"], where = truncation["direction"].lower(), str(file)
     elif file := optional_file(directory, sentencepiece):
+        if own_class(config.family) != GEMMA:
+            raise CheckpointError(
+                f"{file} is a SentencePiece model, which this engine reads for Gemma only; load the tokenizer with "
+                f"transformers and save it, which writes {TOKENIZER_JSON}"
+            )
         processor = load_sentencepiece(file)
         begin, end = ids_for_sentencepiece(processor, file, directory, fields, config)
         known = {token: (number, None) for token, number in pieces(processor).items()}
     else:
         return TextConfig(max_tokens=max_tokens), None
     check_tokens(known, file, directory, config.vocab_size)
-    refuse_options(fields, where)
+    refuse_options(fields, config.family, where)
     for identifier in (begin, end):
         if identifier is not None and identifier >= config.vocab_size:
             raise CheckpointError(
@@ -114,39 +115,15 @@ def read_limit(limits: list[Any], where: str) -> int | None:
     return int(limit) if limit < UNLIMITED else None
 
 
-def refuse_options(fields: dict[str, Any], where: str) -> None:
+def refuse_options(fields: dict[str, Any], family: str, where: str) -> None:
     """Raises `CheckpointError` if tokenizer_config.json has an option that the engine does not support."""
-    for name, allowed in OPTIONS.items():
+    for name, allowed in (OPTIONS | {"tokenizer_class": supported_classes(family)}).items():
         if fields.get(name) not in (None, *allowed):
             only = " or ".join(map(repr, allowed)) or "a tokenizer without it"
             raise CheckpointError(
                 f"{where}: {name} is {fields[name]!r:.80}; this engine only supports {only}. Change it if that is what "
                 "you want"
             )
-
-
-def check_model(tokenizer: "Tokenizer", file: Path, name: Any, where: str) -> None:
-    """Raises `CheckpointError` if a tokenizer.json is random, or has Gemma's class but not Gemma's rules.
-
-    Only byte-pair encoders are checked. For Gemma's class, transformers 5 takes the vocabulary from the file but uses
-    its own rules; transformers 4 uses the rules in the file.
-    """
-    model = tokenizer.model
-    if type(model).__name__ != "BPE":
-        return
-    if model.dropout:
-        raise CheckpointError(
-            f"{file} drops merges at random (dropout {model.dropout}), which is for training only; set dropout to null"
-        )
-    text = SPACES if tokenizer.normalizer is None else tokenizer.normalizer.normalize_str(SPACES)
-    cuts = [] if tokenizer.pre_tokenizer is None else tokenizer.pre_tokenizer.pre_tokenize_str(text)
-    like_gemma = text == SPACES.replace(" ", "\u2581") and len(cuts) <= 1 and model.fuse_unk and model.byte_fallback
-    if name in GEMMA_CLASSES and not like_gemma:
-        raise CheckpointError(
-            f"{file} does not have the rules of Gemma's tokenizer (a space becomes \u2581, an unknown character its "
-            f"bytes), but its class is {name or 'GemmaTokenizer'}; transformers 4 follows the file and 5 the class. "
-            f'If the file is right, put "tokenizer_class": "{PLAIN_CLASSES[0]}" into {where}'
-        )
 
 
 def check_tokens(known: Mapping[str, tuple[int, Any]], file: Path, directory: Path, vocab_size: int) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from funnel_engine.config import ModelConfig
-from funnel_engine.hugging_face_config import gemma
+from funnel_engine.hugging_face_config import gemma, llama
 from funnel_engine.hugging_face_config.fields import (
     Config,
     refuse_other_files,
@@ -18,8 +18,14 @@ from funnel_engine.hugging_face_config.fields import (
 from funnel_engine.messages import shorten
 from funnel_kernels.errors import ConfigError
 
-DEFAULTS: dict[str, dict[str, Any]] = {**gemma.DEFAULTS}  # of the fields of each family
-READERS: dict[str, Callable[[Config], ModelConfig]] = {**dict.fromkeys(gemma.DEFAULTS, gemma.read_gemma)}
+DEFAULTS: dict[str, dict[str, Any]] = {  # of the fields of each family
+    **gemma.DEFAULTS,
+    **llama.DEFAULTS,
+}
+READERS: dict[str, Callable[[Config], ModelConfig]] = {
+    **dict.fromkeys(gemma.DEFAULTS, gemma.read_gemma),
+    **dict.fromkeys(llama.DEFAULTS, llama.read_llama),
+}
 # model_type -> the keys that lead to its nested text config, and the family of that config
 NESTED: dict[str, tuple[tuple[str, ...], str]] = {
     "gemma3": (("text_config",), "gemma3_text"),

@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 from funnel_engine.checks import check_integer, check_number
-from funnel_engine.config import Rope
+from funnel_engine.config import Llama3Scaling, Rope
 from funnel_engine.messages import shorten
 from funnel_kernels.errors import ConfigError
 
@@ -32,8 +32,8 @@ def refuse_own_code(config: dict[str, Any]) -> None:
     auto_map = config.get("auto_map") or {}
     if not isinstance(auto_map, dict) or any(name.startswith("AutoModel") for name in auto_map):
         raise ConfigError(
-            f"auto_map={shorten(auto_map)} names a class in the checkpoint's own code, which this engine does not run; "
-            "if its forward is the standard one, delete auto_map from config.json"
+            f"auto_map={shorten(auto_map)} names a class in the checkpoint's own code, which is not run; if it is like "
+            "a known family, delete auto_map from config.json, and set model_type, and is_causal=false if bidirectional"
         )
 
 
@@ -74,17 +74,31 @@ def read_layer_types(fields: dict[str, Any], num_layers: int, period: int) -> tu
     return tuple(LAYER_TYPES[name] for name in names)
 
 
+def read_rope_fields(fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The fields `rope_parameters` and, of older files, `rope_scaling`; an empty object where one is missing."""
+    parameters, scaling = fields.get("rope_parameters") or {}, fields.get("rope_scaling") or {}
+    for name, value in (("rope_parameters", parameters), ("rope_scaling", scaling)):
+        if not isinstance(value, dict):
+            raise ConfigError(f"{name} is a {type(value).__name__}; it must be a JSON object")
+    return parameters, scaling
+
+
 def read_rope(parameters: dict[str, Any]) -> Rope:
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     theta = number(parameters, "rope_theta")
     if parameters.get("partial_rotary_factor") not in (None, 1):
         factor = shorten(parameters["partial_rotary_factor"])
-        raise ConfigError(f"partial_rotary_factor={factor} is not supported; Gemma rotates whole heads")
+        raise ConfigError(f"partial_rotary_factor={factor} is not supported; this family rotates whole heads")
     if kind == "default":
         return Rope(theta)
     if kind == "linear":
         return Rope(theta, check_number("RoPE factor", parameters.get("factor")))
-    raise ConfigError(f"RoPE type {shorten(kind)} is not supported; it must be 'default' or 'linear'")
+    if kind == "llama3":
+        names = ("factor", "low_freq_factor", "high_freq_factor")
+        stretch, low, high = (check_number(f"RoPE {name}", parameters.get(name)) for name in names)
+        positions = integer(parameters, "original_max_position_embeddings")
+        return Rope(theta, llama3=Llama3Scaling(stretch, low, high, positions))
+    raise ConfigError(f"RoPE type {shorten(kind)} is not supported; it must be 'default', 'linear' or 'llama3'")
 
 
 def integer(fields: dict[str, Any], name: str, *, least: int = 1, most: int = 2**31 - 1) -> int:

@@ -14,6 +14,7 @@ from funnel_engine.hugging_face_config.fields import (
     number,
     read_layer_types,
     read_rope,
+    read_rope_fields,
 )
 from funnel_engine.messages import shorten
 from funnel_kernels.errors import ConfigError
@@ -153,11 +154,7 @@ def read_windows(
 
 def read_ropes(family: str, fields: dict[str, Any]) -> tuple[Rope, Rope]:
     """RoPE of the full layers and of the sliding layers, from `rope_parameters` or the older fields."""
-    parameters = fields.get("rope_parameters") or {}
-    scaling = fields.get("rope_scaling") or {}
-    for name, value in (("rope_parameters", parameters), ("rope_scaling", scaling)):
-        if not isinstance(value, dict):
-            raise ConfigError(f"{name} is a {type(value).__name__}; it must be a JSON object")
+    parameters, scaling = read_rope_fields(fields)
     if family not in LIKE_GEMMA_3:
         rope = read_rope({"rope_theta": fields.get("rope_theta", 10_000.0)} | scaling | parameters)
         return rope, rope

@@ -77,6 +77,9 @@ def read_layer_types(fields: dict[str, Any], num_layers: int, period: int) -> tu
 def read_rope(parameters: dict[str, Any]) -> Rope:
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     theta = number(parameters, "rope_theta")
+    if kind == "proportional":
+        factor, rotated = (parameters.get(name, 1.0) for name in ("factor", "partial_rotary_factor"))
+        return Rope(theta, check_number("RoPE factor", factor), check_number("partial_rotary_factor of RoPE", rotated))
     if parameters.get("partial_rotary_factor") not in (None, 1):
         factor = shorten(parameters["partial_rotary_factor"])
         raise ConfigError(f"partial_rotary_factor={factor} is not supported; Gemma rotates whole heads")
@@ -84,7 +87,7 @@ def read_rope(parameters: dict[str, Any]) -> Rope:
         return Rope(theta)
     if kind == "linear":
         return Rope(theta, check_number("RoPE factor", parameters.get("factor")))
-    raise ConfigError(f"RoPE type {shorten(kind)} is not supported; it must be 'default' or 'linear'")
+    raise ConfigError(f"RoPE type {shorten(kind)} is not supported; it must be default, linear or proportional")
 
 
 def integer(fields: dict[str, Any], name: str, *, least: int = 1, most: int = 2**31 - 1) -> int:

@@ -4,7 +4,14 @@ from typing import Any, NamedTuple
 
 import pytest
 import transformers
-from transformers import Gemma2Model, Gemma3TextModel, GemmaModel, T5GemmaEncoderModel
+from transformers import (
+    EmbeddingGemma2TextModel,
+    Gemma2Model,
+    Gemma3TextModel,
+    Gemma4TextModel,
+    GemmaModel,
+    T5GemmaEncoderModel,
+)
 
 import hugging_face_models as hf
 
@@ -40,6 +47,24 @@ CASES = {
         lambda: hf.gemma3(sliding_window=512, use_bidirectional_attention=True),
         "bidirectional",
         (257, 258, 513),
+    ),
+    # The window is an inclusive radius: 4 tokens on either side.
+    "embeddinggemma2": Case(EmbeddingGemma2TextModel, hf.embedding_gemma2, "bidirectional", (4, 5, 6, 10)),
+    "gemma4 causal": Case(Gemma4TextModel, hf.gemma4, "causal", (8, 9)),
+    # Halved as Gemma 3's window: 4 tokens on either side.
+    "gemma4 bidirectional, keys as values": Case(
+        Gemma4TextModel,
+        lambda: hf.gemma4(
+            use_bidirectional_attention="all", attention_k_eq_v=True, num_global_key_value_heads=3, sliding_window=9
+        ),
+        "bidirectional",
+        (4, 5, 6, 10),
+    ),
+    "gemma4 shared keys": Case(
+        Gemma4TextModel, lambda: hf.gemma4(num_kv_shared_layers=2, use_double_wide_mlp=True), "causal", (8, 9)
+    ),
+    "gemma4 without per-layer inputs": Case(
+        Gemma4TextModel, lambda: hf.gemma4(hidden_size_per_layer_input=0), "causal", (8, 9)
     ),
 }
 
@@ -86,8 +111,10 @@ def test_batch_of_equal_lengths_beyond_the_window(subject):
         (Gemma3TextModel, hf.gemma3(), "causal"),
         (Gemma3TextModel, hf.gemma3(use_bidirectional_attention=True), "bidirectional"),
         (T5GemmaEncoderModel, hf.t5gemma(), "bidirectional"),
+        (EmbeddingGemma2TextModel, hf.embedding_gemma2(), "bidirectional"),
+        (Gemma4TextModel, hf.gemma4(), "causal"),
     ],
-    ids=["gemma", "gemma2", "gemma3", "embeddinggemma", "t5gemma"],
+    ids=["gemma", "gemma2", "gemma3", "embeddinggemma", "t5gemma", "embeddinggemma2", "gemma4"],
 )
 def test_weights_of_standard_deviation_2_percent(tmp_path, model_class, config, attention):
     specimen = hf.Specimen.make(tmp_path, hf.build(model_class, config, deviation=0.02), attention)

@@ -21,7 +21,7 @@ def linear(x: Rows, weight: Weight, add: Rows | None, *, target: Target) -> Rows
 
 
 def gated_linear(x: Rows, weight: Weight, up: Rows | None, *, activation: str, target: Target) -> Rows:
-    out = jax.ShapeDtypeStruct((x.shape[0], weight.shape[0] // weight.parts), x.dtype)
+    out = jax.ShapeDtypeStruct((x.shape[0], weight.shape[0] // (2 if up is None else 1)), x.dtype)
     generate_code(x, weight, out.shape[1], target)
     return native_calls.call(
         "funnel_gated_linear",

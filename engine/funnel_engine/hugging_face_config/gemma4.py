@@ -3,6 +3,7 @@
 In both the full layers have heads of their own, which `per_layer_config` lists for each layer.
 """
 
+import re
 from typing import Any
 
 from funnel_engine.checks import check_flag
@@ -155,15 +156,22 @@ def read_full_heads(fields: dict[str, Any], layer_types: tuple[str, ...]) -> tup
     own: dict[str, Any] = {"head_dim": fields.get("global_head_dim")}
     if fields.get("attention_k_eq_v", True) and fields.get("num_global_key_value_heads") is not None:
         own["num_key_value_heads"] = fields["num_global_key_value_heads"]
-    expected = {str(index): own for index, layer_type in enumerate(layer_types) if layer_type == "full"}
-    listed = fields.get("per_layer_config", expected)
-    if not isinstance(listed, dict) or not all(isinstance(each, dict) for each in listed.values()):
-        raise ConfigError(f"per_layer_config must be a JSON object of JSON objects; it is {shorten(listed)}")
-    own = listed.get(next(iter(expected)), {})
-    if listed != (dict.fromkeys(expected, own) if own else {}) or not own.keys() <= {"head_dim", "num_key_value_heads"}:
+    full_layers = [index for index, layer_type in enumerate(layer_types) if layer_type == "full"]
+    listed = fields.get("per_layer_config", {str(index): own for index in full_layers})
+    if not isinstance(listed, dict) or not all(
+        isinstance(each, dict) and re.fullmatch("[0-9]{1,4}", key) for key, each in listed.items()
+    ):
+        raise ConfigError(
+            "per_layer_config must be a JSON object of objects, whose keys are numbers of layers; it is "
+            f"{shorten(listed)}"
+        )
+    by_layer = {int(key): each for key, each in listed.items()}  # transformers writes "05"
+    own = by_layer.get(full_layers[0], {})
+    expected = dict.fromkeys(full_layers, own) if own else {}
+    if by_layer != expected or not own.keys() <= {"head_dim", "num_key_value_heads"}:
         raise ConfigError(
             f"per_layer_config={shorten(listed)} is not supported; it must give the same head_dim and "
-            f"num_key_value_heads to each full layer, which are {', '.join(expected)}, and nothing else"
+            f"num_key_value_heads to each full layer, which are {', '.join(map(str, full_layers))}, and nothing else"
         )
     merged = {"head_dim": fields.get("head_dim"), "num_key_value_heads": kv_heads} | own
     return integer(merged, "num_key_value_heads"), integer(merged, "head_dim")

@@ -113,7 +113,31 @@ LLAMA3_ROPE = {
     "high_freq_factor": 1.2,
     "original_max_position_embeddings": 26,
 }
-FACTOR_NORMS = ("llama", "mistral", "qwen3", "eurobert")  # their norms multiply by the weight itself
+# Their norms multiply by the weight itself.
+FACTOR_NORMS = ("llama", "mistral", "qwen3", "eurobert", "gemma4_text", "embedding_gemma2_text")
+
+
+def embedding_gemma2(**fields: Any) -> transformers.EmbeddingGemma2TextConfig:
+    return transformers.EmbeddingGemma2TextConfig(**gemma4_fields(PROJECTED | {"sliding_window": 4} | fields))
+
+
+def gemma4(**fields: Any) -> transformers.Gemma4TextConfig:
+    return transformers.Gemma4TextConfig(**gemma4_fields(fields))
+
+
+PROJECTED = {"embedding_dim": 58, "num_global_key_value_heads": 1}
+
+
+def gemma4_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    own = {
+        "sliding_window": 8,
+        "global_head_dim": 20,
+        "hidden_size_per_layer_input": 22,
+        "vocab_size_per_layer_input": 103,
+        "layer_types": ["sliding_attention", "full_attention"],
+    }
+    fields = SIZES | {"num_hidden_layers": 4} | own | fields
+    return fields | {"layer_types": fields["layer_types"] * (fields["num_hidden_layers"] // 2)}
 
 
 def build(
@@ -133,6 +157,9 @@ def build(
             matrix = deviation or 0.9 / parameter.shape[-1] ** 0.5
             mean = 1.0 if name.endswith("norm.weight") and config.model_type in FACTOR_NORMS else 0.0
             parameter.normal_(mean, matrix if parameter.ndim == 2 else 0.3, generator=generator)
+        for name, buffer in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                buffer.normal_(1.0, 0.3, generator=generator)
     return model
 
 
@@ -148,6 +175,8 @@ def repair_bidirectional_attention(model: Any) -> None:
         config.sliding_window -= 1  # the mask is |q - k| <= window, its authors' is |q - k| < window
     if config.model_type == "t5gemma":
         config.encoder.sliding_window -= 1  # as Gemma 2
+    if config.model_type == "gemma4_text":
+        config.sliding_window -= 1  # it has been halved and is 1 more than on each side, but the mask is |q - k| <= it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +197,8 @@ class Specimen:
         convert(source, checkpoint, dtype="float32")
         if attention == "bidirectional":
             repair_bidirectional_attention(model)
+        if model.config.model_type == "embedding_gemma2_text":
+            model.embedding_projection = torch.nn.Identity()  # the engine projects the pooled row
         config = json.loads((source / "config.json").read_text())
         return cls(model, attention, config, float64_tensors(model), source, checkpoint)
 

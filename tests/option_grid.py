@@ -28,7 +28,8 @@ GROUP = 128  # input features that share a scale of the activations, where weigh
 EPS = 0.1  # much, so that a norm which leaves it out shows
 # (op, backend) -> whether the backend refuses a case. A pair that is not listed serves every case.
 REFUSALS: dict[tuple[str, str], Callable[[Any], bool]] = {
-    (op, "tpu"): lambda case: case.width % 128 != 0 for op in ("pool_norm", "recover_norm")
+    **{(op, "tpu"): lambda case: case.width % 128 != 0 for op in ("pool_norm", "recover_norm")},
+    **{("attention", backend): lambda case: case.head_dim > 256 for backend in ("triton", "tpu")},
 }
 
 
@@ -222,6 +223,7 @@ HEADS = {
     "head dim 80": {"head_dim": 80},
     "head dim 128": {"heads": 4, "kv_heads": 2, "head_dim": 128},
     "head dim 256": {"heads": 4, "kv_heads": 1, "head_dim": 256},
+    "head dim 512": {"heads": 4, "kv_heads": 1, "head_dim": 512},
 }
 SMALL = Packed((40, 3, 90), left=50, right=20, tail=11)
 ATTENTION_CASES = {
@@ -322,18 +324,22 @@ RECOVER_CASES = {
 # ------------------------------------------------------------------------------------------------------ add_norm
 
 
+SCALE = np.array([0.375], np.float32)  # of a sum
+
+
 @dataclasses.dataclass(frozen=True)
 class AddNormCase:
-    """`update` says what is added: nothing, an update, or the norm of one."""
+    """`update` says what is added: nothing, an update, or the norm of one; then the sum may be scaled."""
 
     update: str
     dtype: str = "float32"
     update_dtype: str = "float32"
     rows: int = 37
     width: int = 128
+    scaled: bool = False
 
     def arrays(self) -> tuple[np.ndarray | None, ...]:
-        """x, update, weight and update_weight; x and the update differ in size, so that each counts."""
+        """x, update, weight, update_weight and scale; x and the update differ in size, so that each counts."""
         dtype, update_dtype = jnp.dtype(self.dtype), jnp.dtype(self.update_dtype)
         x, update = 3 * normal(13, self.rows, self.width), normal(14, self.rows, self.width) + 0.5
         weight, update_weight = 0.3 * normal(15, 2, self.width)
@@ -342,6 +348,7 @@ class AddNormCase:
             None if self.update == "none" else update.astype(update_dtype),
             weight.astype(dtype),
             update_weight.astype(dtype) if self.update == "normed" else None,
+            SCALE if self.scaled else None,
         )
 
 
@@ -357,6 +364,11 @@ ADD_NORM_CASES = {
         for update in ("none", "plain", "normed")
         for dtype in DTYPES
         for rows, width in ((1, 1), (257, 7), (37, 48), (65, 1152))
+    },
+    **{
+        f"{update}, scaled, {dtype}": AddNormCase(update, dtype, rows=65, width=72, scaled=True)
+        for update in ("plain", "normed")
+        for dtype in DTYPES
     },
 }
 
@@ -416,7 +428,7 @@ def exact_product(x: np.ndarray, weight: np.ndarray | QuantizedWeight, backend: 
 class LinearCase:
     """A product, or with `gate` that of a gate with this activation and of what it gates: two weights in one.
 
-    `weights` is their dtype, if it is not that of x.
+    With a gate, `add` is what it gates, and the weight is one. `weights` is their dtype, if it is not that of x.
     """
 
     rows: int
@@ -430,9 +442,14 @@ class LinearCase:
     def arrays(self) -> tuple[Any, ...]:
         """x, weight and what is added (None without); the products are of the size of what is added."""
         x = normal(10, self.rows, self.in_features)
-        weight = normal(11, self.out_features * (2 if self.gate else 1), self.in_features) / self.in_features**0.5
+        weight = normal(11, self.out_features * self.parts, self.in_features) / self.in_features**0.5
         add = normal(12, self.rows, self.out_features).astype(jnp.dtype(self.dtype)) if self.add else None
         return *operands(self, x, weight), add
+
+    @property
+    def parts(self) -> int:
+        """The number of matrices in the weight."""
+        return 2 if self.gate and not self.add else 1
 
 
 LINEAR_SIZES = ((1, 1, 1), (1, 64, 128), (3, 7, 5), (16, 256, 320), (129, 96, 65), (130, 48, 600), (300, 640, 64))
@@ -458,12 +475,18 @@ GATED_CASES = {
     for size in LINEAR_SIZES
     for name, (dtype, weights) in OPERANDS.items()
     for gate in GATE_ACTIVATIONS
+} | {
+    f"{'x'.join(map(str, size))}, {name}, {gate}, up": LinearCase(*size, dtype, True, gate, weights)
+    for size in LINEAR_SIZES[2:6]
+    for name, (dtype, weights) in OPERANDS.items()
+    for gate in GATE_ACTIVATIONS
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class LinearAddNormCase:
-    """A product that is added to the residual stream, after its own norm with `normed`, and the norm of the sum."""
+    """A product that is added to the residual stream, after its own norm with `normed`, and the norm of the sum, which
+    is multiplied by SCALE with `scaled`."""
 
     rows: int
     in_features: int
@@ -471,13 +494,15 @@ class LinearAddNormCase:
     dtype: str = "float32"
     normed: bool = False
     weights: str | None = None
+    scaled: bool = False
 
     def arrays(self) -> tuple[Any, ...]:
-        """x, weight, what is added to, the norm's weight and update_weight."""
+        """x, weight, what is added to, the norm's weight, update_weight and scale."""
         product = LinearCase(self.rows, self.in_features, self.width, self.dtype, add=True, weights=self.weights)
         x, weight, add = product.arrays()
         norm_weight, update_weight = 0.3 * normal(16, 2, self.width).astype(x.dtype)
-        return x, weight, add, norm_weight, update_weight if self.normed else None
+        extras = update_weight if self.normed else None, SCALE if self.scaled else None
+        return x, weight, add, norm_weight, *extras
 
 
 # From some hundred rows on the kernels for CPUs make whole rows at a time, if these are whole units of packed weights.
@@ -494,6 +519,13 @@ LINEAR_ADD_NORM_CASES = {
         (500, 64, 100),
         (400, 32, 1152),
     )
+    for name, (dtype, weights) in OPERANDS.items()
+    for normed in (False, True)
+} | {
+    f"{rows}x{in_features}x{width}, {name}{', normed' if normed else ''}, scaled": LinearAddNormCase(
+        rows, in_features, width, dtype, normed, weights, scaled=True
+    )
+    for rows, in_features, width in ((5, 24, 40), (500, 64, 192))
     for name, (dtype, weights) in OPERANDS.items()
     for normed in (False, True)
 }

@@ -35,6 +35,8 @@ NORMS["gemma3_text"] = NORMS["gemma2"]
 NORMS["t5gemma2"] = NORMS["t5gemma"]
 LLAMAS = ("llama", "mistral", "qwen3", "eurobert")  # norms times w, not 1 + w; silu; embeddings as they are
 NORMS |= dict.fromkeys(LLAMAS, PRE_NORMS)
+GEMMA_4 = ("gemma4_text", "embedding_gemma2_text")  # norms times w, and there is more, see below
+NORMS |= dict.fromkeys(GEMMA_4, NORMS["gemma2"])
 
 
 def forward(
@@ -64,20 +66,20 @@ def forward(
     config = config.get("encoder", config)  # T5Gemma
     end_of_image = config.get("eoi_token_index")
     config = config.get("text_config", config)  # T5Gemma 2
-    layer_types = config.get("layer_types") or ["full_attention"] * config["num_hidden_layers"]
     everywhere = "sliding_attention" if family == "mistral" and config["sliding_window"] else "full_attention"
     layer_types = config.get("layer_types") or [everywhere] * config["num_hidden_layers"]
     eps = config["rms_norm_eps"]
     activation = silu if family in LLAMAS else gelu
-    if family in LLAMAS:
+    if family in (*LLAMAS, *GEMMA_4):
         tensors = {name: tensor - 1 if name.endswith("norm.weight") else tensor for name, tensor in tensors.items()}
 
-    x = tensors["embed_tokens.weight"][list(ids)] * config["hidden_size"] ** 0.5
-    if end_of_image is not None:
-        x[np.array(ids) == end_of_image] = tensors["embed_tokens.eoi_embedding"]
     x = tensors["embed_tokens.weight"][list(ids)]
     if family not in LLAMAS:
         x = x * config["hidden_size"] ** 0.5
+    if end_of_image is not None:
+        x[np.array(ids) == end_of_image] = tensors["embed_tokens.eoi_embedding"]
+    per_layer = per_layer_inputs(tensors, config, ids, x)
+    made = {}  # what the keys and values of the last layer of each type were made of
     windows = [(token, token) for token in range(len(ids))]
     full_length = [x]  # h_0, the embedding, then h_1 .. h_L, the outputs of the layers before the first funnel
 
@@ -96,16 +98,20 @@ def forward(
             groups = neighbours(len(x), strides[index], keep_first)
             x = np.stack([pool_window(x[group], pool) for group in groups])
             windows = [(windows[group[0]][0], windows[group[-1]][1]) for group in groups]
-        keys, key_windows = (unpooled, unpooled_windows) if pool_query_only else (x, windows)
+        if index < len(layer_types) - config.get("num_kv_shared_layers", 0):
+            keys, key_windows = (unpooled, unpooled_windows) if pool_query_only else (x, windows)
+            made[layer_type] = norm(keys, before_attention, eps), key_windows, weights
+        keys, key_windows, key_weights = made[layer_type]
 
         update = attend(
             family,
-            config,
+            config | config.get("per_layer_config", {}).get(str(index), {}),
             layer_type,
             weights,
             norm(x, before_attention, eps),
             row_positions(windows, positions),
-            norm(keys, before_attention, eps),
+            key_weights,
+            keys,
             row_positions(key_windows, positions),
             visible(windows, key_windows, *radii(family, config, layer_type, attention)),
         )
@@ -116,6 +122,14 @@ def forward(
         update = hidden @ weights["mlp.down_proj.weight"].T
         x = x + (update if after_mlp is None else norm(update, after_mlp, eps))
 
+        if per_layer is not None:
+            weights |= {name.removeprefix("ple_block."): tensor for name, tensor in weights.items()}
+            inputs = np.stack([per_layer[first : last + 1, index].mean(0) for first, last in windows])
+            hidden = gelu(x @ weights["per_layer_input_gate.weight"].T) * inputs
+            update = hidden @ weights["per_layer_projection.weight"].T
+            x = x + norm(update, weights["post_per_layer_input_norm.weight"], eps)
+        x = x * weights.get("layer_scalar", 1)
+
         if all(stride == 1 for stride in strides[: index + 1]):
             full_length.append(x)
 
@@ -123,6 +137,20 @@ def forward(
         return norm(rows, tensors["norm.weight"], eps)
 
     return recover(x, windows, full_length, recovery, recovery_site, final_norm)
+
+
+def per_layer_inputs(tensors: Tensors, config: Mapping[str, Any], ids: Sequence[int], x: np.ndarray):
+    """[T, layers, width]: what the third part of each layer reads of each token; None if the layers have two parts."""
+    tensors = {name.removeprefix("ple."): tensor for name, tensor in tensors.items()}
+    if not (width := config.get("hidden_size_per_layer_input", 0)):
+        return None
+    shape = len(ids), config["num_hidden_layers"], width
+    projected = (x @ tensors["per_layer_model_projection.weight"].T * config["hidden_size"] ** -0.5).reshape(shape)
+    inputs = norm(projected, tensors["per_layer_projection_norm.weight"], config["rms_norm_eps"])
+    if "embed_tokens_per_layer.weight" in tensors:
+        table = tensors["embed_tokens_per_layer.weight"][list(ids)].reshape(shape)
+        inputs = (inputs + table * width**0.5) / 2**0.5
+    return inputs
 
 
 def neighbours(rows: int, stride: int, keep_first: bool) -> list[range]:
@@ -147,9 +175,9 @@ def radii(family: str, config: Mapping[str, Any], layer_type: str, attention: st
     left = right = np.inf
     if layer_type == "sliding_attention":
         left = config["sliding_window"] - 1
-        if family == "gemma3_text" and attention == "bidirectional":
+        if family in ("gemma3_text", "gemma4_text") and attention == "bidirectional":
             left = config["sliding_window"] // 2
-        if family in LLAMAS and attention == "bidirectional":
+        if family == "embedding_gemma2_text" or (family in LLAMAS and attention == "bidirectional"):
             left = config["sliding_window"]
         right = left
         if family == "t5gemma2":
@@ -163,22 +191,30 @@ def visible(queries: Windows, keys: Windows, left: float, right: float) -> np.nd
     return (-left <= distance) & (distance <= right)
 
 
-def attend(family, config, layer_type, weights, queries, query_positions, keys, key_positions, mask):
-    """Grouped-query attention of normed rows, with its output projection: [Nq, D] and [Nk, D] -> [Nq, D]."""
+def attend(family, config, layer_type, weights, queries, query_positions, key_weights, keys, key_positions, mask):
+    """Grouped-query attention of normed rows, with its output projection: [Nq, D] and [Nk, D] -> [Nq, D].
+
+    `key_weights` are those of the layer whose keys and values are read.
+    """
     head_dim = config["head_dim"]
+    values = "v" if "self_attn.v_proj.weight" in key_weights else "k"  # some layers of Gemma 4 have no values
     q, k, v = (
-        (rows @ weights[f"self_attn.{name}_proj.weight"].T).reshape(len(rows), -1, head_dim)
-        for name, rows in (("q", queries), ("k", keys), ("v", keys))
+        (rows @ layer[f"self_attn.{name}_proj.weight"].T).reshape(len(rows), -1, head_dim)
+        for layer, name, rows in ((weights, "q", queries), (key_weights, "k", keys), (key_weights, values, keys))
     )
-    if family in ("gemma3_text", "t5gemma2", "qwen3"):
+    if family in ("gemma3_text", "t5gemma2", "qwen3", *GEMMA_4):
         q = norm(q, weights["self_attn.q_norm.weight"], config["rms_norm_eps"])
-        k = norm(k, weights["self_attn.k_norm.weight"], config["rms_norm_eps"])
+        k = norm(k, key_weights["self_attn.k_norm.weight"], config["rms_norm_eps"])
+    if family in GEMMA_4:
+        v = norm(v, 0, config["rms_norm_eps"])
     rope = config["rope_parameters"].get(layer_type, config["rope_parameters"])
     q, k = rotate(q, query_positions, rope), rotate(k, key_positions, rope)
     group = config["num_attention_heads"] // config["num_key_value_heads"]
     k, v = k.repeat(group, axis=1), v.repeat(group, axis=1)  # key/value head j serves query heads j*group, ...
 
-    scores = np.einsum("qhd,khd->hqk", q, k, optimize=True) * config.get("query_pre_attn_scalar", head_dim) ** -0.5
+    scores = np.einsum("qhd,khd->hqk", q, k, optimize=True)
+    if family not in GEMMA_4:
+        scores = scores * config.get("query_pre_attn_scalar", head_dim) ** -0.5
     if family in ("gemma2", "t5gemma"):
         scores = np.tanh(scores / config["attn_logit_softcapping"]) * config["attn_logit_softcapping"]
     scores = np.where(mask, scores, -np.inf)
@@ -194,10 +230,11 @@ def rotate(x: np.ndarray, positions: np.ndarray, rope: Mapping[str, Any]) -> np.
     head_dim = x.shape[-1]
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     frequencies = 1.0 / rope["rope_theta"] ** exponents
-    if rope["rope_type"] == "linear":
-        frequencies = frequencies / rope["factor"]
     if rope["rope_type"] == "llama3":
         frequencies = stretch(frequencies, rope)
+    elif rope["rope_type"] != "default":
+        frequencies = frequencies / rope.get("factor", 1.0)
+    frequencies[int(rope.get("partial_rotary_factor", 1.0) * head_dim // 2) :] = 0  # the other pairs do not turn
     angles = positions.astype(np.float32)[:, None, None] * frequencies.numpy()
     assert angles.dtype == np.float32
     cos, sin = np.cos(angles.astype(np.float64)), np.sin(angles.astype(np.float64))
@@ -216,7 +253,7 @@ def stretch(frequencies: torch.Tensor, rope: Mapping[str, Any]) -> torch.Tensor:
     return torch.stack(result)
 
 
-def norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+def norm(x: np.ndarray, weight: np.ndarray | float, eps: float) -> np.ndarray:
     """RMSNorm with a zero-centred weight."""
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * (1 + weight)
 

@@ -14,6 +14,7 @@ from funnel_kernels.mlp import rows_per_block
 
 MLP_BYTES = 12  # per row and MLP unit, in one block of rows: the two inputs in float32, and their product
 WIDTH_BYTES = 6 * 4  # per row and model dimension: residual stream, norm, update and recovery buffer
+PER_LAYER_BYTES = 3 * 4  # per row and dimension of per-layer inputs: the product, its norm, and what the gate makes
 HEAD_BYTES = 3 * 4  # per row and dimension of q, k and v: before RoPE, after it, and what attention makes of them
 
 
@@ -34,17 +35,18 @@ def weight_bytes(config: ModelConfig, head: HeadConfig, dtype: str) -> int:
 
 
 def activation_bytes(config: ModelConfig, rows: int) -> int:
-    """The peak of one layer, `block * 12 * F + rows * (24 * D + 12 * (H + 2 K) * d)` bytes.
+    """The peak of one layer, `block * 12 * F + rows * (24 * D + 12 * (H + 2 K) * d + 12 * P)` bytes.
 
     The MLP takes all rows in one block, on a CPU at most `mlp.rows_per_block`.
 
-    F is the MLP's width, D the model's, H and K the query and key/value heads of d dimensions. It is an upper
-    estimate: buffers of attention and of the MLP, counted both, can share memory.
+    F is the MLP's width, D the model's, P that of the per-layer inputs, H and K the query and key/value heads of d
+    dimensions. It is an upper estimate: buffers of attention and of the MLP, counted both, can share memory.
     """
     heads = max(each.query_width + 2 * each.key_width for each in map(config.heads, set(config.layer_types)))
-    block = min(rows, rows_per_block(config.intermediate_size)) if default_device().platform == "cpu" else rows
-    mlp = block * MLP_BYTES * config.intermediate_size
-    return mlp + rows * (WIDTH_BYTES * config.hidden_size + HEAD_BYTES * heads)
+    width = max(map(config.mlp_width, range(config.num_layers)))
+    block = min(rows, rows_per_block(width)) if default_device().platform == "cpu" else rows
+    per_row = WIDTH_BYTES * config.hidden_size + HEAD_BYTES * heads + PER_LAYER_BYTES * config.per_layer_width
+    return block * MLP_BYTES * width + rows * per_row
 
 
 def available_bytes() -> int:

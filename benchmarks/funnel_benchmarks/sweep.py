@@ -37,8 +37,12 @@ def configs() -> list[ModelConfig]:
 
 
 def attention_shapes() -> list[tuple[int, int, int, float, float]]:
-    """Heads, key/value heads, head dim, scale and softcap of all presets; a softcap of 0 is none."""
-    return sorted({(c.num_heads, c.num_kv_heads, c.head_dim, c.query_scale, c.softcap or 0.0) for c in configs()})
+    """Heads, key/value heads, head dim, scale and softcap of all layers of all presets; a softcap of 0 is none.
+
+    Heads wider than 256 are left out: the kernels refuse them, and XLA serves them.
+    """
+    shapes = {(*c.heads(kind), c.query_scale, c.softcap or 0.0) for c in configs() for kind in set(c.layer_types)}
+    return sorted(shape for shape in shapes if shape[2] <= 256)
 
 
 def widths() -> list[int]:

@@ -17,6 +17,15 @@ from funnel_kernels.recover_norm import SITES
 
 ATTENTIONS = ("bidirectional", "causal")
 LAYER_TYPES = ("full", "sliding")
+FLAGS = (
+    "post_norms",
+    "qk_norm",
+    "value_norm",
+    "scale_embedding",
+    "keys_as_values",
+    "double_wide_mlp",
+    "layer_scalar",
+)
 POSITIONS = ("first", "last", "mid", "compact")
 
 
@@ -101,6 +110,13 @@ class ModelConfig:
         post_norms: whether attention and MLP outputs are normalised before they join the residual stream.
         qk_norm: whether queries and keys are normalised per head before RoPE.
         value_norm: whether values are normalised per head, without a weight.
+        keys_as_values: whether the full layers have no projection of values: the projected keys are the values too.
+        kv_shared_layers: the last layers, this many, have no keys and values of their own: they read those of the last
+            layer of their type before them.
+        double_wide_mlp: whether the MLP of those layers is twice as wide.
+        per_layer_width: width of the per-layer inputs, which the end of each layer reads; 0 is none. See `model.py`.
+        per_layer_vocab: rows of the table of per-layer inputs; 0 is no table, they are projections of the embedding.
+        layer_scalar: whether each layer's output is multiplied by a number.
         layer_types: "full" or "sliding" for each layer.
         causal_window, bidirectional_window: inclusive (left, right) radii in tokens of a sliding layer, for each kind
             of attention; None if the model has no sliding layers.
@@ -136,6 +152,12 @@ class ModelConfig:
     post_norms: bool = False
     qk_norm: bool = False
     value_norm: bool = False
+    keys_as_values: bool = False
+    kv_shared_layers: int = 0
+    double_wide_mlp: bool = False
+    per_layer_width: int = 0
+    per_layer_vocab: int = 0
+    layer_scalar: bool = False
     norm_eps: float = 1e-6
     pad_token_id: int | None = 0
 
@@ -143,8 +165,10 @@ class ModelConfig:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim"):
             set_field(self, name, check_positive(name, getattr(self, name)))
         set_field(self, "max_positions", check_positive("max_positions", self.max_positions))
-        for name in ("post_norms", "qk_norm", "value_norm", "scale_embedding"):
+        for name in FLAGS:
             set_field(self, name, check_flag(name, getattr(self, name)))
+        for name in ("kv_shared_layers", "per_layer_width", "per_layer_vocab"):
+            set_field(self, name, check_integer(name, getattr(self, name), least=0))
         check_option("activation", self.activation, GATE_ACTIVATIONS)
         for name in ("full_kv_heads", "full_head_dim"):
             if getattr(self, name) is not None:
@@ -164,6 +188,17 @@ class ModelConfig:
         check_option("attention", self.attention, ATTENTIONS)
         if "sliding" in self.layer_types and (self.causal_window is None or self.bidirectional_window is None):
             raise ConfigError("the model has sliding layers but no window; set sliding_window in its config")
+        own = self.layer_types[: self.num_layers - self.kv_shared_layers]
+        if missing := [each for each in self.layer_types if each not in own]:
+            raise ConfigError(
+                f"kv_shared_layers={self.kv_shared_layers} leaves no {missing[0]} layer with keys and values of its "
+                f"own, which the last layers would read; the {self.num_layers} layers need one of each type before them"
+            )
+        if self.per_layer_vocab and (self.per_layer_vocab < self.vocab_size or not self.per_layer_width):
+            raise ConfigError(
+                f"per_layer_vocab={self.per_layer_vocab} needs a row for each of the {self.vocab_size} tokens, and a "
+                f"per_layer_width above 0, which is {self.per_layer_width}"
+            )
         for name in ("norm_eps", "query_scale", *(["softcap"] if self.softcap is not None else [])):
             set_field(self, name, check_number(name, getattr(self, name)))
         for name in ("full_rope", "sliding_rope"):
@@ -192,6 +227,14 @@ class ModelConfig:
         if layer_type == "full":
             kv_heads, dim = self.full_kv_heads or kv_heads, self.full_head_dim or dim
         return Heads(self.num_heads, kv_heads, dim)
+
+    def shares_keys(self, index: int) -> bool:
+        """Whether a layer reads the keys and values of an earlier layer, see `kv_shared_layers`."""
+        return index >= self.num_layers - self.kv_shared_layers
+
+    def mlp_width(self, index: int) -> int:
+        """The width of a layer's MLP."""
+        return self.intermediate_size * (2 if self.double_wide_mlp and self.shares_keys(index) else 1)
 
 
 def check_rope(name: str, rope: Rope) -> Rope:
@@ -469,17 +512,20 @@ def parse_funnel(text: str) -> Funnel:
 class LayerStep(NamedTuple):
     """The token axis at one layer. Strides are in tokens per row."""
 
+    layer: int  # its index
     layer_type: str  # "full" or "sliding"
     pool: int  # stride applied to the residual stream before this layer; 1 is no pooling
     query_stride: int  # of the queries, and of the residual stream from here on
     key_stride: int  # of the keys and values
+    shares_keys: bool  # whether these are those of an earlier layer
 
 
 def layer_steps(config: ModelConfig, funnel: FunnelConfig) -> list[LayerStep]:
     """The token axis at each layer.
 
     Raises:
-        ConfigError: the funnel has more strides than the model has layers, or pools more than a whole sequence.
+        ConfigError: the funnel has more strides than the model has layers, or pools more than a whole sequence, or
+            renumbers rows whose layers read keys from before the funnel.
     """
     if len(funnel.strides) > config.num_layers:
         raise ConfigError(
@@ -493,10 +539,19 @@ def layer_steps(config: ModelConfig, funnel: FunnelConfig) -> list[LayerStep]:
         )
     strides = funnel.strides + (1,) * (config.num_layers - len(funnel.strides))
     steps, stride = [], 1
-    for layer_type, pool in zip(config.layer_types, strides, strict=True):
-        key_stride = stride if funnel.pool_query_only else stride * pool
+    key_strides: dict[str, int] = {}  # of the last layer of each type
+    for index, (layer_type, pool) in enumerate(zip(config.layer_types, strides, strict=True)):
+        shares_keys = config.shares_keys(index)
+        if not shares_keys:
+            key_strides[layer_type] = stride if funnel.pool_query_only else stride * pool
         stride *= pool
-        steps.append(LayerStep(layer_type, pool, stride, key_stride))
+        steps.append(LayerStep(index, layer_type, pool, stride, key_strides[layer_type], shares_keys))
+        if funnel.positions == "compact" and key_strides[layer_type] != stride:
+            raise ConfigError(
+                f"positions='compact' cannot be used with a funnel before layer {index} of this model, which reads the "
+                "keys of a layer before the funnel, and these are not renumbered; use positions 'first', 'last' or "
+                "'mid'"
+            )
     return steps
 
 

@@ -7,7 +7,7 @@ for causality, windows, ragged lengths, odd tails, and queries on a different st
 
 import numpy as np
 
-from funnel_engine.config import Funnel, FunnelConfig, ModelConfig, layer_steps
+from funnel_engine.config import Funnel, FunnelConfig, LayerStep, ModelConfig, layer_steps
 from funnel_engine.packing import Ints, LevelRows, group_by_length, make_plan
 
 
@@ -37,7 +37,8 @@ def class_flops(config: ModelConfig, funnel: FunnelConfig, lengths: Ints) -> int
     return sum(
         layer_flops(
             config,
-            step.layer_type,
+            step,
+            tokens=int(lengths.sum()),
             queries=len(levels[step.query_stride].row),
             keys=len(levels[step.key_stride].row),
             pairs=visible[step.query_stride, step.key_stride, step.layer_type],
@@ -51,12 +52,19 @@ def ideal_ratio(config: ModelConfig, funnel: Funnel, lengths: np.ndarray) -> flo
     return forward_flops(config, funnel, lengths) / forward_flops(config, FunnelConfig(), lengths)
 
 
-def layer_flops(config: ModelConfig, layer_type: str, *, queries: int, keys: int, pairs: int) -> int:
-    """FLOPs of one layer: query, output and key/value projections, MLP, scores and weighted sum."""
-    width, heads = config.hidden_size, config.heads(layer_type)
-    per_query = 2 * 2 * width * heads.query_width + 6 * width * config.intermediate_size
-    per_key = 2 * 2 * width * heads.key_width
-    return queries * per_query + keys * per_key + 4 * heads.query_width * pairs
+def layer_flops(config: ModelConfig, step: LayerStep, *, tokens: int, queries: int, keys: int, pairs: int) -> int:
+    """FLOPs of one layer: query, output and key/value projections, MLP, per-layer inputs, scores and weighted sum.
+
+    Args:
+        tokens: rows of stride 1, from which per-layer inputs are projected.
+        queries, keys: rows of the queries, and of the keys and values.
+        pairs: of a query and a key that it sees.
+    """
+    width, heads = config.hidden_size, config.heads(step.layer_type)
+    per_layer = 2 * width * config.per_layer_width  # of one product
+    per_query = 2 * 2 * width * heads.query_width + 6 * width * config.mlp_width(step.layer) + 2 * per_layer
+    per_key = 0 if step.shares_keys else 2 * 2 * width * heads.key_width
+    return tokens * per_layer + queries * per_query + keys * per_key + 4 * heads.query_width * pairs
 
 
 def count_pairs(queries: LevelRows, keys: LevelRows, window: tuple[int | None, int | None], rows: int) -> int:

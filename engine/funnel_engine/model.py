@@ -6,7 +6,7 @@ list and not a scan over stacked weights, because a scan copies the weights of e
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -27,6 +27,8 @@ from funnel_kernels import (
     Target,
     add_norm,
     attention,
+    gated_linear,
+    linear,
     linear_add_norm,
     mlp,
     pool_norm,
@@ -35,6 +37,7 @@ from funnel_kernels import (
 )
 
 Params = Mapping[str, Any]  # names and shapes: `weights.expected_shapes`
+KeysValues = tuple[jax.Array, jax.Array]
 
 
 def forward(
@@ -89,7 +92,8 @@ def forward(
     }
 
     # The input of each sub-layer is the norm of the residual stream, which is computed together with the stream.
-    layers = params["layers"]
+    layers, embedded = params["layers"], x
+    kept: dict[str, KeysValues] = {}  # of the last layer of each type
     x, normed = add_norm(x, None, layers[0]["attention_input_norm"], eps=eps, target=target)
     next_norms = [*(weights["attention_input_norm"] for weights in layers[1:]), params["final_norm"]]
 
@@ -101,11 +105,15 @@ def forward(
             funnel=funnel,
             batch=batch,
             rotations=rotations,
+            per_layer=partial(per_layer_input, step, params, embedded, batch=batch, config=config, target=target),
             target=target,
             axis=axis,
             recompute=recompute,
         )
-        x, normed = (jax.checkpoint(run) if recompute else run)(weights, next_norm, x, normed)
+        shared = kept[step.layer_type] if step.shares_keys else None
+        x, normed, kept[step.layer_type] = (jax.checkpoint(run) if recompute else run)(
+            weights, next_norm, x, normed, shared
+        )
 
         if source and step.query_stride == 1:
             full_layers += 1
@@ -133,21 +141,28 @@ def layer(
     next_norm: jax.Array,
     x: jax.Array,
     normed: jax.Array,
+    shared: KeysValues | None,
     *,
     config: ModelConfig,
     funnel: FunnelConfig,
     batch: Batch,
     rotations: Mapping[tuple[int, str], tuple[jax.Array, jax.Array]],
+    per_layer: Callable[[jax.Array], jax.Array],
     target: Target,
     axis: str | None,
     recompute: bool,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, KeysValues]:
     """One layer, with the pooling before it: the residual stream `x` and its norm, [N, D] each, become the next ones.
 
     Args:
         weights: of this layer.
         next_norm: the weight of the norm that the next layer begins with.
+        shared: the keys and values of an earlier layer, if this one has none of its own.
         rotations: RoPE's cosines and sines by stride and type of layer.
+        per_layer: makes the per-layer input from the weight of its projection, see `per_layer_input`.
+
+    Returns:
+        The stream, its norm, and the keys and values of this layer.
     """
     eps = config.norm_eps
     unpooled = normed
@@ -163,7 +178,11 @@ def layer(
     value_norm = jnp.zeros(head_dim, jnp.float32) if config.value_norm else None  # a factor of 1
     norms: tuple[Any, ...]
     project = partial(project_heads, eps=eps, target=target)
-    if step.key_stride == step.query_stride:
+    if shared is not None:
+        angles = rotations[step.query_stride, step.layer_type]
+        (q,) = project(normed, weights["q"], *angles, (query_norm,), heads=(heads,))
+        k, v = shared
+    elif step.key_stride == step.query_stride:
         angles = rotations[step.query_stride, step.layer_type]
         norms = (query_norm, key_norm, value_norm)
         q, k, v = project(normed, weights["qkv"], *angles, norms, heads=(heads, kv_heads), plain_heads=kv_heads)
@@ -195,6 +214,7 @@ def layer(
         axis=axis,
         target=target,
     )
+    scale = weights.get("layer_scalar")
     x, normed = mlp(
         x,
         normed,
@@ -202,13 +222,60 @@ def layer(
         weights["down"],
         next_norm,
         update_weight=weights.get("mlp_output_norm"),
+        scale=None if config.per_layer_width else scale,
         activation=config.activation,
         eps=eps,
         axis=axis,
         one_block=recompute,
         target=target,
     )
-    return x, normed
+    if config.per_layer_width:  # a third sub-layer: its gate reads the stream itself, not the norm of it
+        per_layer_rows = per_layer(weights["per_layer_input"])
+        hidden = gated_linear(x, weights["per_layer_gate"], per_layer_rows, activation=config.activation, target=target)
+        x, normed = linear_add_norm(
+            hidden,
+            weights["per_layer_output"],
+            x,
+            next_norm,
+            update_weight=weights["per_layer_output_norm"],
+            scale=scale,
+            eps=eps,
+            target=target,
+        )
+    return x, normed, (k, v)
+
+
+def per_layer_input(
+    step: LayerStep,
+    params: Params,
+    embedded: jax.Array,
+    projection: Any,
+    *,
+    batch: Batch,
+    config: ModelConfig,
+    target: Target,
+) -> jax.Array:
+    """What a layer reads of the tokens besides the residual stream (Gemma 4), `[N / query stride, per_layer_width]`.
+
+    The embedding of each token is projected and normalised, and the token's row of a table is added, if there is one.
+    After a funnel it is the mean over the tokens of each window, whatever the pooling of the stream is.
+
+    Args:
+        embedded: [N, D], the embedding of each token.
+        projection: the rows of the layer, [per_layer_width, D].
+    """
+    # The product is divided by the root of the width before the norm, which is the same as a larger eps.
+    eps = config.norm_eps * config.hidden_size
+    product = linear(embedded, projection, target=target)
+    _, rows = add_norm(product, None, params["per_layer_input_norm"], eps=eps, target=target)  # float32
+    if config.per_layer_vocab:
+        table = params["per_layer_embedding"][batch.ids * config.num_layers + step.layer].astype(rows.dtype)
+        rows = (rows + table * config.per_layer_width**0.5) * 2**-0.5
+    if step.query_stride > 1:
+        real = batch.levels[1].real.reshape(-1, step.query_stride, 1)
+        total = jnp.where(real, rows.reshape(*real.shape[:2], -1), 0.0).sum(axis=1)
+        rows = total / jnp.maximum(real.sum(axis=1), 1)
+    return rows.astype(embedded.dtype)
 
 
 def gather_columns(x: jax.Array, axis: str | None) -> jax.Array:

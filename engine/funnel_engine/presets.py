@@ -49,6 +49,13 @@ def eurobert(*shape: int) -> Fields:
     return {"model_type": "eurobert", **sizes(*shape), "rope_theta": 250_000.0}
 
 
+def gemma4(*shape: int, layer_types: str, shared: int, **fields: Any) -> Fields:
+    """`layer_types` has a letter for each layer of a period: "s" for sliding, "f" for full."""
+    names = [{"s": "sliding_attention", "f": "full_attention"}[letter] for letter in layer_types]
+    layers = {"layer_types": names * (shape[0] // len(names)), "num_kv_shared_layers": shared}
+    return {"model_type": "gemma4_text", **sizes(*shape), **layers, **fields}
+
+
 SMALL_3 = {"vocab_size": 262144, "max_position_embeddings": 32768}
 LARGE_3 = {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}
 
@@ -75,6 +82,9 @@ PRESETS: dict[str, Fields] = {
         max_position_embeddings=2048,
         use_bidirectional_attention=True,
     ),
+    "embeddinggemma-2": {"model_type": "embedding_gemma2_text"},
+    "gemma4-e2b": gemma4(35, 1536, 8, 1, 256, 6144, layer_types="ssssf", shared=20, use_double_wide_mlp=True),
+    "gemma4-e4b": gemma4(42, 2560, 8, 2, 256, 10240, layer_types="sssssf", shared=18),
     "t5gemma-s": t5gemma(8, 512, 8, 8, 64, 1024),
     "t5gemma-b": t5gemma(12, 768, 12, 12, 64, 2048),
     "t5gemma-l": t5gemma(24, 1024, 16, 16, 64, 2816),

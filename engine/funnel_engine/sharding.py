@@ -240,6 +240,11 @@ def device_config(config: ModelConfig, devices: int) -> ModelConfig:
             f"the mesh has {devices} devices along 'model', but the full layers of this model have other heads than "
             "its sliding layers, and such a model is not divided; put all devices along 'data'"
         )
+    if devices > 1 and (config.per_layer_width or config.kv_shared_layers):
+        raise ConfigError(
+            f"the mesh has {devices} devices along 'model', but this model has per-layer inputs or layers that share "
+            "keys, and such a model is not divided; put all devices along 'data'"
+        )
     for name in ("num_heads", "intermediate_size", "hidden_size"):
         if getattr(config, name) % devices:
             raise ConfigError(

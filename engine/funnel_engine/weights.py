@@ -21,8 +21,19 @@ DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat
 ACTIVATIONS = ("float32", "bfloat16")  # the dtypes of activations, and of the weights of heads
 Shapes = dict[str, tuple[int, ...]]
 # The matrices of the products, and the number of matrices that each one consists of.
-PRODUCTS = {"qkv": 1, "q": 1, "kv": 1, "attention_output": 1, "gate_up": 2, "down": 1}
-MATRICES = ("embedding", *PRODUCTS)  # the weights that can be int8, by the last part of their names
+PRODUCTS = {
+    "qkv": 1,
+    "q": 1,
+    "kv": 1,
+    "attention_output": 1,
+    "gate_up": 2,
+    "down": 1,
+    "per_layer_input": 1,
+    "per_layer_gate": 1,
+    "per_layer_output": 1,
+}
+# The weights that can be int8, by the last part of their names.
+MATRICES = ("embedding", "per_layer_embedding", *PRODUCTS)
 SCALE = ".scale"  # of the name of a tensor with the scales of an int8 matrix
 
 
@@ -47,35 +58,51 @@ def expected_shapes(config: ModelConfig, head: HeadConfig) -> Shapes:
     """The shape of every weight of a model, by its name in our checkpoint format.
 
     `qkv` contains the rows of the query, key and value projections, in this order; `gate_up` contains those of gate and
-    up. Norm weights are zero-centred: the factor is `1 + weight`, as in Gemma 1 to 3. `convert` subtracts 1 from those
-    of other models.
+    up. A layer without keys of its own has `q` instead of `qkv`. `per_layer_input` contains the rows of all layers, and
+    `per_layer_embedding` has a row for each token and layer, token by token. Norm weights are zero-centred: the factor
+    is `1 + weight`, as in Gemma 1 to 3. `convert` subtracts 1 from those of other models.
     """
     shapes: Shapes = {"embedding": (config.vocab_size, config.hidden_size)}
-    for index, layer_type in enumerate(config.layer_types):
-        shapes |= {f"layers.{index}.{name}": shape for name, shape in layer_shapes(config, layer_type).items()}
+    for index in range(config.num_layers):
+        shapes |= {f"layers.{index}.{name}": shape for name, shape in layer_shapes(config, index).items()}
+    if width := config.per_layer_width:
+        shapes |= {"per_layer_input": (config.num_layers * width, config.hidden_size), "per_layer_input_norm": (width,)}
+        if config.per_layer_vocab:
+            shapes["per_layer_embedding"] = (config.per_layer_vocab * config.num_layers, width)
     return shapes | {"final_norm": (config.hidden_size,)} | head_shapes(config.hidden_size, head)
 
 
-def layer_shapes(config: ModelConfig, layer_type: str) -> Shapes:
+def layer_shapes(config: ModelConfig, index: int) -> Shapes:
     """The shape of every weight of a layer, by the last part of its name."""
-    hidden, heads = config.hidden_size, config.heads(layer_type)
+    hidden, heads, mlp = config.hidden_size, config.heads(config.layer_types[index]), config.mlp_width(index)
+    shares_keys = config.shares_keys(index)
     shapes: Shapes = {
         "attention_input_norm": (hidden,),
-        "qkv": (heads.query_width + 2 * heads.key_width, hidden),
+        **(
+            {"q": (heads.query_width, hidden)}
+            if shares_keys
+            else {"qkv": (heads.query_width + 2 * heads.key_width, hidden)}
+        ),
         "attention_output": (hidden, heads.query_width),
         "mlp_input_norm": (hidden,),
-        "gate_up": (2 * config.intermediate_size, hidden),
-        "down": (hidden, config.intermediate_size),
+        "gate_up": (2 * mlp, hidden),
+        "down": (hidden, mlp),
     }
     if config.post_norms:
         shapes |= {"attention_output_norm": (hidden,), "mlp_output_norm": (hidden,)}
     if config.qk_norm:
-        shapes |= {"query_norm": (heads.dim,), "key_norm": (heads.dim,)}
+        shapes |= {"query_norm": (heads.dim,)} | ({} if shares_keys else {"key_norm": (heads.dim,)})
+    if width := config.per_layer_width:
+        shapes |= {"per_layer_gate": (width, hidden), "per_layer_output": (hidden, width)}
+        shapes["per_layer_output_norm"] = (hidden,)
+    if config.layer_scalar:
+        shapes["layer_scalar"] = (1,)
     return shapes
 
 
 def nest(flat: Mapping[str, Any], config: ModelConfig, funnel: Funnel) -> dict[str, Any]:
-    """The tree that `model.forward` reads: `layers` is a list, all other weights keep their names.
+    """The tree that `model.forward` reads: `layers` is a list, in which each layer has its rows of `per_layer_input`.
+    All other weights keep their names.
 
     A layer that takes its keys from unpooled rows (`pool_query_only`) gets `q` and `kv` instead of `qkv`, so that no
     weight is split at run time. It gets all three if only some of the funnels by length do this.
@@ -88,8 +115,13 @@ def nest(flat: Mapping[str, Any], config: ModelConfig, funnel: Funnel) -> dict[s
             layers[int(index)][leaf] = weight
         else:
             tree[name] = weight
+    if config.per_layer_width:
+        projection = tree.pop("per_layer_input")
+        for number, layer in enumerate(layers):
+            first = number * config.per_layer_width
+            layer["per_layer_input"] = projection[first : first + config.per_layer_width]
     for layer, *steps in zip(layers, *(layer_steps(config, each) for _, each in funnel.classes), strict=True):
-        is_split = [step.key_stride != step.query_stride for step in steps]
+        is_split = [not step.shares_keys and step.key_stride != step.query_stride for step in steps]
         if any(is_split):
             q_width = config.heads(steps[0].layer_type).query_width
             layer |= {"q": layer["qkv"][:q_width], "kv": layer["qkv"][q_width:]}
@@ -101,8 +133,8 @@ def nest(flat: Mapping[str, Any], config: ModelConfig, funnel: Funnel) -> dict[s
 def tensor_types(shapes: Shapes, dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
     """The shape and dtype of each tensor of a checkpoint, by name, if weights of these shapes are stored in a dtype.
 
-    Norms are float32. With int8, a matrix NAME is a tensor of that name and float32 scales NAME.scale, and weights of
-    heads are float32.
+    Norms and scalars are float32. With int8, a matrix NAME is a tensor of that name and float32 scales NAME.scale, and
+    weights of heads are float32.
     """
     types = {}
     for name, shape in shapes.items():
@@ -138,8 +170,8 @@ def dtype_of(weights: Mapping[str, Any]) -> str:
 
 
 def dtype_for(name: str, dtype: str, activations: str) -> str:
-    """The dtype of the weight of this name: that of matrices, that of activations for a head, float32 for a norm."""
-    if is_norm(name):
+    """The dtype of the weight of this name: that of matrices, that of activations for a head, else float32."""
+    if is_norm(name) or leaf_of(name) == "layer_scalar":
         return "float32"
     return dtype if leaf_of(name) in MATRICES else activations
 
@@ -181,7 +213,7 @@ def cast(name: str, weight: Any, dtype: str) -> Any:
 
 
 def random_weights(config: ModelConfig, head: HeadConfig, dtype: str, seed: int) -> dict[str, Any]:
-    """A flat table of uniform random weights of standard deviation 0.02, norm weights included."""
+    """A flat table of uniform random weights of standard deviation 0.02, those of norms too; scalars are near 1."""
     generator = np.random.default_rng(seed)
     shapes = expected_shapes(config, head)
     return {name: random_weight(generator, name, shape, dtype) for name, shape in shapes.items()}
@@ -191,6 +223,8 @@ def random_weight(generator: np.random.Generator, name: str, shape: tuple[int, .
     """One weight of `random_weights` in the dtype that a checkpoint stores it in, see `tensor_types`."""
     stored = str(tensor_types({name: shape}, dtype)[name].dtype)
     weight = random_array(generator, shape, "float32" if stored == "int8" else stored)
+    if leaf_of(name) == "layer_scalar":
+        weight += 1
     return quantize(weight) if stored == "int8" else weight
 
 

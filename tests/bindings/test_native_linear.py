@@ -58,7 +58,7 @@ def packed(weight: np.ndarray, kind: tuple[str, str], parts: int = 1) -> PackedW
 def program(case: LinearCase, kind: tuple[str, str], threads: int):
     """Compiled once, and its arrays: its kernels run with the instruction set that is allowed when it is called."""
     x, weight, add = case.arrays()
-    arrays = (x, packed(weight, kind, 2 if case.gate else 1), *(() if add is None else (add,)))
+    arrays = (x, packed(weight, kind, case.parts), *(() if add is None else (add,)))
     product = partial(gated_linear, activation=case.gate) if case.gate else linear
     run = jax.jit(lambda *arrays: product(*arrays, target=target("cpu", threads)))
     return run.lower(*arrays).compile(), arrays
@@ -69,7 +69,7 @@ def run(case: LinearCase, kind: tuple[str, str], threads: int = 0) -> np.ndarray
     return np.asarray(compiled(*arrays))
 
 
-TAILS = ((False, None), (True, None), (False, "gelu_tanh"), (False, "silu"))
+TAILS = ((False, None), (True, None), (False, "gelu_tanh"), (False, "silu"), (True, "gelu_tanh"))
 CASES = [
     (LinearCase(130, 48, 600, add=add, gate=gate, **weights_of(kind)), kind) for kind in KINDS for add, gate in TAILS
 ]
@@ -170,7 +170,8 @@ def test_results_are_equal_to_the_bit_from_run_to_run(case, kind):
 
 
 SLICES = ((0, 800), (0, 1), (5, 7), (3, 15), (100, 148), (7, 136), (1, 130), (200, 400), (1, 799))
-OPS = ("linear", "gated_linear", "linear_add_norm", "project_heads")
+OPTIONAL = {"linear": "add", "gated_linear": "up"}  # the array that an op may have after x and weight
+OPS = ("linear", "gated_linear", "gated_linear_up", "linear_add_norm", "project_heads")
 
 
 @functools.cache
@@ -182,18 +183,21 @@ def sliced(op: str, kind: tuple[str, str]):
         case = HeadsCase(800, 384, 128, (3, 1), 1, normed=2, **weights_of(kind))
         x, weight, *by_row, norms = case.arrays()
         options = case.options() | {"norms": norms}
+    elif op == "gated_linear_up":
+        x, weight, *by_row = LinearCase(800, 384, 600, add=True, gate="gelu_tanh", **weights_of(kind)).arrays()
+        op, options = "gated_linear", {"activation": "gelu_tanh"}
     elif op == "linear_add_norm":
-        x, weight, *by_row, norm, update_norm = LinearAddNormCase(
-            800, 384, 384, normed=True, **weights_of(kind)
+        x, weight, *by_row, norm, update_norm, scale = LinearAddNormCase(
+            800, 384, 384, normed=True, scaled=True, **weights_of(kind)
         ).arrays()
-        options = {"norm_weight": norm, "update_weight": update_norm, "eps": EPS}
+        options = {"norm_weight": norm, "update_weight": update_norm, "scale": scale, "eps": EPS}
     else:
         x, weight, _ = LinearCase(
             800, 384, 600, gate="gelu_tanh" if op == "gated_linear" else None, **weights_of(kind)
         ).arrays()
         by_row = []
         options = {"activation": "gelu_tanh"} if op == "gated_linear" else {}
-    arrays = (x, packed(weight, kind, 1 + (op == "gated_linear")), *by_row)
+    arrays = (x, packed(weight, kind, 1 + (op == "gated_linear" and not by_row)), *by_row)
     function = globals()[op]
 
     def run(x, weight, *by_row):
@@ -207,7 +211,9 @@ def sliced(op: str, kind: tuple[str, str]):
     if kind[1] == "int8":
         values, scale = quantized(weight)
         rounded = quantized_rows(x.astype(np.float32)), values * scale[:, None]
-    expected = getattr(reference, op)(*rounded, *by_row, **options | ({"add": None} if op == "linear" else {}))
+    expected = getattr(reference, op)(
+        *rounded, *by_row, **options | ({name: None} if (name := OPTIONAL.get(op)) and not by_row else {})
+    )
     return jax.jit(run).lower(*arrays).compile(), arrays, as_list(expected)
 
 
@@ -267,7 +273,7 @@ SUMS += ((4993, 13), (4994, 13), (4995, 13), (8192, 20), (6913, 18))
 def test_a_sum_and_its_norm_are_the_same_with_the_product_and_after_it(rows, threads, kind, normed):
     """Every thread needs 384 rows, for the product to make whole ones."""
     case = LinearAddNormCase(rows, 96, 128, normed=normed, **weights_of(kind))
-    x, weight, add, norm_weight, update_weight = case.arrays()
+    x, weight, add, norm_weight, update_weight, _ = case.arrays()
     weight = packed(weight, kind)
     options = {"update_weight": update_weight, "eps": EPS, "target": target(threads=threads)}
     expected = add_norm(add, linear(x, weight, target=target()), norm_weight, **options)
@@ -429,6 +435,7 @@ def call(target, out, *arrays, **attributes):
 
 
 OUT = jax.ShapeDtypeStruct((4, 64), jnp.float32)
+UP = np.full((4, 64), 2, np.float32)
 WEIGHTS = "packed weights must be int8 or bfloat16, or float32 if x is float32"
 BAD_CALLS = {
     "x is a vector": ((OUT, X[0], PACKED), {}, "x must be a matrix"),
@@ -480,6 +487,24 @@ def test_a_wrong_gated_call_is_an_error_that_says_why(arrays, attributes, messag
     out, x, packed = arrays
     with pytest.raises(Exception, match=message):
         call("funnel_gated_linear", out, x, np.concatenate([packed, packed]), activation=np.int64(0), **attributes)
+    with pytest.raises(Exception, match=message):
+        call("funnel_gated_linear", out, x, packed, UP, activation=np.int64(0), **attributes)
+
+
+@pytest.mark.parametrize(
+    ("ups", "message"),
+    [
+        ((UP[:, 1:],), "the second factor has shape"),
+        ((UP[1:],), "the second factor has shape"),
+        ((UP.astype(jnp.bfloat16),), "the second factor has shape"),
+        ((UP, UP), "at most one second factor"),
+        ((), "packed weights has shape"),
+    ],
+)
+def test_a_wrong_second_factor_is_an_error_that_says_why(ups, message):
+    with pytest.raises(Exception, match=message):
+        call("funnel_gated_linear", OUT, X, PACKED, *ups, activation=np.int64(0))
+    assert (call("funnel_gated_linear", OUT, X, PACKED, UP, activation=np.int64(0)) == 64).all()
 
 
 TABLE, NORM = np.ones((4, 32), np.float32), np.ones(64, np.float32)
@@ -547,7 +572,7 @@ BAD_ROWS = {
 
 @pytest.mark.parametrize(("outs", "add", "norms", "message"), BAD_ROWS.values(), ids=BAD_ROWS)
 def test_a_wrong_call_for_whole_rows_is_an_error_that_says_why(outs, add, norms, message):
-    attributes = {"eps": np.float32(1e-6), "threads": np.int64(0)}
+    attributes = {"eps": np.float32(1e-6), "scaled": np.bool_(False), "threads": np.int64(0)}
     with pytest.raises(Exception, match=message):
         jax.block_until_ready(jax.ffi.ffi_call("funnel_linear_add_norm", outs)(X, PACKED, add, *norms, **attributes))
     add = np.arange(256, dtype=np.float32).reshape(4, 64)

@@ -13,8 +13,8 @@ from option_grid import EPS, AddNormCase, PoolCase, RecoverCase, target
 
 def results(case, target: Target, *arrays) -> list[jax.Array]:
     if isinstance(case, AddNormCase):
-        *arrays, update_weight = arrays
-        return [*add_norm(*arrays, update_weight=update_weight, eps=EPS, target=target)]
+        *arrays, update_weight, scale = arrays
+        return [*add_norm(*arrays, update_weight=update_weight, scale=scale, eps=EPS, target=target)]
     op = pool_norm if isinstance(case, PoolCase) else recover_norm
     return jax.tree.leaves(op(*arrays, **case.options(), target=target))
 
@@ -39,6 +39,7 @@ CASES = {
         *(RecoverCase(3, mode, "before_norm", dtype, other, width=width) for mode in ("tile", "sum", "mean", "max")),
         *(RecoverCase(2, mode, "after_norm", dtype, other, width=width) for mode in ("sum", "mean", "max")),
         *(AddNormCase(update, dtype, other, width=width) for update in ("none", "plain", "normed")),
+        *(AddNormCase(update, dtype, other, width=width, scaled=True) for update in ("plain", "normed")),
     )
 }
 
@@ -119,7 +120,7 @@ def shape(*sizes, dtype=jnp.float32):
 # What is right: target -> (results, arrays, attributes). Every wrong call below changes one thing of it.
 RIGHT = {
     "funnel_norm": ((shape(6, 32),), (X, WEIGHT), NORM),
-    "funnel_add_norm": ((shape(6, 32), shape(6, 32)), (X, X, WEIGHT, WEIGHT), NORM),
+    "funnel_add_norm": ((shape(6, 32), shape(6, 32)), (X, X, WEIGHT, WEIGHT), {**NORM, "scaled": np.bool_(False)}),
     "funnel_pool_norm": ((shape(3, 32), shape(3, 32)), (X, REAL, WEIGHT), POOL),
     "funnel_recover_norm": ((shape(12, 32),), (X, WEIGHT, np.ones((12, 32), np.float32)), RECOVER),
 }
@@ -143,6 +144,10 @@ def with_option(name, value):
 
 def with_arrays(count, *more):
     return lambda results, arrays, options: (results, (*arrays[:count], *more), options)
+
+
+def scaled(*scales):
+    return lambda results, arrays, options: (results, (*arrays, *scales), options | {"scaled": np.bool_(True)})
 
 
 HALF = X.astype(np.float16)
@@ -172,6 +177,10 @@ WRONG = {
     "add: short weight": (ADD, with_array(2, WEIGHT[:31]), "weight has shape"),
     "add: short weight of the update": (ADD, with_array(3, WEIGHT[:31]), "update_weight has shape"),
     "add: two weights of the update": (ADD, with_arrays(4, WEIGHT), "at most one norm"),
+    "add: no scale": (ADD, with_option("scaled", np.bool_(True)), "scale has shape"),
+    "add: scaled": (ADD, scaled(WEIGHT[:2]), "scale has shape"),
+    "add: scaled by float16": (ADD, scaled(WEIGHT[:1].astype(np.float16)), "scale has shape"),
+    "add: two scales": (ADD, scaled(WEIGHT[:1], WEIGHT[:1]), "at most one norm"),
     "add: small normed rows": (ADD, with_result(1, shape(5, 32)), "the normed rows has shape"),
     "pool: real is short": (POOLED, with_array(1, REAL[:5]), "real has shape"),
     "pool: real is int8": (POOLED, with_array(1, REAL.astype(np.int8)), "real has shape"),

@@ -5,9 +5,11 @@ from typing import Any, NamedTuple
 import pytest
 import transformers
 from transformers import (
+    EmbeddingGemma2TextModel,
     EuroBertModel,
     Gemma2Model,
     Gemma3TextModel,
+    Gemma4TextModel,
     GemmaModel,
     LlamaModel,
     MistralModel,
@@ -63,6 +65,24 @@ CASES = {
     "qwen3 with windows": Case(Qwen3Model, hf.qwen3, "causal", (8, 9)),
     "qwen3 with windows, bidirectional": Case(Qwen3Model, hf.qwen3, "bidirectional", (9, 10)),
     "eurobert": Case(EuroBertModel, hf.eurobert, "bidirectional", (257,)),
+    # The window is an inclusive radius: 4 tokens on either side.
+    "embeddinggemma2": Case(EmbeddingGemma2TextModel, hf.embedding_gemma2, "bidirectional", (4, 5, 6, 10)),
+    "gemma4 causal": Case(Gemma4TextModel, hf.gemma4, "causal", (8, 9)),
+    # Halved as Gemma 3's window: 4 tokens on either side.
+    "gemma4 bidirectional, keys as values": Case(
+        Gemma4TextModel,
+        lambda: hf.gemma4(
+            use_bidirectional_attention="all", attention_k_eq_v=True, num_global_key_value_heads=3, sliding_window=9
+        ),
+        "bidirectional",
+        (4, 5, 6, 10),
+    ),
+    "gemma4 shared keys": Case(
+        Gemma4TextModel, lambda: hf.gemma4(num_kv_shared_layers=2, use_double_wide_mlp=True), "causal", (8, 9)
+    ),
+    "gemma4 without per-layer inputs": Case(
+        Gemma4TextModel, lambda: hf.gemma4(hidden_size_per_layer_input=0), "causal", (8, 9)
+    ),
 }
 
 
@@ -112,8 +132,10 @@ def test_batch_of_equal_lengths_beyond_the_window(subject):
         (MistralModel, hf.mistral(), "causal"),
         (Qwen3Model, hf.qwen3(), "causal"),
         (EuroBertModel, hf.eurobert(), "bidirectional"),
+        (EmbeddingGemma2TextModel, hf.embedding_gemma2(), "bidirectional"),
+        (Gemma4TextModel, hf.gemma4(), "causal"),
     ],
-    ids=["gemma", "gemma2", "gemma3", "embeddinggemma", "t5gemma", "llama", "mistral", "qwen3", "eurobert"],
+    ids=lambda value: getattr(value, "__name__", None),
 )
 def test_weights_of_standard_deviation_2_percent(tmp_path, model_class, config, attention):
     specimen = hf.Specimen.make(tmp_path, hf.build(model_class, config, deviation=0.02), attention)

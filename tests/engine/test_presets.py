@@ -43,6 +43,7 @@ T5GEMMA = {  # layers, width, intermediate, heads, kv heads, head dim of the enc
 }
 
 
+GEMMA_4 = ("embeddinggemma-2", "gemma4-e2b", "gemma4-e4b")  # see test_gemma4.py
 T5GEMMA_2 = {  # layers, width, intermediate, heads, kv heads of the encoder; window to the left and to the right
     "t5gemma2-270m": (18, 640, 2048, 4, 1, (255, 256)),
     "t5gemma2-1b": (26, 1152, 6912, 4, 1, (255, 256)),
@@ -51,7 +52,7 @@ T5GEMMA_2 = {  # layers, width, intermediate, heads, kv heads of the encoder; wi
 
 
 def test_every_published_size_has_a_preset():
-    assert set(PRESETS) == {*SIZES, *T5GEMMA, *T5GEMMA_2}
+    assert set(PRESETS) == {*SIZES, *T5GEMMA, *T5GEMMA_2, *GEMMA_4}
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -128,7 +129,7 @@ def test_blocks_of_llama(name):
     assert config.pad_token_id == (128001 if name.startswith("eurobert") else None)
 
 
-@pytest.mark.parametrize("name", [name for name in PRESETS if name not in LLAMAS])
+@pytest.mark.parametrize("name", [name for name in PRESETS if name not in (*LLAMAS, *GEMMA_4)])
 def test_what_gemmas_differ_in(name):
     config = preset(name)
     assert (config.activation, config.scale_embedding) == ("gelu_tanh", True)

@@ -16,8 +16,9 @@ def norm(row, weight):
 
 
 def jitted(backend):
-    def run(x, update, weight, update_weight):
-        return add_norm(x, update, weight, update_weight=update_weight, eps=EPS, target=target(backend))
+    def run(x, update, weight, update_weight, scale):
+        options = {"update_weight": update_weight, "scale": scale}
+        return add_norm(x, update, weight, **options, eps=EPS, target=target(backend))
 
     return jax.jit(run)
 
@@ -35,12 +36,13 @@ def test_agrees_with_float64(backend, case):
     total, normed = jitted(backend)(*arrays)
     assert total.shape == normed.shape == (case.rows, case.width)
     assert total.dtype == normed.dtype == jnp.dtype(case.dtype)
-    x, update, weight, update_weight = arrays
+    x, update, weight, update_weight, scale = arrays
     for row in range(case.rows):
         expected = np.asarray(x[row], np.float64)
         if update is not None:
             added = np.asarray(update[row], np.float64)
             expected = expected + (added if update_weight is None else norm(added, update_weight))
+            expected = expected if scale is None else expected * float(scale[0])
         assert within(total[row], expected, case.dtype)
         # The norm reads the sum as it was rounded.
         assert within(normed[row], norm(np.asarray(total[row], np.float64), weight), case.dtype)
@@ -61,10 +63,10 @@ def test_the_sum_is_rounded_where_a_compiler_would_keep_more_bits():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_without_an_update_x_is_handed_on(backend):
-    x, _, weight, _ = AddNormCase("none", "bfloat16").arrays()
-    total, normed = jitted(backend)(x, None, weight, None)
+    x, _, weight, _, _ = AddNormCase("none", "bfloat16").arrays()
+    total, normed = jitted(backend)(x, None, weight, None, None)
     np.testing.assert_array_equal(total, x)
-    np.testing.assert_array_equal(normed, jitted(backend)(x, np.zeros_like(x), weight, None)[1])
+    np.testing.assert_array_equal(normed, jitted(backend)(x, np.zeros_like(x), weight, None, None)[1])
 
 
 def valid():
@@ -98,6 +100,9 @@ def test_the_valid_call_that_the_refusals_start_from_is_served():
         ({"weight": jnp.ones(6)}, r"weight has shape \(6,\); it must have shape \(4,\)"),
         ({"weight": jnp.ones(4, jnp.float16)}, "weight is float16; use float32 or bfloat16"),
         ({"update_weight": jnp.ones(6)}, r"update_weight has shape \(6,\); it must have shape \(4,\)"),
+        ({"update": None, "update_weight": None, "scale": jnp.ones(1)}, "scale is given without an update"),
+        ({"scale": jnp.ones(2)}, r"scale has shape \(2,\); it must have shape \(1,\)"),
+        ({"scale": jnp.ones(1, jnp.float16)}, "scale is float16; use float32 or bfloat16"),
         ({"update_weight": jnp.ones((1, 4))}, r"update_weight has shape \(1, 4\); it must have 1 axes"),
     ],
 )

@@ -60,7 +60,7 @@ def function_of(op: str, case: Any, backend: str):
         options["target"] = target(backend)
     if op == "gated_linear":
         options["activation"] = case.gate
-    leaves, tree = jax.tree.flatten([None if array is None else array for array in arrays_of(op, case)])
+    leaves, tree = jax.tree.flatten([None if array is None else array for array in case.arrays()])
     moving = [index for index, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.floating)]
 
     def call(*arrays):
@@ -70,11 +70,6 @@ def function_of(op: str, case: Any, backend: str):
         return jax.tree.leaves(function(*jax.tree.unflatten(tree, every), **options))
 
     return call, [leaves[index] for index in moving]
-
-
-def arrays_of(op: str, case: Any):
-    arrays = case.arrays()
-    return arrays[:2] if op == "gated_linear" else arrays
 
 
 def cotangents(outputs) -> list[np.ndarray]:

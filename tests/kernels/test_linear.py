@@ -75,11 +75,15 @@ def test_linear_agrees_with_float64(backend, case):
 @pytest.mark.parametrize("case", GATED_CASES.values(), ids=GATED_CASES.keys())
 @pytest.mark.parametrize("backend", SERVED)
 def test_gated_linear_agrees_with_float64(backend, case):
-    x, weight, _ = case.arrays()
+    x, weight, up = case.arrays()
     actual = jax.jit(lambda *arrays: gated_linear(*arrays, activation=case.gate, target=target(backend)))(
-        x, prepare(weight, parts=2, target=target(backend))
+        x, prepare(weight, parts=case.parts, target=target(backend)), up
     )
-    (gate, up), sizes = (np.split(part, 2, axis=1) for part in exact_product(x, weight, backend))
+    if up is None:
+        (gate, up), sizes = (np.split(part, 2, axis=1) for part in exact_product(x, weight, backend))
+    else:
+        (gate, size), up = exact_product(x, weight, backend), np.asarray(up, np.float64)
+        sizes = size, np.abs(up)
     gelu = 0.5 * gate * (1 + np.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)))
     expected = (gelu if case.gate == "gelu_tanh" else gate / (1 + np.exp(-gate))) * up
     assert actual.shape == expected.shape
@@ -90,19 +94,23 @@ def test_gated_linear_agrees_with_float64(backend, case):
 @pytest.mark.parametrize("case", LINEAR_ADD_NORM_CASES.values(), ids=LINEAR_ADD_NORM_CASES.keys())
 @pytest.mark.parametrize("backend", [*SERVED, "auto"])  # where the norms may be native after a product of XLA's
 def test_linear_add_norm_agrees_with_float64(backend, case):
-    x, weight, add, norm_weight, update_weight = case.arrays()
+    x, weight, add, norm_weight, update_weight, scale = case.arrays()
     run = jax.jit(
-        lambda *arrays: linear_add_norm(*arrays[:4], update_weight=arrays[4], eps=EPS, target=target(backend))
+        lambda *arrays: linear_add_norm(
+            *arrays[:4], update_weight=arrays[4], scale=arrays[5], eps=EPS, target=target(backend)
+        )
     )
-    total, normed = run(x, prepare(weight, target=target(backend)), add, norm_weight, update_weight)
+    total, normed = run(x, prepare(weight, target=target(backend)), add, norm_weight, update_weight, scale)
     assert total.shape == normed.shape == add.shape
     assert total.dtype == normed.dtype == x.dtype
 
     exact_add, factor, update_factor = exact(add, norm_weight, update_weight)
     update, size = exact_product(x, weight, backend)
     if case.normed:
-        scale = (1 + update_factor) / np.sqrt((update**2).mean(1, keepdims=True) + EPS)
-        update, size = update * scale, size * np.abs(scale)
+        normalise = (1 + update_factor) / np.sqrt((update**2).mean(1, keepdims=True) + EPS)
+        update, size = update * normalise, size * np.abs(normalise)
+    if case.scaled:
+        exact_add, update, size = (array * float(scale[0]) for array in (exact_add, update, size))
     check(total, exact_add + update, np.abs(exact_add) + size, WIDE_ROUNDING[case.dtype])
     rounded = np.asarray(total, np.float64)  # which is what the norm reads
     expected = rounded / np.sqrt((rounded**2).mean(1, keepdims=True) + EPS) * (1 + factor)
@@ -132,18 +140,21 @@ def test_an_accelerator_sums_the_residual_stream_in_its_own_dtype(platform, wide
 
 @pytest.mark.parametrize("case", [case for case in LINEAR_ADD_NORM_CASES.values() if case.dtype == "bfloat16"], ids=str)
 def test_what_an_accelerator_sums_is_two_roundings_from_float64(case):
-    x, weight, add, _, update_weight = case.arrays()
+    x, weight, add, _, update_weight, scale = case.arrays()
     norm_weight = np.ones(case.width, np.float32)
-    options = {"update_weight": update_weight, "eps": EPS, "target": Target("xla", "gpu")}
+    options = {"update_weight": update_weight, "scale": scale, "eps": EPS, "target": Target("xla", "gpu")}
     total, _ = linear_add_norm(x, weight, add, norm_weight, **options)
     exact_add, update_factor = exact(add, update_weight)
     update, size = exact_product(x, weight, "xla")
     if case.normed:
-        scale = (1 + update_factor) / np.sqrt((update**2).mean(1, keepdims=True) + EPS)
-        update, size = update * scale, size * np.abs(scale)
+        normalise = (1 + update_factor) / np.sqrt((update**2).mean(1, keepdims=True) + EPS)
+        update, size = update * normalise, size * np.abs(normalise)
+    if case.scaled:
+        exact_add, update, size = (array * float(scale[0]) for array in (exact_add, update, size))
     expected = exact_add + update
+    sums = np.abs(expected) * (2 if case.scaled else 1)  # the scaled sum is rounded again
     error = np.abs(np.asarray(total, np.float64) - expected)
-    assert (error <= 2**-8 * (np.abs(update) + np.abs(expected)) + 2**-20 * (np.abs(exact_add) + size)).all()
+    assert (error <= 2**-8 * (np.abs(update) + sums) + 2**-20 * (np.abs(exact_add) + size)).all()
 
 
 def exact_heads(case: HeadsCase, backend: str) -> list[np.ndarray]:
@@ -323,7 +334,7 @@ def test_only_backend_cpu_reads_a_packed_weight_and_only_that():
 
 
 def test_after_a_product_that_is_xlas_the_norms_are_native_all_the_same():
-    x, weight, add, norm_weight, update_weight = LinearAddNormCase(37, 48, 64, normed=True).arrays()
+    x, weight, add, norm_weight, update_weight, _ = LinearAddNormCase(37, 48, 64, normed=True).arrays()
     run = jax.jit(lambda *arrays: linear_add_norm(*arrays[:4], update_weight=arrays[4], eps=EPS, target=target()))
     program = run.lower(x, weight, add, norm_weight, update_weight).as_text()
     assert "dot_general" in program
@@ -358,6 +369,14 @@ def test_what_does_not_fit_is_refused():
             linear(*arrays, target=target())
     with pytest.raises(InputError, match="packed in 1 parts, but this product needs 2"):
         gated_linear(x, packed, activation="silu", target=target())
+    with pytest.raises(InputError, match="packed in 2 parts, but this product needs 1"):
+        gated_linear(x, packed_weight(weight, 2), add, activation="silu", target=target())
+    with pytest.raises(InputError, match=r"up has shape \(4, 63\); it must have shape \(4, 64\)"):
+        gated_linear(x, packed, add[:, :63], activation="silu", target=target())
+    with pytest.raises(InputError, match="up is bfloat16; it must be float32"):
+        gated_linear(x, packed, add.astype(jnp.bfloat16), activation="silu", target=target())
+    with pytest.raises(InputError, match=r"scale has shape \(2,\); it must have shape \(1,\)"):
+        linear_add_norm(x, weight, add, weight[:, 0], scale=np.ones(2, np.float32), eps=EPS, target=target())
     with pytest.raises(InputError, match="63 rows; the number must be even"):
         gated_linear(x, weight[:63], activation="silu", target=target())
     with pytest.raises(InputError, match="activation='gelu' must be one of gelu_tanh, silu"):

@@ -75,7 +75,14 @@ def padding_flops(config: ModelConfig, funnel: FunnelConfig, lengths: Ints) -> i
     padded = int(plan.rows_needed(lengths).sum())
     padding = {stride: padded // stride - int(rows_at(lengths, plan.offset(stride), stride)) for stride in plan.strides}
     return sum(
-        layer_flops(config, step.layer_type, queries=padding[step.query_stride], keys=padding[step.key_stride], pairs=0)
+        layer_flops(
+            config,
+            step,
+            tokens=padding[1],
+            queries=padding[step.query_stride],
+            keys=padding[step.key_stride],
+            pairs=0,
+        )
         for step in steps
     )
 

@@ -13,11 +13,11 @@ from jax.sharding import Mesh, PartitionSpec
 
 from funnel_engine import FunnelConfig, ModelConfig
 from funnel_engine.checks import check_integer
-from funnel_engine.heads import Head
+from funnel_engine.heads import Head, HeadConfig
 from funnel_engine.inputs import Ragged
 from funnel_engine.model import forward
 from funnel_engine.packing import ROW_ALIGNMENT, Batch, Ints, Plan, make_plan, pack, round_up, spans
-from funnel_engine.weights import PRODUCTS, dtype_for, nest
+from funnel_engine.weights import PRODUCTS, dtype_for, expected_shapes, nest
 from funnel_kernels import Target
 from funnel_kernels.errors import ConfigError
 
@@ -97,12 +97,14 @@ class Student:
 
     def trained_names(self, weights: Mapping[str, Any]) -> list[str]:
         """The weights that move."""
+        movable = [name for name in weights if not name.endswith("layer_scalar")]  # transformers does not train it
         if self.train == "all":
-            return list(weights)
+            return movable
         first = next(layer for layer, stride in enumerate(self.funnel.strides) if stride > 1)
         layers = {f"layers.{layer}" for layer in range(first, self.config.num_layers)}
-        in_layers = [name for name in weights if name.rpartition(".")[0] in layers]
-        head = [name for name in weights if name not in ("embedding", "final_norm") and not name.startswith("layers.")]
+        in_layers = [name for name in movable if name.rpartition(".")[0] in layers]
+        encoder = expected_shapes(self.config, HeadConfig())
+        head = [name for name in movable if name not in encoder]
         if self.rank is not None:
             return [name for name in in_layers if name.rpartition(".")[2] in PRODUCTS] + head
         return [*in_layers, "final_norm", *head]

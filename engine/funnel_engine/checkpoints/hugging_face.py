@@ -6,6 +6,7 @@ Nothing is guessed. A tensor is either needed, or one of a family's known tensor
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,8 +28,8 @@ from funnel_engine.checkpoints.tensors import (
 from funnel_engine.checkpoints.tokenizer_files import find_tokenizer, has_tokenizer
 from funnel_engine.checks import check_integer
 from funnel_engine.config import ModelConfig
-from funnel_engine.heads import HeadConfig, head_shapes
-from funnel_engine.hugging_face_config import read_model_config
+from funnel_engine.heads import DenseConfig, HeadConfig, head_shapes
+from funnel_engine.hugging_face_config import read_model_config, read_projection_width
 from funnel_engine.input_files import decode, file_in, is_file, optional_file, read_json, reading, unfinished_downloads
 from funnel_engine.messages import quote
 from funnel_engine.weights import expected_shapes, is_norm
@@ -39,8 +40,9 @@ SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 # Our names -> Hugging Face's, without ".weight". Our weight contains the rows of several tensors one after another.
-OUTER = {"embedding": "embed_tokens", "final_norm": "norm"}
+OUTER: dict[str, tuple[str, ...]] = {"embedding": ("embed_tokens",), "final_norm": ("norm",)}
 LAYER: dict[str, tuple[str, ...]] = {
+    "q": ("self_attn.q_proj",),
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "query_norm": ("self_attn.q_norm",),
     "key_norm": ("self_attn.k_norm",),
@@ -56,6 +58,7 @@ SANDWICH_NORMS = {
 }
 # Two norms per layer: this "post_attention" norm is the "pre_feedforward" norm of the families that have four.
 PRE_NORMS = {"attention_input_norm": ("input_layernorm",), "mlp_input_norm": ("post_attention_layernorm",)}
+# What differs between families: the norms, and weights that only some of them have.
 NORMS = {
     "gemma": PRE_NORMS,
     "gemma2": SANDWICH_NORMS,
@@ -66,6 +69,25 @@ NORMS = {
     "mistral": PRE_NORMS,
     "qwen3": PRE_NORMS,
     "eurobert": PRE_NORMS,
+    "gemma4_text": SANDWICH_NORMS
+    | {
+        "layer_scalar": ("layer_scalar",),
+        "per_layer_embedding": ("embed_tokens_per_layer",),
+        "per_layer_input": ("per_layer_model_projection",),
+        "per_layer_input_norm": ("per_layer_projection_norm",),
+        "per_layer_gate": ("per_layer_input_gate",),
+        "per_layer_output": ("per_layer_projection",),
+        "per_layer_output_norm": ("post_per_layer_input_norm",),
+    },
+    "embedding_gemma2_text": SANDWICH_NORMS
+    | {
+        "layer_scalar": ("layer_scalar",),
+        "per_layer_input": ("ple.per_layer_model_projection",),
+        "per_layer_input_norm": ("ple.per_layer_projection_norm",),
+        "per_layer_gate": ("ple_block.per_layer_input_gate",),
+        "per_layer_output": ("ple_block.per_layer_projection",),
+        "per_layer_output_norm": ("ple_block.post_per_layer_input_norm",),
+    },
 }
 NORMS["t5gemma2_text"] = NORMS["t5gemma"]
 
@@ -88,9 +110,17 @@ class Layout(NamedTuple):
 
 
 END_OF_IMAGE = 256_000  # the default of T5Gemma 2's config
-TOWERS = ("vision_tower", "multi_modal_projector")
 TEXT_MODEL = Layout(("model.", ""), ("lm_head.weight",))
 LLAMA = Layout(("model.", ""), ("lm_head.weight", ".rotary_emb.inv_freq"))  # old versions saved RoPE's frequencies
+
+
+def towers(*names: str, prefixes: tuple[str, ...] = ("",)) -> tuple[str, ...]:
+    """The prefixes of the tensors of towers for images and sound."""
+    return tuple(f"{prefix}{name}." for prefix in prefixes for name in names)
+
+
+GEMMA_4_TOWERS = towers("vision_tower", "embed_vision", "audio_tower", "embed_audio", prefixes=("model.", ""))
+SIGLIP = partial(towers, "vision_tower", "multi_modal_projector")
 LAYOUTS = {
     "gemma": TEXT_MODEL,
     "gemma2": TEXT_MODEL,
@@ -100,12 +130,13 @@ LAYOUTS = {
         (
             "lm_head.weight",
             "language_model.lm_head.weight",
-            "vision_tower.",
-            "multi_modal_projector.",
-            "model.vision_tower.",
-            "model.multi_modal_projector.",
+            *SIGLIP(prefixes=("", "model.")),
         ),
     ),
+    "embedding_gemma2_text": TEXT_MODEL,
+    "embedding_gemma2": Layout(("model.language_model.", "language_model."), GEMMA_4_TOWERS),
+    "gemma4_text": TEXT_MODEL,
+    "gemma4": Layout(("model.language_model.", "language_model."), ("lm_head.weight", *GEMMA_4_TOWERS)),
     "t5gemma": Layout(("model.encoder.", "encoder."), ("model.decoder.", "decoder.", "lm_head.out_proj.weight")),
     "t5gemma2": Layout(
         ("model.encoder.", "encoder.", "model.encoder.text_model.", "encoder.text_model."),
@@ -113,10 +144,10 @@ LAYOUTS = {
             "model.decoder.",
             "decoder.",
             "lm_head.out_proj.weight",
-            *(f"{prefix}{tower}." for prefix in ("model.encoder.", "encoder.") for tower in TOWERS),
+            *SIGLIP(prefixes=("model.encoder.", "encoder.")),
         ),
     ),
-    "t5gemma2_encoder": Layout(("", "text_model."), tuple(f"{tower}." for tower in TOWERS)),
+    "t5gemma2_encoder": Layout(("", "text_model."), SIGLIP()),
     "t5gemma2_text": Layout(("",), ()),
     "llama": LLAMA,
     "mistral": LLAMA,
@@ -163,31 +194,36 @@ def read_hugging_face(root: Path, sliding_window: int | None = None, base: Path 
         fields = adapter.with_task(fields)
     with reading(config_file):
         config = read_model_config(fields, sliding_window)
-    if sentence_model and sentence_model.width not in (None, config.hidden_size):
+        projection = read_projection_width(fields)
+    width = projection or config.hidden_size
+    if sentence_model and sentence_model.width not in (None, width):
         raise CheckpointError(
             f"the pooling in {root} expects rows of width {sentence_model.width}, but the encoder's rows are "
-            f"{config.hidden_size} wide; these folders do not belong together, so fetch the model again"
+            f"{width} wide; these folders do not belong together, so fetch the model again"
         )
     layout = LAYOUTS[fields["model_type"]]
-    drop_rule = drop_by_name(layout.dropped)
+    drop_rule = drop_by_name((*layout.dropped, *unused_keys(config, layout)))
     tensors: dict[str, SourceTensor] = {**read_tensors(directory, drop_rule)}
     if adapter is not None:
         tensors = adapter.merge(tensors, layout.prefixes, drop_rule)
-    for dense in sentence_model.dense if sentence_model else ():
-        file = optional_file(dense.folder, SINGLE_FILE)
+    folders = [layer.folder for layer in sentence_model.dense] if sentence_model else []
+    for folder in folders:
+        file = optional_file(folder, SINGLE_FILE)
         if file is None:
             raise CheckpointError(
-                f"{dense.folder / SINGLE_FILE} does not exist; load the model with sentence-transformers and save it "
+                f"{folder / SINGLE_FILE} does not exist; load the model with sentence-transformers and save it "
                 "again, which writes safetensors"
             )
-        tensors |= {f"{dense.folder.name}/{name}": tensor for name, tensor in unwrap(file, read_header(file)).items()}
+        tensors |= {f"{folder.name}/{name}": tensor for name, tensor in unwrap(file, read_header(file)).items()}
 
     classifier = classifier_name(config, tensors)
     with reading(config_file):
-        head = read_head(fields, config, sentence_model, tensors, classifier)
+        head = read_head(fields, config, sentence_model, tensors, classifier, projection)
     prefix = find_prefix(layout, config, tensors)
     with reading(root):
-        parts = {**encoder_parts(config, prefix), **head_parts(config, head, sentence_model, classifier)}
+        dense = [f"{prefix}embedding_projection."] if projection else []
+        dense += [f"{folder.name}/linear." for folder in folders]
+        parts = {**encoder_parts(config, prefix), **head_parts(config, head, dense, classifier)}
         if config.family == "t5gemma2_text":
             parts["embedding"] = with_image_end(parts["embedding"], fields)
     weights, dropped = assemble(directory, parts, tensors, drop_rule)
@@ -239,19 +275,23 @@ def read_tensors(directory: Path, drop_rule: Callable[[str], str | None]) -> dic
 
 def encoder_parts(config: ModelConfig, prefix: str) -> Parts:
     """For each of our encoder weights, the tensors that contain its rows, in order."""
-    layer = LAYER | NORMS[config.family]
+    names = OUTER | LAYER | NORMS[config.family]
     parts = {}
     for ours, shape in expected_shapes(config, HeadConfig()).items():
         block, _, leaf = ours.rpartition(".")  # "layers.3" and "qkv", or "" and "embedding"
-        theirs = (
-            [f"{prefix}{block}.{name}.weight" for name in layer[leaf]] if block else [f"{prefix}{OUTER[leaf]}.weight"]
-        )
+        at = f"{prefix}{block}." if block else prefix
+        theirs = [f"{at}{name}" if leaf == "layer_scalar" else f"{at}{name}.weight" for name in names[leaf]]
         sizes = shape[:1]
         if leaf == "qkv":
-            heads = config.heads(config.layer_types[int(block.removeprefix("layers."))])
+            layer_type = config.layer_types[int(block.removeprefix("layers."))]
+            heads = config.heads(layer_type)
             sizes = heads.query_width, heads.key_width, heads.key_width
+            if config.keys_as_values and layer_type == "full":
+                theirs[2] = theirs[1]
         elif leaf == "gate_up":
-            sizes = (config.intermediate_size,) * 2
+            sizes = (shape[0] // 2,) * 2
+        elif leaf == "per_layer_embedding":  # a row for each token, with the rows of all layers side by side
+            sizes, shape = (config.per_layer_vocab,), (config.per_layer_vocab, config.num_layers * shape[1])
         minus = float(is_norm(ours) and config.family not in ZERO_CENTRED)
         parts[ours] = tuple(
             Part(name, (size, *shape[1:]), minus=minus) for name, size in zip(theirs, sizes, strict=True)
@@ -271,16 +311,26 @@ def with_image_end(embedding: tuple[Part, ...], fields: dict[str, Any]) -> tuple
     return table._replace(rows=token), own, table._replace(first=token + 1)
 
 
-def head_parts(config: ModelConfig, head: HeadConfig, sentence_model: SentenceModel | None, classifier: str) -> Parts:
-    """The same for the weights of the head."""
+def unused_keys(config: ModelConfig, layout: Layout) -> list[str]:
+    """The tensors of layers that read the keys of other layers; published checkpoints have them all the same."""
+    return [
+        f"{prefix}layers.{index}.self_attn.{name}.weight"
+        for prefix in layout.prefixes
+        for index in range(config.num_layers - config.kv_shared_layers, config.num_layers)
+        for name in ("k_proj", "v_proj", "k_norm")
+    ]
+
+
+def head_parts(config: ModelConfig, head: HeadConfig, dense: list[str], classifier: str) -> Parts:
+    """The same for the weights of the head; `dense` are the prefixes of the linear layers."""
     names = {
         "pooler.query": "pooler.query",
         "classifier.weight": f"{classifier}.weight",
         "classifier.bias": f"{classifier}.bias",
     }
-    for index, dense in enumerate(sentence_model.dense if sentence_model else ()):
+    for index, prefix in enumerate(dense):
         for leaf in ("weight", "bias"):
-            names[f"dense.{index}.{leaf}"] = f"{dense.folder.name}/linear.{leaf}"
+            names[f"dense.{index}.{leaf}"] = f"{prefix}{leaf}"
     return {ours: (Part(names[ours], shape),) for ours, shape in head_shapes(config.hidden_size, head).items()}
 
 
@@ -306,11 +356,23 @@ def read_head(
     sentence_model: SentenceModel | None,
     tensors: Mapping[str, SourceTensor],
     classifier: str,
+    projection: int | None,
 ) -> HeadConfig:
-    """The head on the encoder. Without modules.json, sentence vectors come from the pooler, or else are the mean."""
+    """The head on the encoder. Without modules.json, sentence vectors come from the pooler, or else are the mean.
+
+    A projection of the rows before the pooling becomes the first layer after it. The result is the same, because it is
+    linear, unless the pooling is not.
+    """
     pooler = "pooler.query" in tensors
     pooling = sentence_model.pooling if sentence_model else "attention" if pooler else "mean"
+    if projection and pooling not in ("mean", "first", "last"):
+        raise CheckpointError(
+            f"pooling {pooling!r} of projected rows is not supported; this engine projects the pooled row, which is "
+            "the same for mean, first and last"
+        )
     dense = tuple(layer.config for layer in sentence_model.dense) if sentence_model else ()
+    if projection:
+        dense = (DenseConfig(projection, config.hidden_size), *dense)
     similarity = sentence_model.similarity if sentence_model else None
     architectures = decode(tuple[str, ...], fields.get("architectures") or [], "architectures in config.json")
     tasks = [task for name in architectures for suffix, task in TASKS.items() if name.endswith(suffix)]

@@ -71,6 +71,12 @@ ADDED: dict[int, dict[str, Any]] = {
             "activation": "gelu_tanh",
             "scale_embedding": True,
             "value_norm": False,
+            "keys_as_values": False,
+            "kv_shared_layers": 0,
+            "double_wide_mlp": False,
+            "per_layer_width": 0,
+            "per_layer_vocab": 0,
+            "layer_scalar": False,
         }
     },
 }

@@ -83,9 +83,15 @@ def read_rope_fields(fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
     return parameters, scaling
 
 
-def read_rope(parameters: dict[str, Any]) -> Rope:
+def read_rope(parameters: dict[str, Any], kinds: tuple[str, ...] = ("default", "linear")) -> Rope:
+    """RoPE of a type that the family has."""
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     theta = number(parameters, "rope_theta")
+    if kind not in kinds:
+        raise ConfigError(f"RoPE type {shorten(kind)} is not supported; it must be {' or '.join(map(repr, kinds))}")
+    if kind == "proportional":
+        factor, rotated = (parameters.get(name, 1.0) for name in ("factor", "partial_rotary_factor"))
+        return Rope(theta, check_number("RoPE factor", factor), check_number("partial_rotary_factor of RoPE", rotated))
     if parameters.get("partial_rotary_factor") not in (None, 1):
         factor = shorten(parameters["partial_rotary_factor"])
         raise ConfigError(f"partial_rotary_factor={factor} is not supported; this family rotates whole heads")
@@ -93,12 +99,10 @@ def read_rope(parameters: dict[str, Any]) -> Rope:
         return Rope(theta)
     if kind == "linear":
         return Rope(theta, check_number("RoPE factor", parameters.get("factor")))
-    if kind == "llama3":
-        names = ("factor", "low_freq_factor", "high_freq_factor")
-        stretch, low, high = (check_number(f"RoPE {name}", parameters.get(name)) for name in names)
-        positions = integer(parameters, "original_max_position_embeddings")
-        return Rope(theta, llama3=Llama3Scaling(stretch, low, high, positions))
-    raise ConfigError(f"RoPE type {shorten(kind)} is not supported; it must be 'default', 'linear' or 'llama3'")
+    names = ("factor", "low_freq_factor", "high_freq_factor")
+    stretch, low, high = (check_number(f"RoPE {name}", parameters.get(name)) for name in names)
+    positions = integer(parameters, "original_max_position_embeddings")
+    return Rope(theta, llama3=Llama3Scaling(stretch, low, high, positions))
 
 
 def integer(fields: dict[str, Any], name: str, *, least: int = 1, most: int = 2**31 - 1) -> int:

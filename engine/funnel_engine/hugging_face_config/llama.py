@@ -136,4 +136,4 @@ def read_flat_rope(fields: dict[str, Any]) -> Rope:
         original: fields.get("max_position_embeddings"),
     }
     outer = {original: fields[original]} if original in fields else {}  # transformers prefers it
-    return read_rope(defaults | scaling | parameters | outer)
+    return read_rope(defaults | scaling | parameters | outer, ("default", "linear", "llama3"))

@@ -18,6 +18,7 @@ def add_norm(
     weight: jax.Array,  # [D]
     *,
     update_weight: jax.Array | None = None,  # [D]
+    scale: jax.Array | None = None,  # [1]
     eps: float,
     target: Target,
 ) -> tuple[jax.Array, jax.Array]:  # ([N, D], [N, D]), dtype of x
@@ -31,6 +32,7 @@ def add_norm(
         update: the output of a sub-layer, in the dtype of `x` or float32. None adds nothing; only the norm is computed.
         weight: zero-centred norm weight (the factor is `1 + weight`).
         update_weight: if given, the update is normalised before it is added (the post-norms of Gemma 2 and 3).
+        scale: if given, the sum is multiplied by it (the `layer_scalar` of Gemma 4).
         eps: added to the mean square, in both norms.
         target: where it runs, and with which kernels.
 
@@ -38,7 +40,7 @@ def add_norm(
         The sum (the new residual stream; `x` itself without an update) and its norm (the next sub-layer's input).
 
     Raises:
-        InputError: the shapes or dtypes do not fit together, or update_weight is given without an update.
+        InputError: the shapes or dtypes do not fit together, or update_weight or scale is given without an update.
         BackendUnavailable: the backend does not support this call.
     """
     check_float("x", x, ndim=2)
@@ -49,9 +51,10 @@ def add_norm(
         check_shape("update", update, x.shape)
         if update.dtype not in (x.dtype, jnp.float32):
             raise InputError(f"update is {update.dtype} but x is float32; cast update to float32 first")
-    if update_weight is not None:
-        if update is None:
-            raise InputError("update_weight is given without an update; give update too, or leave update_weight out")
-        check_float("update_weight", update_weight, ndim=1)
-        check_shape("update_weight", update_weight, (x.shape[1],))
-    return ADD_NORM(x, update, weight, update_weight, eps=eps, target=target)
+    for name, array, shape in (("update_weight", update_weight, (x.shape[1],)), ("scale", scale, (1,))):
+        if array is not None:
+            if update is None:
+                raise InputError(f"{name} is given without an update; give update too, or leave {name} out")
+            check_float(name, array, ndim=1)
+            check_shape(name, array, shape)
+    return ADD_NORM(x, update, weight, update_weight, scale, eps=eps, target=target)

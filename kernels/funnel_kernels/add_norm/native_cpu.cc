@@ -23,10 +23,11 @@ ffi::Error norm(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weight, f
 }
 
 ffi::Error add_norm(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer update, ffi::AnyBuffer weight,
-                    ffi::RemainingArgs update_weights, ffi::Result<ffi::AnyBuffer> sum,
-                    ffi::Result<ffi::AnyBuffer> normed, float eps, int64_t threads) {
+                    ffi::RemainingArgs extras, ffi::Result<ffi::AnyBuffer> sum, ffi::Result<ffi::AnyBuffer> normed,
+                    float eps, bool scaled, int64_t threads) {
   ffi::Error error;
   int64_t rows, width;
+  float scale;
   Factor factor, update_factor;
   if (!read_matrix("x", x, rows, width, error)) return error;
   const auto dtype = x.element_type();
@@ -35,11 +36,12 @@ ffi::Error add_norm(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer updat
   if (!fits("the sum", *sum, dtype, {rows, width}, error)) return error;
   if (!fits("the normed rows", *normed, dtype, {rows, width}, error)) return error;
   if (!read_factor("weight", weight, width, factor, error)) return error;
-  if (!read_update_factor(update_weights, width, update_factor, error)) return error;
+  if (!read_extras(extras, scaled, width, update_factor, scale, error)) return error;
   const AddNorm call = {x.untyped_data(),
                         update.untyped_data(),
                         update_factor.get(),
                         factor.get(),
+                        scale,
                         sum->untyped_data(),
                         normed->untyped_data(),
                         width,
@@ -72,6 +74,7 @@ Handlers add_norm_handlers() {
                              .Ret<ffi::AnyBuffer>()
                              .Ret<ffi::AnyBuffer>()
                              .Attr<float>("eps")
+                             .Attr<bool>("scaled")
                              .Attr<int64_t>("threads"));
   return {{"funnel_norm", norm_handler}, {"funnel_add_norm", add_norm_handler}};
 }

@@ -8,11 +8,27 @@ from funnel_kernels.target import Target
 
 
 def add_norm(
-    x: Rows, update: Rows | None, weight: Vector, update_weight: Vector | None, *, eps: float, target: Target
+    x: Rows,
+    update: Rows | None,
+    weight: Vector,
+    update_weight: Vector | None,
+    scale: Vector | None,
+    *,
+    eps: float,
+    target: Target,
 ) -> tuple[Rows, Rows]:
     """See `funnel_kernels.add_norm`."""
     result = jax.ShapeDtypeStruct(x.shape, x.dtype)
     if update is None:
         return x, native_calls.call("funnel_norm", result, x, weight, eps=float(eps), target=target)
-    weights = (weight,) if update_weight is None else (weight, update_weight)
-    return native_calls.call("funnel_add_norm", (result, result), x, update, *weights, eps=float(eps), target=target)
+    return native_calls.call(
+        "funnel_add_norm",
+        (result, result),
+        x,
+        update,
+        weight,
+        *(array for array in (update_weight, scale) if array is not None),
+        eps=float(eps),
+        scaled=scale is not None,
+        target=target,
+    )

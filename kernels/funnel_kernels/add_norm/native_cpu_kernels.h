@@ -26,6 +26,7 @@ struct AddNorm {
   const void* update;          // [rows, width]
   const float* update_factor;  // [width] of a norm of the update, or null
   const float* factor;         // [width]
+  float scale;                 // of the sum
   void* sum;                   // [rows, width], as x
   void* normed;                // [rows, width], as x; the norm of the sum after it was rounded
   int64_t width;

@@ -25,13 +25,27 @@ inline bool read_factor(const char* name, const ffi::AnyBuffer& weight, int64_t 
   return true;
 }
 
-// The same for the norm of an update, if there is one; otherwise the factor stays null.
-inline bool read_update_factor(ffi::RemainingArgs& weights, int64_t width, Factor& factor, ffi::Error& error) {
-  if (weights.size() > 1) return error = invalid("an update has at most one norm"), false;
-  if (weights.size() == 0) return true;
-  const auto weight = weights.get<ffi::AnyBuffer>(0);
-  if (weight.has_error()) return error = weight.error(), false;
-  return read_factor("update_weight", *weight, width, factor, error);
+// What may follow the norm's weight: the weight of a norm of the update, whose factor is null without it, and, if
+// `scaled`, the scale of the sum, which is 1 without it.
+inline bool read_extras(ffi::RemainingArgs& extras, bool scaled, int64_t width, Factor& update_factor, float& scale,
+                        ffi::Error& error) {
+  const size_t norms = extras.size() - (scaled && extras.size() > 0);
+  if (norms > 1 || (scaled && extras.size() == 0)) {
+    return error = invalid("a sum has at most one norm of the update, and a scale if `scaled` says so"), false;
+  }
+  if (norms == 1) {
+    const auto weight = extras.get<ffi::AnyBuffer>(0);
+    if (weight.has_error()) return error = weight.error(), false;
+    if (!read_factor("update_weight", *weight, width, update_factor, error)) return false;
+  }
+  scale = 1;
+  if (scaled) {
+    const auto array = extras.get<ffi::AnyBuffer>(norms);
+    if (array.has_error()) return error = array.error(), false;
+    if (!fits("scale", *array, ffi::F32, {1}, error)) return false;
+    scale = *static_cast<const float*>(array->untyped_data());
+  }
+  return true;
 }
 
 }  // namespace funnel

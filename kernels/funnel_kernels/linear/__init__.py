@@ -67,19 +67,24 @@ def linear(
 
 def gated_linear(
     x: jax.Array,  # [N, in]
-    weight: Weight,  # [2 * out, in]
+    weight: Weight,  # [2 * out, in]; [out, in] with `up`
+    up: jax.Array | None = None,  # [N, out]
     *,
     activation: str,
     target: Target,
 ) -> jax.Array:  # [N, out], dtype of x
     """`activation(x @ gate.T) * (x @ up.T)`: GeGLU with "gelu_tanh", SwiGLU with "silu" (arXiv:2002.05202).
 
+    If the second factor is given as rows, the weight is that of the gate alone: `activation(x @ gate.T) * up`.
+
     Everything is computed in float32 and the result is rounded once. On an accelerator both products are rounded to
     the dtype of `x` first, because they are the largest arrays that it writes to memory.
 
     Args:
         x: float32 or bfloat16.
-        weight: the rows of gate and then the rows of up, as `prepare` returns it for the target with `parts=2`.
+        weight: the rows of gate and then the rows of up, as `prepare` returns it for the target with `parts=2`. With
+            `up` it is the rows of gate, with `parts=1`.
+        up: in the dtype of `x`, e.g. the per-layer inputs of Gemma 4.
         activation: "gelu_tanh", the tanh approximation of gelu (arXiv:1606.08415), or "silu", x * sigmoid(x).
         target: where it runs, and with which kernels.
 
@@ -88,13 +93,16 @@ def gated_linear(
         BackendUnavailable: the backend does not support this call.
     """
     check_product(x, weight)
-    check_parts(weight, 2)
-    if weight.shape[0] % 2:
+    check_parts(weight, 2 if up is None else 1)
+    if up is not None:
+        check_float("up", up, ndim=2, dtype=x.dtype)
+        check_shape("up", up, (x.shape[0], weight.shape[0]))
+    elif weight.shape[0] % 2:
         raise InputError(
             f"weight has {weight.shape[0]} rows; the number must be even, half of the rows for gate and half for up"
         )
     check_choice("activation", activation, GATE_ACTIVATIONS)
-    return GATED_LINEAR(x, weight, activation=activation, target=target)
+    return GATED_LINEAR(x, weight, up, activation=activation, target=target)
 
 
 def linear_add_norm(
@@ -104,6 +112,7 @@ def linear_add_norm(
     norm_weight: jax.Array,  # [D]
     *,
     update_weight: jax.Array | None = None,  # [D]
+    scale: jax.Array | None = None,  # [1]
     eps: float,
     axis: str | None = None,
     target: Target,
@@ -120,6 +129,7 @@ def linear_add_norm(
         add: in the dtype of `x`, the residual stream.
         norm_weight: zero-centred weight of the norm of the sum (the factor is `1 + weight`).
         update_weight: if given, the product is normalised before it is added (the post-norms of Gemma 2 and 3).
+        scale: if given, the sum is multiplied by it (the `layer_scalar` of Gemma 4).
         eps: added to the mean square, in both norms.
         axis: inside a `jax.shard_map`, the mesh axis over which the columns of `x` and `weight` are divided. The
             product is summed over this axis in the dtype of `x`; float32 would double the traffic between devices.
@@ -136,14 +146,19 @@ def linear_add_norm(
     check_parts(weight, 1)
     check_float("add", add, ndim=2, dtype=x.dtype)
     check_shape("add", add, (x.shape[0], weight.shape[0]))
-    for name, norm in (("norm_weight", norm_weight), ("update_weight", update_weight)):
-        if norm is not None:
-            check_float(name, norm, ndim=1)
-            check_shape(name, norm, (weight.shape[0],))
+    width = weight.shape[:1]
+    for name, vector, shape in (
+        ("norm_weight", norm_weight, width),
+        ("update_weight", update_weight, width),
+        ("scale", scale, (1,)),
+    ):
+        if vector is not None:
+            check_float(name, vector, ndim=1)
+            check_shape(name, vector, shape)
     if axis is not None:
         update = jax.lax.psum(linear(x, weight, target=target).astype(x.dtype), axis)
-        return add_norm(add, update, norm_weight, update_weight=update_weight, eps=eps, target=target)
-    return LINEAR_ADD_NORM(x, weight, add, norm_weight, update_weight, eps=eps, target=target)
+        return add_norm(add, update, norm_weight, update_weight=update_weight, scale=scale, eps=eps, target=target)
+    return LINEAR_ADD_NORM(x, weight, add, norm_weight, update_weight, scale, eps=eps, target=target)
 
 
 def project_heads(

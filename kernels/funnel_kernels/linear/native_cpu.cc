@@ -72,28 +72,39 @@ ffi::Error linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weights
   });
 }
 
-ffi::Error gated_linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weights, ffi::Result<ffi::AnyBuffer> out,
-                        int64_t out_features, int64_t activation, int64_t threads) {
+// The second factor is the product with the second part of the weights or, if it is given, the matrix `up`.
+ffi::Error gated_linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weights, ffi::RemainingArgs ups,
+                        ffi::Result<ffi::AnyBuffer> out, int64_t out_features, int64_t activation, int64_t threads) {
   ffi::Error error;
   Product product;
   if (activation < 0 || activation >= kActivations) return invalid("there is no such activation");
-  if (!read_product(x, weights, out_features, 2, product, error)) return error;
+  if (ups.size() > 1) return invalid("a gate has at most one second factor");
+  if (!read_product(x, weights, out_features, ups.size() == 1 ? 1 : 2, product, error)) return error;
   if (!fits("the result", *out, x.element_type(), {product.rows, out_features}, error)) return error;
+  const char* up = nullptr;
+  if (ups.size() == 1) {
+    const auto matrix = ups.get<ffi::AnyBuffer>(0);
+    if (matrix.has_error()) return matrix.error();
+    if (!fits("the second factor", *matrix, x.element_type(), {product.rows, out_features}, error)) return error;
+    up = static_cast<const char*>(matrix->untyped_data());
+  }
   char* to = static_cast<char*>(out->untyped_data());
   return by_tiles(pool, threads, product, [&](const Tile& tile) {
+    const int64_t at = (tile.row * out_features + tile.column) * product.element();
     FUNNEL_BEST(store_gated)
-    (tile.parts[0], tile.parts[1], tile.stride, tile.rows, tile.columns, static_cast<Activation>(activation),
-     to + (tile.row * out_features + tile.column) * product.element(), product.is_bfloat16, out_features);
+    (tile.parts[0], tile.stride, up ? static_cast<const void*>(up + at) : tile.parts[1], up && product.is_bfloat16,
+     up ? out_features : tile.stride, tile.rows, tile.columns, static_cast<Activation>(activation), to + at,
+     product.is_bfloat16, out_features);
   });
 }
 
 // The sum of a product and the residual stream `add`, and its norm: `add_norm` without the update in memory.
 ffi::Error linear_add_norm(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weights, ffi::AnyBuffer add,
-                           ffi::AnyBuffer norm_weight, ffi::RemainingArgs update_weights,
-                           ffi::Result<ffi::AnyBuffer> sum, ffi::Result<ffi::AnyBuffer> normed, float eps,
-                           int64_t threads) {
+                           ffi::AnyBuffer norm_weight, ffi::RemainingArgs extras, ffi::Result<ffi::AnyBuffer> sum,
+                           ffi::Result<ffi::AnyBuffer> normed, float eps, bool scaled, int64_t threads) {
   ffi::Error error;
   Product product;
+  float scale;
   Factor factor, update_factor;
   if (add.dimensions().size() != 2) return invalid("the matrix to add must be a matrix");
   const int64_t width = add.dimensions()[1];
@@ -105,12 +116,12 @@ ffi::Error linear_add_norm(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffe
     if (!fits(name, *matrix, dtype, {product.rows, width}, error)) return error;
   }
   if (!read_factor("norm_weight", norm_weight, width, factor, error)) return error;
-  if (!read_update_factor(update_weights, width, update_factor, error)) return error;
+  if (!read_extras(extras, scaled, width, update_factor, scale, error)) return error;
   product.step = units_of(width);
   return by_tiles(pool, threads, product, [&](const Tile& tile) {
     const int64_t at = tile.row * width * product.element();
     FUNNEL_BEST(add_norm)
-    ({static_cast<const char*>(add.untyped_data()) + at, tile.parts[0], update_factor.get(), factor.get(),
+    ({static_cast<const char*>(add.untyped_data()) + at, tile.parts[0], update_factor.get(), factor.get(), scale,
       static_cast<char*>(sum->untyped_data()) + at, static_cast<char*>(normed->untyped_data()) + at, width, eps,
       product.is_bfloat16, /*update_is_bfloat16=*/false},
      0, tile.rows);
@@ -216,6 +227,7 @@ Handlers linear_handlers() {
                              .Ctx<ffi::ThreadPool>()
                              .Arg<ffi::AnyBuffer>()
                              .Arg<ffi::AnyBuffer>()
+                             .RemainingArgs()
                              .Ret<ffi::AnyBuffer>()
                              .Attr<int64_t>("out_features")
                              .Attr<int64_t>("activation")
@@ -231,6 +243,7 @@ Handlers linear_handlers() {
                              .Ret<ffi::AnyBuffer>()
                              .Ret<ffi::AnyBuffer>()
                              .Attr<float>("eps")
+                             .Attr<bool>("scaled")
                              .Attr<int64_t>("threads"));
   XLA_FFI_DEFINE_HANDLER(project_heads_handler, project_heads,
                          ffi::Ffi::Bind()

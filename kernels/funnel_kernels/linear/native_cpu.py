@@ -20,14 +20,15 @@ def linear(x: Rows, weight: Weight, add: Rows | None, *, target: Target) -> Rows
     return native_calls.call("funnel_linear", out, x, weight.packed, *added, out_features=out.shape[1], target=target)
 
 
-def gated_linear(x: Rows, weight: Weight, *, activation: str, target: Target) -> Rows:
-    out = jax.ShapeDtypeStruct((x.shape[0], weight.shape[0] // 2), x.dtype)
+def gated_linear(x: Rows, weight: Weight, up: Rows | None, *, activation: str, target: Target) -> Rows:
+    out = jax.ShapeDtypeStruct((x.shape[0], weight.shape[0] // (2 if up is None else 1)), x.dtype)
     generate_code(x, weight, out.shape[1], target)
     return native_calls.call(
         "funnel_gated_linear",
         out,
         x,
         weight.packed,
+        *(() if up is None else (up,)),
         out_features=out.shape[1],
         activation=GATE_ACTIVATIONS.index(activation),
         target=target,
@@ -40,20 +41,31 @@ def linear_add_norm(
     add: Rows,
     norm_weight: Vector,
     update_weight: Vector | None,
+    scale: Vector | None,
     *,
     eps: float,
     target: Target,
 ) -> tuple[Rows, Rows]:
+    extras = tuple(array for array in (update_weight, scale) if array is not None)
     if not has_whole_rows(x, weight, target):  # then the norms are computed in a separate pass
-        if update_weight is None:
-            return add_norm(linear(x, weight, add, target=target), None, norm_weight, None, eps=eps, target=target)
+        if not extras:
+            total = linear(x, weight, add, target=target)
+            return add_norm(total, None, norm_weight, None, None, eps=eps, target=target)
         product = linear(x, weight, None, target=target)
-        return add_norm(add, product, norm_weight, update_weight, eps=eps, target=target)
+        return add_norm(add, product, norm_weight, update_weight, scale, eps=eps, target=target)
     result = jax.ShapeDtypeStruct(add.shape, add.dtype)
-    norms = (norm_weight,) if update_weight is None else (norm_weight, update_weight)
     generate_code(x, weight, weight.shape[0], target, weight.shape[0] // funnel_native.handlers().UNIT)
     return native_calls.call(
-        "funnel_linear_add_norm", (result, result), x, weight.packed, add, *norms, eps=float(eps), target=target
+        "funnel_linear_add_norm",
+        (result, result),
+        x,
+        weight.packed,
+        add,
+        norm_weight,
+        *extras,
+        eps=float(eps),
+        scaled=scale is not None,
+        target=target,
     )
 
 

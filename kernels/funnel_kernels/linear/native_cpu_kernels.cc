@@ -39,10 +39,10 @@ void store_product_as(const float* tile, int64_t tile_stride, int64_t rows, int6
   }
 }
 
-template <typename Activate, typename Out>
-void store_gated_as(const float* gate, const float* up, int64_t tile_stride, int64_t rows, int64_t columns, Out* out,
-                    int64_t stride) {
-  for (int64_t i = 0; i < rows; ++i, gate += tile_stride, up += tile_stride, out += stride) {
+template <typename Activate, typename Up, typename Out>
+void store_gated_as(const float* gate, int64_t tile_stride, const Up* up, int64_t up_stride, int64_t rows,
+                    int64_t columns, Out* out, int64_t stride) {
+  for (int64_t i = 0; i < rows; ++i, gate += tile_stride, up += up_stride, out += stride) {
     store_row(out, columns, [&](int64_t j, int64_t count) {
       return Activate()(load_some(gate + j, count)) * load_some(up + j, count);
     });
@@ -91,15 +91,19 @@ void store_product(const float* tile, int64_t tile_stride, int64_t rows, int64_t
   });
 }
 
-void store_gated(const float* gate, const float* up, int64_t tile_stride, int64_t rows, int64_t columns,
-                 Activation activation, void* out, bool out_is_bfloat16, int64_t stride) {
-  choose(out_is_bfloat16, [&](auto out_element) {
-    auto* to = static_cast<decltype(out_element)*>(out);
-    if (activation == Activation::silu) {
-      store_gated_as<Silu>(gate, up, tile_stride, rows, columns, to, stride);
-    } else {
-      store_gated_as<Gelu>(gate, up, tile_stride, rows, columns, to, stride);
-    }
+void store_gated(const float* gate, int64_t tile_stride, const void* up, bool up_is_bfloat16, int64_t up_stride,
+                 int64_t rows, int64_t columns, Activation activation, void* out, bool out_is_bfloat16,
+                 int64_t stride) {
+  choose(up_is_bfloat16, [&](auto up_element) {
+    choose(out_is_bfloat16, [&](auto out_element) {
+      auto* from = static_cast<const decltype(up_element)*>(up);
+      auto* to = static_cast<decltype(out_element)*>(out);
+      if (activation == Activation::silu) {
+        store_gated_as<Silu>(gate, tile_stride, from, up_stride, rows, columns, to, stride);
+      } else {
+        store_gated_as<Gelu>(gate, tile_stride, from, up_stride, rows, columns, to, stride);
+      }
+    });
   });
 }
 

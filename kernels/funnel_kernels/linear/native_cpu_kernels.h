@@ -19,9 +19,11 @@ FUNNEL_KERNEL(void, store_product, const float* tile, int64_t tile_stride, int64
 enum class Activation { gelu_tanh, silu };
 constexpr int64_t kActivations = 2;
 
-// out = activation(gate) * up in float32, rounded once; shapes and strides as in store_product.
-FUNNEL_KERNEL(void, store_gated, const float* gate, const float* up, int64_t tile_stride, int64_t rows, int64_t columns,
-              Activation activation, void* out, bool out_is_bfloat16, int64_t stride)
+// out = activation(gate) * up in float32, rounded once; shapes and strides as in store_product. up has `up_stride`
+// elements from row to row; it is bfloat16 if told so and else float32.
+FUNNEL_KERNEL(void, store_gated, const float* gate, int64_t tile_stride, const void* up, bool up_is_bfloat16,
+              int64_t up_stride, int64_t rows, int64_t columns, Activation activation, void* out, bool out_is_bfloat16,
+              int64_t stride)
 
 // One attention head of each row: its RMSNorm with `factor` [head_dim], unless that is null, then RoPE, which turns the
 // pairs (j, j + head_dim / 2) by the angles whose cosines and sines are cos, sin [rows, head_dim / 2], unless those are

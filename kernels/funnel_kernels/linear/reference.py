@@ -48,8 +48,9 @@ def refuse_derivative(arrays: tuple[jax.Array, ...], directions: tuple[jax.Array
     raise InputError("the product with int8 weights has no derivative; train float weights, then quantize them")
 
 
-def gated_linear(x: Rows, weight: Weight, *, activation: str) -> Rows:
-    gate, up = jnp.split(linear(x, weight, None), 2, axis=1)
+def gated_linear(x: Rows, weight: Weight, up: Rows | None, *, activation: str) -> Rows:
+    product = linear(x, weight, None)
+    gate, up = jnp.split(product, 2, axis=1) if up is None else (product, widened(up))
     return (activate(gate, activation) * up).astype(x.dtype)
 
 
@@ -63,10 +64,11 @@ def linear_add_norm(
     add: Rows,
     norm_weight: Vector,
     update_weight: Vector | None,
+    scale: Vector | None,
     *,
     eps: float,
 ) -> tuple[Rows, Rows]:
-    return add_norm.add_norm(add, linear(x, weight, None), norm_weight, update_weight, eps=eps)
+    return add_norm.add_norm(add, linear(x, weight, None), norm_weight, update_weight, scale, eps=eps)
 
 
 def project_heads(

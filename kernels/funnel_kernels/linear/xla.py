@@ -28,12 +28,13 @@ def linear(x: Rows, weight: Weight, add: Rows | None, *, target: Target) -> Rows
     return (add + product).astype(add.dtype)
 
 
-def gated_linear(x: Rows, weight: Weight, *, activation: str, target: Target) -> Rows:
+def gated_linear(x: Rows, weight: Weight, up: Rows | None, *, activation: str, target: Target) -> Rows:
     # On a CPU float32 costs nothing. An accelerator writes gate and up, the largest arrays, to memory and reads them
     # again, so there they are rounded to the dtype of the activations, as in transformers.
     product = project(x, weight, sum_dtype(x.dtype) if target.platform == "cpu" else x.dtype)
     # Split before the cast: otherwise XLA writes the whole array as float32.
-    gate, up = (widened(half) for half in jnp.split(product, 2, axis=1))
+    halves = jnp.split(product, 2, axis=1) if up is None else (product, up)
+    gate, up = map(widened, halves)
     return (activate(gate, activation) * up).astype(x.dtype)
 
 
@@ -43,17 +44,20 @@ def linear_add_norm(
     add: Rows,
     norm_weight: Vector,
     update_weight: Vector | None,
+    scale: Vector | None,
     *,
     eps: float,
     target: Target,
 ) -> tuple[Rows, Rows]:
     if target.platform == "cpu":  # `add_norm` computes the sum in float32
         product = project(x, weight, sum_dtype(x.dtype))
-        return add_norm(add, product, norm_weight, update_weight=update_weight, eps=eps, target=target)
+        return add_norm(add, product, norm_weight, update_weight=update_weight, scale=scale, eps=eps, target=target)
     if update_weight is None:
         total = linear(x, weight, add, target=target)
     else:
         total = add + rms_norm(project(x, weight, sum_dtype(x.dtype)), update_weight, eps).astype(add.dtype)
+    if scale is not None:
+        total = (total * widened(scale)).astype(add.dtype)
     return add_norm(total, None, norm_weight, eps=eps, target=target)
 
 

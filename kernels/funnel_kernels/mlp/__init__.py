@@ -20,6 +20,7 @@ def mlp(
     norm_weight: jax.Array,  # [D]
     *,
     update_weight: jax.Array | None = None,  # [D]
+    scale: jax.Array | None = None,  # [1]
     activation: str,
     eps: float,
     axis: str | None = None,
@@ -39,7 +40,7 @@ def mlp(
         normed: its norm, in the same dtype.
         gate_up, down: as `prepare` returns them for the target; gate_up with `parts=2`.
         activation: see `gated_linear`.
-        norm_weight, update_weight, eps, axis: see `linear_add_norm`.
+        norm_weight, update_weight, scale, eps, axis: see `linear_add_norm`.
         one_block: all rows are one block on a CPU too. The derivative of blocks keeps the hidden rows of all of them.
         target: where it runs, and with which kernels.
 
@@ -51,7 +52,15 @@ def mlp(
     def block(x: Rows, normed: Rows) -> tuple[Rows, Rows]:
         hidden = gated_linear(normed, gate_up, activation=activation, target=target)
         return linear_add_norm(
-            hidden, down, x, norm_weight, update_weight=update_weight, eps=eps, axis=axis, target=target
+            hidden,
+            down,
+            x,
+            norm_weight,
+            update_weight=update_weight,
+            scale=scale,
+            eps=eps,
+            axis=axis,
+            target=target,
         )
 
     blocked = target.platform == "cpu" and not one_block

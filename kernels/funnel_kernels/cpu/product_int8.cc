@@ -7,10 +7,11 @@
 namespace funnel::FUNNEL_INSTRUCTION_SET {
 namespace {
 
-// Of weights. With kBlockRows, a block has 12 vectors of int32 sums and up to 12 of float32 ones. On Zen 4 twice as
-// many int32 sums, and float32 ones in memory, are slower by a tenth: a row of stores holds up the products after it.
+// Of weights. With kBlockRows, 12 vectors of int32 sums and up to 12 of float32 totals stay in registers. On Zen 4
+// twice as many sums, with the totals in memory, are 5 % slower: the products that follow wait for many stores in a
+// row.
 constexpr int kVectors = 2;
-constexpr int64_t kPassGroups = 6;  // most in a pass: in a core's first cache there is room for a block's weights
+constexpr int64_t kPassGroups = 6;  // most in a pass, so that a block's weights stay in a core's first cache
 constexpr int64_t kGroupWords = kGroup / 4;
 constexpr float kSmallest = 1e-30f;  // as SMALLEST in linear/reference.py
 
@@ -214,13 +215,13 @@ void multiply_int8(QuantizedRows x, int64_t rows, int64_t in_features, const voi
   for (int64_t group = 0; group < groups; group += pass) {
     const bool is_last = group + pass >= groups;
     const int64_t pass_words = smaller(pass * kGroupWords, words - group * kGroupWords);
-    // Of x too, in the next pass. Where in_features is large, x is not in a core's cache.
-    const auto* x_end = values(smaller(group + 2 * pass, groups));
-    Ahead ahead_of_x(values(group + pass), is_last ? 0 : (x_end - values(group + pass)) * sizeof(Value), all_blocks);
+    // The next pass also reads more of x, which is too large for a core's cache where in_features is large.
+    const int64_t next_group = smaller(group + pass, groups), next_end = smaller(next_group + pass, groups);
+    Ahead ahead_of_x(values(next_group), (next_end - next_group) * rows * kGroup * sizeof(Value), all_blocks);
     for (int64_t unit = 0; unit < units; ++unit) {
       const auto* scales = reinterpret_cast<const float*>(packed(unit, 0) + all_words);
       const auto* offsets = reinterpret_cast<const int32_t*>(scales + kUnit) + group * kUnit;
-      const void* following = unit + 1 < units ? packed(unit + 1, group) : is_last ? next : packed(0, group + pass);
+      const void* following = unit + 1 < units ? packed(unit + 1, group) : is_last ? next : packed(0, next_group);
       Ahead ahead(following, pass_words * kUnit * 4, all_blocks);
       for (int64_t column = 0; column < kUnit; column += kColumns) {
         blocks.for_each([&](auto block_rows, int64_t row) {

@@ -29,10 +29,14 @@ struct Sums {
     }
   }
 
-  // Adds the product of one input feature: of each row at x, and of one vector of its weights.
-  void add(const float* x, int64_t x_stride, int v, Floats weights) {
+  // Adds the product of one input feature: of each row at x, and of its weights.
+  void add(const float* x, int64_t x_stride, const Floats (&columns)[kVectors]) {
 #pragma GCC unroll 6
-    for (int r = 0; r < kRows; ++r) of[r][v] += x[r * x_stride] * weights;
+    for (int r = 0; r < kRows; ++r) {
+      const float value = x[r * x_stride];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) of[r][v] += value * columns[v];
+    }
   }
 
   void end(float* tile, int64_t stride) const {
@@ -57,12 +61,7 @@ struct Wide {
       Floats columns[kVectors];
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) columns[v] = load(from + v * kLanes);
-#pragma GCC unroll 6
-      for (int r = 0; r < kRows; ++r) {
-        const float value = x[r * x_stride + i];
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) sums.of[r][v] += value * columns[v];
-      }
+      sums.add(x + i, x_stride, columns);
     }
   }
 };
@@ -73,25 +72,22 @@ struct Narrow {
 
   template <int kRows>
   void multiply(const float* x, int64_t x_stride, int64_t features, const char* ahead, Sums<kRows>& sums) const {
-    int64_t i = 0;
-    for (; i + 1 < features; i += 2) {
+    const uint32_t* from = weights;
+    for (int64_t i = 0; i < features; i += 2, from += kUnit) {
       fetch(ahead, i);
+      Floats columns[kVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) columns[v] = (Floats)(pairs_at(from, v) << 16);
+      sums.add(x + i, x_stride, columns);
+      if (i + 1 == features) break;
       fetch(ahead, i + 1);
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        const Words pairs = pairs_at(i, v);
-        sums.add(x + i, x_stride, v, (Floats)(pairs << 16));
-        sums.add(x + i + 1, x_stride, v, (Floats)(pairs & 0xffff0000));
-      }
+      for (int v = 0; v < kVectors; ++v) columns[v] = (Floats)(pairs_at(from, v) & 0xffff0000);
+      sums.add(x + i + 1, x_stride, columns);
     }
-    if (i == features) return;
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) sums.add(x + i, x_stride, v, (Floats)(pairs_at(i, v) << 16));
   }
 
-  Words pairs_at(int64_t feature, int v) const {
-    return *reinterpret_cast<const WordsAt*>(weights + feature / 2 * kUnit + v * kLanes);
-  }
+  static Words pairs_at(const uint32_t* from, int v) { return *reinterpret_cast<const WordsAt*>(from + v * kLanes); }
 };
 
 // The rows of a tile, kColumns columns wide.

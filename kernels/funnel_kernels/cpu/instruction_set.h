@@ -1,9 +1,9 @@
 // Chooses which of a kernel's compiled forms runs on this machine.
 //
 // A kernel's source (*_kernels.cc) is compiled once for each instruction set, into a namespace of that name (simd.h).
-// Its header declares all of them with FUNNEL_KERNEL; FUNNEL_BEST(name) is the one for this machine. Such sources must
-// not use inline functions of the standard library: the linker keeps one copy of each, which may be one that older
-// machines cannot run.
+// Its header declares all of them with FUNNEL_KERNEL; FUNNEL_FORM(name, set) is the one for an instruction set, and
+// FUNNEL_BEST(name) the one for this machine. Such sources must not use inline functions of the standard library: the
+// linker keeps one copy of each, which may be one that older machines cannot run.
 #pragma once
 
 #include <string>
@@ -36,11 +36,16 @@ void limit_onednn();
   namespace avx512 {                     \
   result name(__VA_ARGS__);              \
   }                                      \
+  namespace avx512_vnni {                \
+  result name(__VA_ARGS__);              \
+  }                                      \
   namespace avx512_bf16 {                \
   result name(__VA_ARGS__);              \
   }
 
-#define FUNNEL_BEST(name)                                                                             \
-  (::funnel::instruction_set() >= ::funnel::InstructionSet::avx512_bf16 ? ::funnel::avx512_bf16::name \
-   : ::funnel::instruction_set() >= ::funnel::InstructionSet::avx512    ? ::funnel::avx512::name      \
-                                                                        : ::funnel::avx2::name)
+#define FUNNEL_FORM(name, set)                                                  \
+  ((set) >= ::funnel::InstructionSet::avx512_bf16 ? ::funnel::avx512_bf16::name \
+   : (set) >= ::funnel::InstructionSet::avx512    ? ::funnel::avx512::name      \
+                                                  : ::funnel::avx2::name)
+
+#define FUNNEL_BEST(name) FUNNEL_FORM(name, ::funnel::instruction_set())

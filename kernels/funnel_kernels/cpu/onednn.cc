@@ -116,22 +116,23 @@ void multiply_bfloat16(const void* x, int64_t rows, int64_t in_features, const v
 }
 
 // One group of one unit at a time: only these lie one after another. The rows of x have to as well, or else oneDNN has
-// nothing but its reference.
+// nothing but its reference, so those of a group with fewer features are copied.
 void multiply_int8(const QuantizedRows& x, int64_t rows, int64_t in_features, const void* weights, int64_t units,
                    float* tile) {
   thread_local Scratch dense, sums;
-  auto* x_of_group = dense.at_least<char>(rows * kGroup);
   auto* group_sums = sums.at_least<int32_t>(rows * kUnit);
   for (int64_t group = 0; group < groups_of(in_features); ++group) {
     const int64_t features = features_of_group(group, in_features);
-    const char* values = static_cast<const char*>(x.values) + group * kGroup;
-    for (int64_t row = 0; row < rows; ++row) {
-      std::memcpy(x_of_group + row * features, values + row * x.value_stride, features);
+    const char* values = static_cast<const char*>(x.values) + group * rows * kGroup;
+    if (features < kGroup) {
+      auto* copy = dense.at_least<char>(rows * features);
+      for (int64_t row = 0; row < rows; ++row) std::memcpy(copy + row * features, values + row * kGroup, features);
+      values = copy;
     }
     const auto& product = matmul(rows, 1, features, Dtype::int8);
     for (int64_t unit = 0; unit < units; ++unit) {
       const char* packed = static_cast<const char*>(weights) + unit * unit_bytes(in_features, Dtype::int8);
-      product.run(x_of_group, packed + group * kGroup * kUnit, group_sums);
+      product.run(values, packed + group * kGroup * kUnit, group_sums);
       avx512_vnni::add_group(group_sums, x, rows, in_features, group, packed, tile + unit * kUnit, units * kUnit);
     }
   }

@@ -35,12 +35,11 @@ enum class Kernel { float32, bfloat16, int8, onednn };
 
 std::atomic<bool> onednn_is_preferred{false};
 
-Kernel kernel_for(const Product& product) {
-  const InstructionSet set = instruction_set();
+Kernel kernel_for(const Product& product, InstructionSet set) {
   const bool has_amx = set == InstructionSet::amx || (onednn_is_preferred && set == InstructionSet::avx512_bf16);
   if (product.weights_dtype == Dtype::int8) return has_amx ? Kernel::onednn : Kernel::int8;
-  const bool in_bfloat16 = product.is_bfloat16 && product.weights_dtype == Dtype::bfloat16 && multiplies_bfloat16() &&
-                           product.in_features % 2 == 0;
+  const bool in_bfloat16 = product.is_bfloat16 && product.weights_dtype == Dtype::bfloat16 &&
+                           set >= InstructionSet::avx512_bf16 && product.in_features % 2 == 0;
   return in_bfloat16 ? has_amx ? Kernel::onednn : Kernel::bfloat16 : Kernel::float32;
 }
 
@@ -86,63 +85,61 @@ struct Tiling {
   }
 };
 
-// x as the product reads it: as it is, or quantized.
+// x as the product reads it: as it is, or quantized, one tile after another.
 struct Rows {
-  QuantizedRows quantized{};
+  int64_t row_bytes = 0, row_groups = 0;
   Memory values, scales;
 
-  Rows(ffi::ThreadPool& pool, int64_t threads, const Product& product, Kernel kernel) {
+  Rows(ffi::ThreadPool& pool, int64_t threads, const Product& product, InstructionSet set, const Tiling& tiling) {
     if (product.weights_dtype != Dtype::int8) return;
-    const bool for_onednn = kernel == Kernel::onednn;
-    const int64_t groups = groups_of(product.in_features);
-    const int64_t stride = for_onednn ? avx512_vnni::quantized_bytes(product.in_features)
-                                      : FUNNEL_BEST_INT8(quantized_bytes)(product.in_features);
-    values = allocate(static_cast<size_t>(product.rows * stride));
-    scales = allocate(static_cast<size_t>(product.rows * groups) * sizeof(float));
-    quantized = {values.get(), stride, static_cast<float*>(scales.get())};
-    const int64_t block = std::max<int64_t>(1, kQuantizedTogether / product.in_features);
-    parallel_for(pool, threads, (product.rows + block - 1) / block, [&](int64_t index) {
-      const int64_t first = index * block, rows = std::min(block, product.rows - first);
-      const char* from = static_cast<const char*>(product.x) + first * product.in_features * product.element();
-      const auto run = for_onednn ? avx512_vnni::quantize : FUNNEL_BEST_INT8(quantize);
-      run(from, product.is_bfloat16, rows, product.in_features, from_row(first, product.in_features));
+    row_bytes = FUNNEL_INT8_FORM(quantized_bytes, set)(product.in_features);
+    row_groups = groups_of(product.in_features);
+    values = allocate(static_cast<size_t>(product.rows * row_bytes));
+    scales = allocate(static_cast<size_t>(product.rows * row_groups) * sizeof(float));
+    const int64_t together = std::max<int64_t>(1, kQuantizedTogether / product.in_features);
+    const int64_t parts = (tiling.tile_rows + together - 1) / together;  // of a tile
+    parallel_for(pool, threads, tiling.row_tiles * parts, [&](int64_t index) {
+      const int64_t row = index / parts * tiling.tile_rows, rows = std::min(tiling.tile_rows, product.rows - row);
+      const int64_t first = index % parts * together, end = std::min(first + together, rows);
+      FUNNEL_INT8_FORM(quantize, set)
+      (product.row(row), product.is_bfloat16, first, end, rows, product.in_features, quantized(row));
     });
   }
 
-  QuantizedRows from_row(int64_t row, int64_t in_features) const {
-    return {static_cast<char*>(quantized.values) + row * quantized.value_stride, quantized.value_stride,
-            quantized.scales + row * groups_of(in_features)};
+  // Those of the tile that begins with this row.
+  QuantizedRows quantized(int64_t row) const {
+    return {static_cast<char*>(values.get()) + row * row_bytes, static_cast<float*>(scales.get()) + row * row_groups};
   }
 };
 
 // The products of a tile with each part of the weights; `next_unit` is where the next tile's weights begin.
-void multiply_tile(const Product& product, const Rows& rows_of_x, Kernel kernel, int64_t unit, int64_t next_unit,
-                   Tile& tile) {
+void multiply_tile(const Product& product, const Rows& rows_of_x, Kernel kernel, InstructionSet set, int64_t unit,
+                   int64_t next_unit, Tile& tile) {
   const int64_t units = tile.stride / kUnit, rows = tile.rows, in_features = product.in_features;
   const auto packed = [&](int64_t part, int64_t of_unit) {
     return static_cast<const char*>(product.weights) + part * product.part_bytes() +
            of_unit * unit_bytes(in_features, product.weights_dtype);
   };
-  const void* x = static_cast<const char*>(product.x) + tile.row * in_features * product.element();
+  const void* x = product.row(tile.row);
   const float* wide = static_cast<const float*>(x);
   if (kernel == Kernel::float32 && product.is_bfloat16) {
     auto* widened = scratch(kRows).at_least<float>(rows * in_features);
-    FUNNEL_BEST(widen)(x, rows * in_features, widened);
+    FUNNEL_FORM(widen, set)(x, rows * in_features, widened);
     wide = widened;
   }
-  const QuantizedRows quantized = rows_of_x.from_row(tile.row, in_features);
+  const QuantizedRows quantized = rows_of_x.quantized(tile.row);
   for (int64_t part = 0; part < product.parts; ++part) {
     auto* result = scratch(kTile + part).at_least<float>(rows * tile.stride);
     const void* weights = packed(part, unit);
     const void* next = part + 1 < product.parts ? packed(part + 1, unit) : packed(0, next_unit);
     if (kernel == Kernel::float32) {
-      FUNNEL_BEST(multiply_float32)
+      FUNNEL_FORM(multiply_float32, set)
       (wide, rows, in_features, weights, product.weights_dtype == Dtype::bfloat16, units, next,
        scratch(kPanelOfWeights).at_least<float>(kPanel), result);
     } else if (kernel == Kernel::bfloat16) {
       avx512_bf16::multiply(x, rows, in_features, weights, units, next, result);
     } else if (kernel == Kernel::int8) {
-      FUNNEL_BEST_INT8(multiply_int8)(quantized, rows, in_features, weights, units, next, result);
+      FUNNEL_INT8_FORM(multiply_int8, set)(quantized, rows, in_features, weights, units, next, result);
     } else if (product.weights_dtype == Dtype::int8) {
       onednn::multiply_int8(quantized, rows, in_features, weights, units, result);
     } else {
@@ -157,9 +154,10 @@ void multiply_tile(const Product& product, const Rows& rows_of_x, Kernel kernel,
 ffi::Error by_tiles(ffi::ThreadPool& pool, int64_t threads, const Product& product,
                     const std::function<void(const Tile&)>& finish) {
   try {
-    const Kernel kernel = kernel_for(product);  // asked once, because the instruction set may be limited meanwhile
+    const InstructionSet set = instruction_set();  // asked once, because it may be limited meanwhile
+    const Kernel kernel = kernel_for(product, set);
     const Tiling tiling(product, threads);
-    const Rows rows_of_x(pool, threads, product, kernel);
+    const Rows rows_of_x(pool, threads, product, set, tiling);
     const int64_t tiles = tiling.row_tiles * tiling.column_tiles;
     std::atomic<bool> failed{false};
 
@@ -173,7 +171,7 @@ ffi::Error by_tiles(ffi::ThreadPool& pool, int64_t threads, const Product& produ
         // Threads take tiles in turns, so this thread's next tile is probably `threads` tiles further on.
         const int64_t next_tile = tiling.tile_at(std::min(index + clamp_threads(threads), tiles - 1)).second;
         Tile tile = {{}, units * kUnit, row, rows, column, columns};
-        multiply_tile(product, rows_of_x, kernel, unit, next_tile * tiling.tile_units, tile);
+        multiply_tile(product, rows_of_x, kernel, set, unit, next_tile * tiling.tile_units, tile);
         finish(tile);
       } catch (const std::exception&) {
         failed = true;
@@ -196,7 +194,7 @@ bool suits_whole_rows(int64_t rows, int64_t out_features, int64_t in_features, D
 void prepare_product(int64_t rows, int64_t out_features, int64_t in_features, bool is_bfloat16, Dtype weights,
                      int64_t step, int64_t threads) {
   const Product product = {nullptr, nullptr, rows, in_features, out_features, 1, step, is_bfloat16, weights};
-  if (kernel_for(product) != Kernel::onednn) return;
+  if (kernel_for(product, instruction_set()) != Kernel::onednn) return;
   const Tiling tiling(product, threads);
   for (const int64_t tile_rows : {tiling.tile_rows, rows - (tiling.row_tiles - 1) * tiling.tile_rows}) {
     for (const int64_t units : {tiling.tile_units, tiling.all_units - (tiling.column_tiles - 1) * tiling.tile_units}) {

@@ -30,6 +30,7 @@ struct Product {
   Dtype weights_dtype;
 
   int64_t element() const { return is_bfloat16 ? 2 : 4; }  // bytes of one of x
+  const void* row(int64_t of_x) const { return static_cast<const char*>(x) + of_x * in_features * element(); }
   int64_t part_bytes() const { return units_of(out_features) * unit_bytes(in_features, weights_dtype); }
 };
 

@@ -3,25 +3,21 @@
 #include <immintrin.h>
 
 #include "cpu/packed_weight.h"
+#include "cpu/product_blocks.h"
 
 namespace funnel::avx512_bf16 {
 namespace {
 
 constexpr int kLanes = 16;                // floats, or pairs of bfloat16, in a vector
-constexpr int kVectors = kUnit / kLanes;  // of weights
-constexpr int kBlockRows = 6;             // with kVectors, 24 vectors of sums
-constexpr int64_t kFetchingBlocks = 3;    // with at least this many there is time to fetch while multiplying
+constexpr int kVectors = kUnit / kLanes;  // of weights; with kBlockRows, 24 vectors of sums
 constexpr int64_t kPairs = 512;           // most in a pass, whose part of x and weights stays in a core's cache
-
-// Not std::min: the linker could give other sources this file's copy, which older processors cannot run.
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 typedef uint32_t Pair __attribute__((aligned(2), may_alias));  // two bfloat16
 
 // Columns [0, pairs) of kRows rows of x, `x_stride` pairs apart, times one unit of weights. The tile is added to,
-// unless it is `fresh`. With each pair a cache line of `ahead` is fetched, if that is not null.
+// unless it is `fresh`. With each pair a line of `ahead` is fetched.
 template <int kRows>
-void multiply_rows(const Pair* x, int64_t x_stride, int64_t pairs, const Pair* weights, const Pair* ahead, bool fresh,
+void multiply_rows(const Pair* x, int64_t x_stride, int64_t pairs, const Pair* weights, const char* ahead, bool fresh,
                    float* tile, int64_t tile_stride) {
   __m512 sums[kRows][kVectors] = {};
   if (!fresh) {
@@ -32,7 +28,7 @@ void multiply_rows(const Pair* x, int64_t x_stride, int64_t pairs, const Pair* w
     }
   }
   for (int64_t i = 0; i < pairs; ++i, weights += kUnit) {
-    if (ahead != nullptr) _mm_prefetch(reinterpret_cast<const char*>(ahead + i * kLanes), _MM_HINT_T1);
+    fetch(ahead, i);
     __m512bh columns[kVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) columns[v] = (__m512bh)_mm512_loadu_si512(weights + v * kLanes);
@@ -50,23 +46,14 @@ void multiply_rows(const Pair* x, int64_t x_stride, int64_t pairs, const Pair* w
   }
 }
 
-// The same for any number of rows up to kRows.
-template <int kRows, typename... Arguments>
-void multiply_up_to(int64_t rows, Arguments... arguments) {
-  if constexpr (kRows > 1) {
-    if (rows < kRows) return multiply_up_to<kRows - 1>(rows, arguments...);
-  }
-  multiply_rows<kRows>(arguments...);
-}
-
 }  // namespace
 
 void multiply(const void* x, int64_t rows, int64_t in_features, const void* weights, int64_t units, const void* next,
               float* tile) {
   const int64_t depth = in_features / 2, stride = units * kUnit;
   const int64_t unit_words = words_of(in_features, Dtype::bfloat16) * kUnit;
-  const int64_t passes = (depth + kPairs - 1) / kPairs, pass = (depth + passes - 1) / passes;
-  const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows, block = (rows + blocks - 1) / blocks;
+  const int64_t passes = divide_up(depth, kPairs), pass = divide_up(depth, passes);
+  const Blocks blocks(rows);
   const auto packed = [&](int64_t unit, int64_t first) {
     return static_cast<const Pair*>(weights) + unit * unit_words + first * kUnit;
   };
@@ -74,16 +61,14 @@ void multiply(const void* x, int64_t rows, int64_t in_features, const void* weig
     const auto* from = static_cast<const Pair*>(x) + first;
     const int64_t pairs = smaller(pass, depth - first);
     for (int64_t unit = 0; unit < units; ++unit) {
-      const Pair* ahead = unit + 1 < units       ? packed(unit + 1, first)
-                          : first + pass < depth ? packed(0, first + pass)
-                                                 : static_cast<const Pair*>(next);
-      for (int64_t row = 0, part = 0; row < rows; row += block, ++part) {
-        // What comes next has kVectors lines for each pair, so the first kVectors blocks of rows fetch all of it.
-        const bool fetches = blocks >= kFetchingBlocks && part < kVectors;
-        multiply_up_to<kBlockRows>(smaller(block, rows - row), from + row * depth, depth, pairs, packed(unit, first),
-                                   fetches ? ahead + part * pairs * kLanes : nullptr, first == 0,
-                                   tile + row * stride + unit * kUnit, stride);
-      }
+      const Pair* following = unit + 1 < units       ? packed(unit + 1, first)
+                              : first + pass < depth ? packed(0, first + pass)
+                                                     : static_cast<const Pair*>(next);
+      Ahead ahead(following, pairs * kUnit * 4, blocks.count);
+      blocks.for_each([&](auto block_rows, int64_t row) {
+        multiply_rows<block_rows.value>(from + row * depth, depth, pairs, packed(unit, first), ahead.take(pairs),
+                                        first == 0, tile + row * stride + unit * kUnit, stride);
+      });
     }
   }
 }

@@ -1,22 +1,21 @@
 #include "cpu/product_int8.h"
 
 #include "cpu/packed_weight.h"
+#include "cpu/product_blocks.h"
 #include "cpu/simd.h"
 
 namespace funnel::FUNNEL_INSTRUCTION_SET {
 namespace {
 
-constexpr int kBlockRows = 6;  // with kVectors, as many sums as fit into the registers
-constexpr int kVectors = kLanes == 16 ? 4 : 2;
-constexpr int64_t kLine = 64;           // bytes
-constexpr int64_t kFetchingBlocks = 3;  // with at least this many, one after another, there is time to fetch
+// Of weights. With kBlockRows, 12 vectors of int32 sums and up to 12 of float32 totals stay in registers. On Zen 4
+// twice as many sums, with the totals in memory, are 5 % slower: the products that follow wait for many stores in a
+// row.
+constexpr int kVectors = 2;
+constexpr int64_t kPassGroups = 6;  // most in a pass, so that a block's weights stay in a core's first cache
 constexpr int64_t kGroupWords = kGroup / 4;
 constexpr float kSmallest = 1e-30f;  // as SMALLEST in linear/reference.py
 
 typedef int32_t IntsAt __attribute__((vector_size(4 * FUNNEL_LANES), aligned(4), may_alias));
-
-// Not std::min, see instruction_set.h.
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 #ifdef __AVX512VNNI__
 
@@ -114,110 +113,125 @@ float largest(const Element* x, int64_t count) {
   return value;
 }
 
+// The groups of a row, in a tile of `rows`.
 template <typename Element>
-void quantize_row(const Element* x, int64_t in_features, Value* values, float* scales) {
-  for (int64_t first = 0; first < in_features; first += kGroup, ++scales) {
+void quantize_row(const Element* x, int64_t in_features, int64_t rows, Value* values, float* scales) {
+  for (int64_t first = 0; first < in_features; first += kGroup, values += rows * kGroup, scales += rows) {
     const int64_t count = smaller(kGroup, in_features - first);
     const float most = largest(x + first, count);
     const bool is_zero = most < kSmallest;
     *scales = is_zero ? 0.0f : most / 127.0f;
     const float inverse = is_zero ? 0.0f : 127.0f / most;
-    for (int64_t i = first; i < first + count; i += kLanes) {
-      store_values(values + i, round_to_nearest(load_some(x + i, in_features - i) * inverse));
+    for (int64_t i = 0; i < count; i += kLanes) {
+      store_values(values + i, round_to_nearest(load_some(x + first + i, count - i) * inverse));
     }
   }
 }
 
-// kColumns columns of kRows rows, one group of input features: `words` times four. With each word a cache line of
-// `ahead` is fetched, if that is not null.
+// kColumns columns of kRows rows of x, whose tile has `x_rows`; a pass of input features, `words` times four. With each
+// word a line of `ahead` is fetched. The tile is added to, unless the pass is `fresh`, and in the last pass multiplied
+// with the `scales` of the columns, which are null before.
 template <int kRows>
-void multiply_rows(const Value* x, int64_t x_stride, const float* x_scales, int64_t x_groups, int64_t words,
-                   const int8_t* weights, const int32_t* offsets, const float* scales, const char* ahead, bool fresh,
-                   float* tile, int64_t tile_stride) {
-  Ints sums[kRows][kVectors];
-#pragma GCC unroll 6
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) sums[r][v] = first_sums(offsets, v);
-  }
-  for (int64_t i = 0; i < words; ++i, weights += kUnit * 4) {
-    if (ahead != nullptr) _mm_prefetch(ahead + i * kLine, _MM_HINT_T1);
-    Ints columns[kVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) columns[v] = weights_at(weights, v);
+void multiply_rows(const Value* x, const float* x_scales, int64_t x_rows, int64_t words, const int8_t* weights,
+                   const int32_t* offsets, const float* scales, const char* ahead, bool fresh, float* tile,
+                   int64_t tile_stride) {
+  Floats totals[kRows][kFloatVectors] = {};
+  if (!fresh) {
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) {
-      const FourValues four = *reinterpret_cast<const FourValues*>(x + r * x_stride + i * 4);
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sums[r][v] = add_products(sums[r][v], four, columns[v]);
+#pragma GCC unroll 2
+      for (int v = 0; v < kFloatVectors; ++v) totals[r][v] = load(tile + r * tile_stride + v * kLanes);
     }
+  }
+  for (int64_t first = 0; first < words; first += kGroupWords) {
+    Ints sums[kRows][kVectors];
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) sums[r][v] = first_sums(offsets, v);
+    }
+    const int64_t group_words = smaller(kGroupWords, words - first);
+    for (int64_t i = 0; i < group_words; ++i, weights += kUnit * 4) {
+      fetch(ahead, first + i);
+      Ints columns[kVectors];
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) columns[v] = weights_at(weights, v);
+#pragma GCC unroll 6
+      for (int r = 0; r < kRows; ++r) {
+        const FourValues four = *reinterpret_cast<const FourValues*>(x + r * kGroup + i * 4);
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) sums[r][v] = add_products(sums[r][v], four, columns[v]);
+      }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+      for (int v = 0; v < kFloatVectors; ++v) {
+        totals[r][v] += __builtin_convertvector(column_sums(sums[r], v), Floats) * x_scales[r];
+      }
+    }
+    x += x_rows * kGroup;
+    x_scales += x_rows;
+    offsets += kUnit;
   }
 #pragma GCC unroll 6
   for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
+#pragma GCC unroll 2
     for (int v = 0; v < kFloatVectors; ++v) {
-      float* to = tile + r * tile_stride + v * kLanes;
-      const Floats sum = __builtin_convertvector(column_sums(sums[r], v), Floats) * x_scales[r * x_groups];
-      const Floats before = fresh ? Floats{} : load(to);
-      store(to, multiply_add(sum, load(scales + v * kLanes), before));
+      const Floats total = totals[r][v];
+      store(tile + r * tile_stride + v * kLanes, scales ? total * load(scales + v * kLanes) : total);
     }
   }
-}
-
-// The same for any number of rows up to kRows.
-template <int kRows, typename... Arguments>
-void multiply_up_to(int64_t rows, Arguments... arguments) {
-  if constexpr (kRows > 1) {
-    if (rows < kRows) return multiply_up_to<kRows - 1>(rows, arguments...);
-  }
-  multiply_rows<kRows>(arguments...);
 }
 
 }  // namespace
 
-// The end of a row is written in whole vectors, and read in words of four values.
 int64_t quantized_bytes(int64_t in_features) {
-  return round_up(in_features, kLanes) * static_cast<int64_t>(sizeof(Value));
+  return groups_of(in_features) * kGroup * static_cast<int64_t>(sizeof(Value));
 }
 
-void quantize(const void* x, bool is_bfloat16, int64_t rows, int64_t in_features, QuantizedRows to) {
+void quantize(const void* x, bool is_bfloat16, int64_t first, int64_t end, int64_t rows, int64_t in_features,
+              QuantizedRows to) {
   choose(is_bfloat16, [&](auto element) {
-    for (int64_t i = 0; i < rows; ++i) {
-      quantize_row(static_cast<const decltype(element)*>(x) + i * in_features, in_features,
-                   reinterpret_cast<Value*>(static_cast<char*>(to.values) + i * to.value_stride),
-                   to.scales + i * groups_of(in_features));
+    for (int64_t i = first; i < end; ++i) {
+      quantize_row(static_cast<const decltype(element)*>(x) + i * in_features, in_features, rows,
+                   static_cast<Value*>(to.values) + i * kGroup, to.scales + i);
     }
   });
 }
 
 void multiply_int8(QuantizedRows x, int64_t rows, int64_t in_features, const void* weights, int64_t units,
                    const void* next, float* tile) {
-  const int64_t words = (in_features + 3) / 4, groups = groups_of(in_features), stride = units * kUnit;
-  const int64_t all_words = words_of(in_features, Dtype::int8) * kUnit * 4,
-                unit_size = unit_bytes(in_features, Dtype::int8);
-  const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows, block = (rows + blocks - 1) / blocks;
-  const int64_t x_stride = x.value_stride / static_cast<int64_t>(sizeof(Value)), lines = 4;  // of a word, in a unit
+  const int64_t words = divide_up(in_features, 4), groups = groups_of(in_features), stride = units * kUnit;
+  const int64_t passes = divide_up(groups, kPassGroups), pass = divide_up(groups, passes);
+  const int64_t unit_size = unit_bytes(in_features, Dtype::int8),
+                all_words = words_of(in_features, Dtype::int8) * kUnit * 4;
+  const Blocks blocks(rows);
+  const int64_t all_blocks = blocks.count * (kUnit / kColumns);
   const auto packed = [&](int64_t unit, int64_t group) {
     return static_cast<const int8_t*>(weights) + unit * unit_size + group * kGroupWords * kUnit * 4;
   };
-  for (int64_t group = 0; group < groups; ++group) {
-    const int64_t group_words = smaller(kGroupWords, words - group * kGroupWords);
+  const auto values = [&](int64_t group) { return static_cast<const Value*>(x.values) + group * rows * kGroup; };
+  for (int64_t group = 0; group < groups; group += pass) {
+    const bool is_last = group + pass >= groups;
+    const int64_t pass_words = smaller(pass * kGroupWords, words - group * kGroupWords);
+    // The next pass also reads more of x, which is too large for a core's cache where in_features is large.
+    const int64_t next_group = smaller(group + pass, groups), next_end = smaller(next_group + pass, groups);
+    Ahead ahead_of_x(values(next_group), (next_end - next_group) * rows * kGroup * sizeof(Value), all_blocks);
     for (int64_t unit = 0; unit < units; ++unit) {
       const auto* scales = reinterpret_cast<const float*>(packed(unit, 0) + all_words);
       const auto* offsets = reinterpret_cast<const int32_t*>(scales + kUnit) + group * kUnit;
-      const auto* ahead = reinterpret_cast<const char*>(unit + 1 < units     ? packed(unit + 1, group)
-                                                        : group + 1 < groups ? packed(0, group + 1)
-                                                                             : next);
-      int64_t fetched = blocks * (kUnit / kColumns) >= kFetchingBlocks ? 0 : lines;
+      const void* following = unit + 1 < units ? packed(unit + 1, group) : is_last ? next : packed(0, next_group);
+      Ahead ahead(following, pass_words * kUnit * 4, all_blocks);
       for (int64_t column = 0; column < kUnit; column += kColumns) {
-        for (int64_t row = 0; row < rows; row += block) {
-          const char* fetch = fetched < lines ? ahead + fetched++ * group_words * kLine : nullptr;
-          multiply_up_to<kBlockRows>(smaller(block, rows - row),
-                                     static_cast<const Value*>(x.values) + row * x_stride + group * kGroup, x_stride,
-                                     x.scales + row * groups + group, groups, group_words,
-                                     packed(unit, group) + column * 4, offsets + column, scales + column, fetch,
-                                     group == 0, tile + row * stride + unit * kUnit + column, stride);
-        }
+        blocks.for_each([&](auto block_rows, int64_t row) {
+          const char* weights_ahead = ahead.take(pass_words);
+          multiply_rows<block_rows.value>(values(group) + row * kGroup, x.scales + group * rows + row, rows, pass_words,
+                                          packed(unit, group) + column * 4, offsets + column,
+                                          is_last ? scales + column : nullptr,
+                                          weights_ahead ? weights_ahead : ahead_of_x.take(pass_words), group == 0,
+                                          tile + row * stride + unit * kUnit + column, stride);
+        });
       }
     }
   }
@@ -230,13 +244,14 @@ void add_group(const int32_t* sums, const QuantizedRows& x, int64_t rows, int64_
   const auto* scales =
       reinterpret_cast<const float*>(static_cast<const char*>(unit) + words_of(in_features, Dtype::int8) * kUnit * 4);
   const auto* offsets = reinterpret_cast<const int32_t*>(scales + kUnit) + group * kUnit;
-  const float* x_scales = x.scales + group;
-  for (int64_t row = 0; row < rows; ++row, sums += kUnit, tile += tile_stride, x_scales += groups_of(in_features)) {
+  const bool is_last = group + 1 == groups_of(in_features);
+  for (int64_t row = 0; row < rows; ++row, sums += kUnit, tile += tile_stride) {
+    const float x_scale = x.scales[group * rows + row];
     for (int64_t j = 0; j < kUnit; j += kLanes) {
       const Ints sum = *reinterpret_cast<const IntsAt*>(sums + j) + *reinterpret_cast<const IntsAt*>(offsets + j);
-      const Floats product = __builtin_convertvector(sum, Floats) * *x_scales;
       const Floats before = group == 0 ? Floats{} : load(tile + j);
-      store(tile + j, multiply_add(product, load(scales + j), before));
+      const Floats total = multiply_add(__builtin_convertvector(sum, Floats), broadcast(x_scale), before);
+      store(tile + j, is_last ? total * load(scales + j) : total);
     }
   }
 }

@@ -1,26 +1,21 @@
 #include "cpu/product_kernels.h"
 
 #include "cpu/packed_weight.h"
+#include "cpu/product_blocks.h"
 #include "cpu/simd.h"
 
 namespace funnel::FUNNEL_INSTRUCTION_SET {
 namespace {
 
-// The sums of a block of rows and a few vectors of columns stay in registers: 24 of AVX-512's 32, 12 of AVX2's 16.
-constexpr int kBlockRows = 6;
+// Of columns. With kBlockRows, the sums take 24 of AVX-512's 32 registers, and 12 of AVX2's 16.
 constexpr int kVectors = kLanes == 16 ? 4 : 2;
 constexpr int64_t kColumns = kVectors * kLanes;
 constexpr int64_t kPass = kPanel / kUnit;  // input features whose part of a unit stays in a core's cache
-constexpr int64_t kLine = 64;              // bytes
-constexpr int64_t kFetchingBlocks = 3;     // with at least this many, one after another, there is time to fetch
 // Up to this many blocks weights are widened in registers for each of them: stores and loads of the panel cost more. On
 // Zen 4 a text of 5 tokens is 1.5 times as fast with this, and one of 20 tokens 1.1 times.
 constexpr int64_t kMostBlocksInRegisters = 4;
 
 typedef uint32_t WordsAt __attribute__((vector_size(4 * FUNNEL_LANES), aligned(4), may_alias));
-
-// Not std::min, see instruction_set.h.
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 template <int kRows>
 struct Sums {
@@ -34,10 +29,14 @@ struct Sums {
     }
   }
 
-  // Adds the product of one input feature: of each row at x, and of one vector of its weights.
-  void add(const float* x, int64_t x_stride, int v, Floats weights) {
+  // Adds the product of one input feature: of each row at x, and of its weights.
+  void add(const float* x, int64_t x_stride, const Floats (&columns)[kVectors]) {
 #pragma GCC unroll 6
-    for (int r = 0; r < kRows; ++r) of[r][v] += x[r * x_stride] * weights;
+    for (int r = 0; r < kRows; ++r) {
+      const float value = x[r * x_stride];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) of[r][v] += value * columns[v];
+    }
   }
 
   void end(float* tile, int64_t stride) const {
@@ -49,8 +48,8 @@ struct Sums {
   }
 };
 
-// kColumns columns of a unit, whose weights are [features, kUnit] float32. With each feature a cache line of `ahead` is
-// fetched, if that is not null.
+// kColumns columns of a unit, whose weights are [features, kUnit] float32. With each feature a line of `ahead` is
+// fetched.
 struct Wide {
   const float* weights;
 
@@ -58,16 +57,11 @@ struct Wide {
   void multiply(const float* x, int64_t x_stride, int64_t features, const char* ahead, Sums<kRows>& sums) const {
     const float* from = weights;
     for (int64_t i = 0; i < features; ++i, from += kUnit) {
-      if (ahead != nullptr) _mm_prefetch(ahead + i * kLine, _MM_HINT_T1);
+      fetch(ahead, i);
       Floats columns[kVectors];
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) columns[v] = load(from + v * kLanes);
-#pragma GCC unroll 6
-      for (int r = 0; r < kRows; ++r) {
-        const float value = x[r * x_stride + i];
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) sums.of[r][v] += value * columns[v];
-      }
+      sums.add(x + i, x_stride, columns);
     }
   }
 };
@@ -78,27 +72,22 @@ struct Narrow {
 
   template <int kRows>
   void multiply(const float* x, int64_t x_stride, int64_t features, const char* ahead, Sums<kRows>& sums) const {
-    int64_t i = 0;
-    for (; i + 1 < features; i += 2) {
-      if (ahead != nullptr) {
-        _mm_prefetch(ahead + i * kLine, _MM_HINT_T1);
-        _mm_prefetch(ahead + (i + 1) * kLine, _MM_HINT_T1);
-      }
+    const uint32_t* from = weights;
+    for (int64_t i = 0; i < features; i += 2, from += kUnit) {
+      fetch(ahead, i);
+      Floats columns[kVectors];
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        const Words pairs = pairs_at(i, v);
-        sums.add(x + i, x_stride, v, (Floats)(pairs << 16));
-        sums.add(x + i + 1, x_stride, v, (Floats)(pairs & 0xffff0000));
-      }
+      for (int v = 0; v < kVectors; ++v) columns[v] = (Floats)(pairs_at(from, v) << 16);
+      sums.add(x + i, x_stride, columns);
+      if (i + 1 == features) break;
+      fetch(ahead, i + 1);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) columns[v] = (Floats)(pairs_at(from, v) & 0xffff0000);
+      sums.add(x + i + 1, x_stride, columns);
     }
-    if (i == features) return;
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) sums.add(x + i, x_stride, v, (Floats)(pairs_at(i, v) << 16));
   }
 
-  Words pairs_at(int64_t feature, int v) const {
-    return *reinterpret_cast<const WordsAt*>(weights + feature / 2 * kUnit + v * kLanes);
-  }
+  static Words pairs_at(const uint32_t* from, int v) { return *reinterpret_cast<const WordsAt*>(from + v * kLanes); }
 };
 
 // The rows of a tile, kColumns columns wide.
@@ -109,15 +98,6 @@ void multiply_rows(const Weights& weights, const float* x, int64_t x_stride, int
   sums.begin(fresh, tile, tile_stride);
   weights.multiply(x, x_stride, features, ahead, sums);
   sums.end(tile, tile_stride);
-}
-
-// The same for any number of rows up to kRows.
-template <int kRows, typename... Arguments>
-void multiply_up_to(int64_t rows, const Arguments&... arguments) {
-  if constexpr (kRows > 1) {
-    if (rows < kRows) return multiply_up_to<kRows - 1>(rows, arguments...);
-  }
-  multiply_rows<kRows>(arguments...);
 }
 
 // `features` features of a unit of bfloat16 as float32, [features, kUnit].
@@ -136,10 +116,10 @@ void widen_unit(const uint32_t* pairs, int64_t features, float* panel) {
 void multiply_float32(const float* x, int64_t rows, int64_t in_features, const void* weights, bool weights_are_bfloat16,
                       int64_t units, const void* next, float* panel, float* tile) {
   const Dtype dtype = weights_are_bfloat16 ? Dtype::bfloat16 : Dtype::float32;
-  const int64_t per_word = weights_are_bfloat16 ? 2 : 1, lines = 4 / per_word;  // of a feature, in a unit
+  const int64_t per_word = weights_are_bfloat16 ? 2 : 1;
   const int64_t stride = units * kUnit, unit_words = words_of(in_features, dtype) * kUnit;
-  const int64_t passes = (in_features + kPass - 1) / kPass, pass = round_up((in_features + passes - 1) / passes, 2);
-  const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows, block = (rows + blocks - 1) / blocks;
+  const int64_t passes = divide_up(in_features, kPass), pass = round_up(divide_up(in_features, passes), 2);
+  const Blocks blocks(rows);
   const auto words = [&](int64_t unit, int64_t first) {
     return static_cast<const uint32_t*>(weights) + unit * unit_words + first / per_word * kUnit;
   };
@@ -147,26 +127,25 @@ void multiply_float32(const float* x, int64_t rows, int64_t in_features, const v
     const int64_t features = smaller(pass, in_features - first);
     for (int64_t unit = 0; unit < units; ++unit) {
       const uint32_t* packed = words(unit, first);
-      const auto* ahead = reinterpret_cast<const char*>(unit + 1 < units             ? words(unit + 1, first)
-                                                        : first + pass < in_features ? words(0, first + pass)
-                                                                                     : next);
-      const bool widened = weights_are_bfloat16 && blocks > kMostBlocksInRegisters;
+      const uint32_t* following = unit + 1 < units             ? words(unit + 1, first)
+                                  : first + pass < in_features ? words(0, first + pass)
+                                                               : static_cast<const uint32_t*>(next);
+      const bool widened = weights_are_bfloat16 && blocks.count > kMostBlocksInRegisters;
       if (widened) widen_unit(packed, features, panel);
-      int64_t fetched = blocks * (kUnit / kColumns) >= kFetchingBlocks ? 0 : lines;  // of the lines of each feature
+      Ahead ahead(following, features * kUnit * 4 / per_word, blocks.count * (kUnit / kColumns));
       for (int64_t column = 0; column < kUnit; column += kColumns) {
-        for (int64_t row = 0; row < rows; row += block) {
-          const char* fetch = fetched < lines ? ahead + fetched++ * features * kLine : nullptr;
+        blocks.for_each([&](auto block_rows, int64_t row) {
           const auto multiply = [&](const auto& part) {
-            multiply_up_to<kBlockRows>(smaller(block, rows - row), part, x + row * in_features + first, in_features,
-                                       features, fetch, first == 0, tile + row * stride + unit * kUnit + column,
-                                       stride);
+            multiply_rows<block_rows.value>(part, x + row * in_features + first, in_features, features,
+                                            ahead.take(features), first == 0,
+                                            tile + row * stride + unit * kUnit + column, stride);
           };
           if (weights_are_bfloat16 && !widened) {
             multiply(Narrow{packed + column});
           } else {
             multiply(Wide{(widened ? panel : reinterpret_cast<const float*>(packed)) + column});
           }
-        }
+        });
       }
     }
   }

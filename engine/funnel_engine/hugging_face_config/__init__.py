@@ -82,7 +82,7 @@ def read_config(config: dict[str, Any], sliding_window: int | None = None) -> Co
                 raise ConfigError(f"{key} in the config is a {type(text).__name__}; it must be a JSON object")
             refuse_quantized(text)
     if not isinstance(family, str) or family not in READERS:
-        known = ", ".join(sorted({*READERS, *NESTED}))
+        known = ", ".join(name for name in sorted({*READERS, *NESTED}) if not name.endswith("_text"))
         raise ConfigError(f"model_type {shorten(family)} is not supported; this engine runs {known}")
 
     fields = DEFAULTS[family] | {key: value for key, value in text.items() if value is not None}

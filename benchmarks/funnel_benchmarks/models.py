@@ -85,7 +85,9 @@ class Model:
 
 
 def preset_model(name: str, dtype: str | None, depth: int | None = None) -> Model:
-    """A published architecture with random weights, bidirectional as an encoder is; bfloat16 unless told otherwise.
+    """A published architecture with random weights; bfloat16 unless told otherwise.
+
+    A Gemma is bidirectional, as an encoder is; another family has its own attention.
 
     Args:
         depth: keep only this many of its first layers. Default: all.
@@ -95,7 +97,9 @@ def preset_model(name: str, dtype: str | None, depth: int | None = None) -> Mode
     """
     dtype = dtype or "bfloat16"
     check_dtype(dtype)
-    config = dataclasses.replace(preset(name), attention="bidirectional")
+    config = preset(name)
+    if config.family.startswith("gemma"):
+        config = dataclasses.replace(config, attention="bidirectional")
     if depth is not None:
         check_depth(depth, name, config.num_layers)
         config, name = dataclasses.replace(config, layer_types=config.layer_types[:depth]), f"{name}, {depth} layers"

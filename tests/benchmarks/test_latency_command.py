@@ -232,7 +232,9 @@ def test_missing_matplotlib_is_said_before_anything_is_made(tmp_path, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
-def test_presets_are_bidirectional_and_random():
+def test_presets_are_random_and_gemmas_bidirectional():
+    assert preset_model("qwen3-embedding-0.6b", None).config.attention == "causal"  # its own
+    assert preset_model("gemma-2b", None).config.attention == "bidirectional"
     model = preset_model("gemma3-270m", None)
     assert (model.weights, model.dtype, model.config.attention) == ("random", "bfloat16", "bidirectional")
 

@@ -102,7 +102,9 @@ def preset_model(name: str, dtype: str | None, depth: int | None = None) -> Mode
         config = dataclasses.replace(config, attention="bidirectional")
     if depth is not None:
         check_depth(depth, name, config.num_layers)
-        config, name = dataclasses.replace(config, layer_types=config.layer_types[:depth]), f"{name}, {depth} layers"
+        shared = max(0, config.kv_shared_layers - (config.num_layers - depth))  # the others keep their own keys
+        config = dataclasses.replace(config, layer_types=config.layer_types[:depth], kv_shared_layers=shared)
+        name = f"{name}, {depth} layers"
     return random_model(name, config, dtype)
 
 

@@ -122,10 +122,11 @@ def few(first: list[Any], second: list[Any]) -> Iterator[tuple[Any, Any]]:
 
 def attention_variants(target: str, sample: bool) -> Iterator[Variant]:
     capability = HOPPER if TARGETS[target].backend == "hip" else TARGETS[target].arch
-    shapes = attention_shapes()
-    if sample:  # heads that share a key, head dim and softcap shape the program
-        shapes = list({(shape[0] // shape[1], shape[2], shape[4]): shape for shape in shapes}.values())
-    for dtype, shape in itertools.product(POINTERS, shapes):
+    # What shapes the program: in a sample, of the heads only how many of them share a key. The scale never does.
+    shapes = {
+        (shape[0] // shape[1] if sample else shape[:2], shape[2], shape[4]): shape for shape in attention_shapes()
+    }
+    for dtype, shape in itertools.product(POINTERS, shapes.values()):
         sizes = attention.rule(attention.padded(shape[2]), jnp.dtype(dtype), capability)
         yield attention_variant(target, dtype, shape, sizes)
 

@@ -296,7 +296,8 @@ class Engine:
     def hidden_states(self, inputs: Any, *, truncate: bool = False) -> list[np.ndarray]:
         """The encoder's rows after the final norm, one [R, D] float32 array per input.
 
-        R is the number of tokens or, with a funnel and no recovery, the number of pooled rows.
+        R is the number of tokens or, with a funnel and no recovery, the number of pooled rows. Dense layers, such as
+        the projection of EmbeddingGemma 2, are not applied.
 
         Raises:
             InputError: the inputs cannot be run.

@@ -82,6 +82,8 @@ def describe(model: SourceModel) -> Facts:
         "heads": config.num_heads,
         "kv_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
+        "full_kv_heads": config.heads("full").keys,
+        "full_head_dim": config.heads("full").dim,
         "vocab_size": config.vocab_size,
         "max_positions": config.max_positions,
         "parameters": count_parameters(shapes),

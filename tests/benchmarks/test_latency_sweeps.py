@@ -42,6 +42,11 @@ def test_a_quick_sweep_takes_two_cores_a_quarter_of_an_hour():
     assert 12 * 60 < 6 * funnels < 18 * 60
 
 
+def test_the_first_layers_of_a_preset_keep_their_keys():
+    assert preset_model("gemma4-e2b", None, depth=17).config.kv_shared_layers == 2
+    assert preset_model("gemma4-e2b", None, depth=5).config.kv_shared_layers == 0
+
+
 def row(funnel: FunnelConfig, saving: float, batch: str = "2 x 512 tokens"):
     return {
         "funnel": {"name": funnel_name(funnel), **dataclasses.asdict(funnel)},

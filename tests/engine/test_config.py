@@ -95,7 +95,10 @@ def test_a_model_without_sliding_layers_needs_no_window():
 def test_the_default_is_no_funnel():
     funnel = FunnelConfig()
     assert (funnel.strides, funnel.total_stride, funnel.output_stride, funnel.lead) == ((), 1, 1, 0)
-    assert layer_steps(model(), funnel) == [LayerStep("sliding", 1, 1, 1), LayerStep("full", 1, 1, 1)]
+    assert layer_steps(model(), funnel) == [
+        LayerStep(0, "sliding", 1, 1, 1, False),
+        LayerStep(1, "full", 1, 1, 1, False),
+    ]
 
 
 def test_after_counts_full_length_layers():
@@ -239,19 +242,19 @@ def four_layers(**changed):
 
 def test_steps_of_two_funnels():
     assert layer_steps(four_layers(), FunnelConfig((1, 2, 1, 3))) == [
-        LayerStep("sliding", pool=1, query_stride=1, key_stride=1),
-        LayerStep("full", pool=2, query_stride=2, key_stride=2),
-        LayerStep("sliding", pool=1, query_stride=2, key_stride=2),
-        LayerStep("full", pool=3, query_stride=6, key_stride=6),
+        LayerStep(0, "sliding", pool=1, query_stride=1, key_stride=1, shares_keys=False),
+        LayerStep(1, "full", pool=2, query_stride=2, key_stride=2, shares_keys=False),
+        LayerStep(2, "sliding", pool=1, query_stride=2, key_stride=2, shares_keys=False),
+        LayerStep(3, "full", pool=3, query_stride=6, key_stride=6, shares_keys=False),
     ]
 
 
 def test_with_pool_query_only_the_keys_of_a_pooling_layer_stay_unpooled():
     assert layer_steps(four_layers(), FunnelConfig((2, 3), pool_query_only=True)) == [
-        LayerStep("sliding", pool=2, query_stride=2, key_stride=1),
-        LayerStep("full", pool=3, query_stride=6, key_stride=2),
-        LayerStep("sliding", pool=1, query_stride=6, key_stride=6),
-        LayerStep("full", pool=1, query_stride=6, key_stride=6),
+        LayerStep(0, "sliding", pool=2, query_stride=2, key_stride=1, shares_keys=False),
+        LayerStep(1, "full", pool=3, query_stride=6, key_stride=2, shares_keys=False),
+        LayerStep(2, "sliding", pool=1, query_stride=6, key_stride=6, shares_keys=False),
+        LayerStep(3, "full", pool=1, query_stride=6, key_stride=6, shares_keys=False),
     ]
 
 

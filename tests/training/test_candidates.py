@@ -1,5 +1,7 @@
 """The grid of funnels, and what they cost without being run."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -32,25 +34,28 @@ def test_a_grid_fits_its_model(layers):
         assert funnel.total_stride > 1
 
 
-def test_padding_is_computed_too():
+@pytest.mark.parametrize("config", [CONFIG, dataclasses.replace(CONFIG, per_layer_width=7)], ids=["", "per layer"])
+def test_padding_is_computed_too(config):
     """Against the rows of a packed batch, none of which is empty at the end."""
     lengths = np.random.default_rng(0).integers(1, 40, 25).astype(np.int32)
     for funnel in (parse("1:2/mean"), parse("1:4/keep_first"), parse("1:2,2:2/mean/pool_query_only")):
-        plan = make_plan(CONFIG, funnel)
+        plan = make_plan(config, funnel)
         rows = int(plan.rows_needed(lengths).sum())
         batch = pack(plan, np.zeros(lengths.sum(), np.int32), np.concatenate([[0], np.cumsum(lengths)]), rows)
         pairs = {key: int((interval.hi - interval.lo).sum()) for key, interval in batch.intervals.items()}
         expected = sum(
             layer_flops(
-                CONFIG,
+                config,
+                step,
+                tokens=rows,
                 queries=rows // step.query_stride,
                 keys=rows // step.key_stride,
                 pairs=pairs[step.query_stride, step.key_stride, step.layer_type],
             )
-            for step in layer_steps(CONFIG, funnel)
+            for step in layer_steps(config, funnel)
         )
-        assert computed_flops(CONFIG, funnel, lengths) == expected > forward_flops(CONFIG, funnel, lengths)
-    assert computed_flops(CONFIG, FunnelConfig(), lengths) == forward_flops(CONFIG, FunnelConfig(), lengths)
+        assert computed_flops(config, funnel, lengths) == expected > forward_flops(config, funnel, lengths)
+    assert computed_flops(config, FunnelConfig(), lengths) == forward_flops(config, FunnelConfig(), lengths)
 
 
 def test_short_texts_gain_nothing_from_a_large_stride():

@@ -45,3 +45,19 @@ def test_layers_computed_again_give_the_same_gradients_in_less_memory(packs, fun
         assert np.abs(array).max() > 0
         np.testing.assert_allclose(gradients[name], array, rtol=1e-4, atol=1e-5 * np.abs(array).max(), err_msg=name)
     assert memory_again < 0.8 * memory
+
+
+def test_what_is_before_the_funnel_does_not_move_and_scalars_never_do():
+    """The per-layer inputs are read on both sides of it."""
+    config = dataclasses.replace(FOUR_LAYERS, per_layer_width=8, per_layer_vocab=CONFIG.vocab_size, layer_scalar=True)
+    weights = random_weights(config, HeadConfig(pooler=True), "float32", seed=3)
+    names = {}
+    for train in ("all", "after", "lora:2"):
+        head, funnel = SentenceVectors(HeadConfig(pooler=True)), FunnelConfig.parse("2:2")
+        names[train] = Student(config, head, funnel, train, 64, 4, "float32", data_mesh(1)).trained_names(weights)
+    scalars = {f"layers.{layer}.layer_scalar" for layer in range(4)}
+    assert set(names["all"]) == weights.keys() - scalars
+    assert {name for name in names["after"] if not name.startswith("layers.")} == {"final_norm", "pooler.query"}
+    assert {name.split(".")[1] for name in names["after"] if name.startswith("layers.")} == {"2", "3"}
+    assert {"layers.2.per_layer_gate", "layers.2.per_layer_output", "pooler.query"} <= set(names["lora:2"])
+    assert not {"per_layer_input", "per_layer_embedding", "final_norm"} & set(names["lora:2"])

@@ -243,5 +243,5 @@ def token_text(value: Any, where: str) -> str | None:
 
 
 def family_rule(config: ModelConfig) -> tuple[bool, bool]:
-    """Whether a model adds BOS and EOS: Gemma adds BOS, EmbeddingGemma adds both."""
-    return True, is_embedding_gemma(config)
+    """Whether a model adds BOS and EOS: Gemma adds BOS, both EmbeddingGemmas add both."""
+    return True, is_embedding_gemma(config) or config.family == "embedding_gemma2_text"

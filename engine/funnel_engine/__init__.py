@@ -1,4 +1,4 @@
-"""A forward-only engine for Gemma encoders whose token sequence is pooled partway through the stack."""
+"""A forward-only engine for transformer encoders whose token sequence is pooled partway through the stack."""
 
 from funnel_engine.checkpoints.convert import convert
 from funnel_engine.config import FunnelByLength, FunnelConfig, ModelConfig, parse_funnel

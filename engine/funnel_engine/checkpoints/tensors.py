@@ -154,7 +154,7 @@ class Part(NamedTuple):
         shape: the required shape of the whole tensor.
         at: leading indices of the part.
         axes: the order of the part's axes in our weight; None keeps the order.
-        first, rows: the first row to take, and the end of the rows to take; None is the end of the tensor.
+        rows, first: the end of the rows to take, and the first one; None is the end of the tensor.
         times, minus: computed in float32; 1 is subtracted from the factors of norms, because ours are zero-centred.
     """
 
@@ -162,8 +162,8 @@ class Part(NamedTuple):
     shape: tuple[int, ...]
     at: tuple[int, ...] = ()
     axes: tuple[int, ...] | None = None
-    first: int = 0
     rows: int | None = None
+    first: int = 0
     times: float = 1.0
     minus: float = 0.0
 
@@ -179,7 +179,7 @@ class Rows(NamedTuple):
 
     def pieces(self) -> Iterator[np.ndarray]:
         """The values in our order, as arrays of about 1 MiB, or of one row if that is larger."""
-        _, _, at, axes, first, rows, times, minus = self.part
+        _, _, at, axes, rows, first, times, minus = self.part
         shape = self.tensor.shape[len(at) :]
         rows = shape[0] if rows is None else rows
         if axes is None:

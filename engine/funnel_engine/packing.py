@@ -60,7 +60,7 @@ class Plan:
         """The number of rows of padding before each of these sequences; lengths are integers, in any form.
 
         One token begins a window at every level: the first one, the second with `keep_first`, the last with
-        `keep_last`. The rows before it fill whole windows of the deepest level.
+        `keep_last`. The padding and the rows before it fill whole windows of the deepest level.
         """
         before = lengths - 1 if self.keep_last else 0 * lengths + self.keep_first
         return -before % self.total_stride

@@ -50,6 +50,7 @@ def forward(
     pool_query_only: bool = False,
     positions: str = "first",
     keep_first: bool = False,
+    keep_last: bool = False,
     recovery: str | None = None,
     recovery_site: str = "before_norm",
 ) -> np.ndarray:  # [R, D] float64
@@ -95,7 +96,7 @@ def forward(
 
         unpooled, unpooled_windows = x, windows
         if index < len(strides) and strides[index] > 1:
-            groups = neighbours(len(x), strides[index], keep_first)
+            groups = neighbours(len(x), strides[index], keep_first, keep_last)
             x = np.stack([pool_window(x[group], pool) for group in groups])
             windows = [(windows[group[0]][0], windows[group[-1]][1]) for group in groups]
         if index < len(layer_types) - config.get("num_kv_shared_layers", 0):
@@ -153,9 +154,16 @@ def per_layer_inputs(tensors: Tensors, config: Mapping[str, Any], ids: Sequence[
     return inputs
 
 
-def neighbours(rows: int, stride: int, keep_first: bool) -> list[range]:
+def neighbours(rows: int, stride: int, keep_first: bool, keep_last: bool) -> list[range]:
     """Which rows are pooled into one: `stride` neighbours, the last window shorter if need be; the first row alone
-    with `keep_first`."""
+    with `keep_first`. With `keep_last` the last row alone, and before it `stride` neighbours each, counted back from
+    the end, so that the first window is shorter if need be."""
+    if keep_last:
+        groups, end = [range(rows - 1, rows)], rows - 1
+        while end > 0:
+            groups.insert(0, range(max(0, end - stride), end))
+            end -= stride
+        return groups
     starts = [0, *range(1, rows, stride)] if keep_first else list(range(0, rows, stride))
     return [range(start, stop) for start, stop in zip(starts, [*starts[1:], rows], strict=True)]
 

@@ -272,6 +272,8 @@ class FunnelConfig:
         positions: RoPE position of a pooled row: the "first" token of its window, the "last", "mid" (halfway between
             them), or "compact" (rows are renumbered; not with `pool_query_only`).
         keep_first: leave the first token alone in its window at every level.
+        keep_last: leave the last token alone in its window at every level, for models whose vector is the last token's
+            row; not with `keep_first`.
         recovery: how every token gets a row again after the last layer: None, "tile", "sum_first", "sum_last",
             "sum_max", "sum_mean", "mean_last" or "max_last".
         recovery_site: "before_norm" or "after_norm", relative to the final norm.
@@ -286,6 +288,7 @@ class FunnelConfig:
     pool_query_only: bool = False
     positions: str = "first"
     keep_first: bool = False
+    keep_last: bool = False
     recovery: str | None = None
     recovery_site: str = "before_norm"
 
@@ -295,7 +298,7 @@ class FunnelConfig:
         strides = tuple(check_positive(f"strides[{index}]", stride) for index, stride in enumerate(self.strides))
         set_field(self, "strides", strides)
         check_option("pool", self.pool, POOLS)
-        for name in ("pool_query_only", "keep_first"):
+        for name in ("pool_query_only", "keep_first", "keep_last"):
             set_field(self, name, check_flag(name, getattr(self, name)))
         check_option("positions", self.positions, POSITIONS)
         check_option("recovery_site", self.recovery_site, SITES)
@@ -306,6 +309,11 @@ class FunnelConfig:
                     f"recovery={self.recovery!r} needs a funnel, but all strides are 1; "
                     "give a stride above 1 or leave recovery out"
                 )
+        if self.keep_first and self.keep_last:
+            raise ConfigError(
+                "keep_first and keep_last cannot be used together, because windows are counted from one end of a "
+                "sequence; use keep_last if the model reads the last token, else keep_first"
+            )
         if self.positions == "compact" and self.pool_query_only:
             raise ConfigError(
                 "positions='compact' cannot be used with pool_query_only, whose unpooled keys are not renumbered; "
@@ -322,7 +330,8 @@ class FunnelConfig:
         """The funnel of a short form, e.g. "6:2" or "2:2,8:2/mean/keep_first/mean_last"; "none" is no funnel.
 
         `layer:stride` pairs come first. Options follow after slashes, in any order: a pool, a position, a recovery,
-        "keep_first", "pool_query_only" and "after_norm". "first" is the pool: the position "first" is the default.
+        "keep_first", "keep_last", "pool_query_only" and "after_norm". "first" is the pool: the position "first" is the
+        default.
 
         Raises:
             ConfigError: the text is not a short form, or the funnel is not possible.
@@ -380,17 +389,13 @@ class FunnelConfig:
         """Tokens per row of the model's output."""
         return self.total_stride if self.recovery is None else 1
 
-    @property
-    def lead(self) -> int:
-        """Rows of padding before each sequence, so that the first token is alone in its window (`keep_first`)."""
-        return self.total_stride - 1 if self.keep_first else 0
-
 
 # The words of a funnel's short form, and the field and value that each one is for.
 SHORT_OPTIONS: dict[str, tuple[str, Any]] = {
     **{pool: ("pool", pool) for pool in POOLS},
     **{position: ("positions", position) for position in POSITIONS if position != "first"},
     "keep_first": ("keep_first", True),
+    "keep_last": ("keep_last", True),
     "pool_query_only": ("pool_query_only", True),
     **{recovery: ("recovery", recovery) for recovery in RECOVERIES},
     "after_norm": ("recovery_site", "after_norm"),

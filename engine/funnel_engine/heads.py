@@ -198,7 +198,7 @@ class SequenceLogits:
     def sequence_inputs(self, batch: Ragged, spans: Spans) -> tuple[Ints, ...]:
         stride = self.plan.output_stride
         token = last_tokens(batch, self.pad_token_id)
-        return (spans.first + (token + self.plan.offset(stride)) // stride,)
+        return (spans.first + (token + self.plan.lead(batch.lengths) % stride) // stride,)
 
     def __call__(self, params: Mapping[str, Any], rows: jax.Array, *inputs: jax.Array, target: Target) -> jax.Array:
         (row,) = inputs

@@ -1,17 +1,19 @@
 """Packs ragged sequences on one axis: rows, buckets, RoPE positions and key intervals. NumPy on the host, no loops.
 
 The sequences of a batch follow each other on one axis of N rows. Every sequence starts at a multiple of the funnel's
-total stride (plus `lead` rows of padding for `FunnelConfig.keep_first`). So pooling is `[N, D] -> [N / s, D]`, and no
-window contains rows of two sequences:
+total stride, plus `Plan.lead` rows of padding for `FunnelConfig.keep_first` and `keep_last`. So pooling is
+`[N, D] -> [N / s, D]`, and no window contains rows of two sequences:
 
     stride 2, lengths 3 and 4          rows   a0 a1 a2 -- b0 b1 b2 b3
                                        pooled   A0    A1    B0    B1
     the same with keep_first           rows   -- a0 a1 a2 -- b0 b1 b2 b3 --
                                        pooled   A0    A1    B0    B1    B2
+    the same with keep_last            rows   a0 a1 a2 -- -- b0 b1 b2 b3 --
+                                       pooled   A0    A1    B0    B1    B2
 
-The *first token* of row `r` of a sequence (its *place* in docs/semantics.md) on stride `s` is `max(0, r * s - o)`, with
-`o = s - 1` for keep_first and `o = 0` otherwise. Sliding windows and causality compare first tokens, so a query sees
-one interval of keys.
+The *first token* of row `r` of a sequence (its *place* in docs/semantics.md) on stride `s` is `max(0, r * s - o)`. Here
+`o` is the number of rows of padding in the first window: `s - 1` for keep_first, between 0 and `s - 1` for keep_last,
+and 0 otherwise. Sliding windows and causality compare first tokens, so a query sees one interval of keys.
 """
 
 import dataclasses
@@ -39,7 +41,7 @@ class Plan:
     Attributes:
         total_stride: tokens per row at the deepest level; sequences start at multiples of it.
         output_stride: tokens per row of the model's output.
-        lead: rows of padding before each sequence (`keep_first`).
+        keep_first, keep_last: whether the first, or the last, token of a sequence is alone in its windows.
         positions: how a pooled row is numbered for RoPE.
         strides: the strides of all levels, ascending from 1.
         windows: for every (query stride, key stride, layer type) of a layer, the inclusive (left, right) radii in
@@ -48,18 +50,31 @@ class Plan:
 
     total_stride: int
     output_stride: int
-    lead: int
+    keep_first: bool
+    keep_last: bool
     positions: str
     strides: tuple[int, ...]
     windows: dict[IntervalKey, tuple[int | None, int | None]]
 
-    def offset(self, stride: int) -> int:
-        """The number of padding rows of stride 1 in the first window of every sequence at this level."""
-        return self.lead % stride
+    def lead(self, lengths: Any) -> Any:
+        """The number of rows of padding before each of these sequences; lengths are integers, in any form.
+
+        One token begins a window at every level: the first one, the second with `keep_first`, the last with
+        `keep_last`. The padding and the rows before it fill whole windows of the deepest level.
+        """
+        before = lengths - 1 if self.keep_last else 0 * lengths + self.keep_first
+        return -before % self.total_stride
 
     def rows_needed(self, lengths: Any) -> Any:
-        """The number of rows of stride 1 that each of these sequences needs; lengths are integers, in any form."""
-        return -(-(self.lead + lengths) // self.total_stride) * self.total_stride
+        """The number of rows of stride 1 that each of these sequences needs. Longer ones need no fewer."""
+        return round_up(self.lead(lengths) + lengths, self.total_stride)
+
+    def longest(self, rows: int) -> int:
+        """The number of tokens of the longest sequence that `rows` rows, a multiple of the total stride, have room for.
+
+        With `keep_first` and `keep_last` a window contains one token, and all others can be full.
+        """
+        return rows - (self.total_stride - 1 if self.keep_first or self.keep_last else 0)
 
 
 def make_plan(config: ModelConfig, funnel: FunnelConfig) -> Plan:
@@ -72,7 +87,8 @@ def make_plan(config: ModelConfig, funnel: FunnelConfig) -> Plan:
     return Plan(
         total_stride=funnel.total_stride,
         output_stride=funnel.output_stride,
-        lead=funnel.lead,
+        keep_first=funnel.keep_first,
+        keep_last=funnel.keep_last,
         positions=funnel.positions,
         strides=tuple(sorted({1} | {step.query_stride for step in steps})),
         windows={
@@ -115,7 +131,7 @@ class Spans(NamedTuple):
 def spans(plan: Plan, lengths: Ints, stride: int) -> Spans:
     """The rows of each sequence at one stride level if sequences of these lengths are packed in order."""
     needed = plan.rows_needed(lengths)
-    starts = np.cumsum(needed, dtype=np.int32) - needed + plan.lead  # row of the first token
+    starts = np.cumsum(needed, dtype=np.int32) - needed + plan.lead(lengths)  # row of the first token
     first = starts // stride
     return Spans(first, (starts + lengths - 1) // stride - first + 1)
 
@@ -153,18 +169,19 @@ class LevelRows:
 
     Attributes:
         first, count: first row and number of rows of each sequence, [B].
+        offset: number of rows of padding, of stride 1, in the first window of each sequence, [B].
         row: index of each real row on the packed axis, [R].
         row_in_sequence: index of each real row in its sequence, [R].
         first_token: index in its sequence of the first token of each real row, [R]."""
 
     def __init__(self, plan: Plan, lengths: Ints, stride: int):
         self.plan, self.lengths, self.stride = plan, lengths, stride
-        self.offset = plan.offset(stride)
         self.first, self.count = spans(plan, lengths, stride)
         rows_before = np.cumsum(self.count) - self.count
         self.row_in_sequence = np.arange(self.count.sum(), dtype=np.int32) - self.per_row(rows_before)
         self.row = self.row_in_sequence + self.per_row(self.first)
-        self.first_token = np.maximum(self.row_in_sequence * np.int32(stride) - np.int32(self.offset), 0)
+        self.offset = plan.lead(lengths) % stride
+        self.first_token = np.maximum(self.row_in_sequence * np.int32(stride) - self.per_row(self.offset), 0)
 
     def per_row(self, per_sequence: np.ndarray) -> Ints:
         """Repeats the number of each sequence for all of its rows."""
@@ -182,20 +199,21 @@ class LevelRows:
             return self.row_in_sequence
         if self.plan.positions == "first" or self.stride == 1:
             return self.first_token
-        window_end = (self.row_in_sequence + 1) * np.int32(self.stride) - np.int32(self.offset + 1)
+        window_end = (self.row_in_sequence + 1) * np.int32(self.stride) - self.per_row(self.offset + 1)
         last = np.minimum(window_end, self.per_row(self.lengths - 1))
         return last if self.plan.positions == "last" else (self.first_token + last) * np.float32(0.5)
 
     def intervals(self, keys: "LevelRows", left: int | None, right: int | None, rows: int) -> Interval:
         """For each row, the rows of `keys` whose first token is at most `left` before or `right` after its own."""
         lo = first = self.per_row(keys.first)
+        offset = self.per_row(keys.offset)
         if left is not None:  # the first key row whose first token is at least `first_token - left`
-            beyond = -((left - keys.offset - self.first_token) // np.int32(keys.stride))
+            beyond = -((left - offset - self.first_token) // np.int32(keys.stride))
             lo = first + np.where(self.first_token <= left, 0, beyond)
         hi = first + self.per_row(keys.count)
         if right is not None:  # one past the last key row whose first token is at most `first_token + right`
-            reach = min(right, 2**30) + keys.offset  # a larger radius would overflow
-            hi = np.minimum(hi, first + (self.first_token + reach) // np.int32(keys.stride) + 1)
+            reach = self.first_token + offset + min(right, 2**30)  # a larger radius would overflow
+            hi = np.minimum(hi, first + reach // np.int32(keys.stride) + 1)
         out = Interval(np.zeros(rows, np.int32), np.zeros(rows, np.int32))
         out.lo[self.row] = lo
         out.hi[self.row] = hi

@@ -15,12 +15,13 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 import hugging_face_models as models
-from funnel_engine import ConfigError, Engine, FunnelConfig
+from funnel_engine import ConfigError, Engine, FunnelByLength, FunnelConfig
 from funnel_engine.checkpoints import native
 from funnel_engine.checkpoints.convert import convert, prepare_destination, save
 from funnel_engine.checkpoints.native import read_checkpoint
 from funnel_engine.checkpoints.source import Agreement, TrainingRecord
 from funnel_engine.checkpoints.tensors import ArrayTensor
+from funnel_engine.config import Funnel
 from funnel_engine.inspection import inspect_checkpoint
 from funnel_engine.weights import count_parameters, expected_shapes
 from funnel_kernels import CheckpointError
@@ -55,7 +56,7 @@ def edit(checkpoint: Path, path: str, value: Any) -> None:
     *parents, name = path.split("/")
     target = fields
     for parent in parents:
-        target = target[parent]
+        target = target[int(parent) if isinstance(target, list) else parent]
     if value == "absent":
         del target[name]
     else:
@@ -122,6 +123,7 @@ def test_what_is_no_checkpoint(tmp_path, checkpoint):
         ("funnel/strides", [1, 1, 1, 1, 2], "the funnel has 5 strides but the model has only 3 layers"),
         ("funnel/pool", "median", "pool='median'"),
         ("funnel/keep_first", 1, "keep_first is 1"),
+        ("funnel/keep_last", "absent", "funnel lacks 'keep_last'"),
         ("training", {}, "training lacks"),
         ("training", "distill", "training is 'distill'"),
         ("config", "absent", "lacks 'config'"),
@@ -194,7 +196,7 @@ RECORD = TrainingRecord(
 FUNNEL = FunnelConfig.after(1)
 
 
-def train(checkpoint: Path, changes: dict[str, np.ndarray], new: Path, funnel: FunnelConfig = FUNNEL) -> None:
+def train(checkpoint: Path, changes: dict[str, np.ndarray], new: Path, funnel: Funnel = FUNNEL) -> None:
     """Writes the checkpoint with other weights, as training does."""
     model = native.read_source(checkpoint)
     weights = {name: ArrayTensor.of(name, array, checkpoint) for name, array in changes.items()}
@@ -252,6 +254,24 @@ def test_version_3_is_read(checkpoint, tmp_path):
     assert found.manifest.funnel == FunnelConfig.after(1)
     assert found.manifest.training == dataclasses.replace(RECORD, held_out={})
     assert found.manifest.quantized == {}
+
+
+@pytest.mark.parametrize("version", [3, 4])
+def test_funnels_of_older_versions_do_not_keep_the_last_token(checkpoint, tmp_path, version):
+    """Also those of a funnel by length, which version 4 has."""
+    single, by_length = FunnelConfig.after(1, keep_first=True), FunnelByLength([(0, None), (9, "1:2/mean/keep_first")])
+    for number, funnel in enumerate([single, by_length][: version - 2]):
+        path = tmp_path / f"{number}"
+        train(checkpoint, {}, path, funnel)
+        edit(path, "version", version)
+        classes = manifest(path)["funnel"].get("classes", [])
+        for where in [f"classes/{index}/1/" for index in range(len(classes))] or [""]:
+            edit(path, f"funnel/{where}keep_last", "absent")
+        assert "keep_last" not in (path / "funnel.json").read_text()
+        assert read_checkpoint(path).manifest.funnel == funnel
+        edit(path, "version", 5)
+        with pytest.raises(CheckpointError, match="lacks 'keep_last'"):
+            read_checkpoint(path)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", "[" * 100_000, '{"version": 1, "version": 1}'])

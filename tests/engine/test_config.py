@@ -94,10 +94,10 @@ def test_a_model_without_sliding_layers_needs_no_window():
 
 def test_the_default_is_no_funnel():
     funnel = FunnelConfig()
-    assert (funnel.strides, funnel.total_stride, funnel.output_stride, funnel.lead) == ((), 1, 1, 0)
+    assert (funnel.strides, funnel.total_stride, funnel.output_stride) == ((), 1, 1)
     assert layer_steps(model(), funnel) == [
-        LayerStep(0, "sliding", 1, 1, 1, False),
-        LayerStep(1, "full", 1, 1, 1, False),
+        LayerStep(0, "sliding", 1, 1, 1, shares_keys=False),
+        LayerStep(1, "full", 1, 1, 1, shares_keys=False),
     ]
 
 
@@ -106,13 +106,12 @@ def test_after_counts_full_length_layers():
     assert FunnelConfig.after(0, stride=3, pool="mean") == FunnelConfig((3,), pool="mean")
 
 
-def test_total_stride_output_stride_and_lead():
+def test_total_stride_and_output_stride():
     funnel = FunnelConfig([1, 2, 1, 3])
     assert funnel.strides == (1, 2, 1, 3)
-    assert (funnel.total_stride, funnel.output_stride, funnel.lead) == (6, 6, 0)
-    kept = dataclasses.replace(funnel, keep_first=True, recovery="tile")
-    assert (kept.total_stride, kept.output_stride, kept.lead) == (6, 1, 5)
-    assert FunnelConfig(keep_first=True).lead == 0
+    assert (funnel.total_stride, funnel.output_stride) == (6, 6)
+    recovered = dataclasses.replace(funnel, recovery="tile")
+    assert (recovered.total_stride, recovered.output_stride) == (6, 1)
 
 
 def test_equal_funnels_are_equal_and_hash_alike():
@@ -138,6 +137,7 @@ def test_equal_funnels_are_equal_and_hash_alike():
                 recovery_site="after_norm",
             ),
         ),
+        ("6:2/mean/keep_last", FunnelConfig.after(6, pool="mean", keep_last=True)),
     ],
 )
 def test_the_short_form_is_read_and_written(text, funnel):
@@ -163,6 +163,7 @@ def test_the_options_of_a_short_form_come_in_any_order_and_a_default_may_be_give
         ("6:2/average", "'average' is unknown; options are max, mean"),
         ("6:2/mean/max", "'max' gives pool a second time"),
         ("6:1/tile", "needs a funnel"),
+        ("6:2/keep_first/keep_last", "keep_first and keep_last cannot be used together"),
     ],
 )
 def test_a_short_form_that_is_wrong_is_refused(text, message):
@@ -205,6 +206,11 @@ def test_layers_before_the_funnel_must_be_a_count(layers):
         ({"pool_query_only": None}, "pool_query_only=None must be True or False"),
         ({"keep_first": "false"}, "keep_first='false' must be True or False"),
         ({"keep_first": 2}, "keep_first=2 must be True or False"),
+        ({"keep_last": 1}, "keep_last=1 must be True or False"),
+        (
+            {"keep_first": True, "keep_last": True},
+            "keep_first and keep_last cannot be used together, .* use keep_last if",
+        ),
     ],
 )
 def test_an_option_that_cannot_be_is_refused(options, message):
@@ -215,8 +221,8 @@ def test_an_option_that_cannot_be_is_refused(options, message):
 def test_values_of_numpy_are_taken_as_those_of_python():
     config = model(num_heads=np.int64(4), qk_norm=np.True_, norm_eps=np.float32(0.5))
     assert [type(value) for value in (config.num_heads, config.qk_norm, config.norm_eps)] == [int, bool, float]
-    funnel = FunnelConfig([1, 2, np.int32(3)], keep_first=np.bool_(True))
-    assert [type(value) for value in (*funnel.strides, funnel.keep_first)] == [int, int, int, bool]
+    funnel = FunnelConfig([1, 2, np.int32(3)], keep_first=np.bool_(True), keep_last=np.bool_(False))
+    assert [type(value) for value in (*funnel.strides, funnel.keep_first, funnel.keep_last)] == [int] * 3 + [bool] * 2
     assert FunnelConfig.after(np.int64(1), stride=np.int8(2)) == FunnelConfig((1, 2))
 
 

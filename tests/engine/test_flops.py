@@ -95,17 +95,20 @@ MIXED = ModelConfig(
 
 
 @pytest.mark.parametrize("attention", ["bidirectional", "causal"])
-@pytest.mark.parametrize("keep_first", [False, True])
+@pytest.mark.parametrize("kept", [None, "keep_first", "keep_last"])
 @pytest.mark.parametrize("pool_query_only", [False, True])
 @pytest.mark.parametrize("strides", [(), (2,), (1, 3), (1, 2, 1, 2), (1, 1, 1, 1, 4)])
-def test_every_pair_of_rows_is_counted_once(strides, pool_query_only, keep_first, attention):
+def test_every_pair_of_rows_is_counted_once(strides, pool_query_only, kept, attention):
     config = dataclasses.replace(MIXED, attention=attention)
-    funnel = FunnelConfig(strides, pool_query_only=pool_query_only, keep_first=keep_first)
+    funnel = FunnelConfig(strides, pool_query_only=pool_query_only, **({kept: True} if kept else {}))
     lengths = np.array([1, 2, 9, 30, 7], np.int32)
 
     def places(length, stride):  # the first token of each row
-        alone = keep_first and stride > 1
-        return [0, *range(1, length, stride)] if alone else list(range(0, length, stride))
+        if kept == "keep_first" and stride > 1:
+            return [0, *range(1, length, stride)]
+        if kept == "keep_last":
+            return sorted({max(0, place) for place in range(length - 1, -stride, -stride)})
+        return list(range(0, length, stride))
 
     total = 0
     for length in lengths:

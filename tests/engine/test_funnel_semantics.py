@@ -62,6 +62,7 @@ OPTIONS = {
     "pool_query_only": (False, True),
     "positions": ("first", "last", "mid", "compact"),
     "keep_first": (False, True),
+    "keep_last": (False, True),
     "recovery": (None, *RECOVERIES),
     "recovery_site": ("before_norm", "after_norm"),
 }
@@ -69,9 +70,10 @@ OPTIONS = {
 
 def is_allowed(case):
     contradiction = case["pool_query_only"] and case["positions"] == "compact"
+    two_ends = case["keep_first"] and case["keep_last"]
     idle = case["recovery"] is None and case["recovery_site"] != "before_norm"
     refused = case["model"] == "gemma4 shared keys" and case["positions"] == "compact"
-    return not contradiction and not idle and not refused
+    return not contradiction and not two_ends and not idle and not refused
 
 
 def pairs(case):

@@ -19,6 +19,7 @@ WIDTH = hf.SIZES["hidden_size"]
 FUNNELS = {
     "pooled": FunnelConfig((1, 3), keep_first=True),
     "recovered": FunnelConfig((1, 2), keep_first=True, recovery="mean_last"),
+    "last token alone": FunnelConfig((2, 2), keep_last=True),
 }
 
 # ------------------------------------------------------------------------------------------- sentence vectors
@@ -190,18 +191,25 @@ def test_classification_as_transformers(classifier):
     hf.assert_as_right_as_transformers(ours, theirs, truth)
 
 
+def row_from_the_end(token, length):
+    """With `keep_last` and windows of 4: the last token's row, less the windows that are counted back to the token."""
+    return math.ceil((length - 1) / 4) - math.ceil((length - 1 - token) / 4)
+
+
 @pytest.mark.parametrize(
     ("funnel", "row_of"),
     [
-        (FunnelConfig((1, 3), keep_first=True), lambda token: (token + 2) // 3),
-        (FunnelConfig((1, 2), keep_first=True, recovery="sum_first"), lambda token: token),
+        (FunnelConfig((1, 3), keep_first=True), lambda token, _: (token + 2) // 3),
+        (FunnelConfig((1, 2), keep_first=True, recovery="sum_first"), lambda token, _: token),
+        (FunnelConfig((2, 2), keep_last=True), row_from_the_end),
+        (FunnelConfig((1, 3), keep_last=True, recovery="sum_first"), lambda token, _: token),
     ],
-    ids=["pooled", "recovered"],
+    ids=["pooled", "recovered", "last token alone", "last token alone, recovered"],
 )
 def test_classification_with_a_funnel(classifier, funnel, row_of):
     """The logits are those of the row that holds the token."""
     truth = [
-        logits(classifier, classifier.truth(ids, funnel)[row_of(last)])
+        logits(classifier, classifier.truth(ids, funnel)[row_of(last, len(ids))])
         for ids, last in zip(PADDED, LAST_TOKENS, strict=True)
     ]
     assert hf.worst(classifier.engine(funnel=funnel).classify(PADDED), truth) < TOLERANCE
@@ -246,9 +254,10 @@ def test_tagging_as_transformers(tagger):
 
 
 def test_tagging_with_a_funnel_and_recovery(tagger):
-    funnel = FunnelConfig((1, 3), recovery="mean_last")
-    truth = [logits(tagger, tagger.truth(ids, funnel)) for ids in SEQUENCES]
-    assert hf.worst(tagger.engine(funnel=funnel).tag(SEQUENCES), truth) < TOLERANCE
+    for keep_last in (False, True):
+        funnel = FunnelConfig((1, 3), keep_last=keep_last, recovery="mean_last")
+        truth = [logits(tagger, tagger.truth(ids, funnel)) for ids in SEQUENCES]
+        assert hf.worst(tagger.engine(funnel=funnel).tag(SEQUENCES), truth) < TOLERANCE
 
 
 def test_tagging_needs_a_row_for_each_token(tagger):

@@ -42,11 +42,14 @@ class Row(NamedTuple):
     tokens: list[int]
 
 
-def brute_rows(lengths, total_stride, keep_first, stride, rows):
+def brute_rows(lengths, funnel, stride, rows):
     """All rows of one stride, `None` where a row holds no token, placed token by token."""
+    total_stride = funnel.total_stride
     axis: list[tuple[int, int] | None] = []
     for sequence, length in enumerate(lengths):
-        while len(axis) % total_stride != (total_stride - 1 if keep_first else 0):
+        while funnel.keep_first and len(axis) % total_stride != total_stride - 1:
+            axis.append(None)
+        while funnel.keep_last and (len(axis) + length - 1) % total_stride:
             axis.append(None)
         axis += [(sequence, token) for token in range(length)]
         while len(axis) % total_stride:
@@ -98,10 +101,12 @@ def packings(draw):
     for layer in draw(st.lists(st.integers(0, len(layers) - 1), max_size=2, unique=True)):
         strides[layer] = draw(st.integers(2, 4))
     query_only = draw(st.booleans())
+    kept = draw(st.sampled_from([None, "keep_first", "keep_last"]))
     funnel = FunnelConfig(
         tuple(strides),
         pool_query_only=query_only,
-        keep_first=draw(st.booleans()),
+        keep_first=kept == "keep_first",
+        keep_last=kept == "keep_last",
         positions=draw(
             st.sampled_from(["first", "last", "mid"] if query_only else ["first", "last", "mid", "compact"])
         ),
@@ -133,7 +138,7 @@ def test_a_packed_batch_is_what_brute_force_makes_of_it(packed):
     assert set(batch.levels) == set(plan.strides) == set(levels)
     assert set(batch.intervals) == attends
 
-    brute = {s: brute_rows(lengths, funnel.total_stride, funnel.keep_first, s, rows) for s in set(levels)}
+    brute = {s: brute_rows(lengths, funnel, s, rows) for s in set(levels)}
     starts = np.concatenate([[0], np.cumsum(lengths)])
     ids = [0 if row is None else starts[row.sequence] + row.tokens[0] + 1 for row in brute[1]]
     np.testing.assert_array_equal(batch.ids, ids)
@@ -160,16 +165,23 @@ def test_a_packed_batch_is_what_brute_force_makes_of_it(packed):
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(packings())
-def test_keep_first_leaves_the_first_token_alone_at_every_level(packed):
+def test_the_kept_token_is_alone_at_every_level_and_windows_beyond_the_first_and_the_last_are_full(packed):
     config, funnel, lengths, _ = packed
     rows = int(packing.make_plan(config, funnel).rows_needed(lengths).sum())
     stride = 1
     for pool in funnel.strides:
         stride *= pool
-        firsts = [row for row in brute_rows(lengths, funnel.total_stride, funnel.keep_first, stride, rows) if row]
-        alone = [row.tokens for row in firsts if 0 in row.tokens]
-        expected = 1 if funnel.keep_first else stride
-        assert [len(tokens) for tokens in alone] == [min(expected, length) for length in lengths]
+        found = [row for row in brute_rows(lengths, funnel, stride, rows) if row]
+        for sequence, length in enumerate(lengths):
+            held = [len(row.tokens) for row in found if row.sequence == sequence]
+            others = length - 1
+            full, left_over = [stride] * (others // stride), [others % stride] if others % stride else []
+            if funnel.keep_first:
+                assert held == [1, *full, *left_over]
+            elif funnel.keep_last:
+                assert held == [*left_over, *full, 1]
+            else:
+                assert held == [stride] * (length // stride) + ([length % stride] if length % stride else [])
 
 
 def test_the_pictures_of_the_module():
@@ -179,6 +191,10 @@ def test_the_pictures_of_the_module():
     plan, batch, _ = pack(model("full", "full"), FunnelConfig.after(1, keep_first=True), lengths)
     assert batch.ids.tolist() == [0, 1, 2, 3, 0, 4, 5, 6, 7, 0]
     assert batch.levels[2].real.tolist() == [True] * 5
+    spans = packing.spans(plan, lengths, 2)
+    assert (spans.first.tolist(), spans.rows.tolist()) == ([0, 2], [2, 3])
+    plan, batch, _ = pack(model("full", "full"), FunnelConfig.after(1, keep_last=True), lengths)
+    assert batch.ids.tolist() == [1, 2, 3, 0, 0, 4, 5, 6, 7, 0]
     spans = packing.spans(plan, lengths, 2)
     assert (spans.first.tolist(), spans.rows.tolist()) == ([0, 2], [2, 3])
 
@@ -241,9 +257,9 @@ def test_batches_of_one_bucket_share_one_program():
 # Buckets and splitting.
 
 PLANS = [
-    packing.make_plan(model(*["full"] * 4), FunnelConfig(strides, keep_first=keep_first))
+    packing.make_plan(model(*["full"] * 4), FunnelConfig(strides, **kept))
     for strides in ((), (1, 2), (3,), (2, 1, 2), (4, 2), (5, 1, 3))
-    for keep_first in (False, True)
+    for kept in ({}, {"keep_first": True}, {"keep_last": True})
 ]
 plans = st.sampled_from(PLANS)
 
@@ -263,6 +279,17 @@ def test_buckets_bound_the_padding(plan, max_tokens, platform):
         least = smaller + 1
         assert bucket <= max(1.25 * least + unit, 2 * alignment)
     assert len(buckets) <= 4 * math.log2(max(buckets[-1], 16)) + 1
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(plans, st.integers(1, 100))
+def test_longer_sequences_need_no_fewer_rows_and_the_longest_that_fits_is_known(plan, windows):
+    rows = windows * plan.total_stride
+    lengths = np.arange(1, rows + 2, dtype=np.int32)
+    needed = plan.rows_needed(lengths)
+    assert (np.diff(needed) >= 0).all()
+    assert plan.longest(rows) == lengths[needed <= rows][-1]
+    assert [plan.rows_needed(int(length)) for length in lengths] == needed.tolist()
 
 
 @pytest.mark.parametrize("least", [1, 40, 100])

@@ -21,6 +21,7 @@ SUBJECTS = {
         "causal",
         FunnelConfig((1, 3), keep_first=True, positions="mid", pool_query_only=True),
     ),
+    "keep_last": (Gemma3TextModel, hf.gemma3(), "causal", FunnelConfig((1, 2, 2), keep_last=True, positions="mid")),
     "recovered": (Gemma2Model, hf.gemma2(), "causal", FunnelConfig((1, 2, 2), recovery="max_last")),
     "recovered after the norm": (
         Gemma3TextModel,
@@ -87,6 +88,7 @@ FUNNELS = {
     "no funnel": FunnelConfig(),
     "pooled": FunnelConfig.after(2, pool="mean"),
     "keep_first": FunnelConfig((1, 3), keep_first=True, pool_query_only=True),
+    "keep_last": FunnelConfig((1, 2, 2), keep_last=True),
     "recovered": FunnelConfig.after(2, recovery="mean_last"),
 }
 BOUNDS = {"float32": (1e-5, 1e-4), "bfloat16": (3e-3, 0.2)}  # of vectors, and of rows, whose numbers go up to 5

@@ -26,6 +26,13 @@ def test_the_grid_of_a_model_has_about_200_funnels():
     assert all(parse(str(funnel)) == funnel for funnel in funnels)
 
 
+def test_the_grid_of_a_model_that_reads_the_last_token_keeps_it_alone():
+    funnels, others = grid(18, reads_last=True), grid(18)
+    assert parse("2:8/keep_last") in funnels
+    mirrored = [dataclasses.replace(funnel, keep_first=False, keep_last=funnel.keep_first) for funnel in others]
+    assert funnels == mirrored
+
+
 @pytest.mark.parametrize("layers", [1, 2, 3, 7, 26])
 def test_a_grid_fits_its_model(layers):
     for funnel in grid(layers, recovery="mean_last"):
@@ -38,7 +45,7 @@ def test_a_grid_fits_its_model(layers):
 def test_padding_is_computed_too(config):
     """Against the rows of a packed batch, none of which is empty at the end."""
     lengths = np.random.default_rng(0).integers(1, 40, 25).astype(np.int32)
-    for funnel in (parse("1:2/mean"), parse("1:4/keep_first"), parse("1:2,2:2/mean/pool_query_only")):
+    for funnel in map(parse, ("1:2/mean", "1:4/keep_first", "1:2,2:2/keep_last", "1:2,2:2/mean/pool_query_only")):
         plan = make_plan(config, funnel)
         rows = int(plan.rows_needed(lengths).sum())
         batch = pack(plan, np.zeros(lengths.sum(), np.int32), np.concatenate([[0], np.cumsum(lengths)]), rows)

@@ -181,11 +181,16 @@ def test_a_checkpoint_with_a_record_of_training_is_refused(checkpoint, texts, tm
         make_plan(tmp_path / "trained", texts, tmp_path / "out")
 
 
-def test_the_checkpoints_own_funnel_is_a_candidate(checkpoint, texts, tmp_path, monkeypatch):
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_candidates_are_the_checkpoints_own_funnel_and_the_grid_for_the_token_that_it_reads(
+    checkpoint, texts, tmp_path, monkeypatch, pooling
+):
     convert(checkpoint, tmp_path / "trained", dtype="float32", funnel=FunnelConfig.parse("1:2,2:3/mean"))
-    monkeypatch.setattr(planning, "grid", lambda *arguments, **options: FUNNELS[3:4] * 2)
-    found = make_plan(tmp_path / "trained", texts, tmp_path / "out", funnels=None)
-    assert [each.name for each in found.candidates if each.kind == "funnel"] == ["1:2,2:3/mean", "2:2/mean"]
+    made = planning.grid
+    monkeypatch.setattr(planning, "grid", lambda *arguments, **options: made(*arguments, **options)[1:2] * 2)
+    found = make_plan(tmp_path / "trained", texts, tmp_path / "out", funnels=None, pooling=pooling)
+    kept = {"mean": "1:2/mean/keep_first", "last": "1:2/mean/keep_last"}[pooling]
+    assert [each.name for each in found.candidates if each.kind == "funnel"] == ["1:2,2:3/mean", kept]
 
 
 def test_rivals_are_timed_and_scored_beside_the_funnels(checkpoint, texts, expected):

@@ -8,33 +8,36 @@ import numpy as np
 
 from funnel_engine.config import Funnel, FunnelConfig, ModelConfig, layer_steps
 from funnel_engine.flops import forward_flops, layer_flops, lengths_by_funnel
-from funnel_engine.packing import make_plan
+from funnel_engine.packing import make_plan, spans
 from funnel_training.scores import Ints
 
 DEPTHS = 6  # places of a funnel
 STRIDES = (2, 3, 4, 8)
-# Position "last" is left out: RoPE is relative, so it differs from "first" only in the partial window at the end.
-OPTIONS: tuple[dict[str, Any], ...] = (
-    {"pool": "mean"},
-    {"pool": "mean", "keep_first": True},
-    {"pool": "mean", "positions": "mid"},
-    {"pool": "mean", "positions": "compact"},
-    {"pool": "mean", "pool_query_only": True},
-    {"pool": "max"},
-    {"pool": "max", "keep_first": True},
-    {"pool": "first"},
-)
 
 
-def grid(num_layers: int, *, recovery: str | None = None) -> list[FunnelConfig]:
+def grid(num_layers: int, *, reads_last: bool = False, recovery: str | None = None) -> list[FunnelConfig]:
     """One funnel at each depth with each stride and options, and two of stride 2 at each pair of depths.
 
     207 funnels for a model of 7 layers or more.
+
+    Args:
+        reads_last: the model reads the last token's row, which `keep_last` leaves alone; else `keep_first` is tried.
     """
-    places = depths(num_layers)
+    places, kept = depths(num_layers), "keep_last" if reads_last else "keep_first"
+    # Position "last" is left out: RoPE is relative, so it differs from "first" only in windows that are not full.
+    choices: tuple[dict[str, Any], ...] = (
+        {"pool": "mean"},
+        {"pool": "mean", kept: True},
+        {"pool": "mean", "positions": "mid"},
+        {"pool": "mean", "positions": "compact"},
+        {"pool": "mean", "pool_query_only": True},
+        {"pool": "max"},
+        {"pool": "max", kept: True},
+        {"pool": "first"},
+    )
     single = [
         FunnelConfig.after(layer, stride=stride, recovery=recovery, **options)
-        for layer, stride, options in itertools.product(places, STRIDES, OPTIONS)
+        for layer, stride, options in itertools.product(places, STRIDES, choices)
     ]
     double = [
         FunnelConfig((1,) * first + (2,) + (1,) * (second - first - 1) + (2,), pool="mean", recovery=recovery)
@@ -61,8 +64,8 @@ def pools_more(funnel: FunnelConfig, other: FunnelConfig) -> bool:
 def computed_flops(config: ModelConfig, funnel: Funnel, lengths: Ints) -> int:
     """FLOPs of a forward pass with the rows of padding that the funnel needs.
 
-    A sequence starts at a multiple of the total stride. So a large stride, and `keep_first` even more, add rows before
-    the funnel, which `forward_flops` leaves out.
+    A sequence starts at a multiple of the total stride. So a large stride, and `keep_first` and `keep_last` even more,
+    add rows before the funnel, which `forward_flops` leaves out.
     """
     return forward_flops(config, funnel, lengths) + sum(
         padding_flops(config, each, part) for each, part in lengths_by_funnel(funnel, lengths)
@@ -73,7 +76,7 @@ def padding_flops(config: ModelConfig, funnel: FunnelConfig, lengths: Ints) -> i
     """FLOPs of the rows of padding of sequences that run with the same funnel."""
     plan, steps = make_plan(config, funnel), layer_steps(config, funnel)
     padded = int(plan.rows_needed(lengths).sum())
-    padding = {stride: padded // stride - int(rows_at(lengths, plan.offset(stride), stride)) for stride in plan.strides}
+    padding = {stride: padded // stride - int(spans(plan, lengths, stride).rows.sum()) for stride in plan.strides}
     return sum(
         layer_flops(
             config,
@@ -85,8 +88,3 @@ def padding_flops(config: ModelConfig, funnel: FunnelConfig, lengths: Ints) -> i
         )
         for step in steps
     )
-
-
-def rows_at(lengths: Ints, offset: int, stride: int) -> Any:
-    """The number of rows with a token at one level."""
-    return (-(-(lengths + offset) // stride)).sum()

@@ -30,7 +30,7 @@ from funnel_training.statistics import CONFIDENCE, RESAMPLES, Ratio, Verdict, ju
 from funnel_training.tasks.task import Task
 
 FINALISTS = 6  # funnels that are timed
-PROGRAMS = "programs"  # a folder of compiled programs: funnels that differ in positions or keep_first share them
+PROGRAMS = "programs"  # a folder of compiled programs: funnels that differ in positions or in kept tokens share them
 LEAST_GAIN = 0.01  # of the FLOPs; a smaller one is not worth any loss, and timing would not show it
 TIMED_TOKENS = {"cpu": 512}  # tokens of a timed batch, by platform
 TIMED_TOKENS_ELSEWHERE = 16384
@@ -192,11 +192,13 @@ def plan(
     make_engine = functools.partial(engine_maker, dtype=dtype, backend=backend, compilation_cache=output / PROGRAMS)
     make_funneled = make_engine(opened)
     baseline = make_funneled(NO_FUNNEL)
-    own = opened.manifest.funnel
+    own, head = opened.manifest.funnel, opened.head
     if funnels is None:
+        reads_last = head.pooling == "last" or (head.task == "classify" and head.classifier_input == "last_token")
+        recovery = "mean_last" if task.per_token else None
         funnels = [
             *(each for _, each in own.classes),
-            *grid(baseline.config.num_layers, recovery="mean_last" if task.per_token else None),
+            *grid(baseline.config.num_layers, reads_last=reads_last, recovery=recovery),
         ]
     funnels = [funnel for funnel in dict.fromkeys(funnels) if funnel.total_stride > 1]
     lengths = np.concatenate([side.lengths for side in task.inputs(baseline, truncate)])
@@ -205,7 +207,7 @@ def plan(
     options = {
         "max_loss": max_loss,
         "attention": opened.config.attention,
-        "pooling": opened.head.pooling,
+        "pooling": head.pooling,
         "dtype": dtype or opened.dtype,
         "backend": backend,
         "truncate": truncate,

@@ -88,7 +88,7 @@ class TrainingRun:
             self.opened.weights,
             tokenizer=read_tokenizer(self.opened.tokenizer_file) if self.opened.tokenizer_file else None,
             text=self.opened.manifest.text,
-            max_batch_tokens=student.rows - self.funnel.lead,
+            max_batch_tokens=student.plan.longest(student.rows),
             dtype=dtype,
         )
 

@@ -25,7 +25,15 @@ class Layout(NamedTuple):
 
 def packed(lengths: Ints, *, stride: int = 1, window: Window = (None, None), padding: int = 0) -> Layout:
     """Sequences end to end, their queries on `stride`, their keys on stride 1, then `padding` windows of no token."""
-    plan = Plan(total_stride=stride, output_stride=stride, lead=0, positions="first", strides=(1, stride), windows={})
+    plan = Plan(
+        total_stride=stride,
+        output_stride=stride,
+        keep_first=False,
+        keep_last=False,
+        positions="first",
+        strides=(1, stride),
+        windows={},
+    )
     keys = int(plan.rows_needed(lengths).sum()) + padding * stride
     queries = keys // stride
     interval = LevelRows(plan, lengths, stride).intervals(LevelRows(plan, lengths, 1), *window, queries)

@@ -77,7 +77,8 @@ ADDED: dict[int, dict[str, Any]] = {
             "per_layer_width": 0,
             "per_layer_vocab": 0,
             "layer_scalar": False,
-        }
+        },
+        "funnel": {"keep_last": False},
     },
 }
 MANIFEST = "funnel.json"
@@ -242,9 +243,16 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def with_missing(fields: Any, added: Any) -> Any:
-    """The fields, and those of `added` that are missing in them, at any depth."""
+    """The fields, and those of `added` that are missing in them, at any depth, and in all items of a list.
+
+    Those of a funnel are added to each class of a funnel by length.
+    """
+    if isinstance(fields, list):
+        return [with_missing(item, added) for item in fields]
     if not isinstance(fields, dict) or not isinstance(added, dict):
         return fields
+    if "classes" in fields:
+        return fields | {"classes": with_missing(fields["classes"], added)}
     return added | {name: with_missing(value, added.get(name)) for name, value in fields.items()}
 
 

@@ -21,10 +21,10 @@ def test_options_reach_the_engine(library, checkpoints):
         "max_batch_tokens": 14,
         "backend": "xla",
         "verify": True,
-        "funnel": {"strides": [1, 2], "pool": "mean", "positions": "last", "keep_first": True},
+        "funnel": {"strides": [1, 2], "pool": "mean", "positions": "last", "keep_last": True},
     }
     handle = library.open(checkpoints["plain"], json.dumps(options))
-    funnel = FunnelConfig((1, 2), pool="mean", positions="last", keep_first=True)
+    funnel = FunnelConfig((1, 2), pool="mean", positions="last", keep_last=True)
     engine = Engine.load(checkpoints["plain"], **(options | {"funnel": funnel}))
     np.testing.assert_array_equal(library.embed(handle), engine.embed((IDS, OFFSETS)))
     info = Info(ctypes.sizeof(Info))

@@ -12,7 +12,7 @@ from funnel_engine import FunnelConfig, HeadConfig
 from funnel_engine.model import forward
 from funnel_engine.packing import make_plan, pack
 from funnel_engine.presets import preset
-from funnel_engine.weights import ACTIVATIONS, DTYPES, expected_shapes, nest
+from funnel_engine.weights import ACTIVATIONS, expected_shapes, nest, tensor_types
 from funnel_kernels import InputError, Target
 
 CONFIG = dataclasses.replace(
@@ -30,11 +30,10 @@ CONFIG = dataclasses.replace(
 def compiled_bytes(rows: int, dtype: str) -> int:
     """What the compiler reserves for temporaries of one forward pass."""
     plan, funnel = make_plan(CONFIG, FunnelConfig()), FunnelConfig()
-    flat = expected_shapes(CONFIG, HeadConfig()).items()
-    params = nest({name: jax.ShapeDtypeStruct(shape, DTYPES[dtype]) for name, shape in flat}, CONFIG, funnel)
+    params = nest(tensor_types(expected_shapes(CONFIG, HeadConfig()), dtype), CONFIG, funnel)
     batch = pack(plan, np.zeros(rows, np.int32), np.array([0, rows // 2, rows], np.int32), rows)
-    lowered = jax.jit(partial(forward, config=CONFIG, funnel=funnel, target=Target())).lower(params, batch)
-    return lowered.compile().memory_analysis().temp_size_in_bytes
+    run = jax.jit(partial(forward, config=CONFIG, funnel=funnel, dtype=dtype, target=Target()))
+    return run.lower(params, batch).compile().memory_analysis().temp_size_in_bytes
 
 
 @pytest.mark.parametrize("dtype", ACTIVATIONS)
@@ -46,10 +45,11 @@ def test_the_estimate_is_above_what_the_compiler_reserves_but_not_by_much(rows, 
 
 def test_weight_bytes_of_a_preset():
     head = HeadConfig()
-    assert memory.weight_bytes(preset("gemma-2b"), head, "bfloat16") == 2 * 2_506_172_416
+    assert (
+        memory.weight_bytes(preset("gemma-2b"), head, "bfloat16") == 2 * 2_506_172_416 + 2 * 37 * 2048
+    )  # norms are float32
     assert memory.weight_bytes(preset("gemma-2b"), head, "float32") == 4 * 2_506_172_416
     rows = 256_000 + 18 * (2560 + 2048 + 32_768 + 2048)  # of matrices, each with a float32 scale
-    norms = 37 * 2048  # float32
     assert memory.weight_bytes(preset("gemma-2b"), head, "int8") == 2_506_172_416 + 4 * rows + 3 * norms
 
 

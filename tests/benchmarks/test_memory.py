@@ -45,9 +45,8 @@ def test_the_estimate_is_above_what_the_compiler_reserves_but_not_by_much(rows, 
 
 def test_weight_bytes_of_a_preset():
     head = HeadConfig()
-    assert (
-        memory.weight_bytes(preset("gemma-2b"), head, "bfloat16") == 2 * 2_506_172_416 + 2 * 37 * 2048
-    )  # norms are float32
+    norms = 37 * 2048  # float32
+    assert memory.weight_bytes(preset("gemma-2b"), head, "bfloat16") == 2 * 2_506_172_416 + 2 * norms
     assert memory.weight_bytes(preset("gemma-2b"), head, "float32") == 4 * 2_506_172_416
     rows = 256_000 + 18 * (2560 + 2048 + 32_768 + 2048)  # of matrices, each with a float32 scale
     assert memory.weight_bytes(preset("gemma-2b"), head, "int8") == 2_506_172_416 + 4 * rows + 3 * norms

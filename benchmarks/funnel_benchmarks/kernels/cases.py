@@ -307,6 +307,7 @@ def forward_pass(engine: Engine, lengths: Ints, rows: int, options: dict[str, An
     """
     (programs,) = engine.programs
     batch = jax.device_put(pack(programs.plan, *random_inputs(engine.config.vocab_size, lengths), rows))
-    encoder = partial(forward, config=engine.config, funnel=programs.funnel, target=engine.devices.target)
+    how: dict[str, Any] = {"dtype": engine.activations, "target": engine.devices.target}
+    encoder = partial(forward, config=engine.config, funnel=programs.funnel, **how)
     options = compiler_options(jax.default_backend()) if options is None else options
     return partial(jax.jit(encoder, compiler_options=options), engine.params, batch)

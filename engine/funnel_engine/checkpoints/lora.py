@@ -436,7 +436,7 @@ def find_base(directory: Path, root: Path, name: str, given: Path | None) -> Pat
     for folder in tried:
         if folder.is_dir() and folder.resolve() not in (directory.resolve(), root.resolve()):
             return folder
-    looked = f" (looked for {quote(dict.fromkeys(map(str, tried)))})" if tried else ""
+    looked = f" (looked for {', '.join(dict.fromkeys(map(str, tried)))})" if tried else ""
     raise CheckpointError(
         f"the base {name!r:.80} of the adapter in {directory} is not found{looked}; fetch it in Hugging Face format "
         "and give its folder with --base"

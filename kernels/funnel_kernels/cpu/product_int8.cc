@@ -167,7 +167,8 @@ void multiply_rows(const Value* x, const float* x_scales, int64_t x_rows, int64_
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
       for (int v = 0; v < kFloatVectors; ++v) {
-        totals[r][v] += __builtin_convertvector(column_sums(sums[r], v), Floats) * x_scales[r];
+        const Floats sum = __builtin_convertvector(column_sums(sums[r], v), Floats);
+        totals[r][v] = multiply_add(sum, broadcast(x_scales[r]), totals[r][v]);
       }
     }
     x += x_rows * kGroup;

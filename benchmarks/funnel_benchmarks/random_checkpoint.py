@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from funnel_engine import ModelConfig
-from funnel_engine.checkpoints.hugging_face import ZERO_CENTRED
+from funnel_engine.checkpoints.hugging_face import ZERO_CENTRED, encoder_parts
 from funnel_engine.checkpoints.safetensors_file import write_tensors
 from funnel_engine.hugging_face_config import read_model_config
 from funnel_engine.presets import Fields
@@ -55,24 +55,4 @@ def one_array(generator: np.random.Generator, shape: tuple[int, ...], plus: floa
 
 def tensor_shapes(config: ModelConfig) -> Shapes:
     """The tensors of one of Hugging Face's `ARCHITECTURES`, by name."""
-    hidden, mlp = config.hidden_size, config.intermediate_size
-    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    layer: Shapes = {
-        "input_layernorm": (hidden,),
-        "self_attn.q_proj": (queries, hidden),
-        "self_attn.k_proj": (keys, hidden),
-        "self_attn.v_proj": (keys, hidden),
-        "self_attn.o_proj": (hidden, queries),
-        "post_attention_layernorm": (hidden,),
-        "mlp.gate_proj": (mlp, hidden),
-        "mlp.up_proj": (mlp, hidden),
-        "mlp.down_proj": (hidden, mlp),
-    }
-    if config.post_norms:
-        layer |= {"pre_feedforward_layernorm": (hidden,), "post_feedforward_layernorm": (hidden,)}
-    if config.qk_norm:
-        layer |= {"self_attn.q_norm": (config.head_dim,), "self_attn.k_norm": (config.head_dim,)}
-    shapes: Shapes = {"embed_tokens.weight": (config.vocab_size, hidden)}
-    for index in range(config.num_layers):
-        shapes |= {f"layers.{index}.{name}.weight": shape for name, shape in layer.items()}
-    return shapes | {"norm.weight": (hidden,)}
+    return {part.name: part.shape for parts in encoder_parts(config, prefix="").values() for part in parts}

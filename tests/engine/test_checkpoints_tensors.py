@@ -73,6 +73,19 @@ def test_parts(monkeypatch, shape, at, axes, rows, dtype):
         np.testing.assert_array_equal(made(tensor, at, axes, rows), expected, strict=True)
 
 
+@pytest.mark.parametrize("dtype", ["float32", ml_dtypes.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("axes", [None, (1, 0)])
+@pytest.mark.parametrize(("first", "rows"), [(0, None), (2, None), (1, 4), (3, 3)])
+def test_some_rows_of_a_part_are_scaled_and_moved(first, rows, axes, dtype):
+    """In float32, also where the tensor has fewer bits; whatever the order of its axes."""
+    tensor = held(5, 3, dtype=dtype)
+    part = Part("w", (5, 3), axes=axes, rows=rows, first=first, times=3.0, minus=1.0)
+    expected = tensor.values[first:rows].astype(np.float32) * np.float32(3) - np.float32(1)
+    expected = (expected if axes is None else expected.transpose(axes)).ravel()
+    pieces = [piece.ravel() for piece in Rows(tensor, part).pieces()]
+    np.testing.assert_array_equal(np.concatenate([np.zeros(0, np.float32), *pieces]), expected, strict=True)
+
+
 def test_rows_are_read_a_piece_at_a_time():
     """1 MiB at a time; a matrix that must be transposed is read once."""
     tensor = held(3000, 200)

@@ -173,6 +173,19 @@ def test_engines_share_weights_that_are_prepared():
         Engine(config, HeadConfig(), shared, backend="xla", max_batch_tokens=16)
 
 
+@pytest.mark.parametrize("matrices", ["float32", "bfloat16", "int8"])
+def test_norms_of_bfloat16_are_widened(matrices):
+    """As checkpoints of versions before 5 have them."""
+    flat = random_weights(GEMMA_3, HeadConfig(), matrices, seed=6)
+    halved = {n: w.astype(ml_dtypes.bfloat16) if n.endswith("_norm") else w for n, w in flat.items()}
+    widened = {n: w.astype(np.float32) if n.endswith("_norm") else w for n, w in halved.items()}
+    first, second, exact = (Engine(GEMMA_3, HeadConfig(), w, max_batch_tokens=16) for w in (halved, widened, flat))
+    assert first.params["final_norm"].dtype == np.float32
+    ids = [[1, 2, 3, 4, 5]]
+    np.testing.assert_array_equal(first.embed(ids), second.embed(ids))
+    assert (first.embed(ids) != exact.embed(ids)).any()
+
+
 @pytest.mark.parametrize("asked", [None, "float32"])
 def test_weights_of_bfloat16_are_read_as_they_are_where_activations_are_float32(monkeypatch, asked):
     """By default where a processor does not multiply bfloat16, or on request: the numbers are those of float32."""

@@ -167,6 +167,12 @@ class Part(NamedTuple):
     times: float = 1.0
     minus: float = 0.0
 
+    def change(self, values: np.ndarray) -> np.ndarray:
+        """`values * times - minus`; the values themselves, in their own dtype, where that changes nothing."""
+        if (self.times, self.minus) == (1, 0):
+            return values
+        return values.astype(np.float32) * np.float32(self.times) - np.float32(self.minus)
+
 
 Parts = Mapping[str, tuple[Part, ...]]  # by our weight's name
 
@@ -179,18 +185,16 @@ class Rows(NamedTuple):
 
     def pieces(self) -> Iterator[np.ndarray]:
         """The values in our order, as arrays of about 1 MiB, or of one row if that is larger."""
-        _, _, at, axes, rows, first, times, minus = self.part
+        _, _, at, axes, rows, first, *_ = self.part
         shape = self.tensor.shape[len(at) :]
         rows = shape[0] if rows is None else rows
         if axes is None:
             for start, stop in row_blocks((rows - first, *shape[1:])):
-                piece = self.tensor.read(at, first + start, first + stop)
-                changes = (times, minus) != (1, 0)
-                yield piece.astype(np.float32) * np.float32(times) - np.float32(minus) if changes else piece
+                yield self.part.change(self.tensor.read(at, first + start, first + stop))
             return
-        view = self.tensor.read(at, 0, rows).transpose(axes)
+        view = self.tensor.read(at, first, rows).transpose(axes)
         for start, stop in row_blocks(view.shape):
-            yield np.ascontiguousarray(view[start:stop])
+            yield self.part.change(np.ascontiguousarray(view[start:stop]))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -129,8 +129,8 @@ def read_windows(
     """Inclusive (left, right) radii of a sliding layer, causal and bidirectional, from the config's `sliding_window`.
 
     A causal window contains W keys, with the query's own. With bidirectional attention Gemma 3 halves W (transformers
-    PR 40700). So does T5Gemma 2, where the two sides and the query's own key are W + 1 keys if W is odd, and W if it is
-    even. The other families do not halve it (google-deepmind/gemma).
+    PR 40700). So does T5Gemma 2, whose two sides and the query's own key are W keys together. The other families do not
+    halve it (google-deepmind/gemma).
     """
     if "sliding" not in layer_types:
         return None, None

@@ -14,8 +14,6 @@ from funnel_kernels.norm import rms_norm, sum_dtype, widened
 from funnel_kernels.shapes import Angles, Heads, Rows, Vector
 from funnel_kernels.target import Target, Unsupported
 
-Rotation = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # of heads [..., d] by cosines and sines
-
 
 def linear(x: Rows, weight: Weight, add: Rows | None, *, target: Target) -> Rows:
     if add is None:
@@ -94,21 +92,20 @@ def finish_heads(
     ends = [head_dim * sum(heads[: i + 1]) for i in range(len(heads))]
     *groups, plain = jnp.split(product, ends, axis=1)
 
-    def finish(norm: Vector | None, turn: Rotation, head: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-        return turn(head if norm is None else rms_norm(head, norm, eps), cos, sin).astype(dtype)
+    def normed(norm: Vector | None, head: jax.Array) -> jax.Array:
+        return head if norm is None else rms_norm(head, norm, eps)
 
-    turns = [rotate] * len(heads)
+    def turned(norm: Vector | None, head: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+        return rotate(normed(norm, head), cos, sin).astype(dtype)
+
+    results = [
+        per_head(partial(turned, norm), group, head_dim, cos, sin, target=target)
+        for norm, group in zip(norms, groups, strict=False)
+    ]
     if plain_heads:
-        groups, turns = [*groups, plain], [*turns, leave]
-    return tuple(
-        per_head(partial(finish, norm, turn), group, cos, sin, target=target)
-        for norm, turn, group in zip(norms, turns, groups, strict=True)
-    )
-
-
-def leave(head: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Heads that are not rotated."""
-    return head
+        norm = norms[-1]
+        results.append(plain if norm is None else per_head(partial(normed, norm), plain, head_dim, target=target))
+    return tuple(result.astype(dtype) for result in results)
 
 
 def rotate(head: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
@@ -117,12 +114,11 @@ def rotate(head: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def per_head(function: Callable[..., jax.Array], x: Heads, *tables: Angles, target: Target) -> Heads:
+def per_head(function: Callable[..., jax.Array], x: Heads, head_dim: int, *tables: Angles, target: Target) -> Heads:
     """Applies a function to every head of `[N, heads * d]`; it gets heads `[..., d]` and matching rows of the tables.
 
     A view with an axis of heads is free, except on a TPU, where it copies x; there the heads are split instead.
     """
-    head_dim = 2 * tables[0].shape[1]
     if target.platform == "tpu":
         columns = jnp.split(x, x.shape[1] // head_dim, axis=1)
         return jnp.concatenate([function(head, *tables) for head in columns], axis=1)

@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 # From the top to the bottom.
-PACKAGES = ("funnel_benchmarks", "funnel_serving", "funnel_training", "funnel_engine", "funnel_kernels", "funnel_native")
+PACKAGES = (
+    "funnel_benchmarks",
+    "funnel_serving",
+    "funnel_training",
+    "funnel_engine",
+    "funnel_kernels",
+    "funnel_native",
+)
 
 
 def modules() -> dict[str, ast.Module]:

@@ -17,7 +17,14 @@ from funnel_benchmarks import c_api
 from funnel_benchmarks.random_checkpoint import write_random_model
 from funnel_engine import Engine, FunnelConfig, convert
 
-PACKAGES = ("funnel_benchmarks", "funnel_engine", "funnel_kernels", "funnel_native", "funnel_serving", "funnel_training")
+PACKAGES = (
+    "funnel_benchmarks",
+    "funnel_engine",
+    "funnel_kernels",
+    "funnel_native",
+    "funnel_serving",
+    "funnel_training",
+)
 LINKS = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 NO_COMPILER = {"CXX": "/bin/false", "CC": "/bin/false"}
 

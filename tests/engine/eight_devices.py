@@ -44,6 +44,7 @@ MODELS = {
         FunnelConfig((2, 1, 2), pool_query_only=True, recovery="mean_last", recovery_site="after_norm"),
     ),
     "multi-head, no funnel": (MULTI_HEAD, FunnelConfig()),
+    "last token kept": (GROUPED, FunnelConfig((1, 2), keep_last=True)),
 }
 MESHES = {
     "model 2": {"model": 2},
@@ -92,6 +93,8 @@ def on_one_device(name):
         ("grouped, two funnels of pooled queries", "data 8"),
         ("multi-head, no funnel", "model 4"),
         ("multi-head, no funnel", "data 2, model 2"),
+        ("last token kept", "data 2, model 2"),
+        ("last token kept", "data 8"),
     ],
 )
 def test_a_mesh_gives_what_one_device_gives(name, mesh):

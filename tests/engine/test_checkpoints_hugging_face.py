@@ -443,6 +443,8 @@ def test_more_labels_than_the_classifier_has(tmp_path):
         ({"id2label": {"0": "a", "2": "b"}}, "without gaps"),
         ({"id2label": {"0": "a", "1": 7}}, "id2label"),
         ({"id2label": ["a", "b"]}, "id2label"),
+        ({"id2label": None, "num_labels": 10**12}, "num_labels in config.json must be from 1 to 1,000,000"),
+        ({"id2label": None, "num_labels": 0}, "num_labels in config.json must be from 1 to 1,000,000"),
         ({"architectures": "GemmaForTokenClassification"}, "architectures"),
         ({"architectures": [5]}, "architectures"),
         ({"model_type": "bert"}, "'bert'"),

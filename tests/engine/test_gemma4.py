@@ -27,6 +27,7 @@ from funnel_engine.devices import map_weights
 from funnel_engine.flops import forward_flops
 from funnel_engine.heads import DenseConfig, HeadConfig
 from funnel_engine.hugging_face_config import read_model_config
+from funnel_engine.inspection import inspect_checkpoint
 from funnel_engine.model import forward, rotation
 from funnel_engine.packing import make_plan, pack
 from funnel_engine.presets import preset
@@ -353,6 +354,12 @@ def folder(request, tmp_path_factory):
     model_class, config = TEXT_MODELS[request.param]
     hf.build(model_class, config).save_pretrained(folder / "source")
     return folder
+
+
+def test_inspect_shows_the_inputs_of_each_layer(folder):
+    facts, config = inspect_checkpoint(folder), read_checkpoint(folder).config
+    assert (facts["per_layer_width"], facts["per_layer_vocab"]) == (config.per_layer_width, config.per_layer_vocab)
+    assert facts["per_layer_width"] > 0
 
 
 def test_int8_and_bfloat16_are_near_float32(folder):

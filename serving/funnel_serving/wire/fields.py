@@ -89,9 +89,9 @@ def integer(name: str, least: int, about: str, *, limit: str) -> Field:
     """An integer of at least `least`. The model has the upper limit, under this name in the description."""
 
     def read(path: str, value: Any) -> int:
-        if type(value) is not int or value < least:  # true and false are integers to Python
+        if not is_whole(value) or value < least:
             raise wrong(path, value, f"an integer of at least {least}")
-        return value
+        return int(value)
 
     return Field(name, reference(limit), read, None, about)
 
@@ -148,7 +148,7 @@ def inputs(name: str, about: str) -> Field:
     of_texts, of_ids = text_or_texts(name, about), ids_or_batch(name, about)
 
     def read(path: str, value: Any) -> list[str] | list[list[int]]:
-        is_ids = isinstance(value, list) and len(value) > 0 and isinstance(value[0], (int, list))
+        is_ids = isinstance(value, list) and len(value) > 0 and isinstance(value[0], int | float | list)
         return (of_ids if is_ids else of_texts).read(path, value)
 
     return Field(name, {"anyOf": of_texts.schema["anyOf"] + of_ids.schema["anyOf"]}, read, REQUIRED, about)
@@ -188,11 +188,21 @@ def read_text(path: str, value: Any) -> str:
 
 def read_ids(path: str, value: Any) -> list[int]:
     """The engine checks that the model's vocabulary has them."""
-    if not isinstance(value, list) or not set(map(type, value)) <= {int}:  # fast, as there may be very many
-        raise wrong(path, value, "an array of token ids, which are integers")
+    if not isinstance(value, list):
+        raise wrong(path, value, "an array of token ids")
     if not value:
         raise empty(path)
-    return value
+    if set(map(type, value)) == {int}:  # fast, as there may be very many
+        return value
+    for index, item in enumerate(value):
+        if not is_whole(item):
+            raise wrong(f"{path}[{index}]", item, "a token id, which is an integer")
+    return [int(item) for item in value]
+
+
+def is_whole(value: Any) -> bool:
+    """Whether it is an integer of JSON: 2.0 is one, and true is not."""
+    return type(value) is int or (isinstance(value, float) and value.is_integer())
 
 
 def read_array(read: Callable[[str, Any], Item], path: str, value: Any) -> list[Item]:
@@ -201,6 +211,12 @@ def read_array(read: Callable[[str, Any], Item], path: str, value: Any) -> list[
     if not value:
         raise empty(path)
     return [read(f"{path}[{index}]", item) for index, item in enumerate(value)]
+
+
+def check_limit(path: str, value: int | None, most: int) -> None:
+    """The upper limit of an integer that only the model knows."""
+    if value is not None and value > most:
+        raise wrong(path, value, f"at most {most} with this model")
 
 
 def wrong(path: str, value: Any, must: str) -> Refusal:

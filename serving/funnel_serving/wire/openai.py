@@ -61,6 +61,8 @@ async def embeddings(service: Service, values: Values) -> Reply:
             "truncate_prompt_tokens is 0; it must be at least 1, or -1 for the limit of the model",
             param="truncate_prompt_tokens",
         )
+    fields.check_limit("truncate_prompt_tokens", limit, service.engine.max_length)
+    fields.check_limit("dimensions", values["dimensions"], service.engine.embedding_size)
     answer = await service.embed(
         values["input"],
         dimensions=values["dimensions"],

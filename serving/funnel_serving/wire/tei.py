@@ -98,7 +98,7 @@ def pair_inputs() -> Field:
         """Whether it is a batch, and its sequences."""
         if isinstance(value, list) and value and isinstance(value[0], list):
             return True, fields.read_array(read_sequence, path, value)
-        return False, [read_sequence(path, value if isinstance(value, list) else [value])]
+        return False, [read_sequence(path, value) if isinstance(value, list) else fields.read_text(path, value)]
 
     about = "a text, a pair of texts in an array, or an array of arrays with one text or a pair each"
     return Field("inputs", {"anyOf": [fields.TEXT, one_or_two, fields.array(one_or_two)]}, read, about=about)
@@ -110,6 +110,7 @@ def truncation(values: Values) -> dict[str, Any]:
 
 
 async def embed(service: Service, values: Values) -> Reply:
+    fields.check_limit("dimensions", values["dimensions"], service.engine.embedding_size)
     answer = await service.embed(
         values["inputs"],
         normalize=values["normalize"],

@@ -4,11 +4,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
 Texts = Sequence[str]
 Pairs = Sequence[tuple[str, str]]
 TokenIds = Sequence[Sequence[int]]
+Inputs = Sequence[str | tuple[str, str] | Sequence[int]]  # any of these, or texts and pairs together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +53,3 @@ class Answer:
     truncated: int
     timing: Timing
     tokens: Sequence[Sequence[Token]] = ()
-
-
-def is_finite(result: np.ndarray) -> bool:
-    return bool(np.isfinite(result).all())

@@ -62,7 +62,6 @@ async def embeddings(service: Service, values: Values) -> Reply:
             param="truncate_prompt_tokens",
         )
     fields.check_limit("truncate_prompt_tokens", limit, service.engine.max_length)
-    fields.check_limit("dimensions", values["dimensions"], service.engine.embedding_size)
     answer = await service.embed(
         values["input"],
         dimensions=values["dimensions"],

@@ -110,7 +110,6 @@ def truncation(values: Values) -> dict[str, Any]:
 
 
 async def embed(service: Service, values: Values) -> Reply:
-    fields.check_limit("dimensions", values["dimensions"], service.engine.embedding_size)
     answer = await service.embed(
         values["inputs"],
         normalize=values["normalize"],

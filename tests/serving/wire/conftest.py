@@ -1,10 +1,10 @@
 """A client of each kind of model. Everything is real but the socket; `test_clients.py` has that too."""
 
 import pytest
-from served_models import save_classifier, save_embedder
-from serving_apps import client
 
 from funnel_engine import Engine
+from served_models import save_classifier, save_embedder
+from serving_apps import client
 
 
 @pytest.fixture(scope="session")

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from served_models import LABELS
 
 from funnel_engine import Engine
+from served_models import LABELS
 
 TEXTS = ["a", "the small funnel pools pairs of tokens", "émile keeps memory", "of"]
 

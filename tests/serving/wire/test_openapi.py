@@ -5,7 +5,6 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
-from serving_apps import make_app
 
 from funnel_serving.wire import ROUTES
 

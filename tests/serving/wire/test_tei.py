@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from sentence_models import PROMPTS
 
 TEXTS = ["a", "the small funnel pools pairs of tokens " * 5, "memory", "tokens and tokens", "a large funnel " * 9, "of"]

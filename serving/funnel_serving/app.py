@@ -60,8 +60,8 @@ class App:
             response = wire.refusal_response(path, refusal)
             if kind == "unauthorized":
                 response.headers["www-authenticate"] = "Bearer"
-            if kind == "slow_body":
-                response.headers["connection"] = "close"  # the rest of the body would be read as the next request
+            if isinstance(refusal, UnreadBody):
+                response.headers["connection"] = "close"
             await response(scope, receive, send_with_id)
 
         try:
@@ -106,27 +106,33 @@ class App:
             raise Refusal("unauthorized", "send a key of this server as header Authorization: Bearer KEY")
 
     async def read_body(self, headers: Mapping[bytes, bytes], receive: Receive) -> bytes:
-        """The body of a request, which must come in time and not be too large."""
+        """The body of a request, which must come in time and not be too large.
+
+        What is too large is read to its end, as far as that comes in time, and thrown away: most clients read no reply
+        before they have sent everything.
+        """
         limit, seconds = self.service.settings.max_body_bytes, self.service.settings.body_seconds
-        too_large = Refusal("too_large", f"the body has more than {limit} bytes; send fewer or shorter inputs")
-        declared = headers.get(b"content-length", b"0")
-        if declared.isdigit() and int(declared) > limit:
-            raise too_large
-        chunks, size = [], 0
+        declared, size, chunks = headers.get(b"content-length", b"0"), 0, []
+        if b"expect" in headers and declared.isdigit() and int(declared) > limit:
+            raise UnreadBody("too_large", f"the body has {int(declared)} bytes, more than the limit of {limit}")
         try:
             async with asyncio.timeout(seconds):
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         raise ClientLeft
-                    chunks.append(message.get("body", b""))
-                    size += len(chunks[-1])
-                    if size > limit:
-                        raise too_large
+                    size += len(message.get("body", b""))
+                    if size <= limit:
+                        chunks.append(message.get("body", b""))
+                    else:
+                        chunks.clear()
                     if not message.get("more_body"):
-                        return b"".join(chunks)
+                        break
         except TimeoutError:
-            raise Refusal("slow_body", f"only {size} bytes of the body came within {seconds:g} s") from None
+            raise UnreadBody("slow_body", f"only {size} bytes of the body came within {seconds:g} s") from None
+        if size > limit:
+            raise Refusal("too_large", f"the body has {size} bytes, more than the limit of {limit}; send fewer inputs")
+        return b"".join(chunks)
 
     async def answer(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
         """Calls the route, which is cancelled when the client leaves."""
@@ -155,6 +161,10 @@ class App:
 
     async def not_found(self, scope: Scope, receive: Receive, send: Send) -> None:
         raise Refusal("not_found", f"there is no path {scope['path']!r:.200} here; GET /openapi.json lists them")
+
+
+class UnreadBody(Refusal):
+    """The body is not read to its end, so nothing can follow it on this connection."""
 
 
 class ClientLeft(Exception):

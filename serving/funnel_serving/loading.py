@@ -11,9 +11,7 @@ from funnel_serving.settings import Settings
 
 log = logging.getLogger(__name__)
 
-SMALL_ROWS = (
-    512  # `--warmup small` compiles the buckets up to this one; a single text of usual length needs no larger one
-)
+SMALL_ROWS = 512  # of the largest bucket that `--warmup small` compiles; few single texts need a larger one
 
 
 def load_in_thread(service: Service, on_failure: Callable[[Exception], None]) -> threading.Thread:

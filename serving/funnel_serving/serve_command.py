@@ -12,12 +12,7 @@ import click
 from funnel_kernels.errors import ConfigError
 from funnel_serving.settings import Settings, option_name, read_flag, variable_name
 
-PACKAGES = {
-    "orjson": "orjson",
-    "prometheus_client": "prometheus-client",
-    "starlette": "starlette",
-    "uvicorn": "uvicorn",
-}
+PACKAGES = ("orjson", "prometheus_client", "starlette", "uvicorn", "httptools", "uvloop")
 PATH = click.Path(path_type=Path)
 
 
@@ -57,6 +52,6 @@ def serve(checkpoint: Path, config: Path | None, **options: Any) -> None:
 
 def require_packages() -> None:
     """Raises `ConfigError` if the packages of the extra `serve` are not installed."""
-    for module, package in PACKAGES.items():
-        if importlib.util.find_spec(module) is None:
+    for package in PACKAGES:
+        if importlib.util.find_spec(package) is None:
             raise ConfigError(f"{package} is not installed; run: pip install 'funnel-engine[serve]'")

@@ -87,7 +87,7 @@ def is_key(key: Any) -> bool:
 
 def setting(default: Any, read: Reader, about: str) -> Any:
     """A field of `Settings`: its default, how its value is read, and what it is, for people."""
-    return dataclasses.field(default=default, metadata={"read": read, "about": about})
+    return dataclasses.field(default=default, repr=read is not read_keys, metadata={"read": read, "about": about})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -176,14 +176,12 @@ class Settings:
         ]
         known = {field.name: field for field in dataclasses.fields(cls) if "read" in field.metadata}
         if unknown := [name for name in content if name not in known]:
-            raise ConfigError(
-                f"{file} has unknown settings: {', '.join(abbreviate(unknown))}. Known: {', '.join(known)}"
-            )
+            names = ", ".join(abbreviate(unknown))
+            raise ConfigError(f"{file} has unknown settings: {names}. Known: {', '.join(known)}")
         ours = {variable_name(name) for name in known} | {variable_name("config")}
         if wrong := [name for name in environment if name.startswith(ENVIRONMENT) and name not in ours]:
-            raise ConfigError(
-                f"unknown environment variables: {', '.join(abbreviate(wrong))}; see `funnel serve --help`"
-            )
+            names = ", ".join(abbreviate(wrong))
+            raise ConfigError(f"unknown environment variables: {names}; see `funnel serve --help`")
         values = {}
         for name, field in known.items():
             for named, source in sources:

@@ -19,7 +19,9 @@ from click.testing import CliRunner
 from ray.cluster_utils import Cluster
 
 from funnel_engine import CheckpointError, ConfigError, Engine, FunnelConfig, InputError
-from funnel_serving.ray import embed_corpus
+from funnel_serving.engines import fingerprint
+from funnel_serving.ray import chunk_writer, embed_corpus
+from funnel_serving.ray.chunk_writer import ChunkWriter
 from funnel_serving.ray.corpus import Columns, read_chunk, scan
 from funnel_serving.ray.embed_batches import EmbedBatches
 from funnel_serving.ray.embed_corpus import Job, Workers
@@ -27,14 +29,12 @@ from funnel_serving.ray.embed_corpus_command import embed_corpus as command
 from sentence_models import WORDS
 
 COLUMNS = Columns("id", "text")
-ROWS = 600
-"""A long job for the small model: 75 chunks."""
-ROWS_PER_CHUNK = 8
+ROWS, ROWS_PER_CHUNK, PARTS = 240, 2, 120  # many small chunks, so that something can be killed in between
 
 
 def texts(count, seed=0):
     generator = np.random.default_rng(seed)
-    return [" ".join(generator.choice(WORDS, generator.integers(2, 300))) for _ in range(count)]
+    return [" ".join(generator.choice(WORDS, generator.integers(2, 40))) for _ in range(count)]
 
 
 TEXTS = texts(ROWS)
@@ -59,8 +59,8 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cluster():
-    """Three nodes of one CPU each. Ray makes them believe that they have memory enough."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    """Three nodes of one CPU each."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
     yield cluster, nodes
     ray.shutdown()
@@ -90,7 +90,7 @@ def check_output(folder, checkpoint):
     np.testing.assert_allclose(vectors, Engine.load(checkpoint).embed(TEXTS), atol=2e-5)
     assert not list(folder.glob(".*"))
     counts = json.loads((folder / "complete.json").read_text("utf-8"))
-    assert counts == {"rows": ROWS, "errors": 0, "parts": 76}
+    assert counts == {"rows": ROWS, "errors": 0, "parts": PARTS}
 
 
 def workers():
@@ -122,41 +122,34 @@ def test_a_killed_driver_goes_on_where_it_was(cluster, corpus, checkpoint, tmp_p
     cluster, _ = cluster
     output = tmp_path / "out"
     options = f"--checkpoint {checkpoint} --output {output} --rows-per-chunk {ROWS_PER_CHUNK}"
-    arguments = [str(corpus), *options.split(), "--address", cluster.address, "--workers", "1", "--cpus-per-worker", "1"]
-    start = "from funnel_engine.cli import main; main()"
-    process = subprocess.Popen([sys.executable, "-c", start, "embed-corpus", *arguments])
+    arguments = [
+        str(corpus),
+        *options.split(),
+        "--address",
+        cluster.address,
+        "--workers",
+        "1",
+        "--cpus-per-worker",
+        "1",
+    ]
+    start = f"from {command.callback.__module__} import embed_corpus; embed_corpus()"
+    process = subprocess.Popen([sys.executable, "-c", start, *arguments])
     while len(list(output.glob("part-*"))) < 5:
         assert process.poll() is None
         time.sleep(0.05)
     process.kill()
     process.wait()
     first = {part: part.stat().st_ino for part in output.glob("part-*")}
-    assert 5 <= len(first) < 76
-    (output / ".part-00000070.parquet.0123.partial").write_bytes(b"half")
+    assert 5 <= len(first) < PARTS
+    (output / ".part-00000100.parquet.0123.partial").write_bytes(b"half")
     result = CliRunner().invoke(command, arguments)
     assert result.exit_code == 0, result.output
-    assert f"Wrote {ROWS} rows to 76 files" in result.output
+    assert f"Wrote {ROWS} rows to {PARTS} files" in result.output
     check_output(output, checkpoint)
     again = {part: part.stat().st_ino for part in output.glob("part-*")}
     assert sum(again[part] == first[part] for part in first) >= len(first) - 1
     assert CliRunner().invoke(command, arguments).exit_code == 0
     assert {part: part.stat().st_ino for part in output.glob("part-*")} == again, "a finished job was run again"
-
-
-def test_a_row_that_cannot_be_embedded_does_not_end_the_job(cluster, checkpoint, tmp_path):
-    cluster, _ = cluster
-    rows = [{"id": index, "text": text} for index, text in enumerate(TEXTS[:10])]
-    rows[3]["text"], rows[5]["text"], rows[9]["text"] = "", None, "small " * 20_000
-    corpus = write_jsonl(tmp_path / "rows.jsonl", rows)
-    counts = run(job(corpus, checkpoint, tmp_path / "out", truncate_dim=8, funnel="1:2/mean"), cluster.address)
-    assert counts == {"rows": 10, "errors": 3, "parts": 2}
-    table = output_of(tmp_path / "out").to_pydict()
-    assert [index for index, vector in enumerate(table["embedding"]) if vector is None] == [3, 5, 9]
-    assert table["error"][3].startswith("the text is an empty text")
-    assert table["error"][5] == "the text is missing"
-    assert "more than the limit" in table["error"][9]
-    engine = Engine.load(checkpoint, funnel=FunnelConfig.parse("1:2/mean"))
-    np.testing.assert_allclose(table["embedding"][4], engine.embed(TEXTS[4], truncate_dim=8)[0], atol=1e-5)
 
 
 def test_a_mistake_ends_the_job_with_its_own_error(cluster, corpus, checkpoint, tmp_path):
@@ -199,21 +192,23 @@ def test_ray_data_runs_it_with_the_threads_and_devices_of_its_worker(cluster, co
 
 
 @pytest.fixture
-def finished(corpus, checkpoint, tmp_path, monkeypatch):
-    """A function that runs a job; chunks are written here and not by workers."""
+def written_here(monkeypatch):
+    """Chunks are written by this process, and not by workers."""
 
-    def write_here(job, chunks, workers):
-        from funnel_serving.engines import fingerprint
-        from funnel_serving.ray.chunk_writer import ChunkWriter
-
+    def write_chunks(job, chunks, workers):
         writer = ChunkWriter(job.output, job.columns, job.checkpoint, fingerprint(job.checkpoint), job.options)
         writer.load()
         for chunk in chunks:
             writer.write(chunk)
             yield chunk
 
-    monkeypatch.setattr(embed_corpus, "write_chunks", write_here)
+    monkeypatch.setattr(embed_corpus, "write_chunks", write_chunks)
     monkeypatch.setattr(ray, "init", lambda **_: None)
+
+
+@pytest.fixture
+def finished(written_here, checkpoint, tmp_path):
+    """A function that runs a job of 20 rows."""
     small = write_jsonl(tmp_path / "small.jsonl", [{"id": index, "text": TEXTS[index]} for index in range(20)])
 
     def finish(**options):
@@ -223,8 +218,24 @@ def finished(corpus, checkpoint, tmp_path, monkeypatch):
     return finish
 
 
+def test_a_row_that_cannot_be_embedded_does_not_end_the_job(written_here, checkpoint, tmp_path):
+    rows = [{"id": index, "text": text} for index, text in enumerate(TEXTS[:10])]
+    rows[3]["text"], rows[5]["text"], rows[9]["text"] = "", None, "small " * 20_000
+    corpus = write_jsonl(tmp_path / "rows.jsonl", rows)
+    counts = run(job(corpus, checkpoint, tmp_path / "out", truncate_dim=8, funnel="1:2/mean"))
+    assert counts == {"rows": 10, "errors": 3, "parts": 5}
+    table = output_of(tmp_path / "out").to_pydict()
+    assert [index for index, vector in enumerate(table["embedding"]) if None in vector] == [3, 5, 9]
+    assert table["embedding"][3] == [None] * 8
+    assert table["error"][3].startswith("the text is an empty text")
+    assert table["error"][5] == "the text is missing"
+    assert "more than the limit" in table["error"][9]
+    engine = Engine.load(checkpoint, funnel=FunnelConfig.parse("1:2/mean"))
+    np.testing.assert_allclose(table["embedding"][4], engine.embed(TEXTS[4], truncate_dim=8)[0], atol=1e-5)
+
+
 def test_another_job_in_the_same_output_is_refused(finished):
-    assert finished(truncate=True) == {"rows": 20, "errors": 0, "parts": 3}
+    assert finished(truncate=True) == {"rows": 20, "errors": 0, "parts": 10}
     with pytest.raises(ConfigError, match="had another truncate: truncate was True, now it is False"):
         finished(truncate=False)
     with finished.corpus.open("a", encoding="utf-8") as file:
@@ -242,20 +253,18 @@ def test_a_folder_of_something_else_is_not_touched(finished):
 
 
 def test_another_checkpoint_on_a_worker_is_refused(finished, monkeypatch):
-    from funnel_serving.ray import chunk_writer
-
     monkeypatch.setattr(chunk_writer, "fingerprint", lambda path: "0" * 64)
     with pytest.raises(CheckpointError, match="is another checkpoint on a worker"):
         finished()
 
 
 def test_chunks_divide_the_corpus_and_are_read_alone(corpus):
-    found = scan(corpus, COLUMNS, 13)
+    found = scan(corpus, COLUMNS, 7)
     assert found.rows == ROWS
-    assert [chunk.number for chunk in found.chunks] == list(range(48))
+    assert [chunk.number for chunk in found.chunks] == list(range(36))
     tables = [read_chunk(chunk, COLUMNS) for chunk in found.chunks]
     assert [text for table in tables for text in table.column("text").to_pylist()] == TEXTS
-    assert found == scan(corpus, COLUMNS, 13)
+    assert found == scan(corpus, COLUMNS, 7)
 
 
 GOOD = '{"id": "a", "text": "x"}\n'

@@ -26,8 +26,8 @@ class EmbedBatches:
     """A worker that loads a checkpoint once and embeds Arrow tables.
 
     A table has a row with an id and a text; the result has a row for each in the same order, with the columns "id",
-    "embedding" (a list of fixed size of float32) and "error". A text that the engine refuses has no embedding, and
-    "error" says why; it does not end the job.
+    "embedding" (a list of fixed size of float32) and "error". A text that the engine refuses has nulls as its
+    embedding, and "error" says why; it does not end the job.
 
     The engine runs on the accelerators that Ray gave this worker, else on the CPU with as many threads as it has CPUs.
 
@@ -67,9 +67,9 @@ class EmbedBatches:
         if good.any():
             ids = self.token_ids([text for text, error in zip(texts, errors, strict=True) if error is None])
             vectors[good] = self.engine.embed(ids, truncate_dim=self.truncate_dim)
-        embedding = pa.FixedSizeListArray.from_arrays(
-            pa.array(vectors.reshape(-1)), vectors.shape[1], mask=pa.array(~good)
-        )
+        # Nulls in the lists, and not in their place: pyarrow cannot read null lists of fixed size from Parquet.
+        numbers = pa.array(vectors.reshape(-1), mask=np.repeat(~good, vectors.shape[1]))
+        embedding = pa.FixedSizeListArray.from_arrays(numbers, vectors.shape[1])
         columns = {"id": batch.column(self.id_column), "embedding": embedding, "error": pa.array(errors, pa.string())}
         return pa.table(columns)
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -15,12 +15,13 @@ from funnel_engine.checks import check_flag, check_integer
 from funnel_engine.config import Funnel, FunnelConfig, FunnelLike, ModelConfig, check_funnel, read_funnel
 from funnel_engine.devices import Devices, OneDevice, choose_dtypes
 from funnel_engine.flops import ideal_ratio
-from funnel_engine.heads import HeadConfig
+from funnel_engine.heads import TASKS, HeadConfig
 from funnel_engine.inputs import Ragged, read_inputs
 from funnel_engine.jax_settings import guarded
 from funnel_engine.messages import abbreviate
-from funnel_engine.packing import Ints, Spans, group_by_length, pack, spans
+from funnel_engine.packing import Ints, group_by_length, pack, spans
 from funnel_engine.programs import COUNTERS, Counters, Programs, use_compilation_cache, warm_up
+from funnel_engine.results import BatchResult, Call, Running, finish_vectors, join_sequences, split_rows
 from funnel_engine.sharding import DeviceMesh
 from funnel_engine.text import TextConfig, Tokenize, read_tokenizer
 from funnel_engine.threads import count_threads
@@ -247,12 +248,7 @@ class Engine:
         if truncate_dim is not None:
             width = check_integer("truncate_dim", truncate_dim, least=1, most=width, error=InputError)
         ragged = self.token_ids(inputs, prompt_name=prompt_name, truncate=truncate)
-        vectors = np.empty((len(ragged.lengths), width), np.float32)
-        for order, _, result in self._run(ragged, "embed"):
-            vectors[order] = result[: len(order), :width]
-        if normalize:
-            vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-        return vectors
+        return finish_vectors(join_sequences(ragged, self._run(ragged, "embed")), width, normalize)
 
     @guarded
     def classify(self, inputs: Any, *, truncate: bool = False) -> np.ndarray:
@@ -266,12 +262,9 @@ class Engine:
             ConfigError: the checkpoint has no sequence classifier.
             InputError: the inputs cannot be run.
         """
-        self._require_task("classify")
+        self._check_task("classify")
         ragged = self.token_ids(inputs, truncate=truncate)
-        logits = np.empty((len(ragged.lengths), len(self.head.labels)), np.float32)
-        for order, _, result in self._run(ragged, "classify"):
-            logits[order] = result[: len(order)]
-        return logits
+        return join_sequences(ragged, self._run(ragged, "classify"))
 
     @guarded
     def tag(self, inputs: Any, *, truncate: bool = False) -> list[np.ndarray]:
@@ -281,16 +274,9 @@ class Engine:
             ConfigError: the checkpoint has no token classifier, or the output has fewer rows than tokens.
             InputError: the inputs cannot be run.
         """
-        self._require_task("tag")
-        for programs in self.programs:
-            if programs.plan.output_stride != 1:
-                which = f", for {programs.min_tokens} tokens or more," if programs.min_tokens > 1 else ""
-                raise ConfigError(
-                    f"tag needs one row per token, but with strides {programs.funnel.strides}{which} there is one row "
-                    f"per {programs.plan.output_stride} tokens; load with a recovery, e.g. FunnelConfig(..., "
-                    "recovery='mean_last')"
-                )
-        return self._split_rows(inputs, truncate, "tag")
+        self._check_task("tag")
+        ragged = self.token_ids(inputs, truncate=truncate)
+        return split_rows(ragged, self._run(ragged, "tag"))
 
     @guarded
     def hidden_states(self, inputs: Any, *, truncate: bool = False) -> list[np.ndarray]:
@@ -302,7 +288,40 @@ class Engine:
         Raises:
             InputError: the inputs cannot be run.
         """
-        return self._split_rows(inputs, truncate, None)
+        ragged = self.token_ids(inputs, truncate=truncate)
+        return split_rows(ragged, self._run(ragged, "hidden_states"))
+
+    @guarded
+    def start(self, inputs: Ragged, method: str) -> Call:
+        """Packs and dispatches a batch, and returns while it runs: a server packs the next batch meanwhile.
+
+        Args:
+            inputs: what `token_ids` returned. All of them are dispatched at once, so they should not need many more
+                than `batch_rows` rows.
+            method: "embed", "classify", "tag" or "hidden_states".
+
+        Raises:
+            ConfigError: the checkpoint, or its funnel, has no such results.
+        """
+        self._check_task(method)
+        running = [
+            self._dispatch(programs, [inputs.take(order) for order in group], group, method)
+            for programs, group in self._groups(inputs.lengths)
+        ]
+        self.counters.add(calls=1)
+        return Call(inputs, method, running, self.params)
+
+    def rows_needed(self, lengths: Ints) -> Ints:
+        """The rows of a batch that each sequence of these lengths takes, with the padding of its funnel."""
+        rows = np.empty(len(lengths), np.int32)
+        for number, members in group_by_length([programs.min_tokens for programs in self.programs], lengths):
+            rows[members] = self.programs[number].plan.rows_needed(lengths[members])
+        return rows
+
+    @property
+    def batch_rows(self) -> int:
+        """The rows of the largest batches that run at once: one for each device along the mesh's axis "data"."""
+        return self.devices.data * min(programs.buckets[-1] for programs in self.programs)
 
     @guarded
     def warmup(
@@ -391,57 +410,60 @@ class Engine:
             for group in self.devices.group_batches(programs.plan, lengths[members], programs.buckets):
                 yield programs, [members[order] for order in group]
 
-    def _run(self, ragged: Ragged, head: str | None) -> Iterator[tuple[Ints, Spans, np.ndarray]]:
-        """Runs all batches. Yields for each batch its sequence indices, its output rows, and the result of the head.
-
-        Without a head the result is the rows of the encoder. The next batch is packed and dispatched before the result
-        of the previous one is yielded, so the device does not wait for the host. On a mesh, a group of batches runs at
-        once, all in the same bucket.
-        """
-        pending: Iterable[tuple[Ints, Spans, np.ndarray]] = ()
-        running: list[jax.Array] = []
+    def _run(self, ragged: Ragged, method: str) -> Iterator[BatchResult]:
+        """Runs all batches. The next one is packed and dispatched before the result of the previous one is yielded, so
+        the device does not wait for the host, and no more than two are on the device."""
+        running: list[Running] = []
         try:
             for programs, group in self._groups(ragged.lengths):
-                plan, batches = programs.plan, [ragged.take(order) for order in group]
-                rows = programs.bucket(max(int(plan.rows_needed(batch.lengths).sum()) for batch in batches))
-                packed = self.devices.stack([pack(plan, batch.ids, batch.offsets, rows) for batch in batches])
-                running.append(programs.run_encoder(packed, rows))
-                tokens = sum(len(batch.ids) for batch in batches)
-                programs.counters.add(
-                    sequences=sum(map(len, group)),
-                    tokens=tokens,
-                    batches=len(batches),
-                    padding_rows=self.devices.data * rows - tokens,
-                )
-                row_spans = [spans(plan, batch.lengths, plan.output_stride) for batch in batches]
-                if head is not None:
-                    reader = programs.heads[head]
-                    inputs = [reader.sequence_inputs(*pair) for pair in zip(batches, row_spans, strict=True)]
-                    running.append(programs.run_head(head, running[-1], inputs))
-                yield from pending
-                results = self.devices.unstack(running[-1])  # those of idle devices come last
-                pending = zip(group, row_spans, results, strict=False)
-                running = running[-2:]
+                running.append(self._dispatch(programs, [ragged.take(order) for order in group], group, method))
+                if len(running) > 1:
+                    yield from running.pop(0).results()
             self.counters.add(calls=1)
-            yield from pending
+            for last in running:
+                yield from last.results()
         finally:
-            jax.block_until_ready(running)  # an interrupted caller must not free weights that a program still reads
+            jax.block_until_ready([each.output for each in running])  # see `Running`
 
-    def _split_rows(self, inputs: Any, truncate: bool, head: str | None) -> list[np.ndarray]:
-        """One array per input: its rows."""
-        ragged = self.token_ids(inputs, truncate=truncate)
-        results: list[np.ndarray] = [np.empty(0)] * len(ragged.lengths)
-        for order, row_spans, result in self._run(ragged, head):
-            for index, first, count in zip(order, row_spans.first, row_spans.rows, strict=True):
-                results[index] = result[first : first + count].astype(np.float32)  # a copy, so the batch can be freed
-        return results
+    def _dispatch(self, programs: Programs, batches: list[Ragged], group: list[Ints], method: str) -> Running:
+        """Packs a group of batches and starts their programs. On a mesh they run at once, all in the same bucket."""
+        plan = programs.plan
+        rows = programs.bucket(max(int(plan.rows_needed(batch.lengths).sum()) for batch in batches))
+        packed = self.devices.stack([pack(plan, batch.ids, batch.offsets, rows) for batch in batches])
+        output = programs.run_encoder(packed, rows)
+        tokens = sum(len(batch.ids) for batch in batches)
+        programs.counters.add(
+            sequences=sum(map(len, group)),
+            tokens=tokens,
+            batches=len(batches),
+            padding_rows=self.devices.data * rows - tokens,
+        )
+        row_spans = [spans(plan, batch.lengths, plan.output_stride) for batch in batches]
+        if method in programs.heads:
+            reader = programs.heads[method]
+            inputs = [reader.sequence_inputs(*pair) for pair in zip(batches, row_spans, strict=True)]
+            try:
+                output = programs.run_head(method, output, inputs)
+            except BaseException:  # e.g. an interrupt while the head is compiled, see `Running`
+                jax.block_until_ready(output)
+                raise
+        return Running(self.devices, group, row_spans, output)
 
-    def _require_task(self, task: str) -> None:
-        if self.head.task != task:
+    def _check_task(self, method: str) -> None:
+        """Raises `ConfigError` unless the checkpoint and its funnel have results for this method."""
+        if method in TASKS and self.head.task != method:
             raise ConfigError(
-                f"{task} needs a classifier for this task, but this checkpoint's task is {self.head.task or 'none'}; "
-                f"convert a For{'Sequence' if task == 'classify' else 'Token'}Classification checkpoint"
+                f"{method} needs a classifier for this task, but this checkpoint's task is {self.head.task or 'none'}; "
+                f"convert a For{'Sequence' if method == 'classify' else 'Token'}Classification checkpoint"
             )
+        for programs in self.programs if method == "tag" else ():
+            if programs.plan.output_stride != 1:
+                which = f", for {programs.min_tokens} tokens or more," if programs.min_tokens > 1 else ""
+                raise ConfigError(
+                    f"tag needs one row per token, but with strides {programs.funnel.strides}{which} there is one row "
+                    f"per {programs.plan.output_stride} tokens; load with a recovery, e.g. FunnelConfig(..., "
+                    "recovery='mean_last')"
+                )
 
 
 def describe_funnels(config: ModelConfig, funnel: Funnel, max_length: int) -> dict[str, str]:

@@ -5,6 +5,7 @@ import dataclasses
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,17 +70,24 @@ def read_tokenizer(file: Path) -> Tokenize:
     Raises:
         CheckpointError: the file is damaged, or sentencepiece is not installed.
     """
-    return read_tokenizer_json(file) if file.suffix == ".json" else read_sentencepiece(file)
+    return JsonTokenizer(file) if file.suffix == ".json" else read_sentencepiece(file)
 
 
-def read_tokenizer_json(file: Path) -> Tokenize:
-    tokenizer, _ = load_tokenizer_json(file)
+class JsonTokenizer:
+    """A tokenizer.json as a function, see `Tokenize`; `tokenizer` has the rest of what it can do, e.g. decode."""
 
-    def tokenize(texts: Sequence[str]) -> list[list[int]]:
-        with raising(InputError, f"{file} cannot read these texts", REPAIR):
-            return [encoding.ids for encoding in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+    def __init__(self, file: Path):
+        self.file = file
+        self.tokenizer, _ = load_tokenizer_json(file)
 
-    return tokenize
+    def __call__(self, texts: Sequence[str]) -> list[list[int]]:
+        with self.reading():
+            encodings = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def reading(self) -> AbstractContextManager[None]:
+        """A context in which an exception of the tokenizers library becomes an `InputError`."""
+        return raising(InputError, f"{self.file} cannot read these texts", REPAIR)
 
 
 def load_tokenizer_json(file: Path) -> tuple["Tokenizer", dict[str, Any] | None]:

@@ -17,6 +17,7 @@ from funnel_engine import (
     HeadConfig,
     InputError,
 )
+from funnel_engine.results import finish_vectors
 from funnel_engine.text import TextConfig
 from funnel_engine.weights import random_weights
 from tiny_models import CONFIG, make_engine, random_ids, tokenize
@@ -38,6 +39,31 @@ def test_a_large_call_is_split_and_keeps_its_order(engine):
     for sequence, rows in zip(ids, together, strict=True):
         assert rows.shape == (len(sequence), CONFIG.hidden_size)
         np.testing.assert_allclose(rows, engine.hidden_states([sequence])[0], atol=1e-5)
+
+
+def test_started_calls_run_one_after_another_and_return_what_the_methods_return():
+    engine = make_engine(TAGGER, funnel=FunnelConfig.after(1, recovery="mean_last"))
+    inputs = [engine.token_ids(random_ids(lengths, seed)) for seed, lengths in enumerate([[9, 40, 3], [64, 5], [1]])]
+    vectors, rows, logits = (
+        [call.result() for call in [engine.start(each, method) for each in inputs]]  # all are started before the first
+        for method in ("embed", "hidden_states", "tag")
+    )
+    assert engine.stats()["calls"] == 9
+    for ids, *found in zip(inputs, vectors, rows, logits, strict=True):
+        np.testing.assert_array_equal(finish_vectors(found[0], CONFIG.hidden_size, normalize=True), engine.embed(ids))
+        np.testing.assert_array_equal(finish_vectors(found[0], 7, normalize=True), engine.embed(ids, truncate_dim=7))
+        for result, expected in ((found[1], engine.hidden_states(ids)), (found[2], engine.tag(ids))):
+            assert len(result) == len(expected)
+            for one, other in zip(result, expected, strict=True):
+                np.testing.assert_array_equal(one, other)
+    with pytest.raises(ConfigError, match="classify needs a classifier for this task"):
+        engine.start(inputs[0], "classify")
+
+
+def test_rows_needed_are_those_of_the_funnel_for_each_length():
+    engine = make_engine(funnel=[(0, None), (10, FunnelConfig.after(1, stride=4))])
+    np.testing.assert_array_equal(engine.rows_needed(np.array([9, 10, 3, 13], np.int32)), [9, 12, 3, 16])
+    assert engine.batch_rows == 64
 
 
 def test_all_forms_of_input_agree(engine):

@@ -21,6 +21,7 @@ if child == 0:
         lambda: engine.hidden_states(ids),
         lambda: engine.classify(ids),
         lambda: engine.tag(ids),
+        lambda: engine.start(engine.token_ids(ids), "embed"),
         lambda: engine.warmup(progress=False),
         engine.describe,
         engine.stats,

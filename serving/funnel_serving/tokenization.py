@@ -1,0 +1,189 @@
+"""The inputs of a request become token ids that the engine runs, cut to a limit if that is asked for."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from funnel_engine import Engine, InputError
+from funnel_engine.inputs import Ragged, TooLong, check_lengths, join, read_inputs
+from funnel_engine.packing import Ints
+from funnel_engine.text import JsonTokenizer, UnreadableText
+from funnel_serving.answers import Inputs, Texts, Token, TokenIds
+from funnel_serving.refusals import Refusal
+
+UNLIMITED = 2**31 - 1
+ADDED = -1  # instead of the number of a text: the token is one that the checkpoint adds
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """How inputs that are too long are cut: to how many tokens, and whether the beginning is cut off or the end."""
+
+    tokens: int
+    from_left: bool = False
+
+    def kept(self, texts: Ints) -> Ints:
+        """The indices of the tokens that remain of one input.
+
+        The tokens that the checkpoint adds remain. Of a pair of texts the longer one is cut until both are equally
+        long, as in transformers.
+
+        Args:
+            texts: for each token, 0 or 1 for the text of the pair that it is from, or `ADDED`.
+        """
+        first, second = np.flatnonzero(texts == 0), np.flatnonzero(texts == 1)
+        room = max(0, self.tokens - int((texts == ADDED).sum()))
+        of_second = min(len(second), max(room // 2, room - len(first)))
+        parts = [(first, min(len(first), room - of_second)), (second, of_second)]
+        kept = [part[len(part) - count :] if self.from_left else part[:count] for part, count in parts]
+        return np.sort(np.concatenate([np.flatnonzero(texts == ADDED), *kept]))[: self.tokens]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenized:
+    """What the engine runs, and how many inputs were cut.
+
+    Attributes:
+        kept: for each input, which of its tokens remain; None if all of them do.
+    """
+
+    inputs: Ragged
+    kept: Sequence[Ints | None]
+
+    @property
+    def truncated(self) -> int:
+        return sum(kept is not None for kept in self.kept)
+
+
+def read_request(
+    engine: Engine,
+    inputs: Inputs,
+    *,
+    prompt_name: str | None = None,
+    cut: Cut | None = None,
+) -> Tokenized:
+    """The token ids of texts, of texts and pairs of texts, or ids as they are. None as `cut` refuses what is too long.
+
+    Raises:
+        Refusal: an input cannot be run.
+    """
+    if len(inputs) == 0:
+        raise Refusal("empty", "there are no inputs; send at least one")
+    for index, item in enumerate(inputs):
+        if len(item) == 0 or (isinstance(item, tuple) and not all(item)):
+            raise Refusal("empty", f"input {index} is empty; leave it out")
+    try:
+        if any(isinstance(item, tuple) for item in inputs):
+            sequences, texts = read_pairs(engine, inputs)
+        else:
+            sequences, texts = read_singles(engine, inputs, prompt_name)
+        too_long = [cut is not None and len(ids) > cut.tokens for ids in sequences]
+        kept = [cut.kept(each) if cut and long else None for each, long in zip(texts, too_long, strict=True)]
+        ragged = join([ids if some is None else ids[some] for ids, some in zip(sequences, kept, strict=True)])
+        check_lengths(ragged.lengths, engine.max_length)
+    except TooLong as error:
+        raise Refusal.invalid(
+            f"input {error.index} has {error.tokens} tokens, more than the limit of {error.limit}; shorten it, or ask "
+            "the server to truncate it"
+        ) from error
+    except UnreadableText as error:
+        raise Refusal("tokenization", str(error)) from error
+    except InputError as error:
+        raise Refusal.invalid(str(error)) from error
+    return Tokenized(ragged, kept)
+
+
+def read_singles(engine: Engine, inputs: Inputs, prompt_name: str | None) -> tuple[list[Ints], list[Ints]]:
+    """The ids of each input, and for each token whether the checkpoint adds it, see `Cut.kept`."""
+    if engine.tokenizer is None and isinstance(inputs[0], str):
+        raise Refusal("unsupported", "this checkpoint has no tokenizer; send token ids")
+    read = read_inputs(
+        inputs,
+        engine.tokenizer,
+        engine.text,
+        prompt_name=prompt_name,
+        vocab_size=engine.config.vocab_size,
+        max_length=UNLIMITED,
+    )
+    texts = np.zeros(len(read.ids), np.int32)
+    if isinstance(inputs[0], str):
+        if engine.text.begin is not None:
+            texts[read.offsets[:-1]] = ADDED
+        if engine.text.end is not None:
+            texts[read.offsets[1:] - 1] = ADDED
+    borders = read.offsets[1:-1]
+    return np.split(read.ids, borders), np.split(texts, borders)
+
+
+def read_pairs(engine: Engine, inputs: Inputs) -> tuple[list[Ints], list[Ints]]:
+    """The same for pairs of texts, which the rules of tokenizer.json put together."""
+    json_tokenizer = tokenizer_of(engine)
+    tokenizer = json_tokenizer.tokenizer
+    begin, end = ([] if added is None else [added] for added in (engine.text.begin, engine.text.end))
+    with json_tokenizer.reading():
+        probe = tokenizer.encode("a").ids
+        if probe != [*begin, *tokenizer.encode("a", add_special_tokens=False).ids, *end]:
+            raise Refusal(
+                "unsupported",
+                "the rules of this checkpoint for single texts differ from those of its tokenizer.json, so there is no "
+                "rule for pairs of texts; join each pair to one text as the model was trained",
+            )
+        encodings = tokenizer.encode_batch([item if isinstance(item, str) else tuple(item) for item in inputs])
+    texts = [[ADDED if text is None else text for text in encoding.sequence_ids] for encoding in encodings]
+    return [np.array(encoding.ids, np.int32) for encoding in encodings], [np.array(each, np.int32) for each in texts]
+
+
+def describe_tokens(
+    engine: Engine, inputs: Texts, *, add_special_tokens: bool = True, prompt_name: str | None = None
+) -> list[list[Token]]:
+    """What each token of texts is, in the order in which the engine runs them.
+
+    Raises:
+        Refusal: the checkpoint has no tokenizer.json, or no such prompt, or the tokenizer cannot read a text.
+    """
+    tokenizer = tokenizer_of(engine)
+    try:
+        prompt = engine.text.prompt(prompt_name)
+        with tokenizer.reading():
+            encodings = tokenizer.tokenizer.encode_batch([prompt + text for text in inputs], add_special_tokens=False)
+    except UnreadableText as error:
+        raise Refusal("tokenization", str(error)) from error
+    except InputError as error:
+        raise Refusal.invalid(str(error), param="prompt_name") from error
+    begin, end = (
+        [Token(added, str(tokenizer.tokenizer.id_to_token(added)), True, None, None)]
+        if add_special_tokens and added is not None
+        else []
+        for added in (engine.text.begin, engine.text.end)
+    )
+    described = []
+    for encoding in encodings:
+        tokens = []
+        for number, text, (start, stop) in zip(encoding.ids, encoding.tokens, encoding.offsets, strict=True):
+            is_prompt = stop <= len(prompt) and prompt
+            place = (None, None) if is_prompt else (max(0, start - len(prompt)), stop - len(prompt))
+            tokens.append(Token(number, text, False, *place))
+        described.append([*begin, *tokens, *end])
+    return described
+
+
+def decode(engine: Engine, ids: TokenIds, *, skip_special_tokens: bool) -> list[str]:
+    """The text of each list of ids.
+
+    Raises:
+        Refusal: there is no tokenizer.json, or an id is not in the vocabulary.
+    """
+    tokenizer = tokenizer_of(engine)
+    last = engine.config.vocab_size - 1
+    for index, sequence in enumerate(ids):
+        if wrong := [number for number in sequence if not 0 <= number <= last]:
+            raise Refusal.invalid(f"ids {index} has {wrong[0]}; ids must be from 0 to {last}", param="ids")
+    texts: list[str] = tokenizer.tokenizer.decode_batch(ids, skip_special_tokens=skip_special_tokens)
+    return texts
+
+
+def tokenizer_of(engine: Engine) -> JsonTokenizer:
+    if not isinstance(engine.tokenizer, JsonTokenizer):
+        raise Refusal("unsupported", "this needs a checkpoint with tokenizer.json; convert one that has it")
+    return engine.tokenizer

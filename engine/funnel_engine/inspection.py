@@ -84,6 +84,8 @@ def describe(model: SourceModel) -> Facts:
         "head_dim": config.head_dim,
         "full_kv_heads": config.heads("full").keys,
         "full_head_dim": config.heads("full").dim,
+        "per_layer_width": config.per_layer_width,
+        "per_layer_vocab": config.per_layer_vocab,
         "vocab_size": config.vocab_size,
         "max_positions": config.max_positions,
         "parameters": count_parameters(shapes),

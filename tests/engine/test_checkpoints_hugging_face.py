@@ -443,6 +443,8 @@ def test_more_labels_than_the_classifier_has(tmp_path):
         ({"id2label": {"0": "a", "2": "b"}}, "without gaps"),
         ({"id2label": {"0": "a", "1": 7}}, "id2label"),
         ({"id2label": ["a", "b"]}, "id2label"),
+        ({"id2label": None, "num_labels": 10**12}, "num_labels in config.json=1000000000000 must be an integer from 1"),
+        ({"id2label": None, "num_labels": 0}, "num_labels in config.json=0 must be an integer from 1 to 1000000"),
         ({"architectures": "GemmaForTokenClassification"}, "architectures"),
         ({"architectures": [5]}, "architectures"),
         ({"model_type": "bert"}, "'bert'"),

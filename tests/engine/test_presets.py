@@ -94,8 +94,9 @@ def test_sizes_of_t5gemma_2_encoders(name):
     config = preset(name)
     assert (config.num_layers, config.hidden_size, config.intermediate_size) == (layers, width, hidden)
     assert config.heads("full") == config.heads("sliding") == (heads, kv_heads, 256)
-    assert (config.vocab_size, config.attention, config.softcap) == (262208, "bidirectional", None)
+    assert (config.vocab_size, config.attention, config.softcap) == (262144, "bidirectional", None)
     assert config.bidirectional_window == window
+    assert config.max_positions == (131072 if name == "t5gemma2-4b" else 32768)
 
 
 LLAMAS = {  # norm eps, RoPE
@@ -141,7 +142,7 @@ def test_what_gemmas_differ_in(name):
     period = {"gemma": 1, "gemma2": 2, "t5gemma": 2, "gemma3": 6, "t5gemma2": 6}[kind]
     assert full == list(range(period - 1, config.num_layers, period))
     if kind in ("gemma3", "t5gemma2"):
-        scaled = name in ("gemma3-4b", "gemma3-12b", "gemma3-27b", "t5gemma2-4b")
+        scaled = kind == "t5gemma2" or name in ("gemma3-4b", "gemma3-12b", "gemma3-27b")
         assert config.full_rope == Rope(1e6, 8.0 if scaled else 1.0)
         assert config.sliding_rope == Rope(1e4)
         assert kind == "t5gemma2" or config.bidirectional_window == (SIZES[name][6] // 2,) * 2

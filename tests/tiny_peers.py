@@ -23,6 +23,16 @@ MODELS = {
         "sliding_window": 8,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
+    "embeddinggemma2": TINY
+    | {
+        "model_type": "embedding_gemma2_text",
+        "global_head_dim": 64,
+        "num_global_key_value_heads": 2,
+        "hidden_size_per_layer_input": 16,
+        "embedding_dim": 48,
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    },
     "qwen3": TINY | {"model_type": "qwen3"},  # causal
     "mistral": TINY | {"model_type": "mistral", "sliding_window": 5},  # 4 tokens to the left
     "eurobert": TINY | {"model_type": "eurobert", "pad_token_id": 0},

@@ -34,24 +34,29 @@ PRESETS = {
 }
 
 
-def draw(name_or_file: str, sequences: int, seed: int) -> Ints:
+def draw(what: str, sequences: int, seed: int) -> Ints:
     """Draws the lengths of `sequences` sequences, in tokens.
 
     Args:
-        name_or_file: one of `PRESETS`, or a text file with one length a line, which is drawn from with replacement.
+        what: a number, which is the length of all of them; one of `PRESETS`; or a text file with one length a line,
+            which is drawn from with replacement.
         seed: the same seed draws the same lengths.
 
     Returns:
         [sequences] int32, each at least 1.
 
     Raises:
-        InputError: neither a preset nor a readable file of positive integers.
+        InputError: no such number of tokens, and neither a preset nor a readable file of positive integers.
     """
+    if what.isdecimal():
+        if len(what) > 9 or int(what) < 1:
+            raise InputError(f"--lengths {what}: a sequence has 1 to 999999999 tokens")
+        return np.full(sequences, int(what), np.int32)
     generator = np.random.default_rng(seed)
-    if name_or_file in PRESETS:
-        lengths = quantile(PRESETS[name_or_file], generator.random(sequences))
+    if what in PRESETS:
+        lengths = quantile(PRESETS[what], generator.random(sequences))
     else:
-        lengths = generator.choice(read_lengths(Path(name_or_file)), sequences)
+        lengths = generator.choice(read_lengths(Path(what)), sequences)
     return lengths.astype(np.int32)
 
 
@@ -62,11 +67,13 @@ def quantile(preset: Preset, level: np.ndarray) -> np.ndarray:
     return np.maximum(np.rint(np.interp(level, (0.0, *LEVELS), (lowest, *preset.quantiles))), 1)
 
 
-def describe(name_or_file: str) -> str:
+def describe(what: str) -> str:
     """Where the lengths come from, in words; of a file only its name."""
-    if name_or_file in PRESETS:
-        return f"{name_or_file} (estimate: {PRESETS[name_or_file].source})"
-    return f"file {Path(name_or_file).name}"
+    if what.isdecimal():
+        return "all equal"
+    if what in PRESETS:
+        return f"{what} (estimate: {PRESETS[what].source})"
+    return f"file {Path(what).name}"
 
 
 def length_facts(lengths: Ints) -> Row:

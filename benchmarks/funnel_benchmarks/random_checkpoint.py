@@ -4,18 +4,20 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from funnel_engine import ModelConfig
 from funnel_engine.checkpoints.hugging_face import ZERO_CENTRED, encoder_parts
 from funnel_engine.checkpoints.safetensors_file import write_tensors
-from funnel_engine.hugging_face_config import read_model_config
+from funnel_engine.hugging_face_config import read_model_config, read_projection_width
 from funnel_engine.presets import Fields
-from funnel_engine.weights import Shapes, random_array, tensor_types
+from funnel_engine.weights import DTYPES, Shapes, random_array
 
 ARCHITECTURES = {
     "gemma": "GemmaModel",
     "gemma3_text": "Gemma3TextModel",
+    "embedding_gemma2_text": "EmbeddingGemma2TextModel",
     "llama": "LlamaModel",
     "mistral": "MistralModel",
     "qwen3": "Qwen3Model",
@@ -36,21 +38,37 @@ def write_random_model(directory: Path, fields: Fields) -> None:
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     model = read_model_config(fields)
     generator, shapes = np.random.default_rng(0), tensor_shapes(model)
-    plus = {name: float(len(shape) == 1 and model.family not in ZERO_CENTRED) for name, shape in shapes.items()}
-    values = {name: one_array(generator, shape, plus[name]) for name, shape in shapes.items()}
+    if projection := read_projection_width(fields):
+        shapes["embedding_projection.weight"] = (projection, model.hidden_size)
+    values = {name: one_array(generator, shape, centre(name, shape, model)) for name, shape in shapes.items()}
     file = directory / "model.safetensors"
     file.unlink(missing_ok=True)
-    write_tensors(file, tensor_types(shapes, DTYPE), values, lambda size: None)
+    types = {name: jax.ShapeDtypeStruct(shape, DTYPES[DTYPE]) for name, shape in shapes.items()}
+    write_tensors(file, types, values, lambda size: None)
 
 
 def one_array(generator: np.random.Generator, shape: tuple[int, ...], plus: float) -> Iterator[np.ndarray]:
     """Yields one array, made only when it is written: memory holds one tensor at a time.
 
     Args:
-        plus: added to it; 1 for norms that multiply by their weights.
+        plus: added to it, see `centre`.
     """
     values = random_array(generator, shape, DTYPE)
     yield values + values.dtype.type(plus) if plus else values
+
+
+def centre(name: str, shape: tuple[int, ...], config: ModelConfig) -> float:
+    """What the numbers of a tensor lie around: those of matrices around 0, and a norm multiplies by about 1.
+
+    Norms of queries and keys multiply by what makes scores as large as those of unit queries and keys that are divided
+    by the root of the head's dimension. EmbeddingGemma 2 does not scale its scores: with norms around 1 a token would
+    see one other token only, and which one would depend on the rounding.
+    """
+    if len(shape) > 1:
+        return 0.0
+    norm_of_heads = name.endswith(("q_norm.weight", "k_norm.weight"))
+    factor = (shape[0] ** -0.5 / config.query_scale) ** 0.5 if norm_of_heads else 1.0
+    return factor - (config.family in ZERO_CENTRED)
 
 
 def tensor_shapes(config: ModelConfig) -> Shapes:

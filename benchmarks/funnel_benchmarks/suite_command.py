@@ -13,6 +13,7 @@ from rich.console import Console
 
 from funnel_benchmarks.charts import render, require_matplotlib
 from funnel_benchmarks.describe import describe_machine
+from funnel_benchmarks.lengths import PRESETS as LENGTH_PRESETS
 from funnel_benchmarks.machine import machine_facts
 from funnel_benchmarks.report.page import render_page
 from funnel_benchmarks.results import LeftOut, Measurement, Results, Row
@@ -63,6 +64,20 @@ repeats_option = click.option(
     show_default=True,
     help="How often both sides are run in turns, A B B A, for each row.",
 )
+
+
+def lengths_option(*default: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Adds `--lengths`; the command gets a tuple of what `lengths.draw` takes, as `lengths`."""
+    return click.option(
+        "--lengths",
+        multiple=True,
+        default=(",".join(default),),
+        show_default=True,
+        callback=lambda context, parameter, given: tuple(word for each in given for word in each.split(",")),
+        help="Tokens of the sequences, one line of the result for each: a number, which all of them have; a data set "
+        f"whose lengths are imitated ({', '.join(LENGTH_PRESETS)}); or a file with one length a line. Commas separate "
+        "several.",
+    )
 
 
 def file_options(*, plot: str = "", html: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -92,11 +92,11 @@ PRESETS: dict[str, Fields] = {
     "t5gemma-xl": t5gemma(24, 2048, 32, 32, 64, 5120),
     "t5gemma-2b": t5gemma(26, 2304, 8, 4, 256, 9216),
     "t5gemma-9b": t5gemma(42, 3584, 16, 8, 256, 14336),
-    # The encoders of T5Gemma 2 begin as Gemma 3 models of the same sizes (arXiv:2512.14856). The config of 270m-270m is
-    # public; those of 1b and 4b are assumed to be Gemma 3's with the same changes.
+    # The encoders of T5Gemma 2 begin as Gemma 3 models of the same sizes (arXiv:2512.14856). We have seen the config of
+    # the smallest only; the vocabulary and RoPE of the other two are assumed to be the same.
     "t5gemma2-270m": t5gemma2(18, 640, 4, 1, 256, 2048, window=512, **SMALL_3, **STRETCHED),
     "t5gemma2-1b": t5gemma2(26, 1152, 4, 1, 256, 6912, window=512, **SMALL_3, **STRETCHED),
-    "t5gemma2-4b": t5gemma2(34, 2560, 8, 4, 256, 10240, window=1024, **STRETCHED),
+    "t5gemma2-4b": t5gemma2(34, 2560, 8, 4, 256, 10240, window=1024, vocab_size=262144, **STRETCHED),
     "qwen3-embedding-0.6b": qwen3_embedding(28, 1024, 16, 8, 128, 3072, vocabulary=151669, positions=32768),
     "qwen3-embedding-4b": qwen3_embedding(36, 2560, 32, 8, 128, 9728, vocabulary=151665, positions=40960),
     "qwen3-embedding-8b": qwen3_embedding(36, 4096, 32, 8, 128, 12288, vocabulary=151665, positions=40960),

@@ -102,17 +102,18 @@ def test_bench_prints_rows_and_writes_all_files(checkpoint, tmp_path):
 
 def test_bench_defaults_to_even_layers_and_fixed_lengths_and_writes_nothing(checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    result = run("bench", "latency", "--checkpoint", checkpoint, "--batch", 2, "--seq-len", 8, "--repeats", 1)
+    result = run("bench", "latency", "--checkpoint", checkpoint, "--batch", 2, "--lengths", "8,5", "--repeats", 1)
     assert result.exit_code == 0, result.output
     assert "2 x 8 tokens" in result.output
     lines = result.output.splitlines()
-    assert sum(line.startswith("2:1 after 2; 2 x 8 tokens: ") for line in lines) == 1  # of 3 layers
+    for length in (8, 5):
+        assert sum(line.startswith(f"2:1 after 2; 2 x {length} tokens: ") for line in lines) == 1  # of 3 layers
     assert not list(tmp_path.iterdir())
 
 
 def test_resuming_keeps_rows_and_measures_the_missing_ones(checkpoint, tmp_path):
     file = tmp_path / "out.json"
-    arguments = ["bench", "latency", "--checkpoint", checkpoint, "--batch", 2, "--seq-len", 8, "--repeats", 1]
+    arguments = ["bench", "latency", "--checkpoint", checkpoint, "--batch", 2, "--lengths", 8, "--repeats", 1]
     arguments += ["--json", file]
     assert run(*arguments, "--layers", "1").exit_code == 0
     first = read_results(file)
@@ -142,7 +143,7 @@ def test_rows_that_fail_are_exit_status_1_and_nothing_is_drawn_of_none(checkpoin
         checkpoint,
         "--batch",
         2,
-        "--seq-len",
+        "--lengths",
         8,
         "--layers",
         "1,2",
@@ -178,7 +179,7 @@ def test_a_sweep_says_what_is_measured(monkeypatch, options, repeats, batches):
         ([], "give one of --preset NAME, --checkpoint FOLDER and --sweep NAME"),
         (["--preset", "gemma-2b", "--checkpoint", "x"], "give one of --preset NAME, --checkpoint FOLDER"),
         (["--sweep", "gemma-2b", "--preset", "gemma-2b"], "--sweep gemma-2b decides what is measured; leave out --pre"),
-        (["--sweep", "gemma-2b", "--seq-len", "512"], "leave out --seq-len"),
+        (["--sweep", "gemma-2b", "--lengths", "512"], "leave out --lengths"),
         (["--sweep", "gemma-7b", "--recovery", "none"], "leave out --recovery"),
         (["--preset", "gemma-2b", "--quick"], "--quick shortens a sweep; give --sweep gemma-2b or --sweep gemma-7b"),
         (["--preset", "gemma-2b", "--resume"], "--resume adds to the file of --json; name that file"),
@@ -191,7 +192,7 @@ def test_a_sweep_says_what_is_measured(monkeypatch, options, repeats, batches):
         (["--preset", "gemma-2b", "--backend", "abacus"], "'abacus'"),
         (["--preset", "gemma-2b", "--lengths", "novels"], "conll, sst2"),
         (["--preset", "gemma-2b", "--lengths", ""], "conll, sst2"),
-        (["--preset", "gemma-2b", "--seq-len", "9000"], "9000 tokens, more than the 8192"),
+        (["--preset", "gemma-2b", "--lengths", "9000"], "9000 tokens, more than the 8192"),
         (["--preset", "gemma-2b", "--json", "missing/out.json"], "is not a directory"),
         (["--preset", "gemma-2b", "--json", "out.txt"], "must end in .json"),
         (["--preset", "gemma-2b", "--plot", "out.jpeg"], "must end in .png or .svg or .pdf"),

@@ -74,3 +74,11 @@ def test_a_binary_file_is_refused(tmp_path):
     file.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="readable text"):
         draw(str(file), 4, seed=0)
+
+
+def test_a_number_is_the_length_of_all():
+    assert draw("8192", 3, 0).tolist() == [8192] * 3
+    assert describe("8192") == "all equal"
+    for wrong in ("0", "1" * 10):
+        with pytest.raises(InputError, match=f"--lengths {wrong}: a sequence has 1 to 999999999 tokens"):
+            draw(wrong, 3, 0)

@@ -58,6 +58,8 @@ def test_models_are_those_of_the_presets_with_a_small_vocabulary():
     assert (qwen3.num_layers, qwen3.hidden_size, qwen3.num_kv_heads) == (4, 1024, 8)
     assert (qwen3.attention, qwen3.vocab_size) == ("causal", 2048)
     assert read_model_config(model_fields("eurobert-210m", 1)).attention == "bidirectional"
+    gemma2 = read_model_config(model_fields("embeddinggemma-2", 6))
+    assert (gemma2.layer_types, gemma2.per_layer_width) == (("sliding",) * 5 + ("full",), 512)
 
 
 def test_models_that_cannot_be_had():

@@ -86,7 +86,7 @@ def test_hugging_face_computes_what_the_engine_does(request, model, engine, leng
     assert set(facts) == {"torch", "transformers", "dtype", "attention", "threads"}
     masked = request.node.callspec.params["model"] not in without_mask
     assert facts["attention"] == ("sdpa" if masked else hugging_face.WITHOUT_MASK)
-    assert 0 < difference(engine.embed(sequences, normalize=False), theirs) < 0.02
+    assert 0 < difference(engine.embed(sequences, normalize=False), theirs) < 0.03
 
 
 def test_hugging_face_computes_in_the_dtype_that_it_is_told(model):
@@ -126,7 +126,7 @@ def test_looked_up_angles_are_those_of_the_model(model):
     encoder = hugging_face.load_model(str(source), torch.float32, "sdpa")
     tables = exported_graph.angle_tables(torch, encoder, 50)
     x, positions = torch.zeros(1), torch.tensor([[0, 3, 49]])
-    by_kind = encoder.config.model_type == "gemma3_text"
+    by_kind = encoder.config.model_type in ("gemma3_text", "embedding_gemma2_text")
     for kind in [("sliding_attention",), ("full_attention",)] if by_kind else [()]:
         for looked_up, made in zip(tables(x, positions, *kind), encoder.rotary_emb(x, positions, *kind), strict=True):
             torch.testing.assert_close(looked_up, made)
@@ -182,6 +182,16 @@ def test_sentence_transformers_computes_what_the_engine_does(tmp_path):
     ours = engine.embed(sequences)
     assert 0 < difference(ours, theirs) < 0.03
     np.testing.assert_array_equal(engine.embed([text_of(ids) for ids in sequences]), ours)
+
+
+def test_a_sentence_model_that_projects_its_rows_has_no_other_dense_layers(tmp_path):
+    write_sentence_model(tmp_path / "source", MODELS["embeddinggemma2"])
+    convert(tmp_path / "source", tmp_path / "converted")
+    engine, sequences = load(tmp_path), random_sequences([5, 17])
+    task = {"checkpoint": str(tmp_path / "source"), "sequences": sequences, "cores": 1, "dtype": "bfloat16"}
+    theirs, _ = embedded(sentence_transformers_peer, task | {"batches": [[1, 0]]})
+    assert (engine.head.pooling, len(engine.head.dense), theirs.shape) == ("mean", 1, (2, 48))
+    assert 0 < difference(engine.embed(sequences), theirs) < 0.03
 
 
 def test_a_sentence_model_that_is_causal_has_the_last_token(tmp_path):

@@ -43,6 +43,7 @@ MODELS = {
         dataclasses.replace(GROUPED, qk_norm=True),
         FunnelConfig((2, 1, 2), pool_query_only=True, recovery="mean_last", recovery_site="after_norm"),
     ),
+    "grouped, last token alone": (GROUPED, FunnelConfig((1, 2, 2), pool="mean", keep_last=True)),
     "multi-head, no funnel": (MULTI_HEAD, FunnelConfig()),
     "last token kept": (GROUPED, FunnelConfig((1, 2), keep_last=True)),
 }
@@ -91,6 +92,8 @@ def on_one_device(name):
         ("multi-query, pooled queries", "data 2, model 2"),
         ("grouped, two funnels of pooled queries", "model 2"),
         ("grouped, two funnels of pooled queries", "data 8"),
+        ("grouped, last token alone", "model 2"),
+        ("grouped, last token alone", "data 8"),
         ("multi-head, no funnel", "model 4"),
         ("multi-head, no funnel", "data 2, model 2"),
         ("last token kept", "data 2, model 2"),

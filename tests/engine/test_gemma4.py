@@ -277,6 +277,9 @@ def test_layers_that_share_keys_need_none_and_published_ones_have_them(tmp_path)
     unused = {f"layers.2.self_attn.{name}.weight": torch.ones(3, 5) for name in ("k_proj", "v_proj", "k_norm")}
     save_file(tensors | unused, file)
     convert(tmp_path / "source", tmp_path / "published", dtype="float32")
+    config, facts = read_checkpoint(tmp_path / "published").config, inspect_checkpoint(tmp_path / "published")
+    assert (facts["per_layer_width"], facts["per_layer_vocab"]) == (config.per_layer_width, config.per_layer_vocab)
+    assert min(facts["per_layer_width"], facts["per_layer_vocab"]) > 0
     lean, published = (read_checkpoint(tmp_path / name) for name in ("checkpoint", "published"))
     assert set(published.manifest.source.dropped) == set(unused)
     for name, weight in lean.weights.items():

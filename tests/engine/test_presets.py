@@ -94,9 +94,9 @@ def test_sizes_of_t5gemma_2_encoders(name):
     config = preset(name)
     assert (config.num_layers, config.hidden_size, config.intermediate_size) == (layers, width, hidden)
     assert config.heads("full") == config.heads("sliding") == (heads, kv_heads, 256)
-    assert config.vocab_size == (262208 if name == "t5gemma2-4b" else 262144)
-    assert (config.attention, config.softcap) == ("bidirectional", None)
+    assert (config.vocab_size, config.attention, config.softcap) == (262144, "bidirectional", None)
     assert config.bidirectional_window == window
+    assert config.max_positions == (131072 if name == "t5gemma2-4b" else 32768)
 
 
 LLAMAS = {  # norm eps, RoPE

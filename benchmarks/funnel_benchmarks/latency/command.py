@@ -11,9 +11,7 @@ from funnel_benchmarks import suite_command
 from funnel_benchmarks.funnels import NO_FUNNEL
 from funnel_benchmarks.inputs import SEED
 from funnel_benchmarks.latency.suite import Batch, Suite
-from funnel_benchmarks.lengths import PRESETS as LENGTH_PRESETS
-from funnel_benchmarks.lengths import describe as describe_lengths
-from funnel_benchmarks.lengths import draw as draw_lengths
+from funnel_benchmarks.lengths import describe, draw
 from funnel_benchmarks.memory import check_memory
 from funnel_benchmarks.models import Model, checkpoint_model, preset_model
 from funnel_engine import FunnelConfig
@@ -33,7 +31,6 @@ DOTS = "..."
 DECIDED = {
     "preset_name": "--preset",
     "checkpoint": "--checkpoint",
-    "seq_len": "--seq-len",
     "batch": "--batch",
     "lengths": "--lengths",
     "layers": "--layers",
@@ -59,15 +56,8 @@ DECIDED = {
     help=f"The sweep with one sequence of {QUICK_TOKENS} tokens, and one repeat: on two CPU cores a quarter of an hour "
     "for gemma-2b, and well over an hour for gemma-7b.",
 )
-@click.option(
-    "--seq-len", type=click.IntRange(1, 2**20), default=512, show_default=True, help="Tokens of each sequence."
-)
+@suite_command.lengths_option("512")
 @click.option("--batch", type=click.IntRange(1, 2**20), default=128, show_default=True, help="Sequences in the batch.")
-@click.option(
-    "--lengths",
-    help="Draw lengths, whatever --seq-len says: the name of a data set whose lengths are imitated "
-    f"({', '.join(LENGTH_PRESETS)}), or a file with one length a line.",
-)
 @click.option(
     "--layers",
     help="How many full-length layers come before the funnel, one row of the result for each; dots carry the last "
@@ -101,9 +91,8 @@ def latency(
     checkpoint: Path | None,
     sweep: str | None,
     quick: bool,
-    seq_len: int,
+    lengths: tuple[str, ...],
     batch: int,
-    lengths: str | None,
     layers: str | None,
     stride: int,
     pool: str,
@@ -135,10 +124,7 @@ def latency(
             FunnelConfig.after(layer, stride=stride, pool=pool, recovery=None if recovery == "none" else recovery)
             for layer in (even_layers(count) if layers is None else parse_layers(layers, count))
         )
-        if lengths is None:
-            batches = (Batch(np.full(batch, seq_len, np.int32)),)
-        else:
-            batches = (Batch(draw_lengths(lengths, batch, SEED), describe_lengths(lengths)),)
+        batches = tuple(Batch(draw(each, batch, SEED), describe(each)) for each in lengths)
     suite = Suite(
         model=model, funnels=funnels, batches=batches, backend=backend, repeats=repeats or (1 if quick else REPEATS)
     )

@@ -5,11 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 
 from funnel_benchmarks import suite_command
 from funnel_benchmarks.inputs import SEED
-from funnel_benchmarks.lengths import PRESETS as LENGTH_PRESETS
 from funnel_benchmarks.lengths import draw
 from funnel_benchmarks.memory import check_memory
 from funnel_benchmarks.peers.batches import ORDERS
@@ -17,8 +15,6 @@ from funnel_benchmarks.peers.forms import ENGINE, FLASH, PEERS
 from funnel_benchmarks.peers.suite import SCENARIOS, TOLERANCES, Suite, model_fields
 from funnel_benchmarks.random_checkpoint import DTYPE
 from funnel_engine import HeadConfig
-from funnel_engine.packing import Ints
-from funnel_kernels.errors import InputError
 
 LENGTHS = ("conll", "qnli", "passage")
 
@@ -33,14 +29,7 @@ LENGTHS = ("conll", "qnli", "passage")
     show_default=True,
     help="Of the engine's weights. A peer computes in the dtype that its users would choose to compare with this.",
 )
-@click.option(
-    "--lengths",
-    multiple=True,
-    default=LENGTHS,
-    show_default=True,
-    help="A data set whose lengths of sequences are imitated, a file with one length a line, or a number: all "
-    f"sequences have this many tokens. Can be given several times. Data sets: {', '.join(LENGTH_PRESETS)}.",
-)
+@suite_command.lengths_option(*LENGTHS)
 @click.option(
     "--sequences", type=click.IntRange(1, 2**20), default=64, show_default=True, help="For each of --lengths."
 )
@@ -88,23 +77,10 @@ def peers(preset: str, depth: int | None, lengths: tuple[str, ...], sequences: i
             preset=preset,
             depth=depth,
             fields=model_fields(preset, depth),
-            lengths={name: draw_lengths(name, sequences) for name in lengths},
+            lengths={name: draw(name, sequences, SEED) for name in lengths},
             folder=Path(folder),
             **options,
         )
         rows = max(int(drawn.sum()) for drawn in suite.lengths.values())
         check_memory(suite.config, HeadConfig(), "float32", rows)  # as Hugging Face has them
         suite_command.run(suite, **files)
-
-
-def draw_lengths(name: str, sequences: int) -> Ints:
-    """Lengths of a data set or a file, or all the same if the name is a number.
-
-    Raises:
-        InputError: neither a data set nor a readable file, or no such number of tokens.
-    """
-    if not name.isdecimal():
-        return draw(name, sequences, SEED)
-    if len(name) > 9 or int(name) < 1:
-        raise InputError(f"--lengths {name}: a sequence has 1 to 999999999 tokens")
-    return np.full(sequences, int(name), np.int32)

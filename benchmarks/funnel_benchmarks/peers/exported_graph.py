@@ -11,9 +11,10 @@ import importlib
 from typing import Any
 
 from funnel_benchmarks.peers.batches import padded
-from funnel_benchmarks.peers.hugging_face import is_causal, load_model
+from funnel_benchmarks.peers.hugging_face import is_causal, load_model, too_far
 
 NAMES = ("cosines", "sines")
+TWO_ROPES = ("gemma3_text", "embedding_gemma2_text")  # one for each kind of layer
 
 
 def export(task: dict[str, Any]) -> Any:
@@ -46,7 +47,7 @@ def export(task: dict[str, Any]) -> Any:
 
 def angle_tables(torch: Any, model: Any, longest: int) -> Any:
     """A module in place of `model.rotary_emb`: positions [1, T], below `longest` -> cosines and sines, [1, T, d]."""
-    by_kind = model.config.model_type == "gemma3_text"
+    by_kind = model.config.model_type in TWO_ROPES
     kinds: list[Any] = sorted(set(model.config.layer_types)) if by_kind else [None]
 
     class AngleTables(torch.nn.Module):
@@ -67,7 +68,7 @@ def attention_masks(torch: Any, config: Any, mask: Any) -> Any:
     """What each token sees, [B, 1, T, T] bool: real tokens, and itself; a mask of each kind if layers differ.
 
     Args:
-        config: of transformers, whose `sliding_window` is the least distance that is too far, or None.
+        config: of transformers.
         mask: [B, T], not 0 for real tokens.
     """
     places = torch.arange(mask.shape[1])
@@ -75,7 +76,7 @@ def attention_masks(torch: Any, config: Any, mask: Any) -> Any:
     real, itself = mask[:, None, None, :] != 0, distance == 0
     if is_causal(config):
         real = real & (distance >= 0)
-    window = getattr(config, "sliding_window", None)
+    window = too_far(config)
     near = real if window is None else real & (distance.abs() < window)
     if config.model_type == "mistral":  # all of its layers have the window
         return near | itself

@@ -77,15 +77,23 @@ def fastest_attention(checkpoint: str, lengths: list[list[int]]) -> str:
     """
     transformers: Any = importlib.import_module("transformers")
     config = transformers.AutoConfig.from_pretrained(checkpoint)
-    window = getattr(config, "sliding_window", None)
+    window = too_far(config)
     equal = all(min(batch) == max(batch) for batch in lengths)
-    in_sight = window is None or max(map(max, lengths)) <= window  # of transformers: the least distance too far
+    in_sight = window is None or max(map(max, lengths)) <= window
     return WITHOUT_MASK if equal and in_sight and not is_causal(config) else "sdpa"
 
 
 def is_causal(config: Any) -> bool:
     """Whether a token sees only those before it, in a model that `load_model` loads."""
     return config.model_type in ("llama", "mistral", "qwen3")
+
+
+def too_far(config: Any) -> int | None:
+    """The least distance at which a sliding layer does not see a token; None: there is no limit."""
+    window: int | None = getattr(config, "sliding_window", None)
+    if window is not None and config.model_type == "embedding_gemma2_text":  # there the distance may be the window's
+        return window + 1
+    return window
 
 
 def use_cores(torch: Any, cores: int) -> None:

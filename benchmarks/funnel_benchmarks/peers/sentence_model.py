@@ -11,7 +11,7 @@ from typing import Any
 from funnel_benchmarks.peers.peer_process import not_installed
 from funnel_benchmarks.random_checkpoint import write_random_model
 from funnel_benchmarks.results import LeftOut
-from funnel_engine.hugging_face_config import read_model_config
+from funnel_engine.hugging_face_config import read_model_config, read_projection_width
 from funnel_engine.presets import Fields
 
 WIDENING = 4  # the first dense layer makes rows this many times as wide, the second takes it back
@@ -20,7 +20,8 @@ WIDENING = 4  # the first dense layer makes rows this many times as wide, the se
 def write_sentence_model(directory: Path, fields: Fields) -> None:
     """Writes the encoder of `write_random_model`, then pooling and normalisation.
 
-    As published, a causal model has last-token pooling; another one has mean pooling and two dense layers.
+    As published, a causal model has last-token pooling, and others have mean pooling. Two dense layers follow, unless
+    the encoder projects its rows itself.
 
     Args:
         directory: of the model, which is made.
@@ -35,18 +36,21 @@ def write_sentence_model(directory: Path, fields: Fields) -> None:
     except ModuleNotFoundError as error:
         raise LeftOut(not_installed(error.name or "")) from None
     transformers.utils.logging.disable_progress_bar()  # of loading and saving, which takes no time here
-    width = fields["hidden_size"]
+    config, projection = read_model_config(fields), read_projection_width(fields)
+    width = projection or config.hidden_size
     with tempfile.TemporaryDirectory() as folder:
         encoder = Path(folder) / "encoder"
         write_random_model(encoder, fields)
-        write_tokenizer(encoder, fields["vocab_size"])
+        write_tokenizer(encoder, config.vocab_size)
         torch.manual_seed(0)
         sizes = ((width, WIDENING * width), (WIDENING * width, width))
         identity = torch.nn.Identity()
         dense = [modules.Dense(*pair, bias=False, activation_function=identity) for pair in sizes]
         transformer = modules.Transformer(str(encoder))
-        causal = read_model_config(fields).attention == "causal"
-        head = [modules.Pooling(width, "lasttoken")] if causal else [modules.Pooling(width, "mean"), *dense]
+        if config.attention == "causal":
+            head = [modules.Pooling(width, "lasttoken")]
+        else:
+            head = [modules.Pooling(width, "mean"), *([] if projection else dense)]
         parts = [transformer, *head, modules.Normalize()]
         library.SentenceTransformer(modules=parts, device="cpu").save(str(directory), create_model_card=False)
 

@@ -71,7 +71,7 @@ def model_fields(preset: str, depth: int | None) -> Fields:
         fields |= {"use_bidirectional_attention": True}
     if depth is None:
         return fields
-    check_depth(depth, preset, fields["num_hidden_layers"])
+    check_depth(depth, preset, read_model_config(fields).num_layers)
     kinds = {"layer_types": fields["layer_types"][:depth]} if "layer_types" in fields else {}
     return fields | {"num_hidden_layers": depth} | kinds
 

@@ -5,7 +5,6 @@ from typing import Any
 import click
 
 from funnel_benchmarks import suite_command
-from funnel_benchmarks.lengths import PRESETS as LENGTH_PRESETS
 from funnel_benchmarks.memory import check_memory
 from funnel_benchmarks.models import preset_model
 from funnel_benchmarks.serve.suite import Suite
@@ -18,15 +17,7 @@ LENGTHS = ("conll", "agnews", "passage")
 @suite_command.preset_option
 @suite_command.depth_option
 @suite_command.layer_option
-@click.option(
-    "--lengths",
-    "sources",
-    multiple=True,
-    default=LENGTHS,
-    show_default=True,
-    help="A data set whose lengths of sequences are imitated, or a file with one length a line. Can be given several "
-    f"times. Data sets: {', '.join(LENGTH_PRESETS)}.",
-)
+@suite_command.lengths_option(*LENGTHS)
 @click.option(
     "--requests",
     "count",
@@ -46,7 +37,9 @@ LENGTHS = ("conll", "agnews", "passage")
 @suite_command.dtype_option
 @suite_command.backend_option
 @suite_command.file_options(plot="latency over rate")
-def serve(preset: str, depth: int | None, layer: int | None, dtype: str, files: Any, **options: Any) -> None:
+def serve(
+    preset: str, depth: int | None, layer: int | None, dtype: str, lengths: tuple[str, ...], files: Any, **options: Any
+) -> None:
     """Measure latencies of requests that arrive by chance, with a funnel and without.
 
     Requests of one sequence each arrive as a Poisson process, whatever the engine is doing (an open loop), at several
@@ -57,6 +50,6 @@ def serve(preset: str, depth: int | None, layer: int | None, dtype: str, files: 
     """
     model = preset_model(preset, dtype, depth)
     place = suite_command.funnel_place(layer, model.config)
-    suite = Suite(model=model, funnel=FunnelConfig.after(place), **options)
+    suite = Suite(model=model, funnel=FunnelConfig.after(place), sources=lengths, **options)
     check_memory(model.config, model.head, model.dtype, suite.max_batch_tokens)
     suite_command.run(suite, **files)

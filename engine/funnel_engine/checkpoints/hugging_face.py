@@ -109,7 +109,7 @@ class Layout(NamedTuple):
     dropped: tuple[str, ...]
 
 
-MAX_LABELS = 1_000_000  # a larger number in a config is an error, or an attack on memory
+MAX_LABELS = 1_000_000  # a damaged file must not fill the memory with names
 END_OF_IMAGE = 256_000  # the default of T5Gemma 2's config
 TEXT_MODEL = Layout(("model.", ""), ("lm_head.weight",))
 LLAMA = Layout(("model.", ""), ("lm_head.weight", ".rotary_emb.inv_freq"))  # old versions saved RoPE's frequencies
@@ -407,13 +407,11 @@ def read_head(
 
 def read_labels(fields: dict[str, Any]) -> tuple[str, ...]:
     """The names of the classes. A config without names has `num_labels` classes, or transformers' default of two."""
-    count = decode(int | None, fields.get("num_labels"), "num_labels in config.json")
-    if count is not None and not 1 <= count <= MAX_LABELS:
-        raise CheckpointError(
-            f"num_labels in config.json must be from 1 to {MAX_LABELS:,}; it is {count}. Correct it, or name the "
-            "classes in id2label"
-        )
-    default = {str(number): f"LABEL_{number}" for number in range(2 if count is None else count)}
+    count = fields.get("num_labels")
+    count = check_integer(
+        "num_labels in config.json", 2 if count is None else count, least=1, most=MAX_LABELS, error=CheckpointError
+    )
+    default = {str(number): f"LABEL_{number}" for number in range(count)}
     labels = decode(dict[str, str], fields.get("id2label") or default, "id2label in config.json")
     if set(labels) != {str(number) for number in range(len(labels))}:
         raise CheckpointError(

@@ -80,5 +80,7 @@ def test_the_image_listens_where_it_says():
     assert f"EXPOSE {Settings(checkpoint=CHECKPOINT).port}\n" in lines
     assert 'ENTRYPOINT ["funnel", "serve", "/checkpoint"]' in lines
     for extra in re.findall(r"\[([a-z,]+)\]\"", lines):
-        extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+        extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+            "optional-dependencies"
+        ]
         assert set(extra.split(",")) <= set(extras)

@@ -19,7 +19,7 @@ from funnel_serving.settings import Settings
 PORT = 18231
 ADDRESS = f"http://127.0.0.1:{PORT}"
 TEXTS = ["the small funnel pools pairs", "a large memory"]
-DOCUMENTS = ["the small funnel pools pairs of tokens and keeps every large memory " * 8] * 2000
+DOCUMENTS = ["the small funnel pools pairs of tokens and keeps every large memory " * 8] * 400
 
 
 @pytest.fixture(scope="module")

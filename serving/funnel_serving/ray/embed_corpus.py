@@ -134,8 +134,8 @@ def write_chunks(job: Job, chunks: Sequence[Chunk], workers: Workers) -> Iterato
     idle: list[Any] = []
     while unfinished:
         while waiting and idle:
-            worker, chunk = idle.pop(), waiting.popleft()
-            running[worker.write.remote(chunk)] = (worker, chunk)
+            worker, following = idle.pop(), waiting.popleft()
+            running[worker.write.remote(following)] = (worker, following)
         (call,), _ = ray.wait(list(running), num_returns=1)
         worker, chunk = running.pop(call)
         try:

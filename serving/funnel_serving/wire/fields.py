@@ -161,16 +161,10 @@ def nested(name: str, fields: Sequence[Field], about: str, *, required: bool = T
 
 
 TEXT: Schema = {"type": "string", "minLength": 1}
-ANY_TEXT: Schema = {"type": "string"}
 
 
 def array(items: Schema) -> Schema:
     return {"type": "array", "items": items, "minItems": 1}
-
-
-def reply_object(**properties: Schema) -> Schema:
-    """The schema of an object in a reply, which has all of its fields."""
-    return {"type": "object", "properties": properties, "required": list(properties)}
 
 
 def reference(name: str) -> Schema:
@@ -211,12 +205,6 @@ def read_array(read: Callable[[str, Any], Item], path: str, value: Any) -> list[
     if not value:
         raise empty(path)
     return [read(f"{path}[{index}]", item) for index, item in enumerate(value)]
-
-
-def check_limit(path: str, value: int | None, most: int) -> None:
-    """The upper limit of an integer that only the model knows."""
-    if value is not None and value > most:
-        raise wrong(path, value, f"at most {most} with this model")
 
 
 def wrong(path: str, value: Any, must: str) -> Refusal:

@@ -11,11 +11,11 @@ import numpy as np
 
 from funnel_serving.answers import Token
 from funnel_serving.service import Service
-from funnel_serving.wire import fields
-from funnel_serving.wire.fields import Values
+from funnel_serving.wire import fields, replies
+from funnel_serving.wire.fields import Values, array
 from funnel_serving.wire.route import Reply, Route
 from funnel_serving.wire.scores import best_first, scores_of
-from funnel_serving.wire.tei import INPUTS, LABELLED, NUMBER_OR_NULL, RAW_SCORES, TEI, TRUNCATION, truncation
+from funnel_serving.wire.tei import INPUTS, RAW_SCORES, TEI, TRUNCATION, truncation
 
 # Hugging Face's clients put the options of a task there.
 OTHER_SCORES = fields.refused("function_to_apply", "raw_scores=true gives logits")
@@ -61,8 +61,8 @@ ROUTES = (
         "/classify",
         classify,
         "Labels of each input with their scores, the best first",
-        fields.array(LABELLED),
-        (
+        reply=array(replies.LABELS),
+        fields=(
             INPUTS,
             *TRUNCATION,
             RAW_SCORES,
@@ -75,19 +75,8 @@ ROUTES = (
         "/tag",
         tag,
         "The best label of each token, with the characters that the token covers",
-        fields.array(
-            {
-                "type": "array",
-                "items": fields.reply_object(
-                    token=fields.ANY_TEXT,
-                    start=NUMBER_OR_NULL,
-                    end=NUMBER_OR_NULL,
-                    label=fields.ANY_TEXT,
-                    score={"type": "number"},
-                ),
-            }
-        ),
-        (
+        reply=replies.SPANS,
+        fields=(
             INPUTS,
             *TRUNCATION,
             RAW_SCORES,

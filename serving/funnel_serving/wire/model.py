@@ -8,7 +8,7 @@ from funnel_serving.settings import Settings
 
 def model_name(settings: Settings) -> str:
     """The name that clients ask for."""
-    return settings.model_name or settings.checkpoint.name
+    return settings.model_name or settings.checkpoint.resolve().name
 
 
 def kind_of(head: HeadConfig) -> str:

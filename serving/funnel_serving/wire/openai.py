@@ -8,8 +8,8 @@ import numpy as np
 
 from funnel_serving.refusals import KINDS, Refusal
 from funnel_serving.service import Service
-from funnel_serving.wire import fields
-from funnel_serving.wire.fields import Schema, Values
+from funnel_serving.wire import fields, replies
+from funnel_serving.wire.fields import Values
 from funnel_serving.wire.model import model_name
 from funnel_serving.wire.route import Family, Reply, Route
 
@@ -30,19 +30,7 @@ def error(refusal: Refusal) -> dict[str, Any]:
     return {"error": {"message": refusal.message, "type": kind, "param": refusal.param, "code": refusal.kind}}
 
 
-OPENAI = Family(
-    "OpenAI",
-    statuses=KINDS,
-    error=error,
-    schema=fields.reply_object(
-        error=fields.reply_object(
-            message=fields.ANY_TEXT,
-            type={"enum": sorted({*TYPES.values(), "invalid_request_error"})},
-            param={"type": ["string", "null"]},
-            code={"enum": list(KINDS)},
-        )
-    ),
-)
+OPENAI = Family("OpenAI", statuses=KINDS, error=error, schema=replies.OPENAI_ERROR)
 
 
 async def embeddings(service: Service, values: Values) -> Reply:
@@ -56,12 +44,9 @@ async def embeddings(service: Service, values: Values) -> Reply:
             param="input",
         )
     limit = values["truncate_prompt_tokens"]
-    if limit == 0:
-        raise Refusal.invalid(
-            "truncate_prompt_tokens is 0; it must be at least 1, or -1 for the limit of the model",
-            param="truncate_prompt_tokens",
-        )
-    fields.check_limit("truncate_prompt_tokens", limit, service.engine.max_length)
+    most = service.engine.max_length
+    if limit == 0 or (limit is not None and limit > most):
+        raise fields.wrong("truncate_prompt_tokens", limit, f"from 1 to {most}, or -1 for the limit of the model")
     answer = await service.embed(
         values["input"],
         dimensions=values["dimensions"],
@@ -137,37 +122,28 @@ EMBEDDINGS = (
     ),
 )
 
-INTEGER: Schema = {"type": "integer"}
-EMBEDDINGS_REPLY = fields.reply_object(
-    object={"const": "list"},
-    data=fields.array(
-        fields.reply_object(
-            object={"const": "embedding"},
-            index=INTEGER,
-            embedding={"anyOf": [fields.array({"type": "number"}), {"type": "string", "contentEncoding": "base64"}]},
-        )
-    ),
-    model=fields.ANY_TEXT,
-    usage=fields.reply_object(prompt_tokens=INTEGER, total_tokens=INTEGER),
-)
-MODEL_CARD = fields.reply_object(
-    id=fields.ANY_TEXT, object={"const": "model"}, created=INTEGER, owned_by=fields.ANY_TEXT, max_model_len=INTEGER
-)
-MODELS = fields.reply_object(object={"const": "list"}, data=fields.array(MODEL_CARD))
-
 ROUTES = (
     *(
-        Route(OPENAI, "POST", path, embeddings, "One vector per input", EMBEDDINGS_REPLY, EMBEDDINGS, ("not_found",))
+        Route(
+            OPENAI,
+            "POST",
+            path,
+            embeddings,
+            "One vector per input",
+            reply=replies.EMBEDDINGS,
+            fields=EMBEDDINGS,
+            refuses=("not_found",),
+        )
         for path in ("/v1/embeddings", "/embeddings")  # the second is TEI's
     ),
-    Route(OPENAI, "GET", "/v1/models", models, "The model that is served", MODELS),
+    Route(OPENAI, "GET", "/v1/models", models, "The model that is served", reply=replies.MODELS),
     Route(
         OPENAI,
         "GET",
         "/v1/models/{model:path}",
         model,
         "The model, if this is its name",
-        MODEL_CARD,
+        reply=replies.MODEL,
         refuses=("not_found",),
     ),
 )

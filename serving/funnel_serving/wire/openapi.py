@@ -18,10 +18,20 @@ WITH_A_BODY = (
     "empty", "validation", "unsupported", "slow_body", "too_large", "tokenization", "overloaded", "inference", "timeout"
 )  # fmt: skip
 
+# The routes of the server itself, which need no model: summary, type of the reply, and the statuses.
+OF_THE_SERVER = {
+    "/health": ("Whether the server is live and ready", "application/json", (200, 503)),
+    "/health/live": ("Whether the process is of use, or must be started again", "application/json", (200, 503)),
+    "/health/ready": ("Whether requests may come; while it compiles, how far it is", "application/json", (200, 503)),
+    "/ping": ("The same as /health", "application/json", (200, 503)),
+    "/metrics": ("Counters for Prometheus", "text/plain", (200, 401)),
+    "/openapi.json": ("This description", "application/json", (200, 401, 503)),
+}
+
 
 def describe(routes: Iterable[Route], service: Service) -> dict[str, Any]:
     """The description of a running server, with the limits of its model."""
-    paths: dict[str, dict[str, Any]] = {}
+    paths = {path: {"get": server_operation(path, *facts)} for path, facts in OF_THE_SERVER.items()}
     for route in routes:
         path = re.sub(r"{(\w+):\w+}", r"{\1}", route.path)
         paths.setdefault(path, {})[route.method.lower()] = operation(route)
@@ -52,6 +62,13 @@ def operation(route: Route) -> dict[str, Any]:
         **({"parameters": [path_parameter(name) for name in named]} if named else {}),
         "responses": {"200": {"description": route.summary, "content": as_json(route.reply)}} | refusals(route),
     }
+
+
+def server_operation(path: str, summary: str, media_type: str, statuses: tuple[int, ...]) -> dict[str, Any]:
+    responses = {
+        str(status): {"description": HTTPStatus(status).phrase, "content": {media_type: {}}} for status in statuses
+    }
+    return {"tags": ["Server"], "operationId": f"get {path}", "summary": summary, "responses": responses}
 
 
 def refusals(route: Route) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from anyio.to_thread import run_sync
 from funnel_engine.weights import dtype_of
 from funnel_serving.refusals import KINDS, Refusal
 from funnel_serving.service import Service
-from funnel_serving.wire import fields
-from funnel_serving.wire.fields import Field, Schema, Values
+from funnel_serving.wire import fields, replies
+from funnel_serving.wire.fields import Field, Schema, Values, array
 from funnel_serving.wire.model import engine_version, kind_of, model_name
 from funnel_serving.wire.route import Family, Reply, Route
 from funnel_serving.wire.scores import best_first, scores_of
@@ -36,9 +36,7 @@ TEI = Family(
     "text-embeddings-inference",
     statuses=STATUSES,
     error=error,
-    schema=fields.reply_object(
-        error=fields.ANY_TEXT, error_type={"enum": sorted({*ERROR_TYPES.values(), "Validation"})}
-    ),
+    schema=replies.TEI_ERROR,
 )
 
 INPUTS = fields.inputs("inputs", "one text, the token ids of one sequence, or an array of several of either")
@@ -86,7 +84,7 @@ DECODE = (
 
 def pair_inputs() -> Field:
     """`"a"` is a text and `["a", "b"]` one pair of texts; a batch is an array of arrays, each with one text or two."""
-    one_or_two: Schema = fields.array(fields.TEXT) | {"maxItems": 2}
+    one_or_two: Schema = array(fields.TEXT) | {"maxItems": 2}
 
     def read_sequence(path: str, value: Any) -> str | tuple[str, str]:
         sequence = fields.read_array(fields.read_text, path, value)
@@ -101,7 +99,7 @@ def pair_inputs() -> Field:
         return False, [read_sequence(path, value) if isinstance(value, list) else fields.read_text(path, value)]
 
     about = "a text, a pair of texts in an array, or an array of arrays with one text or a pair each"
-    return Field("inputs", {"anyOf": [fields.TEXT, one_or_two, fields.array(one_or_two)]}, read, about=about)
+    return Field("inputs", {"anyOf": [fields.TEXT, one_or_two, array(one_or_two)]}, read, about=about)
 
 
 def truncation(values: Values) -> dict[str, Any]:
@@ -199,55 +197,38 @@ def model_type(service: Service) -> Mapping[str, Any]:
     kind = kind_of(service.engine.head)
     if kind == "embedding":
         return {kind: {"pooling": service.engine.head.pooling}}
-    numbers = {label: index for index, label in enumerate(service.labels)}
-    return {kind: {"id2label": {str(index): label for label, index in numbers.items()}, "label2id": numbers}}
+    labels = {str(index): label for index, label in enumerate(service.labels)}
+    return {kind: {"id2label": labels, "label2id": {label: int(index) for index, label in labels.items()}}}
 
-
-VECTOR = fields.array({"type": "number"})
-LABELLED = fields.array(fields.reply_object(label=fields.ANY_TEXT, score={"type": "number"}))
-INTEGER: Schema = {"type": "integer"}
-NUMBER_OR_NULL: Schema = {"type": ["integer", "null"]}
-TEXT_OR_NULL: Schema = {"type": ["string", "null"]}
-INFO = fields.reply_object(
-    model_id=fields.ANY_TEXT,
-    model_sha=TEXT_OR_NULL,
-    model_dtype=fields.ANY_TEXT,
-    served_model_name=fields.ANY_TEXT,
-    model_type={"type": "object", "minProperties": 1, "maxProperties": 1},
-    max_concurrent_requests=INTEGER,
-    max_input_length=INTEGER,
-    max_batch_tokens=INTEGER,
-    max_batch_requests=NUMBER_OR_NULL,
-    max_client_batch_size=INTEGER,
-    auto_truncate={"type": "boolean"},
-    tokenization_workers=INTEGER,
-    version=fields.ANY_TEXT,
-    sha=TEXT_OR_NULL,
-    docker_label=TEXT_OR_NULL,
-    funnel=fields.ANY_TEXT,
-    engine=fields.ANY_TEXT,
-)
 
 ROUTES = (
-    Route(TEI, "POST", "/embed", embed, "One vector per input", fields.array(VECTOR), EMBED),
+    Route(TEI, "POST", "/embed", embed, "One vector per input", reply=replies.VECTORS, fields=EMBED),
     Route(
         TEI,
         "POST",
         "/embed_all",
         embed_all,
         "The encoder's rows of each input, not pooled",
-        fields.array(fields.array(VECTOR)),
-        (INPUTS, *TRUNCATION, PROMPT),
+        reply=array(replies.VECTORS),
+        fields=(INPUTS, *TRUNCATION, PROMPT),
     ),
-    Route(TEI, "POST", "/similarity", similarity, "The cosine of a text with others", VECTOR, SIMILARITY),
+    Route(
+        TEI,
+        "POST",
+        "/similarity",
+        similarity,
+        "The cosine of a text with others",
+        reply=replies.VECTOR,
+        fields=SIMILARITY,
+    ),
     Route(
         TEI,
         "POST",
         "/predict",
         predict,
         "Labels of texts or pairs of texts, with scores, the best first",
-        {"anyOf": [LABELLED, fields.array(LABELLED)]},
-        (pair_inputs(), *TRUNCATION, RAW_SCORES),
+        reply={"anyOf": [replies.LABELS, array(replies.LABELS)]},
+        fields=(pair_inputs(), *TRUNCATION, RAW_SCORES),
     ),
     Route(
         TEI,
@@ -255,14 +236,8 @@ ROUTES = (
         "/rerank",
         rerank,
         "Texts in the order in which they fit a query, for a classifier with one label",
-        fields.array(
-            {
-                "type": "object",
-                "properties": {"index": {"type": "integer"}, "score": {"type": "number"}, "text": fields.ANY_TEXT},
-                "required": ["index", "score"],
-            }
-        ),
-        RERANK,
+        reply=replies.RANKS,
+        fields=RERANK,
     ),
     Route(
         TEI,
@@ -270,20 +245,16 @@ ROUTES = (
         "/tokenize",
         tokenize,
         "The tokens of texts, as the engine would run them",
-        fields.array(
-            {
-                "type": "array",
-                "items": fields.reply_object(
-                    id={"type": "integer"},
-                    text=fields.ANY_TEXT,
-                    special={"type": "boolean"},
-                    start=NUMBER_OR_NULL,
-                    stop=NUMBER_OR_NULL,
-                ),
-            }
-        ),
-        TOKENIZE,
+        reply=replies.TOKENS,
+        fields=TOKENIZE,
     ),
-    Route(TEI, "POST", "/decode", decode, "The texts of token ids", fields.array(fields.ANY_TEXT), DECODE),
-    Route(TEI, "GET", "/info", info, "The model, its funnel, what runs it, and the limits of the server", INFO),
+    Route(TEI, "POST", "/decode", decode, "The texts of token ids", reply=replies.TEXTS, fields=DECODE),
+    Route(
+        TEI,
+        "GET",
+        "/info",
+        info,
+        "The model, its funnel, what runs it, and the limits of the server",
+        reply=replies.INFO,
+    ),
 )

@@ -3,9 +3,10 @@
 import openapi_spec_validator
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from schemathesis import GenerationMode
 
+from c_library import ROOT
 from funnel_serving.wire import ROUTES
 
 # The routes that a model of each kind has. An embedder is asked for all that need no classifier.
@@ -40,13 +41,26 @@ def test_the_description_has_the_limits_of_the_model(embedder):
     assert schemas["PromptName"]["enum"] == ["document", "query"]
 
 
+def test_the_document_has_every_route(embedder):
+    document = (ROOT / "docs" / "serving-http-api.md").read_text(encoding="utf-8")
+    for path in embedder.get("/openapi.json").json()["paths"]:
+        assert f"{path}`" in document, path
+
+
+def has_prompt_before_ids(body):
+    """The one rule about two fields, which the schema does not say: a prompt is put before texts only."""
+    has_ids = isinstance(body, dict) and isinstance(body.get("inputs"), list) and not isinstance(body["inputs"][0], str)
+    return has_ids and body.get("prompt_name") is not None
+
+
 def check(schema, mode):
     """Sends bodies that the description allows, or others, to every route, and reads the replies by the description."""
     for result in schema.get_all_operations():
 
-        @settings(max_examples=8, deadline=None, database=None, derandomize=True, suppress_health_check=HealthCheck)
+        @settings(max_examples=5, deadline=None, database=None, derandomize=True, suppress_health_check=HealthCheck)
         @given(case=result.ok().as_strategy(generation_mode=mode))
         def call(case):
+            assume(mode == GenerationMode.NEGATIVE or not has_prompt_before_ids(case.body))
             case.call_and_validate()
 
         call()

@@ -27,7 +27,7 @@ def address(checkpoint):
 def make_wrapper(address, **options):
     from mteb.models.openai_wrappers import OpenAIAPIEncodeWrapper
 
-    return OpenAIAPIEncodeWrapper(f"{address}/v1", "embedder", **options)
+    return OpenAIAPIEncodeWrapper(address, "embedder", **options)
 
 
 def encode(wrapper):

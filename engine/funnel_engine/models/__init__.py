@@ -1,0 +1,1 @@
+"""The forward pass of each architecture that differs in more than data."""

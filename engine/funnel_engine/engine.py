@@ -12,9 +12,10 @@ from jax.sharding import Mesh
 
 from funnel_engine.checkpoints.native import read_checkpoint
 from funnel_engine.checks import check_flag, check_integer
-from funnel_engine.config import Funnel, FunnelConfig, FunnelLike, ModelConfig, check_funnel, read_funnel
+from funnel_engine.config import Funnel, FunnelConfig, FunnelLike, check_funnel, read_funnel
 from funnel_engine.devices import Devices, OneDevice, choose_dtypes
 from funnel_engine.flops import ideal_ratio
+from funnel_engine.funnel_transformer_config import EncoderConfig
 from funnel_engine.heads import HeadConfig
 from funnel_engine.inputs import Ragged, read_inputs
 from funnel_engine.jax_settings import guarded
@@ -47,7 +48,7 @@ class Engine:
     @guarded
     def __init__(
         self,
-        config: ModelConfig,
+        config: EncoderConfig,
         head: HeadConfig,
         weights: Mapping[str, Any],
         *,
@@ -281,16 +282,32 @@ class Engine:
             ConfigError: the checkpoint has no token classifier, or the output has fewer rows than tokens.
             InputError: the inputs cannot be run.
         """
-        self._require_task("tag")
+        return self._token_logits(inputs, truncate, "tag")
+
+    @guarded
+    def answer(self, inputs: Any, *, truncate: bool = False) -> list[np.ndarray]:
+        """Raw logits that an answer starts, and ends, at each token, one [T, 2] float32 array per input.
+
+        An input has a question and a context; the answer is the part of the context with the largest sum of both.
+
+        Raises:
+            ConfigError: the checkpoint has no head for answers, or the output has fewer rows than tokens.
+            InputError: the inputs cannot be run.
+        """
+        return self._token_logits(inputs, truncate, "answer")
+
+    def _token_logits(self, inputs: Any, truncate: bool, task: str) -> list[np.ndarray]:
+        """The logits of a head that reads the row of each token."""
+        self._require_task(task)
         for programs in self.programs:
             if programs.plan.output_stride != 1:
                 which = f", for {programs.min_tokens} tokens or more," if programs.min_tokens > 1 else ""
                 raise ConfigError(
-                    f"tag needs one row per token, but with strides {programs.funnel.strides}{which} there is one row "
+                    f"{task} needs one row per token, but with strides {programs.funnel.strides}{which} there is one row "
                     f"per {programs.plan.output_stride} tokens; load with a recovery, e.g. FunnelConfig(..., "
                     "recovery='mean_last')"
                 )
-        return self._split_rows(inputs, truncate, "tag")
+        return self._split_rows(inputs, truncate, task)
 
     @guarded
     def hidden_states(self, inputs: Any, *, truncate: bool = False) -> list[np.ndarray]:
@@ -404,7 +421,7 @@ class Engine:
             for programs, group in self._groups(ragged.lengths):
                 plan, batches = programs.plan, [ragged.take(order) for order in group]
                 rows = programs.bucket(max(int(plan.rows_needed(batch.lengths).sum()) for batch in batches))
-                packed = self.devices.stack([pack(plan, batch.ids, batch.offsets, rows) for batch in batches])
+                packed = self.devices.stack([pack(plan, batch.ids, batch.offsets, rows, batch.types) for batch in batches])
                 running.append(programs.run_encoder(packed, rows))
                 tokens = sum(len(batch.ids) for batch in batches)
                 programs.counters.add(
@@ -444,7 +461,7 @@ class Engine:
             )
 
 
-def describe_funnels(config: ModelConfig, funnel: Funnel, max_length: int) -> dict[str, str]:
+def describe_funnels(config: EncoderConfig, funnel: Funnel, max_length: int) -> dict[str, str]:
     """For each class of lengths its funnel, and what that saves at 512 tokens or at the nearest length of the class."""
     facts, ends = {}, [*(tokens - 1 for tokens, _ in funnel.classes[1:]), max_length]
     for (tokens, each), end in zip(funnel.classes, ends, strict=True):
@@ -465,7 +482,7 @@ def describe_funnel(funnel: FunnelConfig) -> str:
     return f"{', '.join(places)}; {options}"
 
 
-def check_weights(weights: Mapping[str, Any], config: ModelConfig, head: HeadConfig) -> None:
+def check_weights(weights: Mapping[str, Any], config: EncoderConfig, head: HeadConfig) -> None:
     """Raises `CheckpointError` unless the table contains exactly the expected weights, in dtypes that fit together."""
     expected = expected_shapes(config, head)
     wrong = [f"{name} is missing" for name in expected if name not in weights]

@@ -5,7 +5,7 @@ import itertools
 from typing import ClassVar
 
 from funnel_engine.checks import check_flag, check_integer, check_number, check_positive
-from funnel_engine.config import FunnelConfig, Heads, set_field
+from funnel_engine.config import FunnelConfig, Heads, ModelConfig, set_field
 from funnel_kernels.errors import ConfigError
 
 
@@ -110,3 +110,6 @@ class FunnelTransformerConfig:
 
     def shares_keys(self, index: int) -> bool:
         return False
+
+
+EncoderConfig = ModelConfig | FunnelTransformerConfig

@@ -11,11 +11,15 @@ from funnel_engine.text import TextConfig, Tokenize
 from funnel_kernels.errors import InputError
 
 
+LARGEST_TYPE = 2  # of a token: 0 and 1 for the two texts of a pair, 2 for [CLS]
+
+
 class Ragged(NamedTuple):
     """Sequences of token ids, one after another: sequence `b` is `ids[offsets[b]:offsets[b + 1]]`."""
 
     ids: Ints  # [total] int32
     offsets: Ints  # [B + 1] int32
+    types: Ints | None = None  # [total] int32, of the tokens; None is 0 for all of them
 
     @property
     def lengths(self) -> Ints:
@@ -26,7 +30,7 @@ class Ragged(NamedTuple):
         lengths = self.lengths[order]
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         index = np.arange(offsets[-1]) + np.repeat(self.offsets[order] - offsets[:-1], lengths)
-        return Ragged(self.ids[index], offsets)
+        return Ragged(self.ids[index], offsets, None if self.types is None else self.types[index])
 
 
 class TooLong(InputError):
@@ -77,12 +81,16 @@ def read_inputs(
         )
     if is_texts:
         ragged = join(read_texts(items, tokenize, text, prompt, max_length if truncate else None))
-    elif isinstance(inputs, tuple) and len(inputs) == 2:
+    elif isinstance(inputs, tuple) and (
+        len(inputs) == 2 or (len(inputs) == 3 and all(hasattr(part, "dtype") for part in inputs))
+    ):
         if not all(hasattr(part, "dtype") for part in inputs):
             raise InputError(
                 "a tuple of two means (ids, offsets), and both must be integer arrays; give two sequences as a list"
             )
-        ragged = read_ragged(*inputs)
+        ragged = read_ragged(*inputs[:2])
+        if len(inputs) == 3:
+            ragged = ragged._replace(types=read_types(inputs[2], ragged))
     else:
         ragged = join([read_ids(index, item) for index, item in enumerate(items)])
     if truncate and ragged.lengths.max() > max_length:
@@ -175,6 +183,16 @@ def read_ragged(ids: Any, offsets: Any) -> Ragged:
     if offsets[-1] != ids.size:
         raise InputError(f"offsets ends at {offsets[-1]}; it must end at the number of ids, {ids.size}")
     return Ragged(ids, offsets)
+
+
+def read_types(types: Any, ragged: Ragged) -> Ints:
+    """The token types of a tuple (ids, offsets, types)."""
+    types = to_int32("types", to_array("types", types))
+    if types.shape != ragged.ids.shape:
+        raise InputError(f"types has shape {types.shape}; it must have one number for each of the {ragged.ids.size} ids")
+    if types.size and (types.min() < 0 or types.max() > LARGEST_TYPE):
+        raise InputError(f"types are from {types.min()} to {types.max()}; they must be from 0 to {LARGEST_TYPE}")
+    return types
 
 
 def join(sequences: list[Ints]) -> Ragged:

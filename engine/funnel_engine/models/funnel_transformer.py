@@ -17,6 +17,7 @@ from funnel_engine.funnel_transformer_config import FunnelTransformerConfig
 from funnel_engine.packing import Batch
 from funnel_kernels import Target, linear, pool_norm, post_norm, relative_attention
 from funnel_kernels.errors import ConfigError
+from funnel_kernels.norm import widened
 
 Params = Mapping[str, Any]
 
@@ -71,7 +72,7 @@ def nest(flat: Params, config: FunnelTransformerConfig, funnels: list[FunnelConf
             continue
         index, leaf = rest.split(".")
         if leaf == "relative_positions":
-            leaf, weight = "offsets", distances @ np.asarray(weight, np.float32).T
+            leaf, weight = "offsets", jnp.matmul(distances, widened(weight).T, precision=jax.lax.Precision.HIGHEST)
         tree[part][int(index)][leaf] = weight
     query_width = config.num_heads * config.head_dim
     for funnel in funnels:
@@ -99,7 +100,7 @@ def forward(
     target: Target,
     axis: str | None = None,
 ) -> jax.Array:
-    """Runs the encoder, and after the recovery the decoder, on a packed batch.
+    """Runs the encoder on a packed batch and, if the funnel has a recovery, the decoder after it.
 
     Args:
         params: weights, see `nest`.
@@ -131,12 +132,11 @@ def forward(
         x = layer(step, params["layers"][config.applied[step.layer]], x, keys, batch, config, target)
         if step.query_stride == 1:
             full = x
-    if funnel.output_stride != 1:
+    if funnel.recovery is None:
         return x
-    if funnel.recovery:
-        rows = jnp.where(batch.levels[funnel.total_stride].real[:, None], x, 0)  # a token that was left out gets 0
-        tiled = jnp.repeat(rows, funnel.total_stride, axis=0)
-        x = (tiled.astype(jnp.float32) + full).astype(dtype)
+    rows = jnp.where(batch.levels[funnel.total_stride].real[:, None], x, 0)  # a token that was left out gets 0
+    tiled = jnp.repeat(rows, funnel.total_stride, axis=0)
+    x = (tiled.astype(jnp.float32) + full).astype(dtype)
     first = LayerStep(0, "full", 1, 1, 1, False)
     for weights in params["decoder"]:
         x = layer(first, weights, x, x, batch, config, target)

@@ -1,5 +1,6 @@
 """Tiny random Funnel-Transformers of transformers, and what they compute."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def run_each(model: Any, ids: np.ndarray, offsets: np.ndarray, types: np.ndarray
     """What the model returns for each sequence alone, without padding."""
     outputs = []
     with torch.no_grad():
-        for begin, end in zip(offsets[:-1], offsets[1:], strict=True):
+        for begin, end in itertools.pairwise(offsets):
             tokens, kinds = (torch.from_numpy(array[None, begin:end].astype(np.int64)) for array in (ids, types))
             outputs.append(model(tokens, token_type_ids=kinds))
     return outputs

@@ -200,7 +200,7 @@ class Engine:
         )
 
     def token_ids(self, inputs: Any, *, prompt_name: str | None = None, truncate: bool = False) -> Ragged:
-        """The token ids `(ids, offsets)` that the other methods run for these inputs; they also accept this pair.
+        """The token ids `(ids, offsets, types)` that the other methods run for these inputs; they also accept them.
 
         With it, all inputs can be checked before any is run. The arguments are those of `embed`.
 
@@ -208,7 +208,7 @@ class Engine:
             InputError: the inputs cannot be run.
         """
         truncate = check_flag("truncate", truncate, error=InputError)
-        return read_inputs(
+        ragged = read_inputs(
             inputs,
             self.tokenizer,
             self.text,
@@ -217,6 +217,11 @@ class Engine:
             max_length=self.max_length,
             truncate=truncate,
         )
+        if ragged.types is not None and not self.config.token_types:
+            raise InputError(
+                f"inputs have token types, but a model of family {self.config.family!r} has none; leave them out"
+            )
+        return ragged
 
     @guarded
     def embed(
@@ -421,7 +426,9 @@ class Engine:
             for programs, group in self._groups(ragged.lengths):
                 plan, batches = programs.plan, [ragged.take(order) for order in group]
                 rows = programs.bucket(max(int(plan.rows_needed(batch.lengths).sum()) for batch in batches))
-                packed = self.devices.stack([pack(plan, batch.ids, batch.offsets, rows, batch.types) for batch in batches])
+                packed = self.devices.stack(
+                    [pack(plan, batch.ids, batch.offsets, rows, batch.types) for batch in batches]
+                )
                 running.append(programs.run_encoder(packed, rows))
                 tokens = sum(len(batch.ids) for batch in batches)
                 programs.counters.add(

@@ -10,7 +10,6 @@ from funnel_engine.packing import Ints
 from funnel_engine.text import TextConfig, Tokenize
 from funnel_kernels.errors import InputError
 
-
 LARGEST_TYPE = 2  # of a token: 0 and 1 for the two texts of a pair, 2 for [CLS]
 
 
@@ -31,6 +30,12 @@ class Ragged(NamedTuple):
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         index = np.arange(offsets[-1]) + np.repeat(self.offsets[order] - offsets[:-1], lengths)
         return Ragged(self.ids[index], offsets, None if self.types is None else self.types[index])
+
+    def cut(self, max_length: int) -> "Ragged":
+        """The sequences without the tokens after the first `max_length`."""
+        kept = np.arange(len(self.ids)) - np.repeat(self.offsets[:-1], self.lengths) < max_length
+        offsets = np.concatenate([[0], np.cumsum(np.minimum(self.lengths, max_length))]).astype(np.int32)
+        return Ragged(self.ids[kept], offsets, None if self.types is None else self.types[kept])
 
 
 class TooLong(InputError):
@@ -81,20 +86,20 @@ def read_inputs(
         )
     if is_texts:
         ragged = join(read_texts(items, tokenize, text, prompt, max_length if truncate else None))
-    elif isinstance(inputs, tuple) and (
-        len(inputs) == 2 or (len(inputs) == 3 and all(hasattr(part, "dtype") for part in inputs))
-    ):
+    elif isinstance(inputs, tuple) and len(inputs) == 2:
         if not all(hasattr(part, "dtype") for part in inputs):
             raise InputError(
                 "a tuple of two means (ids, offsets), and both must be integer arrays; give two sequences as a list"
             )
+        ragged = read_ragged(*inputs)
+    elif isinstance(inputs, Ragged):
         ragged = read_ragged(*inputs[:2])
-        if len(inputs) == 3:
-            ragged = ragged._replace(types=read_types(inputs[2], ragged))
+        if inputs.types is not None:
+            ragged = ragged._replace(types=read_types(inputs.types, ragged))
     else:
         ragged = join([read_ids(index, item) for index, item in enumerate(items)])
     if truncate and ragged.lengths.max() > max_length:
-        ragged = join([ids[:max_length] for ids in np.split(ragged.ids, ragged.offsets[1:-1])])
+        ragged = ragged.cut(max_length)
     check_lengths(ragged.lengths, max_length)
     check_vocabulary(ragged, vocab_size)
     return ragged
@@ -189,7 +194,9 @@ def read_types(types: Any, ragged: Ragged) -> Ints:
     """The token types of a tuple (ids, offsets, types)."""
     types = to_int32("types", to_array("types", types))
     if types.shape != ragged.ids.shape:
-        raise InputError(f"types has shape {types.shape}; it must have one number for each of the {ragged.ids.size} ids")
+        raise InputError(
+            f"types has shape {types.shape}; it must have one number for each of the {ragged.ids.size} ids"
+        )
     if types.size and (types.min() < 0 or types.max() > LARGEST_TYPE):
         raise InputError(f"types are from {types.min()} to {types.max()}; they must be from 0 to {LARGEST_TYPE}")
     return types

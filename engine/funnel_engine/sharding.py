@@ -28,8 +28,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from funnel_engine.config import Funnel, FunnelConfig, ModelConfig
-from funnel_engine.funnel_transformer_config import EncoderConfig, FunnelTransformerConfig
 from funnel_engine.devices import Tree, batch_shapes, map_weights
+from funnel_engine.funnel_transformer_config import EncoderConfig, FunnelTransformerConfig
 from funnel_engine.heads import HeadConfig
 from funnel_engine.jax_settings import device_name
 from funnel_engine.model import Params, forward
@@ -78,8 +78,8 @@ class DeviceMesh:
         if self.axis:
             if isinstance(config, FunnelTransformerConfig):
                 raise ConfigError(
-                    f"the mesh has {self.model} devices along 'model', but a Funnel-Transformer is not divided; put all "
-                    "devices along 'data'"
+                    f"the mesh has {self.model} devices along 'model', but a Funnel-Transformer is not divided; put "
+                    "all devices along 'data'"
                 )
             self.config, self.splits = device_config(config, self.model), weight_splits(config, self.model)
 

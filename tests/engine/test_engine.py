@@ -109,8 +109,9 @@ def test_options_of_calls_have_names(engine):
 
 def test_token_ids_are_what_the_texts_are_run_as(engine):
     texts = ["a small funnel", "pools"]
-    ids, offsets = ragged = engine.token_ids(texts, prompt_name="query")
+    ids, offsets, types = ragged = engine.token_ids(texts, prompt_name="query")
     assert [part.tolist() for part in np.split(ids, offsets[1:-1])] == [[2, 3, 3, 4, 5, 6], [2, 3, 3, 7]]
+    assert types is None  # this model has none
     np.testing.assert_array_equal(engine.embed(ragged), engine.embed(texts, prompt_name="query"))
     with pytest.raises(InputError, match="input 1 has 66 tokens, more than the limit of 64"):
         engine.token_ids(["a", "a " * 65])

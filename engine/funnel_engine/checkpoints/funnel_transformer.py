@@ -1,7 +1,7 @@
 """Reads a Funnel-Transformer of Hugging Face: config.json, and model.safetensors or pytorch_model.bin.
 
 The published models are those of pre-training with a discriminator. Its head, and that of masked language modelling,
-are left out. The bias of keys is left out too: it adds the same number to all scores of a query, and softmax removes it.
+are left out. So is the bias of keys: it adds the same number to all scores of a query, which softmax removes.
 """
 
 import dataclasses
@@ -69,8 +69,8 @@ def read_funnel_transformer(root: Path, sliding_window: int | None = None) -> So
         raise CheckpointError(f"{root} is a Funnel-Transformer, which has no sliding window; leave it out")
     if is_file(root / MODULES):
         raise CheckpointError(
-            f"{root} is a model of sentence-transformers, which is not supported for a Funnel-Transformer; give a folder "
-            f"without {MODULES}, and the pooling to Engine.load"
+            f"{root} is a model of sentence-transformers, which is not supported for a Funnel-Transformer; give a "
+            f"folder without {MODULES}, and the pooling to Engine.load"
         )
     config_file = file_in(root, CONFIG, str(root))
     fields = read_json(config_file)
@@ -134,7 +134,9 @@ def check_output(root: Path, head: HeadConfig, funnel: FunnelConfig) -> None:
 
 def encoder_parts(config: FunnelTransformerConfig, prefix: str) -> Parts:
     """For each of our encoder weights, the tensors that contain its values, in order."""
-    blocks = [f"encoder.blocks.{block}.{layer}" for block, size in enumerate(config.block_sizes) for layer in range(size)]
+    blocks = [
+        f"encoder.blocks.{block}.{layer}" for block, size in enumerate(config.block_sizes) for layer in range(size)
+    ]
     parts: dict[str, tuple[Part, ...]] = {}
     width, heads = config.hidden_size, (config.num_heads, config.head_dim)
     for ours, shape in weight_shapes(config).items():

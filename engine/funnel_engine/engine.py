@@ -218,9 +218,7 @@ class Engine:
             truncate=truncate,
         )
         if ragged.types is not None and not self.config.token_types:
-            raise InputError(
-                f"inputs have token types, but a model of family {self.config.family!r} has none; leave them out"
-            )
+            raise InputError(f"inputs have token types, which a model of family {self.config.family} does not read")
         return ragged
 
     @guarded
@@ -308,8 +306,8 @@ class Engine:
             if programs.plan.output_stride != 1:
                 which = f", for {programs.min_tokens} tokens or more," if programs.min_tokens > 1 else ""
                 raise ConfigError(
-                    f"{task} needs one row per token, but with strides {programs.funnel.strides}{which} there is one row "
-                    f"per {programs.plan.output_stride} tokens; load with a recovery, e.g. FunnelConfig(..., "
+                    f"{task} needs one row per token, but with strides {programs.funnel.strides}{which} there is one "
+                    f"row per {programs.plan.output_stride} tokens; load with a recovery, e.g. FunnelConfig(..., "
                     "recovery='mean_last')"
                 )
         return self._split_rows(inputs, truncate, task)

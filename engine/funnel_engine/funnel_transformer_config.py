@@ -57,6 +57,10 @@ class FunnelTransformerConfig:
                 f"block_sizes={self.block_sizes} and block_repeats={self.block_repeats} must have one number for each "
                 "block, and at least one"
             )
+        if self.decoder_layers and len(self.block_sizes) == 1:
+            raise ConfigError(
+                "a model of one block does not pool, so it has no decoder; leave the decoder out, or give more blocks"
+            )
         if self.hidden_size % 2:
             raise ConfigError(f"hidden_size={self.hidden_size} must be even: half of a position is sines, half cosines")
 
@@ -82,7 +86,7 @@ class FunnelTransformerConfig:
             pool=pool,
             pool_query_only=pool_query_only,
             keep_first=self.separate_cls,
-            recovery="sum_last" if self.decoder_layers and starts else None,
+            recovery="sum_last" if self.decoder_layers else None,
         )
 
     token_types: ClassVar[bool] = True

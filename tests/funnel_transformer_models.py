@@ -10,7 +10,7 @@ import transformers
 
 SIZES = {
     "vocab_size": 60,
-    "block_sizes": [2, 1, 2],
+    "block_sizes": [2, 1, 1],
     "num_decoder_layers": 2,
     "d_model": 32,
     "n_head": 4,

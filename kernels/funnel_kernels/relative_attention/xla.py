@@ -6,7 +6,8 @@ where its key is (Dai et al. 2019, arXiv:1901.02860, appendix B). So the largest
 `1 + stride` times as wide.
 """
 
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jax import lax
 
 from funnel_kernels.attention.xla import MASKED, Options, Tiles, attend, pad_rows, product
 from funnel_kernels.norm import widened
+from funnel_kernels.relative_attention import reference
 from funnel_kernels.relative_attention.reference import BOTH
 from funnel_kernels.shapes import Bounds, Heads
 from funnel_kernels.target import Target
@@ -37,8 +39,48 @@ def relative_attention(
     separate_first: bool,
     target: Target,
 ) -> Heads:
-    relative = Relative(query_types, key_types, biases, offsets, same, stride, separate_first)
-    return attend(RelativeTiles(q, k, lo, hi, Options(heads, heads, scale, None), relative), q, k, v)[0]
+    options = RelativeOptions(heads, scale, stride, separate_first)
+    return differentiable(q, k, v, lo, hi, query_types, key_types, biases, offsets, same, options)
+
+
+class RelativeOptions(NamedTuple):
+    heads: int
+    scale: float
+    stride: int
+    separate_first: bool
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(10,))
+def differentiable(
+    q: Heads,
+    k: Heads,
+    v: Heads,
+    lo: Bounds,
+    hi: Bounds,
+    query_types: jax.Array,
+    key_types: jax.Array,
+    biases: Heads,
+    offsets: Heads,
+    same: Heads,
+    options: RelativeOptions,
+) -> Heads:
+    relative = Relative(query_types, key_types, biases, offsets, same, options.stride, options.separate_first)
+    tiles = RelativeTiles(q, k, lo, hi, Options(options.heads, options.heads, options.scale, None), relative)
+    return attend(tiles, q, k, v)[0]
+
+
+def save(*arguments: Any) -> tuple[Heads, tuple[jax.Array, ...]]:
+    return differentiable(*arguments), arguments[:-1]
+
+
+def backward(options: RelativeOptions, arrays: tuple[jax.Array, ...], gradient: Heads) -> tuple[jax.Array, ...]:
+    """The gradients of the dense reference. Only a derivative has arrays of all pairs of rows."""
+    _, pull = jax.vjp(partial(reference.relative_attention, **options._asdict()), *arrays)
+    gradients: tuple[jax.Array, ...] = pull(gradient)
+    return gradients
+
+
+differentiable.defvjp(save, backward)
 
 
 class Relative(NamedTuple):

@@ -90,6 +90,7 @@ class FunnelTransformerConfig:
         )
 
     token_types: ClassVar[bool] = True
+    per_layer_width: ClassVar[int] = 0
 
     # What packing, costs and the engine ask of every architecture.
 
@@ -114,6 +115,9 @@ class FunnelTransformerConfig:
 
     def shares_keys(self, index: int) -> bool:
         return False
+
+    def mlp_width(self, index: int) -> int:
+        return self.intermediate_size
 
 
 EncoderConfig = ModelConfig | FunnelTransformerConfig

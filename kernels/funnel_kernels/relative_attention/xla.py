@@ -117,7 +117,7 @@ class RelativeTiles(Tiles):
         rows, head = self.shape[0], index % self.options.heads * self.head_dim
         first_row, first_key = index // self.options.heads * rows, block * self.keys
         biases, same = (
-            lax.dynamic_slice(array, (0, head), (array.shape[0], self.head_dim)) for array in (self.biases, self.same)
+            lax.dynamic_slice_in_dim(array, head, self.head_dim, axis=1) for array in (self.biases, self.same)
         )
         for_content, for_position, for_type = ((widened(q) + widened(bias)).astype(q.dtype) for bias in biases)
 

@@ -9,6 +9,7 @@ Nothing here uses the engine: the intervals of packed sequences are spelled out 
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -96,7 +97,16 @@ def normal(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape)
 
 
+def largest_array(program: str) -> int:
+    """Elements of the largest array that a compiled program names."""
+    return max(int(np.prod([int(size) for size in dims.split(",")])) for dims in re.findall(r"\w\[([\d,]+)\]", program))
+
+
 # ---------------------------------------------------------------------------------------------------- attention
+
+# Largest error as a part of `sum of weight * |v|`, which bounds the output. bfloat16 may round the weights and the
+# result, each by at most 2^-8 of itself.
+ATTENTION_TOLERANCE = {"float32": 2**-16, "bfloat16": 2**-6.9}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,6 +245,67 @@ ATTENTION_CASES = {
         for name, heads in HEADS.items()
     },
     "softcap, float32": AttentionCase(SMALL, softcap=2.5),
+}
+
+
+# ------------------------------------------------------------------------------------------- relative_attention
+
+
+@dataclasses.dataclass(frozen=True)
+class RelativeCase:
+    """Intervals of whole sequences, as Funnel-Transformer has them; `layout` has no windows."""
+
+    layout: Packed
+    heads: int = 2
+    head_dim: int = 8
+    separate_first: bool = True
+    dtype: str = "float32"
+
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """The arrays of `relative_attention`, in its order; the terms of a score are of the same size."""
+        lo, hi, keys = self.layout.intervals()
+        width, reach = self.heads * self.head_dim, max(1, *(hi - lo)) * self.stride
+        shapes = ((len(lo), width), (keys, width), (keys, width), (3, width), (2 * reach + 1, width), (2, width))
+        q, k, v, biases, offsets, same = (
+            normal(30 + index, *shape).astype(jnp.dtype(self.dtype)) for index, shape in enumerate(shapes)
+        )
+        types = [np.random.default_rng(n).integers(0, 3, n).astype(np.int32) for n in (len(lo), keys)]
+        return q, k, v, lo, hi, *types, biases, offsets, same
+
+    @property
+    def stride(self) -> int:
+        return self.layout.query_stride // self.layout.key_stride
+
+    def options(self) -> dict[str, Any]:
+        scale = 1.3 * self.head_dim**-0.5
+        return {"heads": self.heads, "scale": scale, "stride": self.stride, "separate_first": self.separate_first}
+
+
+RELATIVE_LAYOUTS = {
+    name: layout for name, layout in LAYOUTS.items() if isinstance(layout, Packed) and layout.left == layout.right
+}
+del RELATIVE_LAYOUTS["window"], RELATIVE_LAYOUTS["window of one token"], RELATIVE_LAYOUTS["queries on stride 3, window"]
+RELATIVE_CASES = {
+    **{
+        f"{name}, {dtype}": RelativeCase(each, dtype=dtype)
+        for name, each in RELATIVE_LAYOUTS.items()
+        for dtype in DTYPES
+    },
+    **{
+        f"{heads} heads of {head_dim}, {dtype}": RelativeCase(
+            Packed((40, 3, 90), tail=11), heads, head_dim, first, dtype
+        )
+        for heads, head_dim, first, dtype in (
+            (1, 10, False, "float32"),
+            (3, 64, False, "bfloat16"),
+            (12, 64, True, "float32"),
+            (4, 128, True, "bfloat16"),
+        )
+    },
+    "queries on stride 2, first token like others": RelativeCase(
+        Packed((70, 9, 2), 2, 1, align=2), separate_first=False
+    ),
+    "queries on stride 4, keys on 2": RelativeCase(Packed((257, 33), 4, 2, align=4, tail=8)),
 }
 
 
@@ -590,6 +661,7 @@ def every(step: int, cases: Mapping[str, Any], first: int = 0) -> dict[str, Any]
 
 CASES = {
     "attention": ATTENTION_CASES,
+    "relative_attention": RELATIVE_CASES,
     "pool_norm": POOL_CASES,
     "recover_norm": RECOVER_CASES,
     "add_norm": ADD_NORM_CASES,

@@ -3,7 +3,8 @@
 import dataclasses
 
 from funnel_benchmarks.results import Row
-from funnel_engine import FunnelConfig, ModelConfig
+from funnel_engine import FunnelConfig
+from funnel_engine.funnel_transformer_config import EncoderConfig
 from funnel_engine.packing import make_plan
 from funnel_kernels.errors import ConfigError
 
@@ -23,7 +24,7 @@ def funnel_facts(funnel: FunnelConfig) -> Row:
     return {"name": funnel_name(funnel), **dataclasses.asdict(funnel)}
 
 
-def check_funnel(config: ModelConfig, funnel: FunnelConfig) -> None:
+def check_funnel(config: EncoderConfig, funnel: FunnelConfig) -> None:
     """Raises `ConfigError` for a funnel that pools nothing, or that a model cannot have."""
     if funnel.total_stride == 1:
         raise ConfigError(f"strides={funnel.strides} pool nothing; a funnel needs a stride of at least 2")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jax
 
-from funnel_engine.config import ModelConfig
+from funnel_engine.funnel_transformer_config import EncoderConfig
 from funnel_engine.heads import HeadConfig
 from funnel_engine.jax_settings import default_device
 from funnel_engine.weights import count_bytes, expected_shapes
@@ -18,7 +18,7 @@ PER_LAYER_BYTES = 3 * 4  # per row and dimension of per-layer inputs: the produc
 HEAD_BYTES = 3 * 4  # per row and dimension of q, k and v: before RoPE, after it, and what attention makes of them
 
 
-def check_memory(config: ModelConfig, head: HeadConfig, dtype: str, rows: int) -> None:
+def check_memory(config: EncoderConfig, head: HeadConfig, dtype: str, rows: int) -> None:
     """Raises `InputError` unless weights and activations of a batch of `rows` packed rows are expected to fit."""
     weights, activations = weight_bytes(config, head, dtype), activation_bytes(config, rows)
     available = available_bytes()
@@ -30,11 +30,11 @@ def check_memory(config: ModelConfig, head: HeadConfig, dtype: str, rows: int) -
         )
 
 
-def weight_bytes(config: ModelConfig, head: HeadConfig, dtype: str) -> int:
+def weight_bytes(config: EncoderConfig, head: HeadConfig, dtype: str) -> int:
     return count_bytes(expected_shapes(config, head), dtype)
 
 
-def activation_bytes(config: ModelConfig, rows: int) -> int:
+def activation_bytes(config: EncoderConfig, rows: int) -> int:
     """The peak of one layer, `block * 12 * F + rows * (24 * D + 12 * (H + 2 K) * d + 12 * P)` bytes.
 
     The MLP takes all rows in one block, on a CPU at most `mlp.rows_per_block`.

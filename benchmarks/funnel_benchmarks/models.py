@@ -14,6 +14,7 @@ from funnel_benchmarks.results import Row
 from funnel_engine import Engine, FunnelConfig, HeadConfig, ModelConfig, preset
 from funnel_engine.checkpoints.native import read_checkpoint
 from funnel_engine.devices import default_activations, local_target, to_device
+from funnel_engine.funnel_transformer_config import EncoderConfig
 from funnel_engine.served_by import served_by
 from funnel_engine.weights import check_dtype, count_parameters, expected_shapes, random_weight
 from funnel_kernels import Target
@@ -37,7 +38,7 @@ class Model:
 
     name: str
     weights: str
-    config: ModelConfig
+    config: EncoderConfig
     head: HeadConfig
     dtype: str
     load: Callable[[str], Mapping[str, Any]]
@@ -71,7 +72,7 @@ class Model:
             "hidden_size": config.hidden_size,
             "intermediate_size": config.intermediate_size,
             "heads": config.num_heads,
-            "kv_heads": config.num_kv_heads,
+            "kv_heads": config.heads(config.layer_types[0]).keys,
             "head_dim": config.head_dim,
             "attention": config.attention,
             "parameters": count_parameters(expected_shapes(config, self.head)),

@@ -18,7 +18,7 @@ from funnel_benchmarks.machine import machine_facts
 from funnel_benchmarks.report.page import render_page
 from funnel_benchmarks.results import LeftOut, Measurement, Results, Row
 from funnel_benchmarks.suite import Suite, row_line, terminal_table
-from funnel_engine import ModelConfig
+from funnel_engine.funnel_transformer_config import EncoderConfig
 from funnel_engine.output_files import check_writable, write_bytes, write_text
 from funnel_engine.presets import PRESETS
 from funnel_engine.weights import DTYPES
@@ -121,7 +121,7 @@ def deadline(minutes: float) -> float:
     return time.monotonic() + 60 * minutes
 
 
-def funnel_place(layer: int | None, config: ModelConfig) -> int:
+def funnel_place(layer: int | None, config: EncoderConfig) -> int:
     """The value of `--layer`, or its default."""
     return max(1, config.num_layers // 6) if layer is None else layer
 

@@ -3,7 +3,9 @@
 from funnel_engine.checkpoints.convert import convert
 from funnel_engine.config import FunnelByLength, FunnelConfig, ModelConfig, parse_funnel
 from funnel_engine.engine import Engine
+from funnel_engine.funnel_transformer_config import FunnelTransformerConfig
 from funnel_engine.heads import HeadConfig
+from funnel_engine.inputs import Ragged
 from funnel_engine.presets import preset
 from funnel_kernels.errors import BackendUnavailable, CheckpointError, ConfigError, FunnelError, InputError
 
@@ -15,9 +17,11 @@ __all__ = [
     "FunnelByLength",
     "FunnelConfig",
     "FunnelError",
+    "FunnelTransformerConfig",
     "HeadConfig",
     "InputError",
     "ModelConfig",
+    "Ragged",
     "convert",
     "parse_funnel",
     "preset",

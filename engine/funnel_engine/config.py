@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from funnel_engine.checks import check_flag, check_integer, check_number, check_option, check_positive
 from funnel_kernels.errors import ConfigError
@@ -93,6 +93,48 @@ class Heads(NamedTuple):
     @property
     def key_width(self) -> int:
         return self.keys * self.dim
+
+
+class Architecture(Protocol):
+    """What packing, costs and the engine ask of the architecture of an encoder, see `ModelConfig`."""
+
+    @property
+    def family(self) -> str: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def max_positions(self) -> int: ...
+
+    @property
+    def pad_token_id(self) -> int | None: ...
+
+    @property
+    def num_layers(self) -> int: ...
+
+    @property
+    def layer_types(self) -> tuple[str, ...]: ...
+
+    @property
+    def attention(self) -> str: ...
+
+    @property
+    def truncate(self) -> bool:
+        """Whether pooling leaves out the last row of a sequence (Funnel-Transformer)."""
+
+    @property
+    def token_types(self) -> bool:
+        """Whether tokens have types, e.g. those of the first and of the second text of a pair."""
+
+    def window(self, layer_type: str) -> tuple[int | None, int | None]: ...
+
+    def heads(self, layer_type: str) -> Heads: ...
+
+    def shares_keys(self, index: int) -> bool: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -206,6 +248,9 @@ class ModelConfig:
             if not isinstance(rope, Rope):
                 raise ConfigError(f"{name}={rope!r} must be a Rope")
             set_field(self, name, check_rope(name, rope))
+
+    truncate: ClassVar[bool] = False
+    token_types: ClassVar[bool] = False
 
     @property
     def num_layers(self) -> int:
@@ -525,7 +570,7 @@ class LayerStep(NamedTuple):
     shares_keys: bool  # whether these are those of an earlier layer
 
 
-def layer_steps(config: ModelConfig, funnel: FunnelConfig) -> list[LayerStep]:
+def layer_steps(config: Architecture, funnel: FunnelConfig) -> list[LayerStep]:
     """The token axis at each layer.
 
     Raises:
@@ -560,7 +605,7 @@ def layer_steps(config: ModelConfig, funnel: FunnelConfig) -> list[LayerStep]:
     return steps
 
 
-def check_funnel(config: ModelConfig, funnel: Funnel) -> None:
+def check_funnel(config: Architecture, funnel: Funnel) -> None:
     """Raises `ConfigError` unless a funnel fits a model: each class as in `layer_steps`, and none is out of reach."""
     for tokens, each in funnel.classes:
         layer_steps(config, each)

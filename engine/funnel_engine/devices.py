@@ -8,7 +8,8 @@ import jax
 import numpy as np
 
 from funnel_engine.checkpoints.safetensors_file import release
-from funnel_engine.config import Funnel, ModelConfig
+from funnel_engine.config import Funnel
+from funnel_engine.funnel_transformer_config import EncoderConfig
 from funnel_engine.jax_settings import default_device, device_name
 from funnel_engine.model import Params
 from funnel_engine.packing import Ints, Plan, pack, split
@@ -36,7 +37,7 @@ class Devices(Protocol):
     data: int
     packs: bool
     axis: str | None
-    config: ModelConfig
+    config: EncoderConfig
 
     def group_batches(self, plan: Plan, lengths: Ints, buckets: Sequence[int]) -> list[list[Ints]]:
         """Splits sequences of these lengths into batches, and the batches into groups of up to `data` that run at once.
@@ -118,7 +119,7 @@ class OneDevice:
     data = 1
     axis: str | None = None
 
-    def __init__(self, config: ModelConfig, *, backend: str = "auto", threads: int = 0):
+    def __init__(self, config: EncoderConfig, *, backend: str = "auto", threads: int = 0):
         self.config, self.device = config, default_device()
         self.target = Target.of(self.device, backend=backend, threads=threads)
         self.packs = packs(self.target)

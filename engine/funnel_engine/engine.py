@@ -12,9 +12,10 @@ from jax.sharding import Mesh
 
 from funnel_engine.checkpoints.native import read_checkpoint
 from funnel_engine.checks import check_flag, check_integer
-from funnel_engine.config import Funnel, FunnelConfig, FunnelLike, ModelConfig, check_funnel, read_funnel
+from funnel_engine.config import Funnel, FunnelConfig, FunnelLike, check_funnel, read_funnel
 from funnel_engine.devices import Devices, OneDevice, choose_dtypes
 from funnel_engine.flops import ideal_ratio
+from funnel_engine.funnel_transformer_config import EncoderConfig
 from funnel_engine.heads import TASKS, HeadConfig
 from funnel_engine.inputs import Ragged, read_inputs
 from funnel_engine.jax_settings import guarded
@@ -30,6 +31,11 @@ from funnel_kernels import PackedWeight, QuantizedWeight, Record, native_calls
 from funnel_kernels.errors import CheckpointError, ConfigError, InputError
 from funnel_kernels.target import check_backend
 
+CLASSES = {
+    "classify": "ForSequenceClassification",
+    "tag": "ForTokenClassification",
+    "answer": "ForQuestionAnswering",
+}  # of Hugging Face, whose checkpoints have a head for a task
 MAX_BATCH_TOKENS = 2**24  # row numbers and their sums stay far below the limit of int32
 
 
@@ -48,7 +54,7 @@ class Engine:
     @guarded
     def __init__(
         self,
-        config: ModelConfig,
+        config: EncoderConfig,
         head: HeadConfig,
         weights: Mapping[str, Any],
         *,
@@ -200,7 +206,7 @@ class Engine:
         )
 
     def token_ids(self, inputs: Any, *, prompt_name: str | None = None, truncate: bool = False) -> Ragged:
-        """The token ids `(ids, offsets)` that the other methods run for these inputs; they also accept this pair.
+        """The token ids `(ids, offsets, types)` that the other methods run for these inputs; they also accept them.
 
         With it, all inputs can be checked before any is run. The arguments are those of `embed`.
 
@@ -208,7 +214,7 @@ class Engine:
             InputError: the inputs cannot be run.
         """
         truncate = check_flag("truncate", truncate, error=InputError)
-        return read_inputs(
+        ragged = read_inputs(
             inputs,
             self.tokenizer,
             self.text,
@@ -217,6 +223,9 @@ class Engine:
             max_length=self.max_length,
             truncate=truncate,
         )
+        if ragged.types is not None and not self.config.token_types:
+            raise InputError(f"inputs have token types, which a model of family {self.config.family} does not read")
+        return ragged
 
     @guarded
     def embed(
@@ -279,6 +288,20 @@ class Engine:
         return split_rows(ragged, self._run(ragged, "tag"))
 
     @guarded
+    def answer(self, inputs: Any, *, truncate: bool = False) -> list[np.ndarray]:
+        """Raw logits that an answer starts, and ends, at each token, one [T, 2] float32 array per input.
+
+        An input has a question and a context; the answer is the part of the context with the largest sum of both.
+
+        Raises:
+            ConfigError: the checkpoint has no head for answers, or the output has fewer rows than tokens.
+            InputError: the inputs cannot be run.
+        """
+        self.check_method("answer")
+        ragged = self.token_ids(inputs, truncate=truncate)
+        return split_rows(ragged, self._run(ragged, "answer"))
+
+    @guarded
     def hidden_states(self, inputs: Any, *, truncate: bool = False) -> list[np.ndarray]:
         """The encoder's rows after the final norm, one [R, D] float32 array per input.
 
@@ -298,7 +321,7 @@ class Engine:
         Args:
             inputs: what `token_ids` returned. All of them are dispatched at once, so they should not need many more
                 than `batch_rows` rows.
-            method: "embed", "classify", "tag" or "hidden_states".
+            method: "embed", "classify", "tag", "answer" or "hidden_states".
 
         Raises:
             ConfigError: the checkpoint, or its funnel, has no such results.
@@ -315,15 +338,15 @@ class Engine:
         """Raises `ConfigError` unless the checkpoint and its funnel have results for this method."""
         if method in TASKS and self.head.task != method:
             raise ConfigError(
-                f"{method} needs a classifier for this task, but this checkpoint's task is {self.head.task or 'none'}; "
-                f"convert a For{'Sequence' if method == 'classify' else 'Token'}Classification checkpoint"
+                f"{method} needs a head for this task, but this checkpoint's task is {self.head.task or 'none'}; "
+                f"convert a {CLASSES[method]} checkpoint"
             )
-        for programs in self.programs if method == "tag" else ():
+        for programs in self.programs if method in ("tag", "answer") else ():
             if programs.plan.output_stride != 1:
                 which = f", for {programs.min_tokens} tokens or more," if programs.min_tokens > 1 else ""
                 raise ConfigError(
-                    f"tag needs one row per token, but with strides {programs.funnel.strides}{which} there is one row "
-                    f"per {programs.plan.output_stride} tokens; load with a recovery, e.g. FunnelConfig(..., "
+                    f"{method} needs one row per token, but with strides {programs.funnel.strides}{which} there is one "
+                    f"row per {programs.plan.output_stride} tokens; load with a recovery, e.g. FunnelConfig(..., "
                     "recovery='mean_last')"
                 )
 
@@ -445,7 +468,7 @@ class Engine:
         """Packs a group of batches and starts their programs. On a mesh they run at once, all in the same bucket."""
         plan = programs.plan
         rows = programs.bucket(max(int(plan.rows_needed(batch.lengths).sum()) for batch in batches))
-        packed = self.devices.stack([pack(plan, batch.ids, batch.offsets, rows) for batch in batches])
+        packed = self.devices.stack([pack(plan, batch.ids, batch.offsets, rows, batch.types) for batch in batches])
         output = programs.run_encoder(packed, rows)
         tokens = sum(len(batch.ids) for batch in batches)
         programs.counters.add(
@@ -466,7 +489,7 @@ class Engine:
         return Running(self.devices, group, row_spans, output)
 
 
-def describe_funnels(config: ModelConfig, funnel: Funnel, max_length: int) -> dict[str, str]:
+def describe_funnels(config: EncoderConfig, funnel: Funnel, max_length: int) -> dict[str, str]:
     """For each class of lengths its funnel, and what that saves at 512 tokens or at the nearest length of the class."""
     facts, ends = {}, [*(tokens - 1 for tokens, _ in funnel.classes[1:]), max_length]
     for (tokens, each), end in zip(funnel.classes, ends, strict=True):
@@ -487,7 +510,7 @@ def describe_funnel(funnel: FunnelConfig) -> str:
     return f"{', '.join(places)}; {options}"
 
 
-def check_weights(weights: Mapping[str, Any], config: ModelConfig, head: HeadConfig) -> None:
+def check_weights(weights: Mapping[str, Any], config: EncoderConfig, head: HeadConfig) -> None:
     """Raises `CheckpointError` unless the table contains exactly the expected weights, in dtypes that fit together."""
     expected = expected_shapes(config, head)
     wrong = [f"{name} is missing" for name in expected if name not in weights]

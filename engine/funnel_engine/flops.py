@@ -7,11 +7,12 @@ for causality, windows, ragged lengths, odd tails, and queries on a different st
 
 import numpy as np
 
-from funnel_engine.config import Funnel, FunnelConfig, LayerStep, ModelConfig, layer_steps
+from funnel_engine.config import Funnel, FunnelConfig, LayerStep, layer_steps
+from funnel_engine.funnel_transformer_config import EncoderConfig, FunnelTransformerConfig
 from funnel_engine.packing import Ints, LevelRows, group_by_length, make_plan
 
 
-def forward_flops(config: ModelConfig, funnel: Funnel, lengths: np.ndarray) -> int:
+def forward_flops(config: EncoderConfig, funnel: Funnel, lengths: np.ndarray) -> int:
     """FLOPs of one forward pass over sequences of these lengths (in tokens), without padding.
 
     Raises:
@@ -26,7 +27,7 @@ def lengths_by_funnel(funnel: Funnel, lengths: np.ndarray) -> list[tuple[FunnelC
     return [(funnel.classes[number].funnel, lengths[index]) for number, index in group_by_length(starts, lengths)]
 
 
-def class_flops(config: ModelConfig, funnel: FunnelConfig, lengths: Ints) -> int:
+def class_flops(config: EncoderConfig, funnel: FunnelConfig, lengths: Ints) -> int:
     """FLOPs of sequences that run with the same funnel."""
     plan = make_plan(config, funnel)
     levels = {stride: LevelRows(plan, lengths, stride) for stride in plan.strides}
@@ -34,6 +35,9 @@ def class_flops(config: ModelConfig, funnel: FunnelConfig, lengths: Ints) -> int
         key: count_pairs(levels[key[0]], levels[key[1]], window, int(plan.rows_needed(lengths).sum()))
         for key, window in plan.windows.items()
     }
+    steps = layer_steps(config, funnel)
+    if isinstance(config, FunnelTransformerConfig) and funnel.recovery is not None:
+        steps += [LayerStep(0, "full", 1, 1, 1, False)] * config.decoder_layers
     return sum(
         layer_flops(
             config,
@@ -43,16 +47,16 @@ def class_flops(config: ModelConfig, funnel: FunnelConfig, lengths: Ints) -> int
             keys=len(levels[step.key_stride].row),
             pairs=visible[step.query_stride, step.key_stride, step.layer_type],
         )
-        for step in layer_steps(config, funnel)
+        for step in steps
     )
 
 
-def ideal_ratio(config: ModelConfig, funnel: Funnel, lengths: np.ndarray) -> float:
+def ideal_ratio(config: EncoderConfig, funnel: Funnel, lengths: np.ndarray) -> float:
     """FLOPs with the funnel divided by FLOPs without: the latency ratio if everything but the products were free."""
     return forward_flops(config, funnel, lengths) / forward_flops(config, FunnelConfig(), lengths)
 
 
-def layer_flops(config: ModelConfig, step: LayerStep, *, tokens: int, queries: int, keys: int, pairs: int) -> int:
+def layer_flops(config: EncoderConfig, step: LayerStep, *, tokens: int, queries: int, keys: int, pairs: int) -> int:
     """FLOPs of one layer: query, output and key/value projections, MLP, per-layer inputs, scores and weighted sum.
 
     Args:
@@ -61,6 +65,9 @@ def layer_flops(config: ModelConfig, step: LayerStep, *, tokens: int, queries: i
         pairs: of a query and a key that it sees.
     """
     width, heads = config.hidden_size, config.heads(step.layer_type)
+    if isinstance(config, FunnelTransformerConfig):  # no gate; a pair also has a score for its distance
+        per_query = 2 * 2 * width * heads.query_width + 4 * width * config.intermediate_size
+        return queries * per_query + keys * 2 * 2 * width * heads.key_width + 6 * heads.query_width * pairs
     per_layer = 2 * width * config.per_layer_width  # of one product
     per_query = 2 * 2 * width * heads.query_width + 6 * width * config.mlp_width(step.layer) + 2 * per_layer
     per_key = 0 if step.shares_keys else 2 * 2 * width * heads.key_width

@@ -20,7 +20,7 @@ from funnel_kernels import Target, attention
 from funnel_kernels.errors import ConfigError
 
 POOLINGS = ("mean", "first", "last", "max", "attention")
-TASKS = ("classify", "tag")
+TASKS = ("classify", "tag", "answer")
 CLASSIFIER_INPUTS = ("last_token", "pooled")
 POOLER_HEADS = 4
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -58,7 +58,8 @@ class HeadConfig:
         pooler: whether the checkpoint has the weights of the attention pooler.
         dense: the linear layers after pooling (EmbeddingGemma has two).
         similarity: the similarity function for its vectors, e.g. "cosine"; None if the checkpoint does not say.
-        task: the task of the classifier: "classify" (one label per sequence), "tag" (one per token), or None.
+        task: the task of the classifier: "classify" (one label per sequence), "tag" (one per token), "answer" (a logit
+            per token that an answer starts, and one that it ends, there), or None.
         labels: names of the classes, in the order of the logits.
         classifier_bias: whether the classifier adds a bias.
         classifier_input: what a classifier of sequences reads: the row of the "last_token", as in transformers, or the
@@ -87,6 +88,8 @@ class HeadConfig:
         if self.task is not None:
             check_option("task", self.task, TASKS)
             check_positive("number of labels", len(self.labels))
+        if self.task == "answer" and len(self.labels) != 2:
+            raise ConfigError(f"task 'answer' has two labels, for start and end of an answer, not {len(self.labels)}")
         if self.classifier_input == "pooled" and self.task != "classify":
             raise ConfigError(
                 f"classifier_input='pooled' is for the task 'classify', but the task is {self.task or 'none'}; "
@@ -186,6 +189,13 @@ class TokenLogits:
 
 
 @dataclasses.dataclass(frozen=True)
+class AnswerLogits(TokenLogits):
+    """Raw logits of every row that an answer starts, or ends, there."""
+
+    name: ClassVar[str] = "answer"
+
+
+@dataclasses.dataclass(frozen=True)
 class SequenceLogits:
     """Raw class logits of one row per sequence: the row of its last token that is not padding, as in transformers."""
 
@@ -217,8 +227,8 @@ class PooledLogits(SentenceVectors):
 
 def classifier(config: HeadConfig, plan: Plan, pad_token_id: int | None) -> Head:
     """The head of the task of a checkpoint, which must have one."""
-    if config.task == "tag":
-        return TokenLogits(config)
+    if config.task != "classify":
+        return TokenLogits(config) if config.task == "tag" else AnswerLogits(config)
     return PooledLogits(config) if config.classifier_input == "pooled" else SequenceLogits(config, plan, pad_token_id)
 
 
@@ -231,7 +241,7 @@ def class_logits(config: HeadConfig, params: Mapping[str, Any], rows: jax.Array)
 def make_heads(head: HeadConfig, plan: Plan, pad_token_id: int | None) -> list[Head]:
     """The heads that can run on the rows of a funnel."""
     heads: list[Head] = [SentenceVectors(head)]
-    if head.task == "classify" or (head.task == "tag" and plan.output_stride == 1):
+    if head.task == "classify" or (head.task is not None and plan.output_stride == 1):
         heads.append(classifier(head, plan, pad_token_id))
     return heads
 

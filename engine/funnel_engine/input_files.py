@@ -90,7 +90,7 @@ def decode(kind: Any, value: Any, where: str) -> Any:
 
     Args:
         kind: a type annotation of dataclasses, NamedTuples (fields with defaults may be left out at the end), tuples,
-            dicts, `X | None`, `X | Y` of dataclasses without common fields, and plain types.
+            dicts, `X | None`, `X | Y` of dataclasses, and plain types.
         where: the name of the value in messages, e.g. "funnel.json: config.head_dim".
 
     Raises:
@@ -136,9 +136,9 @@ def decode(kind: Any, value: Any, where: str) -> Any:
 
 
 def fitting(kinds: Sequence[Any], value: Any) -> Any:
-    """The first of several types that is a dataclass with a field of the JSON value; else the first one."""
+    """Of several types the dataclass that shares most fields with the JSON value; else the first one."""
     names = value.keys() if isinstance(value, dict) else set()
-    return next((kind for kind in kinds if names & getattr(kind, "__dataclass_fields__", {}).keys()), kinds[0])
+    return max(kinds, key=lambda kind: len(names & getattr(kind, "__dataclass_fields__", {}).keys()))
 
 
 def check_type(kind: type, value: Any, where: str) -> None:

@@ -10,12 +10,15 @@ from funnel_engine.packing import Ints
 from funnel_engine.text import TextConfig, Tokenize
 from funnel_kernels.errors import InputError
 
+LARGEST_TYPE = 2  # of a token: 0 and 1 for the two texts of a pair, 2 for [CLS]
+
 
 class Ragged(NamedTuple):
     """Sequences of token ids, one after another: sequence `b` is `ids[offsets[b]:offsets[b + 1]]`."""
 
     ids: Ints  # [total] int32
     offsets: Ints  # [B + 1] int32
+    types: Ints | None = None  # [total] int32, of the tokens; None is 0 for all of them
 
     @property
     def lengths(self) -> Ints:
@@ -26,7 +29,13 @@ class Ragged(NamedTuple):
         lengths = self.lengths[order]
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         index = np.arange(offsets[-1]) + np.repeat(self.offsets[order] - offsets[:-1], lengths)
-        return Ragged(self.ids[index], offsets)
+        return Ragged(self.ids[index], offsets, None if self.types is None else self.types[index])
+
+    def cut(self, max_length: int) -> "Ragged":
+        """The sequences without the tokens after the first `max_length`."""
+        kept = np.arange(len(self.ids)) - np.repeat(self.offsets[:-1], self.lengths) < max_length
+        offsets = np.concatenate([[0], np.cumsum(np.minimum(self.lengths, max_length))]).astype(np.int32)
+        return Ragged(self.ids[kept], offsets, None if self.types is None else self.types[kept])
 
 
 class TooLong(InputError):
@@ -83,10 +92,14 @@ def read_inputs(
                 "a tuple of two means (ids, offsets), and both must be integer arrays; give two sequences as a list"
             )
         ragged = read_ragged(*inputs)
+    elif isinstance(inputs, Ragged):
+        ragged = read_ragged(*inputs[:2])
+        if inputs.types is not None:
+            ragged = ragged._replace(types=read_types(inputs.types, ragged))
     else:
         ragged = join([read_ids(index, item) for index, item in enumerate(items)])
     if truncate and ragged.lengths.max() > max_length:
-        ragged = join([ids[:max_length] for ids in np.split(ragged.ids, ragged.offsets[1:-1])])
+        ragged = ragged.cut(max_length)
     check_lengths(ragged.lengths, max_length)
     check_vocabulary(ragged, vocab_size)
     return ragged
@@ -175,6 +188,18 @@ def read_ragged(ids: Any, offsets: Any) -> Ragged:
     if offsets[-1] != ids.size:
         raise InputError(f"offsets ends at {offsets[-1]}; it must end at the number of ids, {ids.size}")
     return Ragged(ids, offsets)
+
+
+def read_types(types: Any, ragged: Ragged) -> Ints:
+    """The token types of a tuple (ids, offsets, types)."""
+    types = to_int32("types", to_array("types", types))
+    if types.shape != ragged.ids.shape:
+        raise InputError(
+            f"types has shape {types.shape}; it must have one number for each of the {ragged.ids.size} ids"
+        )
+    if types.size and (types.min() < 0 or types.max() > LARGEST_TYPE):
+        raise InputError(f"types are from {types.min()} to {types.max()}; they must be from 0 to {LARGEST_TYPE}")
+    return types
 
 
 def join(sequences: list[Ints]) -> Ragged:

@@ -80,7 +80,7 @@ def describe(model: SourceModel) -> Facts:
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
         "heads": config.num_heads,
-        "kv_heads": config.num_kv_heads,
+        "kv_heads": config.heads("sliding" if sliding else "full").keys,
         "head_dim": config.head_dim,
         "full_kv_heads": config.heads("full").keys,
         "full_head_dim": config.heads("full").dim,

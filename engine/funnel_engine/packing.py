@@ -17,13 +17,14 @@ and 0 otherwise. Sliding windows and causality compare first tokens, so a query 
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from funnel_engine.config import FunnelConfig, ModelConfig, layer_steps
+from funnel_engine.config import Architecture, FunnelConfig, layer_steps
 from funnel_kernels.errors import InputError
 
 Ints = np.ndarray[Any, np.dtype[np.int32]]
@@ -46,6 +47,8 @@ class Plan:
         strides: the strides of all levels, ascending from 1.
         windows: for every (query stride, key stride, layer type) of a layer, the inclusive (left, right) radii in
             tokens; None is no limit.
+        truncate: whether a sequence of three rows or more loses its last row at each level (Funnel-Transformer).
+        token_types: whether batches contain the types of tokens.
     """
 
     total_stride: int
@@ -55,6 +58,8 @@ class Plan:
     positions: str
     strides: tuple[int, ...]
     windows: dict[IntervalKey, tuple[int | None, int | None]]
+    truncate: bool = False
+    token_types: bool = False
 
     def lead(self, lengths: Any) -> Any:
         """The number of rows of padding before each of these sequences; lengths are integers, in any form.
@@ -77,7 +82,7 @@ class Plan:
         return rows - (self.total_stride - 1 if self.keep_first or self.keep_last else 0)
 
 
-def make_plan(config: ModelConfig, funnel: FunnelConfig) -> Plan:
+def make_plan(config: Architecture, funnel: FunnelConfig) -> Plan:
     """The plan of a funneled model.
 
     Raises:
@@ -94,6 +99,8 @@ def make_plan(config: ModelConfig, funnel: FunnelConfig) -> Plan:
         windows={
             (step.query_stride, step.key_stride, step.layer_type): config.window(step.layer_type) for step in steps
         },
+        truncate=config.truncate and funnel.keep_first,
+        token_types=config.token_types,
     )
 
 
@@ -119,6 +126,7 @@ class Batch:
     ids: Array  # [N] int32; 0 in rows without a token
     levels: dict[int, Level]  # by stride
     intervals: dict[IntervalKey, Interval]
+    types: Array | None = None  # [N] int32, if the model has token types; 0 in rows without a token
 
 
 class Spans(NamedTuple):
@@ -133,16 +141,22 @@ def spans(plan: Plan, lengths: Ints, stride: int) -> Spans:
     needed = plan.rows_needed(lengths)
     starts = np.cumsum(needed, dtype=np.int32) - needed + plan.lead(lengths)  # row of the first token
     first = starts // stride
-    return Spans(first, (starts + lengths - 1) // stride - first + 1)
+    if not plan.truncate:
+        return Spans(first, (starts + lengths - 1) // stride - first + 1)
+    rows, levels = lengths, plan.strides[: plan.strides.index(stride) + 1]
+    for finer, coarser in itertools.pairwise(levels):  # the first row is alone, the last one is left out
+        rows = np.where(rows > 2, 1 + -(-(rows - 2) // (coarser // finer)), rows).astype(np.int32)
+    return Spans(first, rows)
 
 
-def pack(plan: Plan, ids: Ints, offsets: Ints, rows: int) -> Batch:
+def pack(plan: Plan, ids: Ints, offsets: Ints, rows: int, types: Ints | None = None) -> Batch:
     """Packs ragged token ids into a batch of `rows` rows.
 
     Args:
         ids: [total] int32, the sequences one after another; each has at least one token.
         offsets: [B + 1] int32, where each sequence begins and ends in `ids`.
         rows: a bucket that is large enough for all of them.
+        types: [total] int32, the token types, if the plan has any; None is 0 for every token.
 
     Raises:
         InputError: the sequences need more than `rows` rows.
@@ -152,15 +166,18 @@ def pack(plan: Plan, ids: Ints, offsets: Ints, rows: int) -> Batch:
     if needed > rows:
         raise InputError(f"{len(lengths)} sequences need {needed} rows, more than the {rows} of the bucket; split them")
     by_stride = {stride: LevelRows(plan, lengths, stride) for stride in plan.strides}
-    packed = np.zeros(rows, np.int32)
-    packed[by_stride[1].row] = ids
+    packed = np.zeros((1 + plan.token_types, rows), np.int32)
+    packed[0, by_stride[1].row] = ids
+    if types is not None:
+        packed[1, by_stride[1].row] = types
     return Batch(
-        ids=packed,
+        ids=packed[0],
         levels={stride: level.build(rows // stride) for stride, level in by_stride.items()},
         intervals={
             key: by_stride[key[0]].intervals(by_stride[key[1]], *window, rows // key[0])
             for key, window in plan.windows.items()
         },
+        types=packed[1] if plan.token_types else None,
     )
 
 

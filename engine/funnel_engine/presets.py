@@ -2,8 +2,10 @@
 
 from typing import Any
 
-from funnel_engine.config import ModelConfig
+from funnel_engine.config import FunnelConfig, ModelConfig
+from funnel_engine.funnel_transformer_config import FunnelTransformerConfig
 from funnel_engine.hugging_face_config import read_model_config
+from funnel_engine.hugging_face_config.funnel_transformer import read_funnel_transformer_config
 from funnel_kernels.errors import ConfigError
 
 Fields = dict[str, Any]
@@ -112,6 +114,28 @@ PRESETS: dict[str, Fields] = {
     "eurobert-610m": eurobert(26, 1152, 18, 6, 64, 4096),
     "eurobert-2.1b": eurobert(32, 2304, 18, 6, 128, 6144),
 }
+
+
+# Dai et al. 2020, with a decoder; the name with "-base" at its end is the same model without one.
+FUNNEL_TRANSFORMERS: dict[str, Fields] = {
+    "funnel-small": {"block_sizes": [4, 4, 4]},  # B4-4-4
+    "funnel-medium": {"block_sizes": [6, 3, 3], "block_repeats": [1, 2, 2]},  # B6-3x2-3x2
+    "funnel-intermediate": {"block_sizes": [6, 6, 6]},  # B6-6-6
+    "funnel-large": {"block_sizes": [8, 8, 8], "d_model": 1024, "n_head": 16, "d_inner": 4096},  # B8-8-8
+    "funnel-xlarge": {"block_sizes": [10, 10, 10], "d_model": 1024, "n_head": 16, "d_inner": 4096},  # B10-10-10
+}
+
+
+def funnel_transformer(name: str) -> tuple[FunnelTransformerConfig, FunnelConfig]:
+    """The architecture of a published Funnel-Transformer and its funnel, e.g. "funnel-small" or "funnel-small-base".
+
+    Raises:
+        ConfigError: the name is not that of a published model; the message lists all of them.
+    """
+    full = name.removesuffix("-base")
+    if full not in FUNNEL_TRANSFORMERS:
+        raise ConfigError(f"{name!r} is unknown; choose one of {', '.join(FUNNEL_TRANSFORMERS)}, or add '-base' to one")
+    return read_funnel_transformer_config(FUNNEL_TRANSFORMERS[full], has_decoder=name == full)
 
 
 def preset(name: str) -> ModelConfig:

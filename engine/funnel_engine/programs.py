@@ -15,11 +15,12 @@ import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
-from funnel_engine.config import FunnelConfig, ModelConfig
+from funnel_engine.config import FunnelConfig
 from funnel_engine.devices import Devices, batch_shapes
+from funnel_engine.funnel_transformer_config import EncoderConfig
 from funnel_engine.heads import HeadConfig, head_shapes, make_heads
 from funnel_engine.jax_settings import default_settings
-from funnel_engine.model import forward
+from funnel_engine.models import forward_of
 from funnel_engine.packing import Batch, Ints, make_plan, row_alignment, row_buckets, sequence_bucket, sequence_buckets
 from funnel_engine.xla_options import compiler_options
 from funnel_kernels import Record
@@ -84,7 +85,7 @@ class Programs:
 
     def __init__(
         self,
-        config: ModelConfig,
+        config: EncoderConfig,
         funnel: FunnelConfig,
         head: HeadConfig,
         *,
@@ -113,7 +114,7 @@ class Programs:
         self.counters = Counters(*COUNTERS)
         self.compiled: dict[ProgramKey, Future[Program]] = {}
         self._encoder: Callable[..., jax.Array] = partial(
-            forward, config=devices.config, funnel=funnel, dtype=activations, axis=devices.axis
+            forward_of(config), config=devices.config, funnel=funnel, dtype=activations, axis=devices.axis
         )
         self._target = dataclasses.replace(devices.target, record=self.record)
         self._lock = threading.Lock()  # guards what is compiled

@@ -11,7 +11,7 @@ from funnel_engine.inputs import Ragged
 from funnel_engine.jax_settings import guarded
 from funnel_engine.packing import Ints, Spans
 
-PER_ROW = ("tag", "hidden_states")  # the methods of the engine that return an array per input
+PER_ROW = ("tag", "answer", "hidden_states")  # the methods of the engine that return an array per input
 
 
 class BatchResult(NamedTuple):

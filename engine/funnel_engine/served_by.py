@@ -7,10 +7,11 @@ from typing import Any
 
 import jax
 
-from funnel_engine.config import FunnelConfig, ModelConfig
+from funnel_engine.config import FunnelConfig
 from funnel_engine.devices import Tree, batch_shapes, default_activations, map_weights
+from funnel_engine.funnel_transformer_config import EncoderConfig
 from funnel_engine.heads import HeadConfig
-from funnel_engine.model import forward
+from funnel_engine.models import forward_of
 from funnel_engine.packing import make_plan, row_alignment, row_buckets
 from funnel_engine.weights import (
     cast,
@@ -24,7 +25,7 @@ from funnel_engine.weights import (
 from funnel_kernels import Record, Target
 
 
-def served_by(config: ModelConfig, funnel: FunnelConfig, dtype: str, target: Target) -> Record:
+def served_by(config: EncoderConfig, funnel: FunnelConfig, dtype: str, target: Target) -> Record:
     """The record of the program for the smallest bucket, with weights of a dtype. Nothing is computed.
 
     Raises:
@@ -42,7 +43,7 @@ def served_by(config: ModelConfig, funnel: FunnelConfig, dtype: str, target: Tar
     tree = jax.eval_shape(make_tree, join_scales(tensor_types(shapes, dtype)))
     params = map_weights(partial(prepare_weight, dtype=dtype, activations=activations, target=target), tree)
     recorded = dataclasses.replace(target, record=record)
-    encoder = partial(forward, config=config, funnel=funnel, dtype=activations, target=recorded)
+    encoder = partial(forward_of(config), config=config, funnel=funnel, dtype=activations, target=recorded)
     jax.eval_shape(
         encoder, params, batch_shapes(plan, row_buckets(plan, 1, alignment=row_alignment(target.platform))[0])
     )

@@ -29,6 +29,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from funnel_engine.config import Funnel, FunnelConfig, ModelConfig
 from funnel_engine.devices import Tree, batch_shapes, map_weights
+from funnel_engine.funnel_transformer_config import EncoderConfig, FunnelTransformerConfig
 from funnel_engine.heads import HeadConfig
 from funnel_engine.jax_settings import device_name
 from funnel_engine.model import Params, forward
@@ -58,7 +59,7 @@ class DeviceMesh:
 
     packs = False
 
-    def __init__(self, mesh: Mesh, config: ModelConfig, *, backend: str = "auto", threads: int = 0):
+    def __init__(self, mesh: Mesh, config: EncoderConfig, *, backend: str = "auto", threads: int = 0):
         """Raises `ConfigError` for a mesh with other axes, or one that does not divide the model."""
         if not isinstance(mesh, Mesh):
             raise ConfigError(f"mesh={mesh!r} must be a jax.sharding.Mesh, e.g. jax.make_mesh((2, 4), {AXES})")
@@ -72,9 +73,15 @@ class DeviceMesh:
         self.device = self.mesh.devices.flat[0]
         self.target = Target.of(self.device, backend=backend, threads=threads)
         self.axis = "model" if self.model > 1 else None
-        self.config = device_config(config, self.model)
-        self.whole = config
-        self.splits = weight_splits(config, self.model) if self.axis else {}
+        self.config = self.whole = config
+        self.splits: dict[str, Split] = {}
+        if self.axis:
+            if isinstance(config, FunnelTransformerConfig):
+                raise ConfigError(
+                    f"the mesh has {self.model} devices along 'model', but a Funnel-Transformer is not divided; put "
+                    "all devices along 'data'"
+                )
+            self.config, self.splits = device_config(config, self.model), weight_splits(config, self.model)
 
     def group_batches(self, plan: Plan, lengths: Ints, buckets: Sequence[int]) -> list[list[Ints]]:
         """Splits sequences into batches, and the batches into groups of up to `data` that run at once.

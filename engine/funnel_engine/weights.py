@@ -13,7 +13,9 @@ import ml_dtypes
 import numpy as np
 
 from funnel_engine.config import Funnel, ModelConfig, layer_steps
+from funnel_engine.funnel_transformer_config import EncoderConfig, FunnelTransformerConfig
 from funnel_engine.heads import HeadConfig, head_shapes
+from funnel_engine.models import funnel_transformer
 from funnel_kernels import PackedWeight, QuantizedWeight, Target, Weight, prepare, quantize
 from funnel_kernels.errors import CheckpointError, ConfigError, InputError
 
@@ -27,6 +29,7 @@ PRODUCTS = {
     "kv": 1,
     "attention_output": 1,
     "gate_up": 2,
+    "up": 1,
     "down": 1,
     "per_layer_input": 1,
     "per_layer_gate": 1,
@@ -54,14 +57,17 @@ def check_dtype(dtype: Any, choices: Collection[str] = tuple(DTYPES)) -> str:
     raise ConfigError(f"dtype={name!r:.80} is not supported here; choose one of {', '.join(choices)}")
 
 
-def expected_shapes(config: ModelConfig, head: HeadConfig) -> Shapes:
+def expected_shapes(config: EncoderConfig, head: HeadConfig) -> Shapes:
     """The shape of every weight of a model, by its name in our checkpoint format.
 
     `qkv` contains the rows of the query, key and value projections, in this order; `gate_up` contains those of gate and
     up. A layer without keys of its own has `q` instead of `qkv`. `per_layer_input` contains the rows of all layers, and
     `per_layer_embedding` has a row for each token and layer, token by token. Norm weights are zero-centred: the factor
-    is `1 + weight`, as in Gemma 1 to 3. `convert` subtracts 1 from those of other models.
+    is `1 + weight`, as in Gemma 1 to 3. `convert` subtracts 1 from those of other models. For Funnel-Transformer see
+    `models.funnel_transformer.weight_shapes`.
     """
+    if isinstance(config, FunnelTransformerConfig):
+        return funnel_transformer.weight_shapes(config) | head_shapes(config.hidden_size, head)
     shapes: Shapes = {"embedding": (config.vocab_size, config.hidden_size)}
     for index in range(config.num_layers):
         shapes |= {f"layers.{index}.{name}": shape for name, shape in layer_shapes(config, index).items()}
@@ -100,13 +106,15 @@ def layer_shapes(config: ModelConfig, index: int) -> Shapes:
     return shapes
 
 
-def nest(flat: Mapping[str, Any], config: ModelConfig, funnel: Funnel) -> dict[str, Any]:
+def nest(flat: Mapping[str, Any], config: EncoderConfig, funnel: Funnel) -> dict[str, Any]:
     """The tree that `model.forward` reads: `layers` is a list, in which each layer has its rows of `per_layer_input`.
     All other weights keep their names.
 
     A layer that takes its keys from unpooled rows (`pool_query_only`) gets `q` and `kv` instead of `qkv`, so that no
     weight is split at run time. It gets all three if only some of the funnels by length do this.
     """
+    if isinstance(config, FunnelTransformerConfig):
+        return funnel_transformer.nest(flat, config, [each for _, each in funnel.classes])
     layers: list[dict[str, Any]] = [{} for _ in range(config.num_layers)]
     tree: dict[str, Any] = {"layers": layers}
     for name, weight in flat.items():
@@ -212,7 +220,7 @@ def cast(name: str, weight: Any, dtype: str) -> Any:
         raise CheckpointError(f"{name}: {error}") from error
 
 
-def random_weights(config: ModelConfig, head: HeadConfig, dtype: str, seed: int) -> dict[str, Any]:
+def random_weights(config: EncoderConfig, head: HeadConfig, dtype: str, seed: int) -> dict[str, Any]:
     """A flat table of uniform random weights of standard deviation 0.02, those of norms too; scalars are near 1."""
     generator = np.random.default_rng(seed)
     shapes = expected_shapes(config, head)

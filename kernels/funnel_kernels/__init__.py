@@ -17,7 +17,9 @@ from funnel_kernels.linear import (
 from funnel_kernels.mlp import mlp
 from funnel_kernels.norm import rms_norm
 from funnel_kernels.pool_norm import pool_norm
+from funnel_kernels.post_norm import post_norm
 from funnel_kernels.recover_norm import recover_norm
+from funnel_kernels.relative_attention import relative_attention
 from funnel_kernels.target import BACKENDS, Record, Target
 
 __all__ = [
@@ -39,9 +41,11 @@ __all__ = [
     "linear_add_norm",
     "mlp",
     "pool_norm",
+    "post_norm",
     "prepare",
     "project_heads",
     "quantize",
     "recover_norm",
+    "relative_attention",
     "rms_norm",
 ]

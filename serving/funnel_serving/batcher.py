@@ -309,5 +309,9 @@ class Batcher:
 
 def concatenate(parts: Sequence[Ragged]) -> Ragged:
     """The sequences of all parts, in order."""
+    ids = np.concatenate([part.ids for part in parts])
     offsets = np.concatenate([[0], np.cumsum(np.concatenate([part.lengths for part in parts]))])
-    return Ragged(np.concatenate([part.ids for part in parts]), offsets.astype(np.int32))
+    if all(part.types is None for part in parts):
+        return Ragged(ids, offsets.astype(np.int32))
+    types = [np.zeros_like(part.ids) if part.types is None else part.types for part in parts]
+    return Ragged(ids, offsets.astype(np.int32), np.concatenate(types))

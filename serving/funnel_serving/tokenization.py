@@ -75,12 +75,15 @@ def read_request(
             raise Refusal("empty", f"input {index} is empty; leave it out")
     try:
         if any(isinstance(item, tuple) for item in inputs):
-            sequences, texts = read_pairs(engine, inputs)
+            sequences, texts, types = read_pairs(engine, inputs)
         else:
             sequences, texts = read_singles(engine, inputs, prompt_name)
+            types = None
         too_long = [cut is not None and len(ids) > cut.tokens for ids in sequences]
         kept = [cut.kept(each) if cut and long else None for each, long in zip(texts, too_long, strict=True)]
-        ragged = join([ids if some is None else ids[some] for ids, some in zip(sequences, kept, strict=True)])
+        ragged = join(select(sequences, kept))
+        if types is not None:
+            ragged = ragged._replace(types=np.concatenate(select(types, kept)))
         check_lengths(ragged.lengths, engine.max_length)
     except TooLong as error:
         raise Refusal.invalid(
@@ -92,6 +95,11 @@ def read_request(
     except InputError as error:
         raise Refusal.invalid(str(error)) from error
     return Tokenized(ragged, kept)
+
+
+def select(sequences: Sequence[Ints], kept: Sequence[Ints | None]) -> list[Ints]:
+    """Of each sequence the part that is kept; None is all of it."""
+    return [each if some is None else each[some] for each, some in zip(sequences, kept, strict=True)]
 
 
 def read_singles(engine: Engine, inputs: Inputs, prompt_name: str | None) -> tuple[list[Ints], list[Ints]]:
@@ -116,8 +124,9 @@ def read_singles(engine: Engine, inputs: Inputs, prompt_name: str | None) -> tup
     return np.split(read.ids, borders), np.split(texts, borders)
 
 
-def read_pairs(engine: Engine, inputs: Inputs) -> tuple[list[Ints], list[Ints]]:
-    """The same for pairs of texts, which the rules of tokenizer.json put together."""
+def read_pairs(engine: Engine, inputs: Inputs) -> tuple[list[Ints], list[Ints], list[Ints] | None]:
+    """The same for pairs of texts, which the rules of tokenizer.json put together; and the types of tokens, if the model
+    has any."""
     json_tokenizer = tokenizer_of(engine)
     tokenizer = json_tokenizer.tokenizer
     begin, end = ([] if added is None else [added] for added in (engine.text.begin, engine.text.end))
@@ -131,7 +140,9 @@ def read_pairs(engine: Engine, inputs: Inputs) -> tuple[list[Ints], list[Ints]]:
             )
         encodings = tokenizer.encode_batch([item if isinstance(item, str) else tuple(item) for item in inputs])
     texts = [[ADDED if text is None else text for text in encoding.sequence_ids] for encoding in encodings]
-    return [np.array(encoding.ids, np.int32) for encoding in encodings], [np.array(each, np.int32) for each in texts]
+    types = [np.array(encoding.type_ids, np.int32) for encoding in encodings] if engine.config.token_types else None
+    ids = [np.array(encoding.ids, np.int32) for encoding in encodings]
+    return ids, [np.array(each, np.int32) for each in texts], types
 
 
 def describe_tokens(

@@ -56,7 +56,7 @@ def test_started_calls_run_one_after_another_and_return_what_the_methods_return(
             assert len(result) == len(expected)
             for one, other in zip(result, expected, strict=True):
                 np.testing.assert_array_equal(one, other)
-    with pytest.raises(ConfigError, match="classify needs a classifier for this task"):
+    with pytest.raises(ConfigError, match="classify needs a head for this task"):
         engine.start(inputs[0], "classify")
 
 
@@ -135,8 +135,9 @@ def test_options_of_calls_have_names(engine):
 
 def test_token_ids_are_what_the_texts_are_run_as(engine):
     texts = ["a small funnel", "pools"]
-    ids, offsets = ragged = engine.token_ids(texts, prompt_name="query")
+    ids, offsets, types = ragged = engine.token_ids(texts, prompt_name="query")
     assert [part.tolist() for part in np.split(ids, offsets[1:-1])] == [[2, 3, 3, 4, 5, 6], [2, 3, 3, 7]]
+    assert types is None  # this model has none
     np.testing.assert_array_equal(engine.embed(ragged), engine.embed(texts, prompt_name="query"))
     with pytest.raises(InputError, match="input 1 has 66 tokens, more than the limit of 64"):
         engine.token_ids(["a", "a " * 65])
@@ -299,9 +300,7 @@ def test_tag_refuses_a_funnel_without_recovery():
 
 
 def test_a_task_needs_its_classifier():
-    with pytest.raises(
-        ConfigError, match="classify needs a classifier for this task, but this checkpoint's task is tag"
-    ):
+    with pytest.raises(ConfigError, match="classify needs a head for this task, but this checkpoint's task is tag"):
         make_engine(TAGGER).classify([[3]])
     with pytest.raises(ConfigError, match=r"tag needs a classifier .* task is none; convert a ForTokenClassification"):
         make_engine().tag([[3]])

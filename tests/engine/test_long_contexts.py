@@ -1,4 +1,4 @@
-"""Sequences of 8,192 and 16,384 tokens: every family runs them, and memory grows with the length, not with its square."""
+"""Sequences of 8,192 and 16,384 tokens: every family runs them, with memory that is linear in the length."""
 
 import dataclasses
 import json

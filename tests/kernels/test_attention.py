@@ -1,7 +1,6 @@
 """`attention`: every implementation against float64 loops, what is refused, and what the blocked one never does."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +8,18 @@ import numpy as np
 import pytest
 
 from funnel_kernels import BackendUnavailable, InputError, attention
-from option_grid import BACKENDS, DTYPES, AttentionCase, Packed, Scattered, over_the_grid, refuses, target
-
-# Largest error as a part of `sum of weight * |v|`, which bounds the output. bfloat16 may round the weights and the
-# result, each by at most 2^-8 of itself.
-TOLERANCE = {"float32": 2**-16, "bfloat16": 2**-6.9}
+from option_grid import (
+    ATTENTION_TOLERANCE,
+    BACKENDS,
+    DTYPES,
+    AttentionCase,
+    Packed,
+    Scattered,
+    largest_array,
+    over_the_grid,
+    refuses,
+    target,
+)
 
 
 @functools.cache
@@ -50,7 +56,7 @@ def test_agrees_with_float64(backend, case):
     assert actual.shape == expected.shape
     assert actual.dtype == jnp.dtype(case.dtype)
     error = np.abs(np.asarray(actual, np.float64) - expected)
-    assert (error <= TOLERANCE[case.dtype] * size).all(), (error / np.maximum(size, 1e-30)).max()
+    assert (error <= ATTENTION_TOLERANCE[case.dtype] * size).all(), (error / np.maximum(size, 1e-30)).max()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -87,11 +93,6 @@ def test_large_scores_do_not_overflow(backend):
 def compiled(case, backend):
     run = jax.jit(lambda *arrays: attention(*arrays, **case.options(), target=target(backend)))
     return run.lower(*case.arrays()).compile().as_text()
-
-
-def largest_array(program: str) -> int:
-    """Elements of the largest array that a compiled program names."""
-    return max(int(np.prod([int(size) for size in dims.split(",")])) for dims in re.findall(r"\w\[([\d,]+)\]", program))
 
 
 def test_no_array_has_a_score_for_every_pair_of_rows():

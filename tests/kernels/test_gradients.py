@@ -16,6 +16,7 @@ from option_grid import AttentionCase, Packed, normal, target
 
 OPS: dict[str, dict[str, Any]] = {
     "attention": grid.ATTENTION_CASES,
+    "relative_attention": grid.RELATIVE_CASES,
     "pool_norm": grid.POOL_CASES,
     "recover_norm": grid.RECOVER_CASES,
     "add_norm": grid.ADD_NORM_CASES,

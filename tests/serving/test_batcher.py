@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from funnel_engine import FunnelConfig, HeadConfig
-from funnel_engine.inputs import join
-from funnel_serving.batcher import Batcher
+from funnel_engine.inputs import Ragged, join
+from funnel_serving.batcher import Batcher, concatenate
 from funnel_serving.metrics import Metrics
 from funnel_serving.refusals import Refusal
 from gated_engine import GatedEngine
@@ -241,3 +241,15 @@ def test_a_batcher_that_closes_finishes_its_work_and_takes_no_more(tiny):
 
     asyncio.run(run())
     assert batcher.close(60)
+
+
+def test_sequences_with_and_without_token_types_share_a_batch():
+    (first,) = random_ids([3], seed=1)
+    (second,) = random_ids([2], seed=2)
+    typed = Ragged(first, np.array([0, 3], np.int32), np.array([0, 1, 1], np.int32))
+    plain = Ragged(second, np.array([0, 2], np.int32))
+    joined = concatenate([plain, typed])
+    np.testing.assert_array_equal(joined.ids, [*second, *first])
+    np.testing.assert_array_equal(joined.offsets, [0, 2, 5])
+    np.testing.assert_array_equal(joined.types, [0, 0, 0, 1, 1])
+    assert concatenate([plain, plain]).types is None

@@ -1,5 +1,7 @@
 """Requests become token ids: limits, cutting, pairs, and what each token is."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -68,6 +70,27 @@ def test_cutting_at_the_engines_limit_agrees_with_the_engine(engine):
 def test_pairs_follow_the_rules_of_the_tokenizer(engine):
     read = read_request(engine, [("a small", "funnel"), "a"])
     assert sequences(read) == [[2, 4, 5, 1, 6, 1], [2, 4, 1]]
+
+
+def test_a_pair_has_token_types_where_the_model_reads_them(engine, tmp_path):
+    """Also after a cut, which takes the same tokens out of the types."""
+    pair = make_tokenizer()
+    pair.post_processor = type(pair.post_processor)(
+        single="<bos> $A <eos>", pair="<bos> $A <eos> $B:1 <eos>:1", special_tokens=[("<bos>", 2), ("<eos>", 1)]
+    )
+    pair.save(str(tmp_path / "tokenizer.json"))
+    reader = SimpleNamespace(
+        tokenizer=JsonTokenizer(tmp_path / "tokenizer.json"),
+        text=engine.text,
+        max_length=64,
+        config=SimpleNamespace(token_types=True),
+    )
+    pairs = [("a small", "funnel"), ("a small funnel pools", "pairs of tokens")]
+    read = read_request(reader, pairs, cut=Cut(7))
+    assert read.truncated == 1
+    assert read.inputs.types.tolist() == [0, 0, 0, 0, 1, 1] + [0, 0, 0, 0, 1, 1, 1]
+    reader.config.token_types = False
+    assert read_request(reader, pairs).inputs.types is None
 
 
 @pytest.mark.parametrize("room", range(8))

@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from funnel_engine.config import Funnel, FunnelConfig, ModelConfig, read_funnel
+from funnel_engine.config import Funnel, FunnelConfig, read_funnel
+from funnel_engine.funnel_transformer_config import EncoderConfig
 from funnel_engine.packing import group_by_length
 from funnel_training.candidates import computed_flops
 from funnel_training.scores import Ints
@@ -45,7 +46,7 @@ def compose(starts: Sequence[int], lengths: Sequence[Ints], chosen: Sequence[Out
 
 
 def cheapest_by_length(
-    config: ModelConfig,
+    config: EncoderConfig,
     lengths: Sequence[Ints],
     outputs: Mapping[FunnelConfig, Outputs],
     begin_with: Sequence[FunnelConfig],

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from funnel_engine.config import Funnel, FunnelConfig, ModelConfig, layer_steps
+from funnel_engine.config import Funnel, FunnelConfig, layer_steps
 from funnel_engine.flops import forward_flops, layer_flops, lengths_by_funnel
+from funnel_engine.funnel_transformer_config import EncoderConfig
 from funnel_engine.packing import make_plan, spans
 from funnel_training.scores import Ints
 
@@ -61,7 +62,7 @@ def pools_more(funnel: FunnelConfig, other: FunnelConfig) -> bool:
     return bool(np.greater_equal(*totals).all())
 
 
-def computed_flops(config: ModelConfig, funnel: Funnel, lengths: Ints) -> int:
+def computed_flops(config: EncoderConfig, funnel: Funnel, lengths: Ints) -> int:
     """FLOPs of a forward pass with the rows of padding that the funnel needs.
 
     A sequence starts at a multiple of the total stride. So a large stride, and `keep_first` and `keep_last` even more,
@@ -72,7 +73,7 @@ def computed_flops(config: ModelConfig, funnel: Funnel, lengths: Ints) -> int:
     )
 
 
-def padding_flops(config: ModelConfig, funnel: FunnelConfig, lengths: Ints) -> int:
+def padding_flops(config: EncoderConfig, funnel: FunnelConfig, lengths: Ints) -> int:
     """FLOPs of the rows of padding of sequences that run with the same funnel."""
     plan, steps = make_plan(config, funnel), layer_steps(config, funnel)
     padded = int(plan.rows_needed(lengths).sum())

@@ -15,7 +15,8 @@ import numpy as np
 
 from funnel_engine import Engine, FunnelConfig
 from funnel_engine.cli import show_progress
-from funnel_engine.config import Funnel, ModelConfig, parse_funnel
+from funnel_engine.config import Funnel, parse_funnel
+from funnel_engine.funnel_transformer_config import EncoderConfig
 from funnel_kernels.errors import ConfigError, InputError
 from funnel_training.by_length import Outputs, cheapest_by_length
 from funnel_training.candidates import computed_flops, grid, pools_more
@@ -440,7 +441,7 @@ class Search:
         within = sorted((each for each in safest if self.ratio(each).low >= self.bound), key=lambda each: each.computed)
         return list({each.name: each for each in [*safest[:1], *within, *safest]}.values())[:FINALISTS]
 
-    def compose(self, finalists: list[Contender], config: ModelConfig) -> Funnel | None:
+    def compose(self, finalists: list[Contender], config: EncoderConfig) -> Funnel | None:
         """The cheapest funnel by length of finalists that keeps the bound on the search half.
 
         Returns:

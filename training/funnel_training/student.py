@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from funnel_engine import FunnelConfig, ModelConfig
+from funnel_engine import FunnelConfig
 from funnel_engine.checks import check_integer
+from funnel_engine.funnel_transformer_config import EncoderConfig, FunnelTransformerConfig
 from funnel_engine.heads import Head, HeadConfig
 from funnel_engine.inputs import Ragged
-from funnel_engine.model import forward
+from funnel_engine.models import forward_of
 from funnel_engine.packing import ROW_ALIGNMENT, Batch, Ints, Plan, make_plan, pack, round_up, spans
 from funnel_engine.weights import PRODUCTS, dtype_for, expected_shapes, nest
 from funnel_kernels import Target
@@ -56,7 +57,7 @@ class Student:
             pack, and the activations of one layer.
     """
 
-    config: ModelConfig
+    config: EncoderConfig
     head: Head
     funnel: FunnelConfig
     train: str
@@ -68,6 +69,8 @@ class Student:
     plan: Plan = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
+        if isinstance(self.config, FunnelTransformerConfig):
+            raise ConfigError("a Funnel-Transformer cannot be trained here; train it with transformers and convert it")
         if self.train not in ("all", "after") and self.rank is None:
             raise ConfigError(f"train={self.train!r} is unknown; choose all, after, or lora:RANK, e.g. lora:16")
         if self.rank is not None:
@@ -137,7 +140,9 @@ class Student:
         """What the head returns: [P, B, ...] if it reads texts, [P, R, ...] if it reads every row; float32."""
         target = Target.of(self.mesh.devices.flat[0], backend="xla")
         options: dict[str, Any] = {"dtype": self.dtype, "target": target, "recompute": self.recompute}
-        encode: Callable[..., jax.Array] = partial(forward, config=self.config, funnel=self.funnel, **options)
+        encode: Callable[..., jax.Array] = partial(
+            forward_of(self.config), config=self.config, funnel=self.funnel, **options
+        )
 
         def pack_outputs(weights: Weights, one: Packs) -> jax.Array:
             rows = encode(nest(weights, self.config, self.funnel), one.batch)

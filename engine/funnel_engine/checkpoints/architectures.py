@@ -6,6 +6,7 @@ from pathlib import Path
 
 from funnel_engine.checkpoints.tensors import Parts, SourceTensor
 from funnel_engine.config import ModelConfig
+from funnel_engine.funnel_transformer_config import EncoderConfig
 from funnel_engine.hugging_face_config import read_model_config
 from funnel_engine.input_files import optional_file, read_json, reading
 from funnel_engine.presets import PRESETS, preset
@@ -66,6 +67,6 @@ def fit_vocabulary(config: ModelConfig, rows: int) -> ModelConfig:
     return dataclasses.replace(config, vocab_size=rows) if config.vocab_size - rows == IMAGE_ROWS else config
 
 
-def is_embedding_gemma(config: ModelConfig) -> bool:
+def is_embedding_gemma(config: EncoderConfig) -> bool:
     """Whether a config is EmbeddingGemma's, the only published bidirectional Gemma 3."""
     return config.family == "gemma3_text" and config.attention == "bidirectional"

@@ -30,7 +30,8 @@ from funnel_engine.checkpoints.safetensors_file import (
 )
 from funnel_engine.checkpoints.source import SourceModel, TrainingRecord
 from funnel_engine.checkpoints.tensors import Part, Rows, assemble, check_tensors, join_shards
-from funnel_engine.config import Funnel, FunnelConfig, ModelConfig, check_funnel, read_funnel, set_field
+from funnel_engine.config import Funnel, FunnelConfig, check_funnel, read_funnel, set_field
+from funnel_engine.funnel_transformer_config import EncoderConfig
 from funnel_engine.heads import HeadConfig
 from funnel_engine.input_files import (
     check_file,
@@ -122,7 +123,7 @@ class Manifest:
     """
 
     version: int
-    config: ModelConfig
+    config: EncoderConfig
     head: HeadConfig
     text: TextConfig
     funnel: Funnel
@@ -148,7 +149,7 @@ class Checkpoint:
     tokenizer_file: Path | None
 
     @property
-    def config(self) -> ModelConfig:
+    def config(self) -> EncoderConfig:
         return self.manifest.config
 
     @property
@@ -256,7 +257,7 @@ def with_missing(fields: Any, added: Any) -> Any:
     return added | {name: with_missing(value, added.get(name)) for name, value in fields.items()}
 
 
-def check_text_ids(where: Path, text: TextConfig, config: ModelConfig) -> None:
+def check_text_ids(where: Path, text: TextConfig, config: EncoderConfig) -> None:
     """Raises `CheckpointError` unless the ids before and after every text are in the vocabulary."""
     for name in ("begin", "end"):
         identifier = getattr(text, name)

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from funnel_engine.checkpoints.tensors import Rows
-from funnel_engine.config import Funnel, FunnelConfig, ModelConfig
+from funnel_engine.config import Funnel, FunnelConfig
+from funnel_engine.funnel_transformer_config import EncoderConfig
 from funnel_engine.heads import HeadConfig
 from funnel_engine.text import TextConfig
 
@@ -69,7 +70,7 @@ class SourceModel:
     """
 
     format: str
-    config: ModelConfig
+    config: EncoderConfig
     head: HeadConfig
     weights: Mapping[str, tuple[Rows, ...]]
     dropped: dict[str, int]

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from funnel_engine.checkpoints.architectures import is_embedding_gemma
 from funnel_engine.checkpoints.tokenizer_rules import GEMMA, check_rules, own_class, supported_classes
-from funnel_engine.config import ModelConfig
+from funnel_engine.funnel_transformer_config import EncoderConfig
 from funnel_engine.input_files import decode, is_file, optional_file, read_json
 from funnel_engine.messages import quote
 from funnel_engine.text import REPAIR, TextConfig, load_sentencepiece, load_tokenizer_json, raising
@@ -53,7 +53,7 @@ REMEDY = (
 
 
 def find_tokenizer(
-    directory: Path, config: ModelConfig, sentencepiece: str = SENTENCEPIECE
+    directory: Path, config: EncoderConfig, sentencepiece: str = SENTENCEPIECE
 ) -> tuple[TextConfig, Path | None]:
     """The ids that the tokenizer in a directory adds to a text, and its file: tokenizer.json or a SentencePiece model.
 
@@ -212,7 +212,7 @@ def check_flags(
 
 
 def ids_for_sentencepiece(
-    processor: Any, file: Path, directory: Path, fields: dict[str, Any], config: ModelConfig
+    processor: Any, file: Path, directory: Path, fields: dict[str, Any], config: EncoderConfig
 ) -> tuple[int | None, int | None]:
     """The ids to add before and after a text for a SentencePiece model, from the other files in its folder."""
     where = str(directory / CONFIG)
@@ -242,6 +242,6 @@ def token_text(value: Any, where: str) -> str | None:
     return decode(str | None, value.get("content") if isinstance(value, dict) else value, where)
 
 
-def family_rule(config: ModelConfig) -> tuple[bool, bool]:
+def family_rule(config: EncoderConfig) -> tuple[bool, bool]:
     """Whether a model adds BOS and EOS: Gemma adds BOS, both EmbeddingGemmas add both."""
     return True, is_embedding_gemma(config) or config.family == "embedding_gemma2_text"

@@ -10,15 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from funnel_engine.checkpoints.word_piece import bert_normalizer
 from funnel_kernels.errors import CheckpointError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")  # with them, transformers uses a file as it is
-GEMMA, QWEN, LLAMA = "GemmaTokenizer", "Qwen2Tokenizer", "LlamaTokenizer"
+GEMMA, QWEN, LLAMA, FUNNEL = "GemmaTokenizer", "Qwen2Tokenizer", "LlamaTokenizer", "FunnelTokenizer"
 # The class of its own that a family has; those that are not listed have Gemma's, and some have none.
-OWN_CLASSES = {"llama": LLAMA, "mistral": LLAMA, "qwen3": QWEN, "eurobert": None}
+OWN_CLASSES = {"llama": LLAMA, "mistral": LLAMA, "qwen3": QWEN, "eurobert": None, "funnel": FUNNEL}
 QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -100,6 +101,16 @@ def has_llama_rules(tokenizer: "Tokenizer", fields: dict[str, Any]) -> bool:
     )
 
 
+def has_funnel_rules(tokenizer: "Tokenizer", fields: dict[str, Any]) -> bool:
+    from tokenizers import pre_tokenizers
+
+    return (
+        type(tokenizer.model).__name__ == "WordPiece"
+        and state(tokenizer.normalizer) == state(bert_normalizer(fields))
+        and state(tokenizer.pre_tokenizer) == state(pre_tokenizers.BertPreTokenizer())
+    )
+
+
 def state(part: Any) -> Any:
     """A part of a tokenizer as JSON, without the option that moves offsets and leaves ids as they are."""
 
@@ -126,4 +137,5 @@ RULES: dict[str, tuple[Rules, str]] = {
         has_llama_rules,
         "Llama's tokenizer in transformers 5 (no normalizer; Metaspace, with \u2581 before a text; byte fallback)",
     ),
+    FUNNEL: (has_funnel_rules, "Funnel-Transformer's tokenizer (BERT's normalizer and words, pieces of words)"),
 }

@@ -128,7 +128,12 @@ class Tiles:
 
 def forward(q: Heads, k: Heads, v: Heads, lo: Bounds, hi: Bounds, options: Options) -> tuple[Heads, jax.Array]:
     """The result, and for each score row the logarithm of the sum of the exponentials of its scores, [tiles, ...]."""
-    rows, tiles = q.shape[0], Tiles(q, k, lo, hi, options)
+    return attend(Tiles(q, k, lo, hi, options), q, k, v)
+
+
+def attend(tiles: Tiles, q: Heads, k: Heads, v: Heads) -> tuple[Heads, jax.Array]:
+    """The same, with the scores that these tiles compute."""
+    rows, kv_heads = q.shape[0], tiles.options.kv_heads
     q = pad_rows(q, tiles.shape[0])
     k, v = pad_rows(k, tiles.keys), pad_rows(v, tiles.keys)
     block_shape, score_rows = (tiles.keys, tiles.head_dim), tiles.shape[0] * tiles.shape[1]
@@ -156,7 +161,7 @@ def forward(q: Heads, k: Heads, v: Heads, lo: Bounds, hi: Bounds, options: Optio
             jnp.zeros(score_rows, tiles.dtype),
             jnp.zeros((score_rows, tiles.head_dim), tiles.dtype),
         )
-        block = index // options.kv_heads
+        block = index // kv_heads
         largest, total, weighted = lax.fori_loop(tiles.first[block], tiles.last[block], visit, initial)
         total = jnp.maximum(total, 1e-30)
         lo_rows, hi_rows = tiles.bounds(index)

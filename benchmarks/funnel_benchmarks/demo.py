@@ -18,6 +18,7 @@ from funnel_benchmarks.results import read_results
 from funnel_benchmarks.suite_command import screen
 from funnel_engine import FunnelConfig, convert
 from funnel_engine.checkpoints import native
+from funnel_engine.funnel_transformer_config import require_model_config
 from funnel_kernels.errors import ConfigError, InputError
 from funnel_training.command_options import require_packages
 
@@ -109,7 +110,8 @@ def run_real(output: Path, texts: Path) -> None:
         file.unlink()
     funnels = tuple(map(FunnelConfig.parse, REAL_FUNNELS))
     model = checkpoint_model(checkpoint, None)
-    model = dataclasses.replace(model, config=dataclasses.replace(model.config, attention="bidirectional"))
+    config = require_model_config(model.config, "`demo --real`")
+    model = dataclasses.replace(model, config=dataclasses.replace(config, attention="bidirectional"))
     rows = measure_latency(model, funnels, output)
     lines = evaluate(checkpoint, funnels, task, attention="bidirectional", pooling="mean", truncate=True).lines
     table = Table("funnel")

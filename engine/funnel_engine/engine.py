@@ -15,7 +15,7 @@ from funnel_engine.checks import check_flag, check_integer
 from funnel_engine.config import Funnel, FunnelConfig, FunnelLike, check_funnel, read_funnel
 from funnel_engine.devices import Devices, OneDevice, choose_dtypes
 from funnel_engine.flops import ideal_ratio
-from funnel_engine.funnel_transformer_config import EncoderConfig
+from funnel_engine.funnel_transformer_config import EncoderConfig, require_model_config
 from funnel_engine.heads import TASKS, HeadConfig
 from funnel_engine.inputs import Ragged, read_inputs
 from funnel_engine.jax_settings import guarded
@@ -178,7 +178,8 @@ class Engine:
         checkpoint = read_checkpoint(path, verify=check_flag("verify", verify))
         config, head = checkpoint.config, checkpoint.head
         if attention is not None:
-            config = dataclasses.replace(config, attention=attention)
+            known = require_model_config(config, f"attention={attention!r}")
+            config = dataclasses.replace(known, attention=attention)
         if pooling is not None:
             head = dataclasses.replace(head, pooling=pooling)
         own = checkpoint.manifest.funnel

@@ -91,6 +91,7 @@ class FunnelTransformerConfig:
 
     token_types: ClassVar[bool] = True
     per_layer_width: ClassVar[int] = 0
+    per_layer_vocab: ClassVar[int] = 0
 
     # What packing, costs and the engine ask of every architecture.
 
@@ -121,3 +122,14 @@ class FunnelTransformerConfig:
 
 
 EncoderConfig = ModelConfig | FunnelTransformerConfig
+
+
+def require_model_config(config: EncoderConfig, what: str) -> ModelConfig:
+    """The config, for what Funnel-Transformer does not have or is not made for.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    if isinstance(config, FunnelTransformerConfig):
+        raise ConfigError(f"{what} is not for a Funnel-Transformer; leave it out, or take another checkpoint")
+    return config

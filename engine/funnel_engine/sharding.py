@@ -32,7 +32,8 @@ from funnel_engine.devices import Tree, batch_shapes, map_weights
 from funnel_engine.funnel_transformer_config import EncoderConfig, FunnelTransformerConfig
 from funnel_engine.heads import HeadConfig
 from funnel_engine.jax_settings import device_name
-from funnel_engine.model import Params, forward
+from funnel_engine.model import Params
+from funnel_engine.models import forward_of
 from funnel_engine.packing import Ints, Plan, make_plan, split
 from funnel_engine.weights import ACTIVATIONS, DTYPES, check_dtype, dtype_for, expected_shapes, nest, tensor_types
 from funnel_kernels import PackedWeight, QuantizedWeight, Target
@@ -290,7 +291,7 @@ def abstract_forward(
     dtype = check_dtype(dtype, ACTIVATIONS)
     devices = DeviceMesh(mesh, config, backend=backend)
     options: dict[str, Any] = {"dtype": dtype, "target": devices.target, "axis": devices.axis}
-    encoder = partial(forward, config=devices.config, funnel=funnel, **options)
+    encoder = partial(forward_of(devices.config), config=devices.config, funnel=funnel, **options)
     params = devices.weight_shapes(funnel, dtype)
     batch = devices.stacked_shapes(batch_shapes(make_plan(config, funnel), rows))
     return jax.jit(devices.shard(encoder, params)), params, batch

@@ -125,8 +125,7 @@ def read_singles(engine: Engine, inputs: Inputs, prompt_name: str | None) -> tup
 
 
 def read_pairs(engine: Engine, inputs: Inputs) -> tuple[list[Ints], list[Ints], list[Ints] | None]:
-    """The same for pairs of texts, which the rules of tokenizer.json put together; and the types of tokens, if the model
-    has any."""
+    """The same for pairs of texts, put together by tokenizer.json; and token types, None if the model has none."""
     json_tokenizer = tokenizer_of(engine)
     tokenizer = json_tokenizer.tokenizer
     begin, end = ([] if added is None else [added] for added in (engine.text.begin, engine.text.end))

@@ -302,7 +302,7 @@ def test_tag_refuses_a_funnel_without_recovery():
 def test_a_task_needs_its_classifier():
     with pytest.raises(ConfigError, match="classify needs a head for this task, but this checkpoint's task is tag"):
         make_engine(TAGGER).classify([[3]])
-    with pytest.raises(ConfigError, match=r"tag needs a classifier .* task is none; convert a ForTokenClassification"):
+    with pytest.raises(ConfigError, match=r"tag needs a head .* task is none; convert a ForTokenClassification"):
         make_engine().tag([[3]])
 
 

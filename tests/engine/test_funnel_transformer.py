@@ -14,6 +14,7 @@ from funnel_engine.checkpoints.native import read_checkpoint
 from funnel_engine.flops import ideal_ratio
 from funnel_engine.heads import HeadConfig
 from funnel_engine.inputs import Ragged
+from funnel_engine.inspection import inspect_checkpoint
 from funnel_engine.presets import FUNNEL_TRANSFORMERS, funnel_transformer
 from funnel_engine.weights import count_parameters, expected_shapes
 
@@ -223,6 +224,15 @@ def test_another_recovery_is_refused(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------- heads
+
+
+def test_what_only_other_models_have_is_refused_and_inspect_shows_the_rest(tmp_path):
+    load(tmp_path)
+    with pytest.raises(ConfigError, match="attention='causal' is not for a Funnel-Transformer"):
+        Engine.load(tmp_path / "engine", attention="causal", backend="xla")
+    facts = inspect_checkpoint(tmp_path / "engine")
+    assert (facts["problems"], facts["family"]) == ([], read_checkpoint(tmp_path / "engine").config.family)
+    assert facts["per_layer_width"] == facts["per_layer_vocab"] == 0
 
 
 @pytest.mark.parametrize("name", ["FunnelForSequenceClassification", "FunnelForMultipleChoice"])

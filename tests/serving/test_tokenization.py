@@ -88,7 +88,7 @@ def test_a_pair_has_token_types_where_the_model_reads_them(engine, tmp_path):
     pairs = [("a small", "funnel"), ("a small funnel pools", "pairs of tokens")]
     read = read_request(reader, pairs, cut=Cut(7))
     assert read.truncated == 1
-    assert read.inputs.types.tolist() == [0, 0, 0, 0, 1, 1] + [0, 0, 0, 0, 1, 1, 1]
+    assert read.inputs.types.tolist() == [0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 1, 1, 1]
     reader.config.token_types = False
     assert read_request(reader, pairs).inputs.types is None
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from funnel_engine import Engine, FunnelConfig
 from funnel_engine.checkpoints.native import Checkpoint, read_checkpoint
 from funnel_engine.config import Funnel
+from funnel_engine.funnel_transformer_config import require_model_config
 from funnel_engine.text import read_tokenizer
 from funnel_kernels.errors import ConfigError
 
@@ -20,7 +21,8 @@ def read_checkpoint_as(
     checkpoint = read_checkpoint(path)
     config, head = checkpoint.config, checkpoint.head
     if attention is not None:
-        config = dataclasses.replace(config, attention=attention)
+        known = require_model_config(config, f"attention={attention!r}")
+        config = dataclasses.replace(known, attention=attention)
     if pooling is not None:
         head = dataclasses.replace(head, pooling=pooling)
     manifest = dataclasses.replace(checkpoint.manifest, config=config, head=head)
@@ -67,7 +69,8 @@ def first_layers(checkpoint: Checkpoint, count: int) -> Checkpoint:
     """The checkpoint with only its first layers; the final norm follows the last of them."""
     dropped = tuple(f"layers.{index}." for index in range(count, checkpoint.config.num_layers))
     weights = {name: weight for name, weight in checkpoint.weights.items() if not name.startswith(dropped)}
-    config = dataclasses.replace(checkpoint.config, layer_types=checkpoint.config.layer_types[:count])
+    whole = require_model_config(checkpoint.config, "a model of the first layers only")
+    config = dataclasses.replace(whole, layer_types=whole.layer_types[:count])
     manifest = dataclasses.replace(checkpoint.manifest, config=config)
     return dataclasses.replace(checkpoint, manifest=manifest, weights=weights)
 

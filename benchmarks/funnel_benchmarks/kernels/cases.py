@@ -21,7 +21,8 @@ from funnel_benchmarks.models import Model
 from funnel_engine import Engine, ModelConfig
 from funnel_engine.devices import local_target
 from funnel_engine.flops import forward_flops
-from funnel_engine.model import forward
+from funnel_engine.funnel_transformer_config import require_model_config
+from funnel_engine.models import forward_of
 from funnel_engine.packing import Ints, pack
 from funnel_engine.weights import DTYPES
 from funnel_engine.xla_options import compiler_options
@@ -78,7 +79,7 @@ class Sizes:
 
     @property
     def config(self) -> ModelConfig:
-        return self.model.config
+        return require_model_config(self.model.config, "`bench kernels`")
 
     @property
     def rows(self) -> int:
@@ -308,6 +309,6 @@ def forward_pass(engine: Engine, lengths: Ints, rows: int, options: dict[str, An
     (programs,) = engine.programs
     batch = jax.device_put(pack(programs.plan, *random_inputs(engine.config.vocab_size, lengths), rows))
     how: dict[str, Any] = {"dtype": engine.activations, "target": engine.devices.target}
-    encoder = partial(forward, config=engine.config, funnel=programs.funnel, **how)
+    encoder = partial(forward_of(engine.config), config=engine.config, funnel=programs.funnel, **how)
     options = compiler_options(jax.default_backend()) if options is None else options
     return partial(jax.jit(encoder, compiler_options=options), engine.params, batch)

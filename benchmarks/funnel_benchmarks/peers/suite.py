@@ -40,6 +40,7 @@ from funnel_benchmarks.suite import Cell, Column, Section, Table, field, number
 from funnel_benchmarks.suite import Suite as BaseSuite
 from funnel_engine import Engine, FunnelConfig, ModelConfig, convert
 from funnel_engine.flops import forward_flops
+from funnel_engine.funnel_transformer_config import EncoderConfig
 from funnel_engine.hugging_face_config import read_model_config
 from funnel_engine.packing import Ints
 from funnel_engine.presets import PRESETS, Fields
@@ -303,7 +304,7 @@ def sample_pairs(ours: Call, peer: Sample, repeats: int) -> Iterator[tuple[float
         return zip(*interleave(sample, peer, repeats), strict=True)
 
 
-def rates(config: ModelConfig, lengths: Ints, row: Row) -> Row:
+def rates(config: EncoderConfig, lengths: Ints, row: Row) -> Row:
     """What is done in a second; what a peer computes for padding is not counted."""
     tokens, flops = int(lengths.sum()), forward_flops(config, FunnelConfig(), lengths)
     return {

@@ -29,6 +29,7 @@ from funnel_benchmarks.suite import Suite as BaseSuite
 from funnel_engine import Engine, FunnelConfig
 from funnel_engine.checks import check_positive
 from funnel_engine.flops import forward_flops
+from funnel_engine.funnel_transformer_config import require_model_config
 from funnel_engine.packing import make_plan
 from funnel_engine.weights import expected_shapes
 from funnel_kernels.target import check_backend
@@ -164,7 +165,7 @@ def check_possible(suite: Suite, point: Point) -> None:
 
 def model_at(model: Model, point: Point) -> Model:
     """The first layers of a model, for sequences of any length."""
-    config = model.config
+    config = require_model_config(model.config, "`bench scaling`")
     longest = max(config.max_positions, point.tokens)
     return dataclasses.replace(
         model, config=dataclasses.replace(config, layer_types=config.layer_types[: point.layers], max_positions=longest)

@@ -166,6 +166,7 @@ def layer(
         k, v = jnp.split(linear(keys, weights["kv"], target=target), 2, axis=1)
     v = v + weights["value_bias"]
     lo, hi = batch.intervals[step.query_stride, step.key_stride, "full"]
+    assert batch.types is not None, "plans of this architecture pack token types"
     # Keys are `key_stride` tokens apart, and two rows of a sequence at most as far as it has rows.
     centre, spacing = config.max_positions, step.key_stride
     reach = min(centre // spacing, keys.shape[0])

@@ -151,7 +151,7 @@ def test_buckets_that_are_refused(library, plain, rows, count, message):
 
 def test_tasks_that_the_checkpoint_has_no_head_for(library, plain, classifier):
     out = np.empty(48, np.float32)
-    with refusal("CONFIG: classify needs a classifier"):
+    with refusal("CONFIG: classify needs a head"):
         library.label("classify", plain, out)
-    with refusal("CONFIG: tag needs a classifier"):
+    with refusal("CONFIG: tag needs a head"):
         library.label("tag", classifier, out)

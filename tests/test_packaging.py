@@ -97,7 +97,7 @@ def test_the_wheel_ships_five_packages_and_nothing_else(wheel, unpacked):
         libraries = {name: archive.read(name) for name in names if name.endswith(".so")}
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == set(PACKAGES)
-    folders = [unpacked / folder for folder in ("bindings", "kernels", "engine", "training", "benchmarks")]
+    folders = [unpacked / folder for folder in ("bindings", "kernels", "engine", "training", "serving", "benchmarks")]
     modules = {str(file.relative_to(folder)) for folder in folders for file in folder.glob("funnel_*/**/*.py")}
     assert {name for name in names if name.endswith(".py")} == modules
     assert {f"{package}/py.typed" for package in PACKAGES} <= names

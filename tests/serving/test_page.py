@@ -6,6 +6,7 @@ import subprocess
 import threading
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,16 +14,20 @@ from starlette.testclient import TestClient
 
 from funnel_engine import FunnelConfig
 from funnel_engine.text import JsonTokenizer
+from funnel_serving import page
 from funnel_serving.app import App
 from funnel_serving.health import Health
 from funnel_serving.metrics import Metrics
 from funnel_serving.page import HTML, SCRIPT, STYLE, source
+from funnel_serving.server import Server
 from funnel_serving.service import Service
 from funnel_serving.settings import Settings
 from running_server import client, running, wait_for
+from serving_apps import listening
 from tiny_models import TEXT, make_engine, make_tokenizer
 
 BROWSER = {"accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
+POLICY = page.HEADERS["content-security-policy"]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 KEY = "a-key-of-this-server"
 TEXTS = {"inputs": {"source_sentence": "a small funnel pools pairs", "sentences": ["tokens of a funnel", "a"]}}
@@ -71,9 +76,9 @@ class Attributes(HTMLParser):
 
 def test_a_browser_gets_the_page_and_other_clients_the_alias(server):
     with client(server) as asking:
-        page = asking.get("/", headers=BROWSER)
-        assert (page.status_code, page.headers["content-type"]) == (200, "text/html; charset=utf-8")
-        assert page.text == HTML
+        reply = asking.get("/", headers=BROWSER)
+        assert (reply.status_code, reply.headers["content-type"]) == (200, "text/html; charset=utf-8")
+        assert reply.text == HTML
         assert asking.get("/").status_code == 405
         assert (
             asking.post("/", json={"inputs": "a"}, headers=BROWSER).json()
@@ -190,51 +195,90 @@ def test_with_keys_only_the_empty_page_is_open():
     assert asking.get("/page.json", headers={"authorization": f"Bearer {KEY}"}).status_code == 200
 
 
-def browse(folder: Path, address: str) -> tuple[str, list[str]]:
-    """What a browser makes of the page after some seconds, and the lines of its console."""
+@pytest.fixture
+def browse(tmp_path, monkeypatch):
+    """A function that opens the page of a server in a browser, and lets a person act on it.
+
+    It returns the page after some seconds, and the lines of the console.
+    """
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         pytest.skip(f"none of {', '.join(BROWSERS)} is installed: apt-get install chromium")
-    options = (
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-dev-shm-usage",
-        "--virtual-time-budget=7000",
-        "--enable-logging=stderr",
-        f"--user-data-dir={folder / 'profile'}",
-        "--dump-dom",
-    )
-    run = subprocess.run(
-        [browser, *options, address], capture_output=True, text=True, timeout=240, check=True, env={"HOME": str(folder)}
-    )
-    return run.stdout, [line for line in run.stderr.splitlines() if "CONSOLE" in line]
+
+    def browse(server: Server, person: str = "", width: int = 1280) -> tuple[str, list[str]]:
+        script = f"{SCRIPT}\nsetTimeout(() => {{ {person} }}, 3000);"
+        monkeypatch.setattr(page, "HTML", HTML.replace(SCRIPT, script))
+        policy = POLICY.replace(source(SCRIPT), source(script))
+        monkeypatch.setitem(page.HEADERS, "content-security-policy", policy)
+        options = (
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            f"--window-size={width},900",
+            "--virtual-time-budget=9000",
+            "--enable-logging=stderr",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--dump-dom",
+        )
+        command, home = [browser, *options, f"http://127.0.0.1:{server.port}/"], {"HOME": str(tmp_path)}
+        run = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True, env=home)
+        return run.stdout, [line for line in run.stderr.splitlines() if "CONSOLE" in line]
+
+    return browse
 
 
-def shown(page: str, name: str) -> str:
+def shown(html: str, name: str) -> str:
     """The text inside the element of this id."""
-    (found,) = re.findall(rf'<(\w+) id="{name}"[^>]*>(.*?)</\1>', page, re.S)
-    return re.sub("<[^>]*>", " ", found[1])
+    (found,) = re.findall(rf'<(\w+) id="{name}"[^>]*>(.*?)</\1>', html, re.S)
+    return re.sub(r"\s+", " ", re.sub("<[^>]*>", " ", found[1]))
 
 
-def test_a_browser_shows_the_model_and_its_numbers(server, engine, tmp_path):
+@pytest.mark.parametrize("width", [1280, 500])
+def test_a_browser_shows_the_model_and_its_numbers(server, engine, browse, width):
     with client(server) as asking:
         for _ in range(5):
             asking.post("/embed", json={"inputs": ["a small funnel", "tokens"]})
-    page, console = browse(tmp_path, f"http://127.0.0.1:{server.port}/")
+    measure = "document.body.dataset.overflow = document.documentElement.scrollWidth - innerWidth;"
+    html, console = browse(server, measure, width)
     assert console == []
-    assert (shown(page, "name"), shown(page, "state")) == ("tiny", "ready")
-    assert str(engine.funnel) in shown(page, "funnel")
+    assert int(re.findall(r'data-overflow="(-?\d+)"', html)[0]) <= 0
+    assert (shown(html, "name"), shown(html, "state")) == ("tiny", "ready")
+    assert str(engine.funnel) in shown(html, "funnel")
     for name, backend in engine.backends().items():
-        assert name in shown(page, "backends")
-        assert backend.split(";")[0] in shown(page, "backends")
-    assert " ms" in shown(page, "latency")
-    assert "requests since the start" in shown(page, "latency-of")
-    assert "rows in the queue" in shown(page, "tiles")
+        assert f"{name} {backend.split(';')[0]}" in shown(html, "backends")
+    assert " ms" in shown(html, "latency")
+    assert re.search(r"^\d+ requests since the start$", shown(html, "latency-of"))
+    assert "rows in the queue 0" in shown(html, "tiles")
 
 
-def test_a_browser_asks_for_the_key(engine, tmp_path):
+def test_a_browser_compares_two_texts(server, browse):
+    with client(server) as asking:
+        cosines = [asking.post(path, json=TEXTS).json()[0] for path in ("/similarity", "/page/similarity")]
+    texts = (TEXTS["inputs"]["source_sentence"], TEXTS["inputs"]["sentences"][0])
+    fill = "".join(f'at("{name}").value = "{text}";' for name, text in zip(("first", "second"), texts, strict=True))
+    html, console = browse(server, fill + 'at("texts").requestSubmit();')
+    assert console == []
+    funneled, other = re.findall(r"cosine (-?[\d.]+)", shown(html, "cosines"))
+    np.testing.assert_allclose([float(funneled), float(other)], cosines, atol=1e-4)
+
+
+def test_a_browser_asks_for_the_key_and_sends_it(engine, browse):
     with running(engine, api_keys=(KEY,)) as server:
-        page, _ = browse(tmp_path, f"http://127.0.0.1:{server.port}/")
-    assert re.search(r'<form id="key-form" class="panel">', page)
-    assert re.search(r'<main id="shown" hidden="">', page)
+        html, _ = browse(server)
+        assert shown(html, "state") == "refused"
+        assert '<form id="key-form" class="panel">' in html
+        assert '<main id="shown" hidden="">' in html
+        html, _ = browse(server, f'at("key").value = " {KEY} "; at("key-form").requestSubmit();')
+        assert '<form id="key-form" class="panel" hidden="">' in html
+        assert shown(html, "state") == "ready"
+
+
+def test_a_browser_shows_how_far_the_model_is_loaded(browse):
+    service = loading()
+    service.health.state, service.health.compiled, service.health.programs = "compiling", 3, 8
+    with listening(App(service)) as address:
+        html, console = browse(SimpleNamespace(port=address.rpartition(":")[2]))
+    assert console == []
+    assert shown(html, "state") == "compiling: 3 of 8 programs"
+    assert re.search(r'<progress id="progress" aria-label="[^"]*" max="8" value="3">', html)

@@ -266,7 +266,7 @@ def test_a_browser_compares_two_texts(server, browse):
 def test_a_browser_asks_for_the_key_and_sends_it(engine, browse):
     with running(engine, api_keys=(KEY,)) as server:
         html, _ = browse(server)
-        assert shown(html, "state") == "refused"
+        assert shown(html, "state") == "needs a key"
         assert '<form id="key-form" class="panel">' in html
         assert '<main id="shown" hidden="">' in html
         html, _ = browse(server, f'at("key").value = " {KEY} "; at("key-form").requestSubmit();')

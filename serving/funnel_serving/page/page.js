@@ -180,9 +180,10 @@ async function update() {
   try {
     show(await ask("page.json"));
   } catch (error) {
-    at("state").className = "state unreachable";
-    at("state").textContent = error.status ? "refused" : "unreachable";
-    trouble = error.status === 401 && !sessionStorage.getItem(KEY) ? "" : error.message;
+    const needsKey = error.status === 401;
+    at("state").className = needsKey ? "state" : "state unreachable";
+    at("state").textContent = needsKey ? "needs a key" : error.status ? "refused" : "unreachable";
+    trouble = needsKey && !sessionStorage.getItem(KEY) ? "" : error.message; // a key was sent, and it is wrong
   }
   at("trouble").textContent = trouble;
   at("trouble").hidden = !trouble;

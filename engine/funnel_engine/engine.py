@@ -1,5 +1,6 @@
 """The engine: a loaded model, its compiled programs, and the calls that a serving process makes."""
 
+import copy
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +27,16 @@ from funnel_engine.results import BatchResult, Call, Running, finish_vectors, jo
 from funnel_engine.sharding import DeviceMesh
 from funnel_engine.text import TextConfig, Tokenize, read_tokenizer
 from funnel_engine.threads import count_threads
-from funnel_engine.weights import ACTIVATIONS, DTYPES, MATRICES, check_dtype, dtype_of, expected_shapes, leaf_of
+from funnel_engine.weights import (
+    ACTIVATIONS,
+    DTYPES,
+    MATRICES,
+    check_dtype,
+    dtype_of,
+    expected_shapes,
+    leaf_of,
+    query_splits,
+)
 from funnel_kernels import PackedWeight, QuantizedWeight, Record, native_calls
 from funnel_kernels.errors import CheckpointError, ConfigError, InputError
 from funnel_kernels.target import check_backend
@@ -116,30 +126,13 @@ class Engine:
         check_weights(weights, config, head)
         if compilation_cache is not None:
             use_compilation_cache(compilation_cache)
-        self.config, self.head, self.funnel = config, head, funnel
+        self.config, self.head = config, head
         self.intended_funnel = funnel if intended_funnel is None else intended_funnel
-        self.tokenizer, self.text = tokenizer, text
+        self.tokenizer, self.text, self.max_batch_tokens = tokenizer, text, max_batch_tokens
         self.max_length = min(config.max_positions, text.max_tokens or max_batch_tokens, max_batch_tokens)
         matrices, self.activations = choose_dtypes(dtype_of(weights), dtype, self.devices)
         self.params = self.devices.put(weights, funnel, matrices, self.activations)
-        self.counters = Counters("calls")
-        self.programs = tuple(
-            Programs(
-                config,
-                each,
-                head,
-                params=self.params,
-                activations=self.activations,
-                devices=self.devices,
-                max_batch_tokens=max_batch_tokens,
-                min_tokens=tokens,
-            )
-            for tokens, each in funnel.classes
-            if tokens <= self.max_length
-        )
-        if backend != "auto":  # a named backend may refuse an op; then it must do so now, not in the first call
-            for programs in self.programs:
-                programs.trace()
+        self._use_funnel(funnel)
 
     @classmethod
     def load(
@@ -205,6 +198,30 @@ class Engine:
             threads=threads,
             intended_funnel=own,
         )
+
+    @guarded
+    def with_funnel(self, funnel: FunnelLike) -> "Engine":
+        """Another engine for the same weights, which stay on the device once; `FunnelConfig()` is no funnel.
+
+        It has programs and counters of its own, so this engine does not notice what the other one compiles or runs.
+
+        Raises:
+            ConfigError: the funnel does not fit the model, or needs weights in another form.
+        """
+        funnel = read_funnel(funnel)
+        check_funnel(self.config, funnel)
+        for number, is_split in enumerate(query_splits(self.config, funnel)):
+            layer = self.params["layers"][number]
+            lacks_parts = any(is_split) and "kv" not in layer
+            lacks_whole = not all(is_split) and "kv" in layer and "qkv" not in layer
+            if lacks_parts or lacks_whole:
+                raise ConfigError(
+                    f"the funnels {self.funnel} and {funnel} cannot share weights: with pool_query_only, layer "
+                    f"{number} keeps those of queries apart from those of keys; load the checkpoint again with {funnel}"
+                )
+        other = copy.copy(self)
+        other._use_funnel(funnel)
+        return other
 
     def token_ids(self, inputs: Any, *, prompt_name: str | None = None, truncate: bool = False) -> Ragged:
         """The token ids `(ids, offsets, types)` that the other methods run for these inputs; they also accept them.
@@ -402,13 +419,17 @@ class Engine:
     @guarded
     def describe(self) -> str:
         """A description for people: the model, the ops of the programs, the backend of each op, devices and limits."""
+        facts = self.facts()
+        width = max(map(len, facts))
+        return "\n".join(f"{name:<{width}}  {fact}" for name, fact in facts.items())
+
+    @guarded
+    def facts(self) -> dict[str, str]:
+        """What `describe` says, by name."""
         config, dtype, activations = self.config, dtype_of(self.params), self.activations
-        for programs in self.programs:
-            if not programs.record.served:
-                programs.trace()
         buckets = [programs.buckets for programs in self.programs]
         is_another = self.intended_funnel not in (self.funnel, FunnelConfig())
-        facts = {
+        return {
             "model": f"{config.family}, {config.num_layers} layers of width {config.hidden_size}, "
             f"{config.attention} attention, {dtype}"
             + (f" weights, {activations} activations" if activations != dtype else ""),
@@ -417,18 +438,50 @@ class Engine:
             "head": f"pooling {self.head.pooling}, {len(self.head.dense)} dense layers, "
             f"task {self.head.task or 'none'}"
             + (", of the pooled vector" if self.head.classifier_input == "pooled" else ""),
-            **Record.merged(programs.record for programs in self.programs).facts(),
-            "devices": self.devices,
+            **self.backends(),
+            "devices": str(self.devices),
             "buckets": "; ".join(f"{len(rows)} from {rows[0]} to {rows[-1]} rows" for rows in buckets),
             "limits": f"{self.max_length} tokens a sequence",
         }
-        width = max(map(len, facts))
-        return "\n".join(f"{name:<{width}}  {fact}" for name, fact in facts.items())
+
+    @guarded
+    def backends(self) -> dict[str, str]:
+        """The backend of each op, then why no better one runs, as recorded from the programs; see `Record.facts`.
+
+        If none has been traced yet, the smallest ones are traced now.
+        """
+        for programs in self.programs:
+            if not programs.record.served:
+                programs.trace()
+        return Record.merged(programs.record for programs in self.programs).facts()
 
     @property
     def embedding_size(self) -> int:
         """Dimensions of the vectors that `embed` returns."""
         return self.head.dense[-1].out_features if self.head.dense else self.config.hidden_size
+
+    def _use_funnel(self, funnel: Funnel) -> None:
+        """Makes the programs of a funnel over the weights that are on the device, with counters from 0."""
+        self.funnel, self.counters = funnel, Counters("calls")
+        self.programs = tuple(
+            Programs(
+                self.config,
+                each,
+                self.head,
+                params=self.params,
+                activations=self.activations,
+                devices=self.devices,
+                max_batch_tokens=self.max_batch_tokens,
+                min_tokens=tokens,
+            )
+            for tokens, each in funnel.classes
+            if tokens <= self.max_length
+        )
+        if (
+            self.devices.target.backend != "auto"
+        ):  # a named backend may refuse an op; then it must do so now, not in the first call
+            for programs in self.programs:
+                programs.trace()
 
     def _check_rows(self, asked: Sequence[int]) -> Sequence[int]:
         """Raises `InputError` unless these are numbers of rows that some bucket is large enough for."""

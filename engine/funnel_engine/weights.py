@@ -128,14 +128,22 @@ def nest(flat: Mapping[str, Any], config: EncoderConfig, funnel: Funnel) -> dict
         for number, layer in enumerate(layers):
             first = number * config.per_layer_width
             layer["per_layer_input"] = projection[first : first + config.per_layer_width]
-    for layer, *steps in zip(layers, *(layer_steps(config, each) for _, each in funnel.classes), strict=True):
-        is_split = [not step.shares_keys and step.key_stride != step.query_stride for step in steps]
+    for layer, layer_type, is_split in zip(layers, config.layer_types, query_splits(config, funnel), strict=True):
         if any(is_split):
-            q_width = config.heads(steps[0].layer_type).query_width
+            q_width = config.heads(layer_type).query_width
             layer |= {"q": layer["qkv"][:q_width], "kv": layer["qkv"][q_width:]}
         if all(is_split):
             del layer["qkv"]
     return tree
+
+
+def query_splits(config: ModelConfig, funnel: Funnel) -> list[list[bool]]:
+    """For each layer, whether it takes its keys from unpooled rows, in each of the funnels by length."""
+    by_class = [layer_steps(config, each) for _, each in funnel.classes]
+    return [
+        [not step.shares_keys and step.key_stride != step.query_stride for step in steps]
+        for steps in zip(*by_class, strict=True)
+    ]
 
 
 def tensor_types(shapes: Shapes, dtype: str) -> dict[str, jax.ShapeDtypeStruct]:

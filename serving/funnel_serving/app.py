@@ -18,13 +18,15 @@ from starlette.types import Message, Receive, Scope, Send
 
 from funnel_serving import wire
 from funnel_serving.logs import request_id
+from funnel_serving.page import page_routes
 from funnel_serving.refusals import Refusal
 from funnel_serving.service import Service
 
 log = logging.getLogger(__name__)
 
 HEALTH = ("/health", "/health/live", "/health/ready", "/ping")  # no key is asked for
-QUIET = (*HEALTH, "/metrics")  # not in the log: they are asked every few seconds
+PAGE = {("GET", "/"), ("HEAD", "/")}  # no key either: it contains nothing yet, and asks for the key itself
+QUIET = (*HEALTH, "/metrics", "/page.json")  # not in the log: they are asked every few seconds
 CLIENT_LEFT = 499  # in the log only, as nginx writes it
 
 
@@ -38,7 +40,7 @@ class App:
         self.open = {*HEALTH, *(() if settings.metrics_need_key else ("/metrics",))}
         own = [*health_routes(service), Route("/metrics", metrics_endpoint(service))]
         given = wire.routes(service) if routes is None else routes
-        self.router = Router([*own, *given], redirect_slashes=False, default=self.not_found)
+        self.router = Router([*own, *given, *page_routes(service)], redirect_slashes=False, default=self.not_found)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         began, path = time.perf_counter(), scope["path"]
@@ -65,7 +67,7 @@ class App:
             await response(scope, receive, send_with_id)
 
         try:
-            if path not in self.open:
+            if path not in self.open and (scope["method"], path) not in PAGE:
                 self.check_key(headers)
             body = await self.read_body(headers, receive)
             await self.answer(dict(scope, app=self), body, receive, send_with_id)

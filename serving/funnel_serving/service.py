@@ -7,7 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
 
-from funnel_engine import ConfigError, Engine
+import numpy as np
+
+from funnel_engine import ConfigError, Engine, FunnelConfig
 from funnel_engine.results import finish_vectors
 from funnel_serving.answers import Answer, Inputs, Pairs, Texts, Timing, Token, TokenIds
 from funnel_serving.batcher import Batcher
@@ -16,6 +18,7 @@ from funnel_serving.metrics import Metrics
 from funnel_serving.refusals import Refusal
 from funnel_serving.settings import Settings
 from funnel_serving.tokenization import Cut, decode, describe_tokens, read_request
+from funnel_serving.unfunneled import Unfunneled
 
 INLINE_SIZE = 4096  # characters or ids: fewer take less time to tokenise than to hand over to a thread
 TOKENIZERS = 2  # threads for what is longer
@@ -36,16 +39,25 @@ class Service:
         metrics: what Prometheus reads.
         health: whether the model is loaded, and whether the server stops.
         batcher: the queue before the engine; None as long as the model is not loaded.
+        no_comparison: why `embed_without_funnel` does nothing; empty if it works.
     """
 
     def __init__(self, settings: Settings, metrics: Metrics, health: Health):
         self.settings, self.metrics, self.health = settings, metrics, health
         self.batcher: Batcher | None = None
+        self.no_comparison = "the model is not loaded yet"
+        self._unfunneled: Unfunneled | None = None
         self._tokenizers = ThreadPoolExecutor(TOKENIZERS, thread_name_prefix="tokenizer")
 
     def attach(self, engine: Engine) -> None:
         """Makes the service ready, with an engine that is warm."""
         self.metrics.engine.stats = engine.stats
+        if engine.funnel == FunnelConfig():
+            self.no_comparison = "There is nothing to compare: this server runs without a funnel."
+        elif not self.settings.compare_funnel:
+            self.no_comparison = "The comparison is off: the server runs with --no-compare-funnel."
+        else:
+            self.no_comparison, self._unfunneled = "", Unfunneled(engine)
         self.batcher = Batcher(
             engine,
             self.metrics,
@@ -58,7 +70,9 @@ class Service:
     def close(self, seconds: float) -> bool:
         """Ends all threads, once the work that was accepted is done; whether that was within the time."""
         self._tokenizers.shutdown(wait=False, cancel_futures=True)
-        return self.batcher is None or self.batcher.close(seconds)
+        end = time.monotonic() + seconds
+        is_done = self.batcher is None or self.batcher.close(seconds)
+        return (self._unfunneled is None or self._unfunneled.close(max(0.0, end - time.monotonic()))) and is_done
 
     @property
     def engine(self) -> Engine:
@@ -102,6 +116,13 @@ class Service:
         finish = partial(finish_vectors, answer.results, dimensions or size, normalize)
         vectors = await self._in_thread_if_large(answer.results.size // 64, finish)
         return Answer(vectors, answer.token_counts, answer.truncated, answer.timing)
+
+    async def embed_without_funnel(self, texts: Texts) -> np.ndarray:
+        """One vector of length 1 per text, of the same weights without a funnel; too long texts are cut."""
+        self._ready()
+        if self._unfunneled is None:
+            raise Refusal("unsupported", self.no_comparison)
+        return await self._unfunneled.embed(texts, self.settings.request_seconds)
 
     async def rows(
         self,

@@ -129,6 +129,10 @@ class Settings:
         False, read_flag, "Take token ids on OpenAI's route. Many clients send ids of another vocabulary there."
     )
 
+    compare_funnel: bool = setting(
+        True, read_flag, "Let the page at / embed texts without the funnel too; that is compiled when it is asked for."
+    )
+
     api_keys: tuple[str, ...] = setting((), read_keys, "Keys, of which a client must send one as Bearer token.")
     metrics_need_key: bool = setting(False, read_flag, "Ask for a key on /metrics too.")
 

@@ -269,6 +269,38 @@ def test_bfloat16_is_close_to_float32():
     np.testing.assert_allclose(half.embed(ids), whole.embed(ids), atol=0.02)
 
 
+def test_another_funnel_shares_the_weights_and_nothing_else():
+    ids = random_ids([9, 40, 3, 64])
+    engine = make_engine(funnel=FunnelConfig.after(1), max_batch_tokens=64)
+    engine.warmup(progress=False)
+    before, vectors = engine.stats(), engine.embed(ids)
+    for funnel in (FunnelConfig(), FunnelConfig.after(2, stride=4), [(0, None), (20, "1:2/mean")]):
+        other, alone = engine.with_funnel(funnel), make_engine(funnel=funnel)
+        np.testing.assert_array_equal(other.embed(ids), alone.embed(ids))
+        assert np.abs(other.embed(ids) - vectors).max() > 1e-3
+        assert jax.tree.all(jax.tree.map(lambda one, two: one is two, other.params, engine.params))
+        assert (other.funnel, other.batch_rows) == (alone.funnel, alone.batch_rows)
+        assert other.stats()["compilations_after_warmup"] == 0 < other.stats()["compilations"]
+    assert engine.stats() == before | {
+        name: engine.stats()[name] for name in ("calls", "sequences", "tokens", "batches", "padding_rows")
+    }
+    assert engine.stats()["calls"] == 1
+    np.testing.assert_array_equal(engine.embed(ids), vectors)
+
+
+def test_a_funnel_that_needs_weights_in_another_form_is_refused():
+    pools_queries = FunnelConfig.after(1, pool_query_only=True)
+    for first, second in ((pools_queries, FunnelConfig()), (FunnelConfig(), pools_queries)):
+        with pytest.raises(ConfigError, match="cannot share weights: with pool_query_only, layer 1 "):
+            make_engine(funnel=first).with_funnel(second)
+    both = make_engine(funnel=[(0, None), (16, pools_queries)])  # has both forms
+    ids = random_ids([9, 40])
+    for funnel in (FunnelConfig(), pools_queries):
+        np.testing.assert_array_equal(both.with_funnel(funnel).embed(ids), make_engine(funnel=funnel).embed(ids))
+    with pytest.raises(ConfigError, match="strides"):
+        both.with_funnel(FunnelConfig((1, 1, 1, 1, 2)))
+
+
 def test_describe_names_what_runs():
     text = make_engine(funnel=FunnelConfig.after(1, recovery="sum_max"), backend="reference").describe()
     for part in ("gemma2", "3 layers", "bidirectional", "2:1 before layer 1", "sum_max", "reference", "8 to 64 rows"):
@@ -276,7 +308,9 @@ def test_describe_names_what_runs():
 
 
 def test_describe_is_a_table_whatever_the_length_of_a_name():
-    lines = make_engine(backend="xla").describe().splitlines()
+    engine = make_engine(backend="xla")
+    lines = engine.describe().splitlines()
+    assert [line.split("  ")[0].strip() for line in lines] == list(engine.facts())
     assert "linear_add_norm  xla" in lines
     assert len({len(line) - len(line.split("  ", 1)[1].lstrip()) for line in lines}) == 1
 

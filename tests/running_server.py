@@ -34,7 +34,7 @@ def running(engine: Engine, **options: Any) -> Iterator[Server]:
             server.should_exit = True
             thread.join(60)
             assert not thread.is_alive()
-            assert server.service.close(60)
+            assert server.has_ended
 
 
 def wait_for(condition: Any) -> None:

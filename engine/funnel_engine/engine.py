@@ -262,7 +262,7 @@ class Engine:
             ConfigError: the checkpoint has no sequence classifier.
             InputError: the inputs cannot be run.
         """
-        self._check_task("classify")
+        self.check_method("classify")
         ragged = self.token_ids(inputs, truncate=truncate)
         return join_sequences(ragged, self._run(ragged, "classify"))
 
@@ -274,7 +274,7 @@ class Engine:
             ConfigError: the checkpoint has no token classifier, or the output has fewer rows than tokens.
             InputError: the inputs cannot be run.
         """
-        self._check_task("tag")
+        self.check_method("tag")
         ragged = self.token_ids(inputs, truncate=truncate)
         return split_rows(ragged, self._run(ragged, "tag"))
 
@@ -303,13 +303,29 @@ class Engine:
         Raises:
             ConfigError: the checkpoint, or its funnel, has no such results.
         """
-        self._check_task(method)
+        self.check_method(method)
         running = [
             self._dispatch(programs, [inputs.take(order) for order in group], group, method)
             for programs, group in self._groups(inputs.lengths)
         ]
         self.counters.add(calls=1)
         return Call(inputs, method, running, self.params)
+
+    def check_method(self, method: str) -> None:
+        """Raises `ConfigError` unless the checkpoint and its funnel have results for this method."""
+        if method in TASKS and self.head.task != method:
+            raise ConfigError(
+                f"{method} needs a classifier for this task, but this checkpoint's task is {self.head.task or 'none'}; "
+                f"convert a For{'Sequence' if method == 'classify' else 'Token'}Classification checkpoint"
+            )
+        for programs in self.programs if method == "tag" else ():
+            if programs.plan.output_stride != 1:
+                which = f", for {programs.min_tokens} tokens or more," if programs.min_tokens > 1 else ""
+                raise ConfigError(
+                    f"tag needs one row per token, but with strides {programs.funnel.strides}{which} there is one row "
+                    f"per {programs.plan.output_stride} tokens; load with a recovery, e.g. FunnelConfig(..., "
+                    "recovery='mean_last')"
+                )
 
     def rows_needed(self, lengths: Ints) -> Ints:
         """The rows of a batch that each sequence of these lengths takes, with the padding of its funnel."""
@@ -448,22 +464,6 @@ class Engine:
                 jax.block_until_ready(output)
                 raise
         return Running(self.devices, group, row_spans, output)
-
-    def _check_task(self, method: str) -> None:
-        """Raises `ConfigError` unless the checkpoint and its funnel have results for this method."""
-        if method in TASKS and self.head.task != method:
-            raise ConfigError(
-                f"{method} needs a classifier for this task, but this checkpoint's task is {self.head.task or 'none'}; "
-                f"convert a For{'Sequence' if method == 'classify' else 'Token'}Classification checkpoint"
-            )
-        for programs in self.programs if method == "tag" else ():
-            if programs.plan.output_stride != 1:
-                which = f", for {programs.min_tokens} tokens or more," if programs.min_tokens > 1 else ""
-                raise ConfigError(
-                    f"tag needs one row per token, but with strides {programs.funnel.strides}{which} there is one row "
-                    f"per {programs.plan.output_stride} tokens; load with a recovery, e.g. FunnelConfig(..., "
-                    "recovery='mean_last')"
-                )
 
 
 def describe_funnels(config: ModelConfig, funnel: Funnel, max_length: int) -> dict[str, str]:

@@ -25,6 +25,10 @@ FETCH_AGAIN = "Fetch it again, or convert without it to get a checkpoint that ta
 REPAIR = "Repair the tokenizer; most likely its vocabulary lacks the unknown token"
 
 
+class UnreadableText(InputError):
+    """The tokenizer fails on a text."""
+
+
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
     """How a checkpoint prepares its texts.
@@ -86,8 +90,8 @@ class JsonTokenizer:
         return [encoding.ids for encoding in encodings]
 
     def reading(self) -> AbstractContextManager[None]:
-        """A context in which an exception of the tokenizers library becomes an `InputError`."""
-        return raising(InputError, f"{self.file} cannot read these texts", REPAIR)
+        """A context in which an exception of the tokenizers library becomes `UnreadableText`."""
+        return raising(UnreadableText, f"{self.file} cannot read these texts", REPAIR)
 
 
 def load_tokenizer_json(file: Path) -> tuple["Tokenizer", dict[str, Any] | None]:

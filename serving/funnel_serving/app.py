@@ -129,7 +129,9 @@ class App:
                     if not message.get("more_body"):
                         break
         except TimeoutError:
-            raise UnreadBody("slow_body", f"only {size} bytes of the body came within {seconds:g} s") from None
+            if size <= limit:
+                raise UnreadBody("slow_body", f"only {size} bytes of the body came within {seconds:g} s") from None
+            raise UnreadBody("too_large", f"the body has more than the limit of {limit} bytes") from None
         if size > limit:
             raise Refusal("too_large", f"the body has {size} bytes, more than the limit of {limit}; send fewer inputs")
         return b"".join(chunks)

@@ -39,11 +39,15 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self.service = service
         self.failure: Exception | None = None
+        self.has_ended = False  # with all threads
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self.loop = asyncio.get_running_loop()
         self.loading = load_in_thread(self.service, self.fail)
         await super().serve(sockets)
+        # Batches whose clients have left may still run; their results need the loop.
+        is_done = await asyncio.to_thread(self.service.close, self.service.settings.drain_seconds)
+        self.has_ended = is_done and not self.loading.is_alive()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.service.health.state == "stopping":
@@ -114,9 +118,8 @@ def run(settings: Settings) -> int:
         server.run([listener])
     if server.failure:
         raise server.failure
-    is_done = server.service.close(settings.drain_seconds) and not server.loading.is_alive()
     log.info("stopped")
-    if not is_done:  # threads that still compute cannot be stopped, and would crash in the interpreter's end
+    if not server.has_ended:  # threads that still compute cannot be stopped, and would crash in the interpreter's end
         logging.shutdown()
         os._exit(0)
     return 0

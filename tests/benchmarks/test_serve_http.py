@@ -40,7 +40,7 @@ def run(tmp_path_factory):
     """The content of a result file, and what the command printed; then again, resumed."""
     folder = tmp_path_factory.mktemp("http")
     (folder / "mine.txt").write_text("3\n5\n9\n")
-    arguments = ["--depth", 2, "--lengths", folder / "mine.txt", "--requests", COUNT, "--max-batch-tokens", 64]
+    arguments = ["--depth", 2, "--lengths", folder / "mine.txt", "--requests", COUNT, "--max-batch-tokens", 16]
     arguments += ["--json", folder / "out.json"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command, "model_fields", lambda preset, depth: MODELS["embeddinggemma"])
@@ -134,7 +134,7 @@ def test_options_say_what_the_server_was_set_to(run):
         "port": 0,
         "backend": "auto",
         "warmup": "all",
-        "max_batch_tokens": 64,
+        "max_batch_tokens": 16,
         "max_waiting_requests": 128,
         "max_waiting_rows": 2**19,
         "request_seconds": 60.0,

@@ -68,36 +68,6 @@ class Load:
         statuses, latencies, lags = (np.array(answer[name]) for name in ("statuses", "latencies", "lags"))
         return Replies(statuses, latencies, lags, answer["seconds"], answer["cpu_seconds"])
 
-    def closed(self, requests: Sequence[Texts], clients: int) -> Replies:
-        """All requests, by clients that wait for each reply.
-
-        Raises:
-            FunnelError: one was not answered with 200, so that the time means nothing.
-        """
-        replies = self.run(requests=requests, clients=clients)
-        if (wrong := replies.statuses[replies.statuses != 200]).size:
-            raise FunnelError(
-                f"{wrong.size} of {len(requests)} requests were not answered with 200 but {set(wrong.tolist())}"
-            )
-        return replies
-
-    def opened(self, requests: Sequence[Texts], arrivals: np.ndarray) -> Replies:
-        """All requests, at these seconds after the beginning."""
-        return self.run(requests=requests, arrivals=arrivals.tolist())
-
-    def run(self, **task: Any) -> Replies:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(task) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line:
-            raise FunnelError(f"the client ended with status {self.process.wait()}; what it printed says why")
-        answer = json.loads(line)
-        return Replies(
-            **{name: np.array(value) if isinstance(value, list) else value for name, value in answer.items()}
-        )
-
     def close(self) -> None:
         """Ends the process, whatever it is doing."""
         self.process.kill()

@@ -43,6 +43,7 @@ from funnel_benchmarks.serve.requests import (
     poisson_arrivals,
 )
 from funnel_benchmarks.serve.server_process import Server, own_command, peer_command
+from funnel_benchmarks.serve.suite import BASELINE
 from funnel_benchmarks.statistics import quartiles
 from funnel_benchmarks.suite import Section
 from funnel_benchmarks.suite import Suite as BaseSuite
@@ -55,7 +56,6 @@ from funnel_serving.serve_command import require_packages
 from funnel_serving.settings import Settings
 
 PEER = f"{SENTENCE} behind FastAPI"
-BASELINE = http_section.BASELINE
 SHARES = (50, 80, 95, 150)  # per cent of a server's own capacity
 COMMON_SHARE = 80  # of the baseline's capacity: its p99 there is what the highest rates of the others must keep to
 SEARCH_STEPS = 5  # of the search for such a rate; each halves what is not known
@@ -226,8 +226,9 @@ class Suite(BaseSuite):
         funnel = self.funnels[server]
         key = funnel_name(funnel)
         if key not in self.engines:
-            options = {"funnel": funnel, "backend": self.backend, "max_batch_tokens": self.max_batch_tokens}
-            self.engines[key] = Engine.load(self.checkpoint, **options)
+            self.engines[key] = Engine.load(
+                self.checkpoint, funnel=funnel, backend=self.backend, max_batch_tokens=self.max_batch_tokens
+            )
             self.engines[key].warmup()
         return self.engines[key]
 

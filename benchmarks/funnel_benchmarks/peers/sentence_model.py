@@ -4,9 +4,14 @@
 """
 
 import importlib
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from funnel_benchmarks.peers.peer_process import not_installed
 from funnel_benchmarks.random_checkpoint import write_random_model
@@ -57,11 +62,13 @@ def write_sentence_model(directory: Path, fields: Fields) -> None:
 
 def write_tokenizer(directory: Path, vocab_size: int) -> None:
     """Writes a tokenizer into a model's folder that makes the ids of `text_of` of its text, and adds no token."""
-    tokenizers, transformers = map(importlib.import_module, ("tokenizers", "transformers"))
     words = {word_of(number): number for number in range(vocab_size)}
-    tokenizer: Any = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token=word_of(0)))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=word_of(0)).save_pretrained(directory)
+    tokenizer = Tokenizer(WordLevel(words, unk_token=word_of(0)))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.add_special_tokens([word_of(0)])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    fields = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": word_of(0)}
+    (directory / "tokenizer_config.json").write_text(json.dumps(fields), encoding="utf-8")
 
 
 def text_of(ids: list[int]) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,10 @@ import numpy as np
 from funnel_benchmarks.inputs import random_inputs
 from funnel_benchmarks.lengths import PRESETS, describe, draw, length_facts
 from funnel_benchmarks.results import Row
+from funnel_engine import FunnelConfig, ModelConfig
 from funnel_engine.checks import check_positive
-from funnel_engine.packing import Ints
+from funnel_engine.packing import Ints, make_plan
+from funnel_kernels.errors import ConfigError, InputError
 
 # Of independent random numbers: lengths, ids and times of arrival have nothing to do with each other.
 LENGTHS_SEED, IDS_SEED, ARRIVALS_SEED = 0, 1, 2
@@ -78,3 +81,32 @@ class Requests:
     def facts(self) -> Row:
         """For the head of a result file."""
         return {"name": self.name, "source": describe(self.source), **length_facts(self.lengths)}
+
+
+def check_requests(
+    kinds: Sequence[Requests], model: str, config: ModelConfig, funnel: FunnelConfig, max_batch_tokens: int
+) -> None:
+    """Checks that every request can be served.
+
+    Args:
+        model: its name, for messages.
+
+    Raises:
+        ConfigError: two kinds have one name.
+        InputError: the model or a batch is too small for a request.
+    """
+    names = [kind.name for kind in kinds]
+    for kind in kinds:
+        if names.count(kind.name) > 1:
+            raise ConfigError(f"lengths {kind.name!r} are given twice; name each only once")
+        longest = kind.lengths.max()
+        if longest > config.max_positions:
+            raise InputError(
+                f"lengths {kind.name!r} have a request of {longest} tokens, more than the {config.max_positions} that "
+                f"{model} was made for; take shorter ones"
+            )
+        if make_plan(config, funnel).rows_needed(kind.lengths).max() > max_batch_tokens:
+            raise InputError(
+                f"lengths {kind.name!r} have a request of {longest} tokens, but a batch holds only {max_batch_tokens}; "
+                "raise --max-batch-tokens"
+            )

@@ -19,14 +19,20 @@ from funnel_benchmarks.funnels import NO_FUNNEL, check_funnel, funnel_facts, fun
 from funnel_benchmarks.measure import compiling_nothing, in_turns, spread
 from funnel_benchmarks.models import Model
 from funnel_benchmarks.results import LeftOut, Measurement, Results, Row
-from funnel_benchmarks.serve.requests import ARRIVALS_SEED, IDS_SEED, LENGTHS_SEED, Requests, poisson_arrivals
+from funnel_benchmarks.serve.requests import (
+    ARRIVALS_SEED,
+    IDS_SEED,
+    LENGTHS_SEED,
+    Requests,
+    check_requests,
+    poisson_arrivals,
+)
 from funnel_benchmarks.serve.server import Served, serve
 from funnel_benchmarks.statistics import quartiles
 from funnel_benchmarks.suite import Cell, Column, Section, Table, field, number
 from funnel_benchmarks.suite import Suite as BaseSuite
 from funnel_engine import Engine, FunnelConfig
 from funnel_engine.packing import make_plan
-from funnel_kernels.errors import ConfigError, InputError
 from funnel_kernels.target import check_backend
 
 BASELINE = "no funnel"
@@ -68,22 +74,7 @@ class Suite(BaseSuite):
     def __post_init__(self) -> None:
         check_backend(self.backend)
         check_funnel(self.model.config, self.funnel)
-        names = [kind.name for kind in self.kinds]
-        for name in names:
-            if names.count(name) > 1:
-                raise ConfigError(f"lengths {name!r} are given twice; name each only once")
-        for kind in self.kinds:
-            longest = kind.lengths.max()
-            if longest > self.model.config.max_positions:
-                raise InputError(
-                    f"lengths {kind.name!r} have a request of {longest} tokens, more than the "
-                    f"{self.model.config.max_positions} that {self.model.name} was made for; take shorter ones"
-                )
-            if self.sizes(kind, self.funnel).max() > self.max_batch_tokens:
-                raise InputError(
-                    f"lengths {kind.name!r} have a request of {longest} tokens, but a batch holds only "
-                    f"{self.max_batch_tokens}; raise --max-batch-tokens"
-                )
+        check_requests(self.kinds, self.model.name, self.model.config, self.funnel, self.max_batch_tokens)
 
     @functools.cached_property
     def engines(self) -> Engines:

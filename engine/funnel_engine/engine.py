@@ -208,9 +208,9 @@ class Engine:
         Raises:
             ConfigError: the funnel does not fit the model, or needs weights in another form.
         """
-        funnel = read_funnel(funnel)
-        check_funnel(self.config, funnel)
-        for number, is_split in enumerate(query_splits(self.config, funnel)):
+        config, funnel = require_model_config(self.config, "another funnel for the same weights"), read_funnel(funnel)
+        check_funnel(config, funnel)
+        for number, is_split in enumerate(query_splits(config, funnel)):
             layer = self.params["layers"][number]
             lacks_parts = any(is_split) and "kv" not in layer
             lacks_whole = not all(is_split) and "kv" in layer and "qkv" not in layer

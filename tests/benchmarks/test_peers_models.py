@@ -86,7 +86,9 @@ def test_hugging_face_computes_what_the_engine_does(request, model, engine, leng
     assert set(facts) == {"torch", "transformers", "dtype", "attention", "threads"}
     masked = request.node.callspec.params["model"] not in without_mask
     assert facts["attention"] == ("sdpa" if masked else hugging_face.WITHOUT_MASK)
-    assert 0 < difference(engine.embed(sequences, normalize=False), theirs) < 0.03
+    # The vectors of EmbeddingGemma 2 are rounded once more, after the projection.
+    limit = 0.03 if request.node.callspec.params["model"] == "embeddinggemma2" else 0.02
+    assert 0 < difference(engine.embed(sequences, normalize=False), theirs) < limit
 
 
 def test_hugging_face_computes_in_the_dtype_that_it_is_told(model):

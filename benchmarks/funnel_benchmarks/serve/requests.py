@@ -10,8 +10,9 @@ import numpy as np
 from funnel_benchmarks.inputs import random_inputs
 from funnel_benchmarks.lengths import PRESETS, describe, draw, length_facts
 from funnel_benchmarks.results import Row
-from funnel_engine import FunnelConfig, ModelConfig
+from funnel_engine import FunnelConfig
 from funnel_engine.checks import check_positive
+from funnel_engine.funnel_transformer_config import EncoderConfig
 from funnel_engine.packing import Ints, make_plan
 from funnel_kernels.errors import ConfigError, InputError
 
@@ -84,7 +85,7 @@ class Requests:
 
 
 def check_requests(
-    kinds: Sequence[Requests], model: str, config: ModelConfig, funnel: FunnelConfig, max_batch_tokens: int
+    kinds: Sequence[Requests], model: str, config: EncoderConfig, funnel: FunnelConfig, max_batch_tokens: int
 ) -> None:
     """Checks that every request can be served.
 

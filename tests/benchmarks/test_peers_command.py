@@ -332,7 +332,8 @@ def check_section(content):
         (cells,) = table.cells
         assert (cells[1].text, cells[2].text) == ("bfloat16", peer_dtype)
         assert cells[3].value == row["speedup"]["median"]
-        assert 0.999 < row["agreement"] < 1 > row["peer_agreement"] > 0.999
+        assert 0.999 < row["agreement"] < 1
+        assert 0.999 < row["peer_agreement"] <= 1  # in float32 the peer is what both are compared with
         assert [cell.value for cell in cells[-2:]] == [row["agreement"], row["peer_agreement"]]
         assert f"{row['speedup']['median']:.2f} (hugging-face-eager, 7)" in made.summary
         (panel,) = plot.panels

@@ -9,10 +9,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-
 from funnel_benchmarks.peers.peer_process import not_installed
 from funnel_benchmarks.random_checkpoint import write_random_model
 from funnel_benchmarks.results import LeftOut
@@ -62,6 +58,10 @@ def write_sentence_model(directory: Path, fields: Fields) -> None:
 
 def write_tokenizer(directory: Path, vocab_size: int) -> None:
     """Writes a tokenizer into a model's folder that makes the ids of `text_of` of its text, and adds no token."""
+    from tokenizers import Tokenizer  # not at the top: benchmarks on devices run without it
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+
     words = {word_of(number): number for number in range(vocab_size)}
     tokenizer = Tokenizer(WordLevel(words, unk_token=word_of(0)))
     tokenizer.pre_tokenizer = WhitespaceSplit()

@@ -27,7 +27,7 @@ from funnel_engine.cli import main as funnel
 from funnel_engine.flops import forward_flops
 from funnel_engine.packing import make_plan, row_buckets
 
-ROOTS = ("kernels", "engine", "benchmarks")
+ROOTS = ("kernels", "engine", "serving", "benchmarks")
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 # Only JAX, click, rich, what they cannot do without, and this project can be found.
@@ -36,7 +36,7 @@ import sys
 
 allowed = {"numpy", "scipy", "jax", "jaxlib", "ml_dtypes", "opt_einsum", "triton", "jax_triton"}
 allowed |= {"click", "rich", "markdown_it", "mdurl", "pygments"}
-allowed |= {"funnel_kernels", "funnel_engine", "funnel_benchmarks"} | sys.stdlib_module_names
+allowed |= {"funnel_kernels", "funnel_engine", "funnel_serving", "funnel_benchmarks"} | sys.stdlib_module_names
 
 class Finder:
     def __init__(self, finder):

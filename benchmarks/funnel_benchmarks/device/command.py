@@ -37,7 +37,7 @@ def all_parts(out: Path, only: str | None, backend: str, small: bool, minutes: f
     results.tar.gz, which contains them all, at the end. A run that is terminated keeps and packs what it has measured.
     Exit status 1: a result was wrong, or a measurement failed.
 
-    Where the project is not installed, set PYTHONPATH=bindings:kernels:engine:benchmarks and run
+    Where the project is not installed, set PYTHONPATH=bindings:kernels:engine:serving:benchmarks and run
     python -m funnel_benchmarks.bench all ...
 
     Example: funnel bench all --out results --minutes 4 --only check,ceilings,attention

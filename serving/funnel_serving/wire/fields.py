@@ -28,7 +28,7 @@ class Field:
         schema: the JSON Schema of its values other than null.
         read: returns the value for the handler, or raises `Refusal`; its arguments are the field's path and the value.
         default: what the handler gets if the field is left out or null; REQUIRED if it must be there.
-        about: what it is for, in a sentence.
+        about: its purpose, in a sentence.
     """
 
     name: str

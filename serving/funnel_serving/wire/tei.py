@@ -8,7 +8,7 @@ from anyio.to_thread import run_sync
 
 from funnel_engine.weights import dtype_of
 from funnel_serving.refusals import KINDS, Refusal
-from funnel_serving.service import Service
+from funnel_serving.service import TOKENIZERS, Service
 from funnel_serving.wire import fields, replies
 from funnel_serving.wire.fields import Field, Schema, Values, array
 from funnel_serving.wire.model import engine_version, kind_of, model_name
@@ -183,7 +183,7 @@ async def info(service: Service, values: Values) -> Reply:
             "max_batch_requests": None,
             "max_client_batch_size": settings.max_waiting_rows,  # more inputs would never fit into the queue
             "auto_truncate": settings.truncate,
-            "tokenization_workers": 1,
+            "tokenization_workers": TOKENIZERS,
             "version": engine_version(),
             "sha": None,
             "docker_label": None,

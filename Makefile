@@ -7,29 +7,34 @@ FRAMEWORKS := .venv-frameworks
 # What is written in C++ and in the Python module; an installation builds it.
 NATIVE := $(shell find kernels bindings/funnel_native -name '*.cc' -o -name '*.h' -o -name CMakeLists.txt)
 
-# Every value of every option runs; `make test MARKERS=` runs more combinations of them too.
-MARKERS := not grid
+# Every value of every option runs; `make test MARKERS=` runs more combinations of them too, and what test-slow runs.
+MARKERS := not grid and not slow
 # -rs: the summary says which tests were skipped, and why.
-PYTEST_OPTIONS := -n 2 --dist worksteal -p no:benchmark -rs -m '$(MARKERS)'
-# What is different on processors without AVX-512, or without bfloat16 products: simulated before the whole run. The first
-# of these two runs lets XLA optimise its programs, which tests/conftest.py forbids otherwise. AVX-512 without VNNI differs
-# in products of int8 alone: tests/bindings runs the kernels of every instruction set in each run.
+PYTEST := $(BIN)/pytest -n 2 --dist worksteal -p no:benchmark -rs
+# What is different on processors without AVX-512, or without bfloat16 products. The first of these two runs lets XLA
+# optimise its programs, which tests/conftest.py forbids otherwise; without bfloat16 products the second has nothing to
+# limit. AVX-512 without VNNI differs in products of int8 alone: tests/bindings runs the kernels of every instruction set
+# in each run.
 OLDER_CPUS := -k 'not (reference- or xla- or triton or tpu)' tests/bindings/test_native_linear.py \
 	tests/kernels/test_linear.py tests/kernels/test_attention.py tests/kernels/test_add_norm.py \
 	tests/kernels/test_mlp.py tests/engine/test_served_by.py tests/engine/test_threads.py tests/engine/test_weights.py \
 	tests/engine/test_packing_invariance.py::test_every_bit_with_the_kernels_for_cpus_and_within_bounds_on_xla \
 	tests/engine/test_model.py::test_every_backend_gives_what_the_reference_gives
 
-.PHONY: demo test frameworks lint docs bench wheel clean
+.PHONY: demo test test-slow frameworks lint docs bench wheel clean
 
 demo: $(VENV)/installed-bench
 	$(BIN)/funnel demo --output demo
 
 test: $(VENV)/installed-test $(VENV)/lowering
 	$(MAKE) --no-print-directory lint
-	FUNNEL_CPU_ISA=avx2 XLA_FLAGS= $(BIN)/pytest $(PYTEST_OPTIONS) $(OLDER_CPUS)
-	FUNNEL_CPU_ISA=avx512_vnni $(BIN)/pytest $(PYTEST_OPTIONS) $(OLDER_CPUS)
-	$(BIN)/pytest $(PYTEST_OPTIONS)
+	$(PYTEST) -m '$(MARKERS)'
+
+# The tests of minutes, and older processors.
+test-slow: $(VENV)/installed-test $(VENV)/lowering
+	$(PYTEST) -m 'slow and not grid'
+	FUNNEL_CPU_ISA=avx2 XLA_FLAGS= $(PYTEST) -m 'not grid' $(OLDER_CPUS)
+	! grep -q avx512_bf16 /proc/cpuinfo || FUNNEL_CPU_ISA=avx512_vnni $(PYTEST) -m 'not grid' $(OLDER_CPUS)
 
 # The tests against the frameworks that the adapters are for. Their packages are in an environment of their own, which sees
 # those of the main one too: the frameworks pin versions that the engine must not depend on.

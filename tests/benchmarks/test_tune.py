@@ -125,6 +125,7 @@ print(tune.static_problems(problem._replace(candidates=chosen)))
 """
 
 
+@pytest.mark.slow
 def test_what_spills_registers_is_found_without_running_it():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", SPILLS]

@@ -454,6 +454,7 @@ def test_every_backend_gives_what_the_reference_gives(backend, name, dtype):
     np.testing.assert_allclose(other, reference, rtol=0, atol={"float32": 2e-5, "bfloat16": 0.1}[dtype])
 
 
+@pytest.mark.slow
 def test_the_derivative_with_each_layer_computed_again_is_the_same():
     """Every weight has one, those of the per-layer inputs too, which layers on both sides of the funnel read."""
     params, batch = example(funnel := FUNNELS["funnel"])

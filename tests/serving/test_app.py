@@ -35,6 +35,7 @@ def server(engine):
         yield server
 
 
+@pytest.mark.slow
 def test_thousands_of_requests_of_many_clients_get_their_own_vectors(server, engine):
     """And nothing is compiled, and no row of the queue is forgotten."""
     generator = np.random.default_rng(0)

@@ -40,6 +40,7 @@ def short(folder: Path, output: Path, **options):
     return distill(folder / "model", folder / "few.txt", output, SHORT, **options)
 
 
+@pytest.mark.slow
 def test_rows_and_labels_come_closer_to_the_teacher(folder, tmp_path, monkeypatch):
     """A third of what the funnel cost in the cosine of rows, and a fifth in labels, on texts of another seed."""
     monkeypatch.setattr(teacher, "TOKENS_AT_ONCE", 4000)  # the teacher's rows come in several parts

@@ -17,6 +17,7 @@ from topic_checkpoint import CONFIG, WORDS
 FOUR_LAYERS = dataclasses.replace(CONFIG, layer_types=("full",) * 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("packs", "funnel"), [(1, "2:2/sum_max"), pytest.param(2, "1:2/pool_query_only", marks=pytest.mark.grid)]
 )

@@ -33,6 +33,7 @@ def engines_alive() -> list[Engine]:
     return [item for item in gc.get_objects() if type(item) is Engine]
 
 
+@pytest.mark.slow
 def test_hundreds_of_calls_keep_nothing(library, classifier, tagger, texts):
     """Calls of every kind, those that fail too."""
     bad = IDS.copy()

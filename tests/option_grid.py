@@ -10,7 +10,7 @@ Nothing here uses the engine: the intervals of packed sequences are spelled out 
 import dataclasses
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -74,23 +74,44 @@ def over_the_grid(op: str, backends: Iterable[str] = BACKENDS) -> pytest.MarkDec
 def cases_of(op: str, backend: str) -> Iterator[tuple[str, Any, bool]]:
     """The name of each case of a backend, the case, and whether it runs by default.
 
-    The reference and the C++ kernels run all of them. Interpreters are slow, and XLA compiles each case for longer than
-    it runs: there a case runs by default if a value of one of its options is new.
+    The C++ kernels run all of them. Interpreters are slow, and XLA compiles each case for longer than it runs: other
+    backends run few, see `few_of`.
     """
     cases = (SIMULATED if backend == "tpu" else CASES)[op]
-    served = {name: case for name, case in cases.items() if not refuses(op, backend, case)}
-    new = {name for name, _, is_new in with_new_values(served) if is_new}
+    few = few_of({name: case for name, case in cases.items() if not refuses(op, backend, case)})
     for name, case in cases.items():
-        yield name, case, backend in ("reference", "cpu") or name in new
+        yield name, case, backend == "cpu" or name in few
 
 
-def with_new_values(cases: Mapping[str, Any]) -> Iterator[tuple[str, Any, bool]]:
-    """The name of each case, the case, and whether it has a value of an option that no case before it has."""
-    seen: set[tuple[str, str]] = set()
-    for name, case in cases.items():
-        values = {(field, str(value)) for field, value in dataclasses.asdict(case).items()}
-        yield name, case, not values <= seen
-        seen |= values
+def few_of(cases: Mapping[str, Any]) -> list[str]:
+    """The names of few cases in which every value of every option occurs: the next one is always the case that has the
+    most values which are missing."""
+    values = {
+        name: {(field, str(value)) for field, value in dataclasses.asdict(case).items()} for name, case in cases.items()
+    }
+    missing, few = set().union(*values.values()), []
+    while missing:
+        few.append(max(values, key=lambda name: len(values[name] & missing)))
+        missing -= values[few[-1]]
+    return few
+
+
+def each_value_once(indirect: Sequence[str] = (), /, **options: Iterable[Any]) -> pytest.MarkDecorator:
+    """Parametrises a test by options that do not depend on each other: by default as many combinations run as the
+    longest option has values, and every value of every option occurs in them. `indirect` names fixtures among them."""
+    values = [list(each) for each in options.values()]
+    default = {tuple(number % len(each) for each in values) for number in range(max(map(len, values)))}
+    return pytest.mark.parametrize(
+        tuple(options),
+        [
+            pytest.param(
+                *(each[index] for each, index in zip(values, indices, strict=True)),
+                marks=() if indices in default else pytest.mark.grid,
+            )
+            for indices in itertools.product(*(range(len(each)) for each in values))
+        ],
+        indirect=indirect,
+    )
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
@@ -665,6 +686,10 @@ CASES = {
     "pool_norm": POOL_CASES,
     "recover_norm": RECOVER_CASES,
     "add_norm": ADD_NORM_CASES,
+    "linear": LINEAR_CASES,
+    "gated_linear": GATED_CASES,
+    "linear_add_norm": LINEAR_ADD_NORM_CASES,
+    "project_heads": HEADS_CASES,
 }
 SIMULATED = {
     # Each layout with one of the heads: more than the grid has, which varies one of the two at a time.

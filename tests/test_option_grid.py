@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from option_grid import CASES, SIMULATED, SMALL, cases_of, refuses
+from option_grid import CASES, SIMULATED, SMALL, cases_of, each_value_once, refuses
 
 
 def values(op, cases):
@@ -19,7 +19,7 @@ def test_every_value_of_every_option_is_simulated(op):
     assert len(SIMULATED[op]) <= len(CASES[op]) / 3
 
 
-@pytest.mark.parametrize("backend", ["xla", "triton", "tpu"])
+@pytest.mark.parametrize("backend", ["reference", "xla", "triton", "tpu"])
 @pytest.mark.parametrize("op", SIMULATED)
 def test_every_value_of_every_option_is_in_the_default_run(op, backend):
     cases = list(cases_of(op, backend))
@@ -29,6 +29,12 @@ def test_every_value_of_every_option_is_in_the_default_run(op, backend):
 
 
 @pytest.mark.parametrize("op", CASES)
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_other_backends_get_the_whole_grid_by_default(op, backend):
-    assert [case for _, case, is_default in cases_of(op, backend) if is_default] == list(CASES[op].values())
+def test_the_kernels_for_cpus_get_the_whole_grid_by_default(op):
+    assert [case for _, case, is_default in cases_of(op, "cpu") if is_default] == list(CASES[op].values())
+
+
+def test_every_value_of_independent_options_is_in_the_default_run():
+    (names, parameters) = each_value_once(number=(1, 2, 3), letter="ab").args
+    assert names == ("number", "letter")
+    assert [each.values for each in parameters] == [(1, "a"), (1, "b"), (2, "a"), (2, "b"), (3, "a"), (3, "b")]
+    assert [each.values for each in parameters if not each.marks] == [(1, "a"), (2, "b"), (3, "a")]

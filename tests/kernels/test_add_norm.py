@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from funnel_kernels import InputError, add_norm
-from option_grid import ADD_NORM_CASES, BACKENDS, EPS, AddNormCase, normal, target
+from option_grid import BACKENDS, EPS, AddNormCase, normal, over_the_grid, target
 
 ROUNDING = {"float32": 2**-24, "bfloat16": 2**-8}  # the largest relative error of rounding to a dtype
 
@@ -29,8 +29,7 @@ def within(actual, expected, dtype):
     return (error <= ROUNDING[dtype] * np.abs(expected) + 2e-6 * np.maximum(np.abs(expected), 1)).all()
 
 
-@pytest.mark.parametrize("case", ADD_NORM_CASES.values(), ids=ADD_NORM_CASES.keys())
-@pytest.mark.parametrize("backend", ["reference", "cpu"])  # the others take the reference
+@over_the_grid("add_norm", ["reference", "cpu"])  # the others take the reference
 def test_agrees_with_float64(backend, case):
     arrays = case.arrays()
     total, normed = jitted(backend)(*arrays)

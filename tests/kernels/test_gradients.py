@@ -14,29 +14,20 @@ import option_grid as grid
 from funnel_kernels import attention, checks, pool_norm, recover_norm
 from option_grid import AttentionCase, Packed, normal, target
 
-OPS: dict[str, dict[str, Any]] = {
-    "attention": grid.ATTENTION_CASES,
-    "relative_attention": grid.RELATIVE_CASES,
-    "pool_norm": grid.POOL_CASES,
-    "recover_norm": grid.RECOVER_CASES,
-    "add_norm": grid.ADD_NORM_CASES,
-    "linear": grid.LINEAR_CASES,
-    "gated_linear": grid.GATED_CASES,
-    "linear_add_norm": grid.LINEAR_ADD_NORM_CASES,
-    "project_heads": grid.HEADS_CASES,
-}
-
 
 def over_the_grid(dtypes: tuple[str, ...]) -> pytest.MarkDecorator:
-    """Parametrises a test by `op` and `case`; by default the cases run in which a value of an option is new."""
+    """Parametrises a test by `op` and `case`; by default few cases run, in which every value of every option occurs."""
+    chosen = {
+        op: {name: case for name, case in cases.items() if case.dtype in dtypes and not has_integers(case)}
+        for op, cases in grid.CASES.items()
+    }
     return pytest.mark.parametrize(
         ("op", "case"),
         [
-            pytest.param(op, case, id=f"{op}-{name}", marks=() if is_new else pytest.mark.grid)
-            for op, cases in OPS.items()
-            for name, case, is_new in grid.with_new_values(
-                {name: case for name, case in cases.items() if case.dtype in dtypes and not has_integers(case)}
-            )
+            pytest.param(op, case, id=f"{op}-{name}", marks=() if name in few else pytest.mark.grid)
+            for op, cases in chosen.items()
+            for few in (grid.few_of(cases),)
+            for name, case in cases.items()
         ],
     )
 

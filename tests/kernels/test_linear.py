@@ -29,14 +29,13 @@ from option_grid import (
     BACKENDS,
     DTYPES,
     EPS,
-    GATED_CASES,
-    HEADS_CASES,
     LINEAR_ADD_NORM_CASES,
-    LINEAR_CASES,
     HeadsCase,
     LinearAddNormCase,
     LinearCase,
     exact_product,
+    few_of,
+    over_the_grid,
     packed_weight,
     target,
     without_ties,
@@ -57,8 +56,7 @@ def check(actual: jax.Array, expected: np.ndarray, size: np.ndarray, rounding: f
     assert (error <= allowed).all(), (error / allowed).max()
 
 
-@pytest.mark.parametrize("case", LINEAR_CASES.values(), ids=LINEAR_CASES.keys())
-@pytest.mark.parametrize("backend", SERVED)
+@over_the_grid("linear", SERVED)
 def test_linear_agrees_with_float64(backend, case):
     x, weight, add = case.arrays()
     prepared = prepare(weight, target=target(backend))
@@ -72,8 +70,7 @@ def test_linear_agrees_with_float64(backend, case):
     check(actual, expected, size, WIDE_ROUNDING[case.dtype] if case.add else 0.0)
 
 
-@pytest.mark.parametrize("case", GATED_CASES.values(), ids=GATED_CASES.keys())
-@pytest.mark.parametrize("backend", SERVED)
+@over_the_grid("gated_linear", SERVED)
 def test_gated_linear_agrees_with_float64(backend, case):
     x, weight, up = case.arrays()
     actual = jax.jit(lambda *arrays: gated_linear(*arrays, activation=case.gate, target=target(backend)))(
@@ -91,8 +88,7 @@ def test_gated_linear_agrees_with_float64(backend, case):
     check(actual, expected, (1 + sizes[0]) * (1 + sizes[1]), WIDE_ROUNDING[case.dtype])
 
 
-@pytest.mark.parametrize("case", LINEAR_ADD_NORM_CASES.values(), ids=LINEAR_ADD_NORM_CASES.keys())
-@pytest.mark.parametrize("backend", [*SERVED, "auto"])  # where the norms may be native after a product of XLA's
+@over_the_grid("linear_add_norm", [*SERVED, "auto"])  # where the norms may be native after a product of XLA's
 def test_linear_add_norm_agrees_with_float64(backend, case):
     x, weight, add, norm_weight, update_weight, scale = case.arrays()
     run = jax.jit(
@@ -138,8 +134,12 @@ def test_an_accelerator_sums_the_residual_stream_in_its_own_dtype(platform, wide
     assert re.findall(r"stablehlo\.dot_general .* -> tensor<5x24x(\w+)>", text) == [product]
 
 
-@pytest.mark.parametrize("case", [case for case in LINEAR_ADD_NORM_CASES.values() if case.dtype == "bfloat16"], ids=str)
-def test_what_an_accelerator_sums_is_two_roundings_from_float64(case):
+SUMS = {name: case for name, case in LINEAR_ADD_NORM_CASES.items() if case.dtype == "bfloat16"}
+
+
+@pytest.mark.parametrize("name", few_of(SUMS))
+def test_what_an_accelerator_sums_is_two_roundings_from_float64(name):
+    case = SUMS[name]
     x, weight, add, _, update_weight, scale = case.arrays()
     norm_weight = np.ones(case.width, np.float32)
     options = {"update_weight": update_weight, "scale": scale, "eps": EPS, "target": Target("xla", "gpu")}
@@ -177,8 +177,7 @@ def exact_heads(case: HeadsCase, backend: str) -> list[np.ndarray]:
     return [group.reshape(case.rows, -1) for group in groups]
 
 
-@pytest.mark.parametrize("case", HEADS_CASES.values(), ids=HEADS_CASES.keys())
-@pytest.mark.parametrize("backend", SERVED)
+@over_the_grid("project_heads", SERVED)
 def test_project_heads_agrees_with_float64(backend, case):
     x, weight, *rest = case.arrays()
     results = jax.jit(lambda *arrays: project_heads(*arrays, **case.options(), target=target(backend)))(

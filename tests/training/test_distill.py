@@ -49,6 +49,13 @@ def short(folder: Path, output: Path, settings: Settings = SHORT, **options):
 
 
 @pytest.fixture(scope="module")
+def whole(folder):
+    """The checkpoint of a short run that nothing stopped."""
+    short(folder, folder / "whole")
+    return folder / "whole"
+
+
+@pytest.fixture(scope="module")
 def trained(folder):
     """A run of 200 steps, with what it reported."""
     lines: list[str] = []
@@ -59,6 +66,7 @@ def trained(folder):
     return result, lines
 
 
+@pytest.mark.slow
 def test_half_of_what_the_funnel_lost_comes_back(folder, trained):
     """In the mean cosine; the ten nearest texts come back by a fifth of what was lost. On texts of another seed."""
     texts = write_texts(folder / "others.txt", 1000, seed=2).read_text().splitlines()
@@ -69,6 +77,7 @@ def test_half_of_what_the_funnel_lost_comes_back(folder, trained):
     assert 1 - after.overlap < (1 - before.overlap) * 0.8
 
 
+@pytest.mark.slow
 def test_the_new_checkpoint_says_how_it_was_trained(folder, trained):
     result, lines = trained
     manifest, old = read_checkpoint(folder / "trained", verify=True).manifest, read_checkpoint(folder / "model")
@@ -89,6 +98,7 @@ def test_the_new_checkpoint_says_how_it_was_trained(folder, trained):
     assert "200 steps of about" in lines[2]
 
 
+@pytest.mark.slow
 def test_the_folder_of_the_run_has_a_log_and_a_picture(folder, trained):
     run = folder / "trained.training"
     assert {file.name for file in run.iterdir()} == {"run.json", "log.jsonl", "progress.png"}
@@ -98,6 +108,7 @@ def test_the_folder_of_the_run_has_a_log_and_a_picture(folder, trained):
     assert (run / "progress.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_trained_checkpoint_is_evaluated_against_the_one_before(folder, trained):
     task = read_texts(write_texts(folder / "held_out.txt", 300, seed=5))
     with pytest.raises(
@@ -115,9 +126,8 @@ def test_a_trained_checkpoint_is_evaluated_against_the_one_before(folder, traine
 
 
 @pytest.mark.parametrize("stopped_at", [0, 3, 6])
-def test_a_run_that_was_stopped_continues_to_the_same_bits(folder, tmp_path, monkeypatch, stopped_at):
+def test_a_run_that_was_stopped_continues_to_the_same_bits(folder, whole, tmp_path, monkeypatch, stopped_at):
     """Stopped between two states, before and after the first one; the log has steps that the state does not have."""
-    short(folder, tmp_path / "whole")
     log = run_folder.RunFolder.log
 
     def stop(self, entry):
@@ -131,12 +141,12 @@ def test_a_run_that_was_stopped_continues_to_the_same_bits(folder, tmp_path, mon
     monkeypatch.undo()
     assert not (tmp_path / "stopped").exists()
     short(folder, tmp_path / "stopped", resume=True)
-    expected, found = weights_of(tmp_path / "whole"), weights_of(tmp_path / "stopped")
+    expected, found = weights_of(whole), weights_of(tmp_path / "stopped")
     for name, array in expected.items():
         np.testing.assert_array_equal(found[name], array)
     steps = [
-        [json.loads(line)["step"] for line in (tmp_path / f"{name}.training" / "log.jsonl").read_text().splitlines()]
-        for name in ("whole", "stopped")
+        [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()]
+        for run in (whole.with_suffix(".training"), tmp_path / "stopped.training")
     ]
     assert steps[0] == steps[1]
 
@@ -153,7 +163,7 @@ def test_a_run_that_diverges_ends_and_keeps_the_last_state(folder, tmp_path, eve
     assert all(np.isfinite(states[name]).all() for name in states.files)
 
 
-def test_a_full_disk_keeps_the_state_before(folder, tmp_path, monkeypatch):
+def test_a_full_disk_keeps_the_state_before(folder, whole, tmp_path, monkeypatch):
     savez, calls = np.savez, []
 
     def full(file, *arrays):
@@ -169,8 +179,7 @@ def test_a_full_disk_keeps_the_state_before(folder, tmp_path, monkeypatch):
     monkeypatch.undo()
     assert not list((tmp_path / "new.training").glob(".*"))
     short(folder, tmp_path / "new", resume=True)
-    short(folder, tmp_path / "whole")
-    for name, array in weights_of(tmp_path / "whole").items():
+    for name, array in weights_of(whole).items():
         np.testing.assert_array_equal(weights_of(tmp_path / "new")[name], array)
 
 
@@ -218,7 +227,7 @@ def test_a_folder_of_another_run_is_not_touched(folder, tmp_path):
         short(folder, tmp_path / "new", resume=True)
 
 
-def test_what_cannot_be_distilled(folder, tmp_path, trained):
+def test_what_cannot_be_distilled(folder, tmp_path, whole):
     few = tmp_path / "few.txt"
     new = tmp_path / "new"
     few.write_text("w1 w2\n" * 300)
@@ -236,7 +245,7 @@ def test_what_cannot_be_distilled(folder, tmp_path, trained):
     with pytest.raises(
         ConfigError, match="was trained for the funnel 1:2, so it cannot be the teacher, which runs without a funnel"
     ):
-        distill(folder / "trained", folder / "few.txt", new, SHORT)
+        distill(whole, folder / "few.txt", new, SHORT)
     with pytest.raises(ConfigError, match="reads the row of the last token, which distillation does not train"):
         check_outputs(HeadConfig(task="classify", labels=("a", "b")), FUNNEL, (), per_token=False)
     long = write_texts(tmp_path / "long.txt", 250)

@@ -10,6 +10,7 @@ import hugging_face_models as hf
 from funnel_engine import FunnelConfig, HeadConfig
 from funnel_engine.hugging_face_config import read_model_config
 from funnel_engine.programs import ProgramKey
+from option_grid import each_value_once
 from tiny_models import make_engine, random_ids
 
 LONG, LONGEST = 8192, 16384
@@ -37,8 +38,7 @@ def long_engine(family, backend, **changes):
     return make_engine(HeadConfig(), config, funnel=FUNNEL, max_batch_tokens=LONGEST, backend=backend)
 
 
-@pytest.mark.parametrize("backend", ["xla", "cpu"])
-@pytest.mark.parametrize("family", FAMILIES)
+@each_value_once(family=FAMILIES, backend=("xla", "cpu"))
 def test_memory_is_linear_in_the_length(family, backend):
     """A program has no array with a row for each pair of tokens: at twice the length it needs twice the memory."""
     (programs,) = long_engine(family, backend).programs

@@ -33,7 +33,7 @@ from funnel_engine.weights import (
     tensor_types,
 )
 from funnel_kernels import BACKENDS, ConfigError, Target
-from option_grid import target
+from option_grid import each_value_once, target
 
 run = jax.jit(forward, static_argnames=("config", "funnel", "dtype", "target"))
 
@@ -256,8 +256,7 @@ def result_on(platform, config, dtype, rows=40):
     return np.asarray(program(params, batch), np.float64)[:rows]
 
 
-@pytest.mark.parametrize("platform", ["gpu", "tpu"])
-@pytest.mark.parametrize("config", [SMALL, GEMMA_1], ids=["head norms", "plain"])
+@each_value_once(platform=("gpu", "tpu"), config=(SMALL, GEMMA_1))
 def test_every_platform_computes_the_same(platform, config):
     for dtype, tolerance in (("float32", 1e-6), ("bfloat16", 2**-6)):
         ours = result_on("cpu", config, dtype)

@@ -7,6 +7,7 @@ from transformers import Gemma2Model, Gemma3TextModel, MistralModel, Qwen3Model
 import funnel_native
 import hugging_face_models as hf
 from funnel_engine import Engine, FunnelConfig, convert
+from option_grid import each_value_once
 
 TOLERANCE = 1e-5  # float32; the sums of another bucket have another order
 LENGTHS = (1, 2, 7, 13, 16, 31)
@@ -109,9 +110,9 @@ def same_bits(backend, dtype):
     return backend == "auto" and not amx
 
 
-@pytest.mark.parametrize(("funnel", "backend"), [*((funnel, "auto") for funnel in FUNNELS), ("no funnel", "xla")])
-def test_every_bit_with_the_kernels_for_cpus_and_within_bounds_on_xla(wide, funnel, backend):
-    checkpoint, dtype = wide
+@each_value_once(["wide"], wide=BOUNDS, served=[*((funnel, "auto") for funnel in FUNNELS), ("no funnel", "xla")])
+def test_every_bit_with_the_kernels_for_cpus_and_within_bounds_on_xla(wide, served):
+    (checkpoint, dtype), (funnel, backend) = wide, served
     engine = Engine.load(checkpoint, funnel=FUNNELS[funnel], backend=backend, max_batch_tokens=1024)
     sequences, others = hf.random_ids(7, 100, 300), hf.random_ids(350, 31, 77, 5, seed=1)
     mixed = [*others, *sequences]

@@ -11,6 +11,8 @@ NATIVE := $(shell find kernels bindings/funnel_native -name '*.cc' -o -name '*.h
 MARKERS := not grid and not slow
 # -rs: the summary says which tests were skipped, and why.
 PYTEST := $(BIN)/pytest -n 2 --dist worksteal -p no:benchmark -rs
+# Tests start many processes: compiled modules are kept, or each of them would compile all of them again.
+unexport PYTHONDONTWRITEBYTECODE
 # What is different on processors without AVX-512, or without bfloat16 products. The first of these two runs lets XLA
 # optimise its programs, which tests/conftest.py forbids otherwise; without bfloat16 products the second has nothing to
 # limit. AVX-512 without VNNI differs in products of int8 alone: tests/bindings runs the kernels of every instruction set

@@ -57,6 +57,7 @@ ENVIRONMENT = {  # of a process that compiles for TPUs without one
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing runs, so several processes may load it
+    "JAX_ENABLE_COMPILATION_CACHE": "false",  # a program that is not compiled writes none of what is read here
 }
 INSTALL = "libtpu, which has the compiler of TPUs, is not installed; run: pip install libtpu"
 DTYPE = jnp.bfloat16  # of every preset's checkpoints

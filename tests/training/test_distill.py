@@ -32,7 +32,6 @@ from topic_checkpoint import weights_of, write_texts, write_toy
 
 FUNNEL = FunnelConfig.after(1)
 SHORT = Settings(steps=8, every=4, rows=256, texts=16, learning_rate=3e-3)
-pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,6 @@ from topic_checkpoint import write_texts, write_toy
 FUNNEL = FunnelConfig.after(1, recovery="mean_last")
 SHORT = Settings(steps=6, every=3, rows=256, texts=16, learning_rate=3e-3)
 TAGGER = HeadConfig(task="tag", labels=("a", "b", "c", "d"), classifier_bias=True)
-pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 @pytest.fixture(scope="module")

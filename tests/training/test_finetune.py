@@ -28,8 +28,6 @@ from funnel_training.tasks.labels import read_labels
 from funnel_training.trainer import Settings, data_mesh
 from topic_checkpoint import weights_of, write_toy
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
 FUNNEL = FunnelConfig.after(1)
 RECOVERED = FunnelConfig.after(1, recovery="mean_last")
 SETTINGS = Settings(steps=40, every=20, rows=512, learning_rate=1e-2, train="all")

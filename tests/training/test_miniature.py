@@ -41,7 +41,7 @@ TINY = Sizes(
 )
 
 
-pytestmark = pytest.mark.usefixtures("compiled_once")  # a study sets where the whole process keeps its programs
+pytestmark = pytest.mark.usefixtures("other_programs")  # a study sets where the whole process keeps its own
 
 
 def made_up_documents(seed: int = 0) -> list[Document]:

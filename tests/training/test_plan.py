@@ -42,9 +42,9 @@ MAX_LOSS = 0.2
 
 
 @pytest.fixture(autouse=True)
-def _no_compilation_cache():
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)  # a plan sets it for the process
+def _shared_programs(monkeypatch):
+    """A plan keeps its programs in its folder, which it sets for the process. Here all have those of the whole run."""
+    monkeypatch.setattr(planning, "PROGRAMS", jax.config.values["jax_compilation_cache_dir"])
 
 
 @pytest.fixture(scope="module")

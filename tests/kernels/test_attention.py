@@ -15,6 +15,7 @@ from option_grid import (
     AttentionCase,
     Packed,
     Scattered,
+    each_value_once,
     largest_array,
     over_the_grid,
     refuses,
@@ -59,8 +60,7 @@ def test_agrees_with_float64(backend, case):
     assert (error <= ATTENTION_TOLERANCE[case.dtype] * size).all(), (error / np.maximum(size, 1e-30)).max()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_value_once(backend=BACKENDS, dtype=DTYPES)
 def test_a_row_that_sees_nothing_is_exactly_zero(backend, dtype):
     case = AttentionCase(Scattered(300, 700), dtype=dtype)
     q, k, v, lo, hi = case.arrays()

@@ -7,7 +7,7 @@ import pytest
 
 from funnel_kernels import BackendUnavailable, InputError, pool_norm
 from funnel_kernels.pool_norm import POOL_NORM, reference
-from option_grid import BACKENDS, DTYPES, PoolCase, normal, over_the_grid, refuses, target
+from option_grid import BACKENDS, DTYPES, PoolCase, each_value_once, normal, over_the_grid, refuses, target
 
 WRITTEN = [backend for backend in BACKENDS if backend != "xla"]  # which takes the reference
 ROUNDING = {"float32": 2**-24, "bfloat16": 2**-8}  # the largest relative error of rounding to a dtype
@@ -71,8 +71,7 @@ def test_padding_never_reaches_a_pooled_row(backend, pool):
         assert (np.asarray(after)[counts > 0] != 0).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_value_once(backend=BACKENDS, dtype=DTYPES)
 def test_max_and_first_hand_on_the_exact_values(backend, dtype):
     case = PoolCase(2, "max", dtype)
     x, real, weight = case.arrays()

@@ -27,7 +27,7 @@ def pytest_configure(config):
         os.environ[CACHE] = tempfile.mkdtemp(prefix="funnel-tests-")
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         config.add_cleanup(functools.partial(shutil.rmtree, os.environ[CACHE], ignore_errors=True))
-    jax.config.update("jax_compilation_cache_dir", os.environ[CACHE])
+    jax.config.update("jax_compilation_cache_dir", os.path.abspath(os.environ[CACHE]))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 

@@ -11,7 +11,6 @@ import logging
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import fields
-from functools import partial
 from typing import Any
 
 import jax
@@ -181,8 +180,8 @@ def log_to(write: Callable[[int, bytes], None] | None) -> None:
 
 def ragged(ids: memoryview, types: memoryview | None, offsets: memoryview) -> Ragged:
     """The caller's arrays without a copy: ids and types [total], offsets [count + 1]."""
-    read = partial(np.frombuffer, dtype=np.int32)
-    return Ragged(read(ids), read(offsets), None if types is None else read(types))
+    numbers = None if types is None else np.frombuffer(types, np.int32)
+    return Ragged(np.frombuffer(ids, np.int32), np.frombuffer(offsets, np.int32), numbers)
 
 
 def write(result: np.ndarray, out: memoryview) -> None:

@@ -184,6 +184,7 @@ def norm_parts(name: str, width: int) -> tuple[Part, ...]:
 
 def head_parts(config: FunnelTransformerConfig, head: HeadConfig) -> Parts:
     """The same for the weights of the head."""
+    names: dict[str, str | None]
     if head.classifier_dense is not None:
         names = {"classifier.dense": f"{DISCRIMINATOR}dense", "classifier": f"{DISCRIMINATOR}dense_prediction"}
     else:

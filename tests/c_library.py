@@ -21,6 +21,7 @@ STATUSES = {
 }
 WIDTH = tiny_models.CONFIG.hidden_size
 IDS = np.array([2, 17, 93, 5, 2, 40, 41, 42, 43, 2, 99, 7], np.int32)
+TYPES = np.array([2, 0, 0, 1, 2, 0, 0, 1, 1, 2, 1, 1], np.int32)
 OFFSETS = np.array([0, 4, 9, 12], np.int32)
 OPTIONS = '{"max_batch_tokens": 16}'  # one bucket, so little to compile
 
@@ -134,6 +135,13 @@ class Library:
 
     def label(self, function: str, handle: Any, out: np.ndarray, ids=IDS, offsets=OFFSETS) -> np.ndarray:
         self.call(function, handle, pointer(ids), pointer(offsets), len(offsets) - 1, *floats(out))
+        return out
+
+    def typed(self, function: str, handle: Any, out: np.ndarray, types: Any = TYPES) -> np.ndarray:
+        """`function` of the ids and offsets above with types; an `embed` is not normalised."""
+        options = (0, 0) if function == "embed_typed" else ()
+        arguments = pointer(IDS), pointer(types), pointer(OFFSETS), 3, *options
+        self.call(function, handle, *arguments, *floats(out))
         return out
 
     def stats(self, handle: Any) -> dict[str, float]:

@@ -11,10 +11,11 @@ from rich.console import Console
 from rich.progress import track
 
 from funnel_benchmarks.results import Row
-from funnel_engine import Engine, FunnelConfig, HeadConfig, ModelConfig, preset
+from funnel_engine import Engine, FunnelConfig, FunnelTransformerConfig, HeadConfig, preset
 from funnel_engine.checkpoints.native import read_checkpoint
 from funnel_engine.devices import default_activations, local_target, to_device
 from funnel_engine.funnel_transformer_config import EncoderConfig
+from funnel_engine.presets import funnel_transformer
 from funnel_engine.served_by import served_by
 from funnel_engine.weights import check_dtype, count_parameters, expected_shapes, random_weight
 from funnel_kernels import Target
@@ -31,6 +32,7 @@ class Model:
         name: what reports call it.
         weights: where they are from: "random" or the checkpoint's name.
         dtype: of the weights; activations have `devices.default_activations`.
+        funnel: that between the blocks of a Funnel-Transformer, the only one that it is measured with; None: any.
         load: puts the weights on the device, as a backend wants them; names are those of `weights.expected_shapes`.
             On a terminal it shows how far it has got.
         made: weights and engines that were made so far.
@@ -42,6 +44,7 @@ class Model:
     head: HeadConfig
     dtype: str
     load: Callable[[str], Mapping[str, Any]]
+    funnel: FunnelConfig | None = None
     made: dict[Any, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     def loaded(self, backend: str) -> Mapping[str, Any]:
@@ -109,9 +112,22 @@ def preset_model(name: str, dtype: str | None, depth: int | None = None) -> Mode
     return random_model(name, config, dtype)
 
 
-def random_model(name: str, config: ModelConfig, dtype: str) -> Model:
+def funnel_transformer_model(name: str, dtype: str | None) -> Model:
+    """A published Funnel-Transformer with random weights; bfloat16 unless told otherwise.
+
+    Its vectors are the rows of [CLS]. Without its funnel all its layers run at full length, as one block.
+
+    Raises:
+        ConfigError: no such preset, or a dtype that the engine does not run.
+    """
+    dtype = dtype or "bfloat16"
+    check_dtype(dtype)
+    config, funnel = funnel_transformer(name)
+    return dataclasses.replace(random_model(name, config, dtype, HeadConfig("first")), funnel=funnel)
+
+
+def random_model(name: str, config: EncoderConfig, dtype: str, head: HeadConfig = HeadConfig()) -> Model:  # noqa: B008
     """Any architecture with random weights."""
-    head = HeadConfig()
 
     def load(backend: str) -> dict[str, Any]:
         generator = np.random.default_rng(0)
@@ -149,8 +165,9 @@ def checkpoint_model(directory: Path, dtype: str | None) -> Model:
         target = local_target(backend)
         return {name: put_weight(name, weight, dtype, target) for name, weight in weights}
 
-    name = directory.resolve().name
-    return Model(name, name, checkpoint.config, checkpoint.head, dtype, load)
+    name, config, own = directory.resolve().name, checkpoint.config, checkpoint.manifest.funnel
+    funnel = own if isinstance(config, FunnelTransformerConfig) and isinstance(own, FunnelConfig) else None
+    return Model(name, name, config, checkpoint.head, dtype, load, funnel)
 
 
 def with_bar(what: str, items: Collection[Item]) -> Iterable[Item]:

@@ -114,6 +114,7 @@ Status read_options(const funnel_options* given, funnel_options* options) {
 // What a caller hands in: see funnel.h.
 struct Sequences {
   const int32_t* ids;
+  const int32_t* types;
   const int32_t* offsets;
   int32_t count;
 
@@ -189,17 +190,20 @@ void register_for_exit(const Engine& engine) {
   if ((runs & (runs - 1)) == 0) wait_at_exit();
 }
 
-// Calls `function(engine, ids, offsets, extra..., out)` of the host; `out` has rows x width floats.
+// Calls `function(engine, ids, types, offsets, extra..., out)` of the host; `out` has rows x width floats.
 template <typename... Extra>
 Status run(const Engine& engine, const char* function, const char* format, const Sequences& sequences, float* out,
            int32_t rows, int32_t width, Extra... extra) {
   const InterpreterLock lock;
   const size_t count = static_cast<size_t>(sequences.count), tokens = static_cast<size_t>(sequences.tokens());
   const Reference ids = view(sequences.ids, tokens, PyBUF_READ);
+  const Reference types =
+      sequences.types == nullptr ? Reference(Py_NewRef(Py_None)) : view(sequences.types, tokens, PyBUF_READ);
   const Reference offsets = view(sequences.offsets, count + 1, PyBUF_READ);
   const Reference result = view_out(out, rows, width);
-  if (!ids || !offsets || !result) return raised(engine.host.get());
-  const Status status = call_host(engine, function, format, ids.get(), offsets.get(), extra..., result.get());
+  if (!ids || !types || !offsets || !result) return raised(engine.host.get());
+  const Status status =
+      call_host(engine, function, format, ids.get(), types.get(), offsets.get(), extra..., result.get());
   register_for_exit(engine);
   return status;
 }
@@ -341,7 +345,7 @@ Status embed(const Engine& engine, const Sequences& sequences, int32_t normalize
   const int32_t width = truncate_dim == 0 ? size : truncate_dim;
   status = check_output(out, out_floats, sequences.count, width);
   if (!status.ok()) return status;
-  return run(engine, "embed", "OOOiiO", sequences, out, sequences.count, width, static_cast<int>(normalize),
+  return run(engine, "embed", "OOOOiiO", sequences, out, sequences.count, width, static_cast<int>(normalize),
              static_cast<int>(truncate_dim));
 }
 
@@ -387,7 +391,7 @@ Status embed_texts(const Engine& engine, const Texts& given, const char* prompt_
   return status;
 }
 
-// Classification writes one row of logits a sequence, tagging one a token.
+// Classification writes one row of logits a sequence; tagging and answers write one a token.
 Status label(const Engine& engine, const char* function, const Sequences& sequences, bool per_token, float* out,
              size_t out_floats) {
   Status status = check_sequences(sequences, engine.info.max_length);
@@ -395,7 +399,7 @@ Status label(const Engine& engine, const char* function, const Sequences& sequen
   const int32_t rows = per_token ? sequences.tokens() : sequences.count;
   status = check_output(out, out_floats, rows, engine.info.labels);
   if (!status.ok()) return status;
-  return run(engine, function, "OOOO", sequences, out, rows, engine.info.labels);
+  return run(engine, function, "OOOOO", sequences, out, rows, engine.info.labels);
 }
 
 // Writes the text that `function(engine)` of the host returns, with a final 0, into the caller's memory.
@@ -454,9 +458,16 @@ funnel_status funnel_get_info(funnel_engine* engine, funnel_info* info, char* er
 funnel_status funnel_embed(funnel_engine* engine, const int32_t* ids, const int32_t* offsets, int32_t count,
                            int32_t normalize, int32_t truncate_dim, float* out, size_t out_floats, char* error,
                            size_t error_size) {
+  return funnel_embed_typed(engine, ids, nullptr, offsets, count, normalize, truncate_dim, out, out_floats, error,
+                            error_size);
+}
+
+funnel_status funnel_embed_typed(funnel_engine* engine, const int32_t* ids, const int32_t* types,
+                                 const int32_t* offsets, int32_t count, int32_t normalize, int32_t truncate_dim,
+                                 float* out, size_t out_floats, char* error, size_t error_size) {
   return call(error, error_size, [&] {
     return with_engine(engine, [&](const Engine& open) {
-      return embed(open, {ids, offsets, count}, normalize, truncate_dim, out, out_floats);
+      return embed(open, {ids, types, offsets, count}, normalize, truncate_dim, out, out_floats);
     });
   });
 }
@@ -474,18 +485,38 @@ funnel_status funnel_embed_texts(funnel_engine* engine, const char* const* texts
 
 funnel_status funnel_classify(funnel_engine* engine, const int32_t* ids, const int32_t* offsets, int32_t count,
                               float* out, size_t out_floats, char* error, size_t error_size) {
-  return call(error, error_size, [&] {
-    return with_engine(engine, [&](const Engine& open) {
-      return label(open, "classify", {ids, offsets, count}, /*per_token=*/false, out, out_floats);
-    });
-  });
+  return funnel_classify_typed(engine, ids, nullptr, offsets, count, out, out_floats, error, error_size);
 }
 
 funnel_status funnel_tag(funnel_engine* engine, const int32_t* ids, const int32_t* offsets, int32_t count, float* out,
                          size_t out_floats, char* error, size_t error_size) {
+  return funnel_tag_typed(engine, ids, nullptr, offsets, count, out, out_floats, error, error_size);
+}
+
+funnel_status funnel_classify_typed(funnel_engine* engine, const int32_t* ids, const int32_t* types,
+                                    const int32_t* offsets, int32_t count, float* out, size_t out_floats, char* error,
+                                    size_t error_size) {
   return call(error, error_size, [&] {
     return with_engine(engine, [&](const Engine& open) {
-      return label(open, "tag", {ids, offsets, count}, /*per_token=*/true, out, out_floats);
+      return label(open, "classify", {ids, types, offsets, count}, /*per_token=*/false, out, out_floats);
+    });
+  });
+}
+
+funnel_status funnel_tag_typed(funnel_engine* engine, const int32_t* ids, const int32_t* types, const int32_t* offsets,
+                               int32_t count, float* out, size_t out_floats, char* error, size_t error_size) {
+  return call(error, error_size, [&] {
+    return with_engine(engine, [&](const Engine& open) {
+      return label(open, "tag", {ids, types, offsets, count}, /*per_token=*/true, out, out_floats);
+    });
+  });
+}
+
+funnel_status funnel_answer(funnel_engine* engine, const int32_t* ids, const int32_t* types, const int32_t* offsets,
+                            int32_t count, float* out, size_t out_floats, char* error, size_t error_size) {
+  return call(error, error_size, [&] {
+    return with_engine(engine, [&](const Engine& open) {
+      return label(open, "answer", {ids, types, offsets, count}, /*per_token=*/true, out, out_floats);
     });
   });
 }

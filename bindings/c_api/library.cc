@@ -159,6 +159,26 @@ FORWARD(funnel_tag,
          size_t out_floats, char* error, size_t error_size),
         engine, ids, offsets, count, out, out_floats, error, error_size)
 
+FORWARD(funnel_embed_typed,
+        (funnel_engine* engine, const int32_t* ids, const int32_t* types, const int32_t* offsets, int32_t count,
+         int32_t normalize, int32_t truncate_dim, float* out, size_t out_floats, char* error, size_t error_size),
+        engine, ids, types, offsets, count, normalize, truncate_dim, out, out_floats, error, error_size)
+
+FORWARD(funnel_classify_typed,
+        (funnel_engine* engine, const int32_t* ids, const int32_t* types, const int32_t* offsets, int32_t count,
+         float* out, size_t out_floats, char* error, size_t error_size),
+        engine, ids, types, offsets, count, out, out_floats, error, error_size)
+
+FORWARD(funnel_tag_typed,
+        (funnel_engine* engine, const int32_t* ids, const int32_t* types, const int32_t* offsets, int32_t count,
+         float* out, size_t out_floats, char* error, size_t error_size),
+        engine, ids, types, offsets, count, out, out_floats, error, error_size)
+
+FORWARD(funnel_answer,
+        (funnel_engine* engine, const int32_t* ids, const int32_t* types, const int32_t* offsets, int32_t count,
+         float* out, size_t out_floats, char* error, size_t error_size),
+        engine, ids, types, offsets, count, out, out_floats, error, error_size)
+
 FORWARD(funnel_stats,
         (funnel_engine* engine, char* json, size_t json_size, size_t* needed, char* error, size_t error_size), engine,
         json, json_size, needed, error, error_size)

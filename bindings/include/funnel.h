@@ -22,6 +22,9 @@
  * Sequences come as `ids`, one after another, and `offsets`, `count + 1` numbers: sequence b is
  * ids[offsets[b]] ... ids[offsets[b + 1] - 1]. So offsets[0] is 0, and offsets[count] is how many ids are read.
  *
+ * A Funnel-Transformer reads a type of each token too: 0 for the first text of a pair, 1 for the second, 2 for [CLS].
+ * Functions with `types` take as many of them as ids; NULL means that all are 0, as in the functions without.
+ *
  * Results go to memory of the caller, whose length is given in floats (not bytes) and checked before anything is read
  * or run. With `out` NULL and `out_floats` 0 a call checks the other arguments and returns FUNNEL_BUFFER_TOO_SMALL if
  * they are right. Nothing is written unless the call returns FUNNEL_OK. No pointer is kept after a call,
@@ -40,7 +43,7 @@
 #define FUNNEL_API __attribute__((visibility("default")))
 
 /* Grows when functions or fields are added; nothing that was there is removed or changes its meaning. */
-#define FUNNEL_API_VERSION 2
+#define FUNNEL_API_VERSION 3
 
 #ifdef __cplusplus
 extern "C" {
@@ -55,7 +58,7 @@ typedef enum funnel_status {
   FUNNEL_INVALID_ARGUMENT = 1,    /* NULL, an unknown struct_size, malformed offsets, truncate_dim out of range */
   FUNNEL_BUFFER_TOO_SMALL = 2,    /* the result needs more memory than was given; the message says how much */
   FUNNEL_CLOSED = 3,              /* the engine was closed */
-  FUNNEL_INPUT = 4,               /* ids that cannot be run: a sequence too long or empty, an id out of vocabulary */
+  FUNNEL_INPUT = 4,               /* what cannot be run: a sequence too long or empty, an id out of vocabulary, types */
   FUNNEL_CONFIG = 5,              /* an option, or a combination of options, that no model or funnel can have */
   FUNNEL_CHECKPOINT = 6,          /* the checkpoint is missing, damaged, or of another version */
   FUNNEL_BACKEND_UNAVAILABLE = 7, /* no such backend here */
@@ -64,7 +67,12 @@ typedef enum funnel_status {
   FUNNEL_CANCELLED = 10           /* a progress function, or the end of the process, has stopped the warm-up */
 } funnel_status;
 
-typedef enum funnel_task { FUNNEL_TASK_NONE = 0, FUNNEL_TASK_CLASSIFY = 1, FUNNEL_TASK_TAG = 2 } funnel_task;
+typedef enum funnel_task {
+  FUNNEL_TASK_NONE = 0,
+  FUNNEL_TASK_CLASSIFY = 1,
+  FUNNEL_TASK_TAG = 2,
+  FUNNEL_TASK_ANSWER = 3
+} funnel_task;
 
 /* How to open an engine. Set every field that struct_size covers, or start from FUNNEL_OPTIONS_INIT. Later versions may
  * add fields at the end; a program compiled against an older header gives a smaller struct_size, and gets the defaults
@@ -176,6 +184,28 @@ FUNNEL_API funnel_status funnel_classify(funnel_engine* engine, const int32_t* i
  * FUNNEL_CONFIG: the checkpoint has no token classifier, or the funnel leaves no row per token. */
 FUNNEL_API funnel_status funnel_tag(funnel_engine* engine, const int32_t* ids, const int32_t* offsets, int32_t count,
                                     float* out, size_t out_floats, char* error, size_t error_size);
+
+/* As funnel_embed, funnel_classify and funnel_tag, with the types of tokens.
+ *   types  offsets[count] of them, from 0 to 2, or NULL
+ * FUNNEL_INPUT: the model has no token types, or one is not from 0 to 2. */
+FUNNEL_API funnel_status funnel_embed_typed(funnel_engine* engine, const int32_t* ids, const int32_t* types,
+                                            const int32_t* offsets, int32_t count, int32_t normalize,
+                                            int32_t truncate_dim, float* out, size_t out_floats, char* error,
+                                            size_t error_size);
+FUNNEL_API funnel_status funnel_classify_typed(funnel_engine* engine, const int32_t* ids, const int32_t* types,
+                                               const int32_t* offsets, int32_t count, float* out, size_t out_floats,
+                                               char* error, size_t error_size);
+FUNNEL_API funnel_status funnel_tag_typed(funnel_engine* engine, const int32_t* ids, const int32_t* types,
+                                          const int32_t* offsets, int32_t count, float* out, size_t out_floats,
+                                          char* error, size_t error_size);
+
+/* Raw logits that an answer starts, and ends, at each token, [offsets[count], 2]. A sequence is a question and a
+ * context; the answer is the part of the context with the largest sum of both.
+ *   types  as in funnel_embed_typed
+ * FUNNEL_CONFIG: the checkpoint has no head for answers, or the funnel leaves no row per token. */
+FUNNEL_API funnel_status funnel_answer(funnel_engine* engine, const int32_t* ids, const int32_t* types,
+                                       const int32_t* offsets, int32_t count, float* out, size_t out_floats,
+                                       char* error, size_t error_size);
 
 /* Counters since the engine was opened, as a JSON object: calls, sequences, tokens, batches, padding_rows,
  * compilations, compilations_after_warmup, compile_seconds. With a funnel by length, by_length is a list of objects,

@@ -30,13 +30,16 @@ class Error : public std::runtime_error {
 };
 
 // Sequences that the caller owns, one after another; nothing is copied. offsets has one entry more than there are
-// sequences, so it is never empty; its last entry must not exceed the number of ids.
+// sequences, so it is never empty; its last entry must not exceed the number of ids. types: of tokens; nullptr for
+// none.
 struct Sequences {
   const int32_t* ids;
   const int32_t* offsets;
   int32_t count;
+  const int32_t* types;
 
-  Sequences(const int32_t* ids, const int32_t* offsets, int32_t count) : ids(ids), offsets(offsets), count(count) {}
+  Sequences(const int32_t* ids, const int32_t* offsets, int32_t count, const int32_t* types = nullptr)
+      : ids(ids), offsets(offsets), count(count), types(types) {}
 
   Sequences(const std::vector<int32_t>& ids, const std::vector<int32_t>& offsets)
       : Sequences(ids.data(), offsets.data(), static_cast<int32_t>(offsets.size()) - 1) {
@@ -44,6 +47,15 @@ struct Sequences {
         static_cast<size_t>(offsets.back()) != ids.size()) {
       throw Error(FUNNEL_INVALID_ARGUMENT, "offsets must end at the number of ids, " + std::to_string(ids.size()));
     }
+  }
+
+  Sequences(const std::vector<int32_t>& ids, const std::vector<int32_t>& offsets, const std::vector<int32_t>& types)
+      : Sequences(ids, offsets) {
+    if (types.size() != ids.size()) {
+      throw Error(FUNNEL_INVALID_ARGUMENT, "types has " + std::to_string(types.size()) + " numbers; there must be " +
+                                               std::to_string(ids.size()) + ", one for each id");
+    }
+    this->types = types.data();
   }
 };
 
@@ -106,8 +118,8 @@ class Engine {
   std::vector<float> embed(Sequences given, bool normalize = true, int32_t truncate_dim = 0) const {
     return run(
         [&](float* out, size_t floats, char* error, size_t size) {
-          return funnel_embed(engine_, given.ids, given.offsets, given.count, normalize, truncate_dim, out, floats,
-                              error, size);
+          return funnel_embed_typed(engine_, given.ids, given.types, given.offsets, given.count, normalize,
+                                    truncate_dim, out, floats, error, size);
         },
         [&] { return floats(given.count, truncate_dim > 0 ? truncate_dim : info_.embedding_size); });
   }
@@ -135,7 +147,8 @@ class Engine {
   std::vector<float> classify(Sequences given) const {
     return run(
         [&](float* out, size_t floats, char* error, size_t size) {
-          return funnel_classify(engine_, given.ids, given.offsets, given.count, out, floats, error, size);
+          return funnel_classify_typed(engine_, given.ids, given.types, given.offsets, given.count, out, floats, error,
+                                       size);
         },
         [&] { return floats(given.count, info_.labels); });
   }
@@ -144,7 +157,17 @@ class Engine {
   std::vector<float> tag(Sequences given) const {
     return run(
         [&](float* out, size_t floats, char* error, size_t size) {
-          return funnel_tag(engine_, given.ids, given.offsets, given.count, out, floats, error, size);
+          return funnel_tag_typed(engine_, given.ids, given.types, given.offsets, given.count, out, floats, error,
+                                  size);
+        },
+        [&] { return floats(given.offsets[given.count], info_.labels); });
+  }
+
+  // [tokens, 2]
+  std::vector<float> answer(Sequences given) const {
+    return run(
+        [&](float* out, size_t floats, char* error, size_t size) {
+          return funnel_answer(engine_, given.ids, given.types, given.offsets, given.count, out, floats, error, size);
         },
         [&] { return floats(given.offsets[given.count], info_.labels); });
   }

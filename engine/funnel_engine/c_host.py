@@ -19,10 +19,11 @@ import numpy as np
 
 from funnel_engine.config import FunnelConfig, parse_funnel
 from funnel_engine.engine import Engine
+from funnel_engine.inputs import Ragged
 from funnel_engine.jax_settings import default_settings
 from funnel_kernels.errors import BackendUnavailable, CheckpointError, ConfigError, InputError
 
-API_VERSION = 2  # FUNNEL_API_VERSION of the libraries that this module supports
+API_VERSION = 3  # FUNNEL_API_VERSION of the libraries that this module supports
 
 
 class Cancelled(Exception):
@@ -31,7 +32,7 @@ class Cancelled(Exception):
 
 STATUSES = {InputError: 4, ConfigError: 5, CheckpointError: 6, BackendUnavailable: 7, Cancelled: 10}  # funnel_status
 INTERNAL = 9
-TASKS = {None: 0, "classify": 1, "tag": 2}  # of funnel_task
+TASKS = {None: 0, "classify": 1, "tag": 2, "answer": 3}  # of funnel_task
 
 # The valid names in "options". A mesh consists of Python objects, so it cannot be given; the path has its own field.
 ENGINE_OPTIONS = tuple(name for name in inspect.signature(Engine.load).parameters if name not in ("path", "mesh"))
@@ -98,9 +99,16 @@ def warmup(engine: Engine, buckets: memoryview | None, report: Callable[[int, in
 
 
 def embed(
-    engine: Engine, ids: memoryview, offsets: memoryview, normalize: int, truncate_dim: int, out: memoryview
+    engine: Engine,
+    ids: memoryview,
+    types: memoryview | None,
+    offsets: memoryview,
+    normalize: int,
+    truncate_dim: int,
+    out: memoryview,
 ) -> None:
-    write(engine.embed(ragged(ids, offsets), normalize=bool(normalize), truncate_dim=truncate_dim or None), out)
+    inputs = ragged(ids, types, offsets)
+    write(engine.embed(inputs, normalize=bool(normalize), truncate_dim=truncate_dim or None), out)
 
 
 def embed_texts(
@@ -129,12 +137,16 @@ def decode(name: str, text: bytes) -> str:
         raise InputError(f"{name} is not UTF-8: {error.reason} at byte {error.start}; encode it as UTF-8") from None
 
 
-def classify(engine: Engine, ids: memoryview, offsets: memoryview, out: memoryview) -> None:
-    write(engine.classify(ragged(ids, offsets)), out)
+def classify(engine: Engine, ids: memoryview, types: memoryview | None, offsets: memoryview, out: memoryview) -> None:
+    write(engine.classify(ragged(ids, types, offsets)), out)
 
 
-def tag(engine: Engine, ids: memoryview, offsets: memoryview, out: memoryview) -> None:
-    write(np.concatenate(engine.tag(ragged(ids, offsets))), out)
+def tag(engine: Engine, ids: memoryview, types: memoryview | None, offsets: memoryview, out: memoryview) -> None:
+    write(np.concatenate(engine.tag(ragged(ids, types, offsets))), out)
+
+
+def answer(engine: Engine, ids: memoryview, types: memoryview | None, offsets: memoryview, out: memoryview) -> None:
+    write(np.concatenate(engine.answer(ragged(ids, types, offsets))), out)
 
 
 def stats(engine: Engine) -> bytes:
@@ -166,9 +178,10 @@ def log_to(write: Callable[[int, bytes], None] | None) -> None:
     logging.captureWarnings(write is not None)
 
 
-def ragged(ids: memoryview, offsets: memoryview) -> tuple[np.ndarray, np.ndarray]:
-    """The caller's arrays without a copy: (ids [total], offsets [count + 1])."""
-    return np.frombuffer(ids, np.int32), np.frombuffer(offsets, np.int32)
+def ragged(ids: memoryview, types: memoryview | None, offsets: memoryview) -> Ragged:
+    """The caller's arrays without a copy: ids and types [total], offsets [count + 1]."""
+    numbers = None if types is None else np.frombuffer(types, np.int32)
+    return Ragged(np.frombuffer(ids, np.int32), np.frombuffer(offsets, np.int32), numbers)
 
 
 def write(result: np.ndarray, out: memoryview) -> None:

@@ -226,6 +226,7 @@ def doctor(as_json: bool) -> None:
 )
 @click.option("--truncate-dim", type=int, help="Keep only this many dimensions of each vector.")
 @click.option("--prompt-name", help="Name of the checkpoint's prompt to put before each text.")
+@click.option("--pairs", is_flag=True, help="A line is a pair of texts with a tab between them, one vector each.")
 @click.option("--truncate", is_flag=True, help="Cut off the end of texts that are too long, instead of stopping.")
 @click.option("--normalize/--no-normalize", default=True, show_default=True, help="Scale vectors to length 1.")
 @click.option("--attention", type=click.Choice(ATTENTIONS), help="Kind of attention. Default: that of the checkpoint.")
@@ -237,6 +238,7 @@ def embed(
     output: Path,
     truncate_dim: int | None,
     prompt_name: str | None,
+    pairs: bool,
     truncate: bool,
     normalize: bool,
     attention: str | None,
@@ -256,10 +258,11 @@ def embed(
             raise InputError(f"line {number} of the texts is empty; each line must contain one text")
     if not lines:
         raise InputError("the file has no texts; give one text per line")
+    inputs = split_pairs(lines) if pairs else lines
     engine = Engine.load(checkpoint, funnel=funnel, backend=backend, attention=attention)
     calls = []
     for start in show_progress(range(0, len(lines), TEXTS_PER_CALL), "Reading"):
-        part = lines[start : start + TEXTS_PER_CALL]
+        part = inputs[start : start + TEXTS_PER_CALL]
         try:
             calls.append(engine.token_ids(part, prompt_name=prompt_name, truncate=truncate))
         except TooLong as error:  # the engine counts inputs from 0 in each call
@@ -273,6 +276,19 @@ def embed(
     parts = [engine.embed(ids, normalize=normalize, truncate_dim=truncate_dim) for ids in embedding]
     write_vectors(output, np.concatenate(parts))
     click.echo(f"Wrote {len(lines)} vectors of size {parts[0].shape[1]} to {output}")
+
+
+def split_pairs(lines: list[str]) -> list[tuple[str, ...]]:
+    """The two texts of each line, with a tab between them.
+
+    Raises:
+        InputError: a line has more or fewer, or an empty text.
+    """
+    pairs = [tuple(line.split("\t")) for line in lines]
+    for number, pair in enumerate(pairs, start=1):
+        if len(pair) != 2 or not all(pair):
+            raise InputError(f"line {number} must contain two texts with one tab between them")
+    return pairs
 
 
 def read_lines(texts: str) -> list[str]:

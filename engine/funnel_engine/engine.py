@@ -240,6 +240,7 @@ class Engine:
             vocab_size=self.config.vocab_size,
             max_length=self.max_length,
             truncate=truncate,
+            token_types=self.config.token_types,
         )
         if ragged.types is not None and not self.config.token_types:
             raise InputError(f"inputs have token types, which a model of family {self.config.family} does not read")
@@ -258,7 +259,8 @@ class Engine:
         """One vector per input: its rows are pooled, then the dense layers of the head are applied.
 
         Args:
-            inputs: a text, texts, sequences of token ids, or ragged `(ids, offsets)`, see `inputs.read_inputs`.
+            inputs: a text, texts, pairs of texts, sequences of token ids, or ragged `(ids, offsets)`, see
+                `inputs.read_inputs`.
             normalize: scale each vector to length 1.
             truncate_dim: keep only the first dimensions, before normalising (Matryoshka, arXiv:2205.13147).
             prompt_name: the prompt of the checkpoint to put before each text.
@@ -309,7 +311,8 @@ class Engine:
     def answer(self, inputs: Any, *, truncate: bool = False) -> list[np.ndarray]:
         """Raw logits that an answer starts, and ends, at each token, one [T, 2] float32 array per input.
 
-        An input has a question and a context; the answer is the part of the context with the largest sum of both.
+        An input is a pair of a question and a context, or their ids and types; the answer is the part of the context
+        with the largest sum of both.
 
         Raises:
             ConfigError: the checkpoint has no head for answers, or the output has fewer rows than tokens.
@@ -437,7 +440,8 @@ class Engine:
             **({"meant for": f"the funnel {self.intended_funnel}"} if is_another else {}),
             "head": f"pooling {self.head.pooling}, {len(self.head.dense)} dense layers, "
             f"task {self.head.task or 'none'}"
-            + (", of the pooled vector" if self.head.classifier_input == "pooled" else ""),
+            + (", of the pooled vector" if self.head.classifier_input == "pooled" else "")
+            + (", after a dense layer" if self.head.classifier_dense is not None else ""),
             **self.backends(),
             "devices": str(self.devices),
             "buckets": "; ".join(f"{len(rows)} from {rows[0]} to {rows[-1]} rows" for rows in buckets),

@@ -28,6 +28,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "tanh": jnp.tanh,
     "relu": jax.nn.relu,
     "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
     "silu": jax.nn.silu,
     "sigmoid": jax.nn.sigmoid,
 }
@@ -35,7 +36,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 @dataclasses.dataclass(frozen=True)
 class DenseConfig:
-    """A linear layer [in] -> [out] on a sentence vector, and the activation after it."""
+    """A linear layer [in] -> [out] on a vector, and the activation after it."""
 
     out_features: int
     in_features: int
@@ -64,6 +65,8 @@ class HeadConfig:
         classifier_bias: whether the classifier adds a bias.
         classifier_input: what a classifier of sequences reads: the row of the "last_token", as in transformers, or the
             "pooled" vector, after the dense layers, as in arXiv:2504.02877.
+        classifier_dense: a dense layer on each row, whose output a classifier of tokens reads, as the discriminator of
+            ELECTRA's pre-training does (arXiv:2003.10555); None if it reads the row itself.
     """
 
     pooling: str = "mean"
@@ -74,6 +77,7 @@ class HeadConfig:
     labels: tuple[str, ...] = ()
     classifier_bias: bool = False
     classifier_input: str = "last_token"
+    classifier_dense: DenseConfig | None = None
 
     def __post_init__(self) -> None:
         check_option("pooling", self.pooling, POOLINGS)
@@ -95,6 +99,10 @@ class HeadConfig:
                 f"classifier_input='pooled' is for the task 'classify', but the task is {self.task or 'none'}; "
                 "leave it out"
             )
+        if self.classifier_dense is not None and self.task != "tag":
+            raise ConfigError(
+                f"classifier_dense is for the task 'tag', but the task is {self.task or 'none'}; leave it out"
+            )
 
 
 def head_shapes(hidden_size: int, head: HeadConfig) -> dict[str, tuple[int, ...]]:
@@ -103,25 +111,34 @@ def head_shapes(hidden_size: int, head: HeadConfig) -> dict[str, tuple[int, ...]
     Raises:
         ConfigError: the dense layers do not fit together.
     """
-    size = hidden_size
-    for index, dense in enumerate(head.dense):
-        if dense.in_features != size:
-            raise ConfigError(
-                f"dense layer {index} has in_features={dense.in_features}, but its input has {size} features"
-            )
-        size = dense.out_features
     shapes: dict[str, tuple[int, ...]] = {}
     if head.pooler:
         shapes["pooler.query"] = (hidden_size,)
+    size = hidden_size
     for index, dense in enumerate(head.dense):
-        shapes[f"dense.{index}.weight"] = (dense.out_features, dense.in_features)
-        if dense.bias:
-            shapes[f"dense.{index}.bias"] = (dense.out_features,)
+        shapes |= dense_shapes(f"dense.{index}", dense, size)
+        size = dense.out_features
     if head.task:
-        shapes["classifier.weight"] = (len(head.labels), size if head.classifier_input == "pooled" else hidden_size)
+        read = size if head.classifier_input == "pooled" else hidden_size
+        if head.classifier_dense is not None:
+            shapes |= dense_shapes("classifier.dense", head.classifier_dense, read)
+            read = head.classifier_dense.out_features
+        shapes["classifier.weight"] = (len(head.labels), read)
         if head.classifier_bias:
             shapes["classifier.bias"] = (len(head.labels),)
     return shapes
+
+
+def dense_shapes(name: str, dense: DenseConfig, size: int) -> dict[str, tuple[int, ...]]:
+    """The weights of a dense layer on vectors of `size` features.
+
+    Raises:
+        ConfigError: it is for another number of features.
+    """
+    if dense.in_features != size:
+        raise ConfigError(f"{name} has in_features={dense.in_features}, but its input has {size} features")
+    shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (dense.out_features, size)}
+    return shapes | ({f"{name}.bias": (dense.out_features,)} if dense.bias else {})
 
 
 class Head(Protocol):
@@ -166,10 +183,7 @@ class SentenceVectors:
         else:
             pooled = pool_rows(rows.astype(jnp.float32), first, count, self.config.pooling)
         for index, dense in enumerate(self.config.dense):
-            pooled = linear(pooled, params[f"dense.{index}.weight"])
-            if dense.bias:
-                pooled = pooled + params[f"dense.{index}.bias"]
-            pooled = ACTIVATIONS[dense.activation](pooled)
+            pooled = apply_dense(dense, params, f"dense.{index}", pooled)
         return pooled  # [B, D']
 
 
@@ -234,8 +248,17 @@ def classifier(config: HeadConfig, plan: Plan, pad_token_id: int | None) -> Head
 
 def class_logits(config: HeadConfig, params: Mapping[str, Any], rows: jax.Array) -> jax.Array:
     """The classifier's raw logits of rows, [R, D] -> [R, labels]."""
-    logits = linear(rows.astype(jnp.float32), params["classifier.weight"])
+    rows = rows.astype(jnp.float32)
+    if config.classifier_dense is not None:
+        rows = apply_dense(config.classifier_dense, params, "classifier.dense", rows)
+    logits = linear(rows, params["classifier.weight"])
     return logits + params["classifier.bias"] if config.classifier_bias else logits
+
+
+def apply_dense(dense: DenseConfig, params: Mapping[str, Any], name: str, x: jax.Array) -> jax.Array:
+    """A dense layer and its activation in float32, [R, in] -> [R, out]."""
+    x = linear(x, params[f"{name}.weight"])
+    return ACTIVATIONS[dense.activation](x + params[f"{name}.bias"] if dense.bias else x)
 
 
 def make_heads(head: HeadConfig, plan: Plan, pad_token_id: int | None) -> list[Head]:

@@ -7,10 +7,11 @@ import jax
 import numpy as np
 
 from funnel_engine.packing import Ints
+from funnel_engine.pairs import Cut, join_pairs
 from funnel_engine.text import TextConfig, Tokenize
 from funnel_kernels.errors import InputError
 
-LARGEST_TYPE = 2  # of a token: 0 and 1 for the two texts of a pair, 2 for [CLS]
+FIRST_TYPE = LARGEST_TYPE = 2  # of a token: 0 and 1 for the two texts of a pair, 2 for [CLS]
 
 
 class Ragged(NamedTuple):
@@ -59,11 +60,12 @@ def read_inputs(
     vocab_size: int,
     max_length: int,
     truncate: bool = False,
+    token_types: bool = False,
 ) -> Ragged:
     """Accepts one text, several texts, sequences of token ids, or a tuple `(ids, offsets)` of integer arrays.
 
     Several texts or sequences are a list, a tuple, or anything that NumPy can convert to an array, e.g. arrays of
-    PyTorch and JAX and columns of pandas.
+    PyTorch and JAX and columns of pandas. In a list, a tuple of two texts is a pair, which tokenizer.json joins.
 
     Args:
         inputs: see above.
@@ -72,20 +74,32 @@ def read_inputs(
         prompt_name: the name of the prompt to put before every text.
         vocab_size: ids must be in `[0, vocab_size)`.
         max_length: the largest number of tokens of a sequence.
-        truncate: cut off the end of longer inputs (of a text, before its last id is added), instead of raising.
+        truncate: cut off the end of longer inputs (of a text, before its last id is added; of a pair, as `Cut` says),
+            instead of raising.
+        token_types: whether tokens of texts get types.
 
     Raises:
         InputError: an input cannot be run; the message contains the index of the first such input.
     """
     prompt = text.prompt(prompt_name)
     items = list_items(inputs)
-    is_texts = any(isinstance(item, str) for item in items)
+    has_pairs = any(is_pair(item) for item in items)
+    is_texts = any(isinstance(item, str) for item in items) and not has_pairs
+    if prompt_name is not None and has_pairs:
+        raise InputError(f"prompt_name={prompt_name!r} is for single texts; put the prompt into the texts of the pairs")
     if prompt_name is not None and not is_texts:
         raise InputError(
             f"prompt_name={prompt_name!r} needs texts; token ids must already begin with the ids of the prompt"
         )
     if is_texts:
         ragged = join(read_texts(items, tokenize, text, prompt, max_length if truncate else None))
+        if token_types:
+            types = np.zeros(len(ragged.ids), np.int32)
+            if text.begin is not None:
+                types[ragged.offsets[:-1]] = FIRST_TYPE
+            ragged = ragged._replace(types=types)
+    elif has_pairs:
+        ragged = read_pairs(items, tokenize, text, max_length if truncate else None, token_types)
     elif isinstance(inputs, tuple) and len(inputs) == 2:
         if not all(hasattr(part, "dtype") for part in inputs):
             raise InputError(
@@ -113,8 +127,8 @@ def list_items(inputs: Any) -> Sequence[Any]:
         inputs = list(np.atleast_1d(to_array("the array of inputs", inputs)))
     if not isinstance(inputs, Sequence) or isinstance(inputs, (bytes, bytearray, memoryview)):
         raise InputError(
-            f"inputs of type {type(inputs).__name__} cannot be read; give a text, a list of texts, a list of token-id "
-            "sequences, or a tuple (ids, offsets) of integer arrays"
+            f"inputs of type {type(inputs).__name__} cannot be read; give a text, a list of texts or pairs of texts, a "
+            "list of token-id sequences, or a tuple (ids, offsets) of integer arrays"
         )
     if len(inputs) == 0:
         raise InputError("the list of inputs is empty; give at least one text or sequence")
@@ -131,19 +145,7 @@ def read_texts(
             "into the folder of the source checkpoint and convert it again"
         )
     for index, item in enumerate(texts):
-        if not isinstance(item, str):
-            raise InputError(
-                f"input {index} is a {type(item).__name__}, but other inputs are texts; give only texts, or only ids"
-            )
-        if not item:
-            raise InputError(f"input {index} is an empty text; leave it out")
-        try:
-            item.encode()
-        except UnicodeEncodeError:
-            message = (
-                f"input {index} contains half of a surrogate pair, which is not a character; decode the text again"
-            )
-            raise InputError(message) from None
+        check_text(index, item)
     begin = [text.begin] if text.begin is not None else []
     end = [text.end] if text.end is not None else []
     room = None if max_length is None else max(0, max_length - len(begin) - len(end))
@@ -151,6 +153,41 @@ def read_texts(
         to_int32(f"input {index}", np.asarray(begin + ids[:room] + end, np.int64))
         for index, ids in enumerate(tokenize([prompt + item for item in texts]))
     ]
+
+
+def is_pair(item: Any) -> bool:
+    return isinstance(item, tuple) and len(item) == 2 and any(isinstance(text, str) for text in item)
+
+
+def read_pairs(
+    items: Any, tokenize: Tokenize | None, text: TextConfig, max_length: int | None, token_types: bool
+) -> Ragged:
+    """Pairs of texts, and texts between them; cut to `max_length` if given."""
+    for index, item in enumerate(items):
+        for part in item if is_pair(item) else [item]:
+            check_text(index, part)
+    joined = join_pairs(items, tokenize, text)
+    cut = None if max_length is None else Cut(max_length)
+    kept = [slice(None) if cut is None or len(each.ids) <= cut.tokens else cut.kept(each.texts) for each in joined]
+    ragged = join([each.ids[some] for each, some in zip(joined, kept, strict=True)])
+    if not token_types:
+        return ragged
+    return ragged._replace(types=np.concatenate([each.types[some] for each, some in zip(joined, kept, strict=True)]))
+
+
+def check_text(index: int, text: Any) -> None:
+    """Raises `InputError` unless this is a text that a tokenizer can read; `index` is that of the input."""
+    if not isinstance(text, str):
+        raise InputError(
+            f"input {index} is a {type(text).__name__}, but other inputs are texts; give only texts, or only ids"
+        )
+    if not text:
+        raise InputError(f"input {index} is an empty text; leave it out")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        message = f"input {index} contains half of a surrogate pair, which is not a character; decode the text again"
+        raise InputError(message) from None
 
 
 def read_ids(index: int, item: Any) -> Ints:
@@ -229,7 +266,7 @@ def to_int32(name: str, array: np.ndarray) -> Ints:
     if array.dtype.kind in "USTO" and any(isinstance(value, (str, bytes)) for value in array.flat):
         raise InputError(
             f"{name} contains several texts where token ids are needed; give texts in one flat list, and a pair of "
-            "texts as one text"
+            "texts as a tuple of two"
         )
     if array.dtype.kind not in "iu":
         nan = " (it contains NaN)" if array.dtype.kind == "f" and np.isnan(array).any() else ""

@@ -11,6 +11,7 @@ from funnel_engine.checkpoints.native import open_checkpoint, verify_files
 from funnel_engine.checkpoints.source import SourceModel
 from funnel_engine.config import Funnel, FunnelConfig
 from funnel_engine.flops import forward_flops, ideal_ratio
+from funnel_engine.heads import DenseConfig
 from funnel_engine.weights import DTYPES, count_bytes, count_parameters, expected_shapes
 from funnel_kernels.errors import CheckpointError, FunnelError
 
@@ -96,16 +97,14 @@ def describe(model: SourceModel) -> Facts:
         "gigabytes_converted": {dtype: count_bytes(shapes, dtype) / 1e9 for dtype in DTYPES},
         "left_out": model.dropped,
         "pooling": head.pooling,
-        "dense_layers": [
-            {"out": dense.out_features, "in": dense.in_features, "bias": dense.bias, "activation": dense.activation}
-            for dense in head.dense
-        ],
+        "dense_layers": list(map(dense_facts, head.dense)),
         "similarity": head.similarity,
         "intended_funnel": str(model.funnel),
         "training": None if model.training is None else dataclasses.asdict(model.training),
         "task": head.task,
         "labels": list(head.labels),
         "classifier_input": head.classifier_input,
+        "classifier_dense": None if head.classifier_dense is None else dense_facts(head.classifier_dense),
         "tokenizer": "tokenizer.json" if model.tokenizer_json else model.tokenizer_file and model.tokenizer_file.name,
         "begin_id": text.begin,
         "end_id": text.end,
@@ -113,6 +112,10 @@ def describe(model: SourceModel) -> Facts:
         "prompts": text.prompts,
         "default_prompt_name": text.default_prompt_name,
     }
+
+
+def dense_facts(dense: DenseConfig) -> Facts:
+    return {"out": dense.out_features, "in": dense.in_features, "bias": dense.bias, "activation": dense.activation}
 
 
 def costs(model: SourceModel, funnel: Funnel, seq_len: int) -> Facts:

@@ -132,18 +132,27 @@ def funnel_transformer(name: str) -> tuple[FunnelTransformerConfig, FunnelConfig
     Raises:
         ConfigError: the name is not that of a published model; the message lists all of them.
     """
-    full = name.removesuffix("-base")
-    if full not in FUNNEL_TRANSFORMERS:
+    if not is_funnel_transformer(name):
         raise ConfigError(f"{name!r} is unknown; choose one of {', '.join(FUNNEL_TRANSFORMERS)}, or add '-base' to one")
+    full = name.removesuffix("-base")
     return read_funnel_transformer_config(FUNNEL_TRANSFORMERS[full], has_decoder=name == full)
+
+
+def is_funnel_transformer(name: str) -> bool:
+    """Whether this is the name of a published Funnel-Transformer."""
+    return name.removesuffix("-base") in FUNNEL_TRANSFORMERS
 
 
 def preset(name: str) -> ModelConfig:
     """The architecture of a published model, e.g. "gemma-2b", with the attention that its config says.
 
     Raises:
-        ConfigError: the preset does not exist; the message lists all presets.
+        ConfigError: the preset does not exist, or is a Funnel-Transformer; the message lists all presets.
     """
+    if is_funnel_transformer(name):
+        raise ConfigError(
+            f"{name!r} is a Funnel-Transformer, which this is not for; choose one of {', '.join(PRESETS)}"
+        )
     if name not in PRESETS:
         raise ConfigError(f"preset {name!r} is unknown; choose one of {', '.join(PRESETS)}")
     return read_model_config(PRESETS[name])

@@ -37,8 +37,10 @@ def served_by(config: EncoderConfig, funnel: FunnelConfig, dtype: str, target: T
     activations = default_activations(dtype, target)
 
     def make_tree(weights: Mapping[str, Any]) -> Tree:
-        in_dtype = {name: cast(name, weight, dtype_for(name, dtype, activations)) for name, weight in weights.items()}
-        return nest(in_dtype, config, funnel)
+        def in_dtype(name: str, weight: Any) -> Any:
+            return cast(name, weight, dtype_for(name, dtype, activations))
+
+        return map_weights(in_dtype, nest(weights, config, funnel))
 
     tree = jax.eval_shape(make_tree, join_scales(tensor_types(shapes, dtype)))
     params = map_weights(partial(prepare_weight, dtype=dtype, activations=activations, target=target), tree)

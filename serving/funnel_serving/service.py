@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from funnel_engine import ConfigError, Engine, FunnelConfig
+from funnel_engine.pairs import Cut
 from funnel_engine.results import finish_vectors
 from funnel_serving.answers import Answer, Inputs, Pairs, Texts, Timing, Token, TokenIds
 from funnel_serving.batcher import Batcher
@@ -17,7 +18,7 @@ from funnel_serving.health import Health
 from funnel_serving.metrics import Metrics
 from funnel_serving.refusals import Refusal
 from funnel_serving.settings import Settings
-from funnel_serving.tokenization import Cut, decode, describe_tokens, read_request
+from funnel_serving.tokenization import decode, describe_tokens, read_request
 from funnel_serving.unfunneled import Unfunneled
 
 INLINE_SIZE = 4096  # characters or ids: fewer take less time to tokenise than to hand over to a thread

@@ -8,36 +8,12 @@ import numpy as np
 from funnel_engine import Engine, InputError
 from funnel_engine.inputs import Ragged, TooLong, check_lengths, join, read_inputs
 from funnel_engine.packing import Ints
+from funnel_engine.pairs import ADDED, Cut, Joined, NoPairs, join_pairs
 from funnel_engine.text import JsonTokenizer, UnreadableText
 from funnel_serving.answers import Inputs, Texts, Token, TokenIds
 from funnel_serving.refusals import Refusal
 
 UNLIMITED = 2**31 - 1
-ADDED = -1  # instead of the number of a text: the token is one that the checkpoint adds
-
-
-@dataclasses.dataclass(frozen=True)
-class Cut:
-    """How inputs that are too long are cut: to how many tokens, and whether the beginning is cut off or the end."""
-
-    tokens: int
-    from_left: bool = False
-
-    def kept(self, texts: Ints) -> Ints:
-        """The indices of the tokens that remain of one input.
-
-        The tokens that the checkpoint adds remain. Of a pair of texts the longer one is cut until both are equally
-        long, as in transformers.
-
-        Args:
-            texts: for each token, 0 or 1 for the text of the pair that it is from, or `ADDED`.
-        """
-        first, second = np.flatnonzero(texts == 0), np.flatnonzero(texts == 1)
-        room = max(0, self.tokens - int((texts == ADDED).sum()))
-        of_second = min(len(second), max(room // 2, room - len(first)))
-        parts = [(first, min(len(first), room - of_second)), (second, of_second)]
-        kept = [part[len(part) - count :] if self.from_left else part[:count] for part, count in parts]
-        return np.sort(np.concatenate([np.flatnonzero(texts == ADDED), *kept]))[: self.tokens]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,15 +51,14 @@ def read_request(
             raise Refusal("empty", f"input {index} is empty; leave it out")
     try:
         if any(isinstance(item, tuple) for item in inputs):
-            sequences, texts, types = read_pairs(engine, inputs)
+            joined = join_pairs(inputs, engine.tokenizer, engine.text)
         else:
-            sequences, texts = read_singles(engine, inputs, prompt_name)
-            types = None
-        too_long = [cut is not None and len(ids) > cut.tokens for ids in sequences]
-        kept = [cut.kept(each) if cut and long else None for each, long in zip(texts, too_long, strict=True)]
-        ragged = join(select(sequences, kept))
-        if types is not None:
-            ragged = ragged._replace(types=np.concatenate(select(types, kept)))
+            joined = read_singles(engine, inputs, prompt_name)
+        too_long = [cut is not None and len(each.ids) > cut.tokens for each in joined]
+        kept = [cut.kept(each.texts) if cut and long else None for each, long in zip(joined, too_long, strict=True)]
+        ragged = join(select([each.ids for each in joined], kept))
+        if engine.config.token_types:
+            ragged = ragged._replace(types=np.concatenate(select([each.types for each in joined], kept)))
         check_lengths(ragged.lengths, engine.max_length)
     except TooLong as error:
         raise Refusal.invalid(
@@ -92,6 +67,8 @@ def read_request(
         ) from error
     except UnreadableText as error:
         raise Refusal("tokenization", str(error)) from error
+    except NoPairs as error:
+        raise Refusal("unsupported", str(error)) from error
     except InputError as error:
         raise Refusal.invalid(str(error)) from error
     return Tokenized(ragged, kept)
@@ -102,8 +79,8 @@ def select(sequences: Sequence[Ints], kept: Sequence[Ints | None]) -> list[Ints]
     return [each if some is None else each[some] for each, some in zip(sequences, kept, strict=True)]
 
 
-def read_singles(engine: Engine, inputs: Inputs, prompt_name: str | None) -> tuple[list[Ints], list[Ints]]:
-    """The ids of each input, and for each token whether the checkpoint adds it, see `Cut.kept`."""
+def read_singles(engine: Engine, inputs: Inputs, prompt_name: str | None) -> list[Joined]:
+    """The tokens of texts, or ids as they are."""
     if engine.tokenizer is None and isinstance(inputs[0], str):
         raise Refusal("unsupported", "this checkpoint has no tokenizer; send token ids")
     read = read_inputs(
@@ -113,6 +90,7 @@ def read_singles(engine: Engine, inputs: Inputs, prompt_name: str | None) -> tup
         prompt_name=prompt_name,
         vocab_size=engine.config.vocab_size,
         max_length=UNLIMITED,
+        token_types=engine.config.token_types,
     )
     texts = np.zeros(len(read.ids), np.int32)
     if isinstance(inputs[0], str):
@@ -120,28 +98,8 @@ def read_singles(engine: Engine, inputs: Inputs, prompt_name: str | None) -> tup
             texts[read.offsets[:-1]] = ADDED
         if engine.text.end is not None:
             texts[read.offsets[1:] - 1] = ADDED
-    borders = read.offsets[1:-1]
-    return np.split(read.ids, borders), np.split(texts, borders)
-
-
-def read_pairs(engine: Engine, inputs: Inputs) -> tuple[list[Ints], list[Ints], list[Ints] | None]:
-    """The same for pairs of texts, put together by tokenizer.json; and token types, None if the model has none."""
-    json_tokenizer = tokenizer_of(engine)
-    tokenizer = json_tokenizer.tokenizer
-    begin, end = ([] if added is None else [added] for added in (engine.text.begin, engine.text.end))
-    with json_tokenizer.reading():
-        probe = tokenizer.encode("a").ids
-        if probe != [*begin, *tokenizer.encode("a", add_special_tokens=False).ids, *end]:
-            raise Refusal(
-                "unsupported",
-                "the rules of this checkpoint for single texts differ from those of its tokenizer.json, so there is no "
-                "rule for pairs of texts; join each pair to one text as the model was trained",
-            )
-        encodings = tokenizer.encode_batch([item if isinstance(item, str) else tuple(item) for item in inputs])
-    texts = [[ADDED if text is None else text for text in encoding.sequence_ids] for encoding in encodings]
-    types = [np.array(encoding.type_ids, np.int32) for encoding in encodings] if engine.config.token_types else None
-    ids = [np.array(encoding.ids, np.int32) for encoding in encodings]
-    return ids, [np.array(each, np.int32) for each in texts], types
+    types = np.zeros(len(read.ids), np.int32) if read.types is None else read.types
+    return list(map(Joined, *(np.split(each, read.offsets[1:-1]) for each in (read.ids, texts, types))))
 
 
 def describe_tokens(

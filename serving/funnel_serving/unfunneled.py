@@ -6,10 +6,11 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 import numpy as np
 
 from funnel_engine import Engine, FunnelConfig
+from funnel_engine.pairs import Cut
 from funnel_kernels.errors import FunnelError
 from funnel_serving.answers import Texts
 from funnel_serving.refusals import Refusal
-from funnel_serving.tokenization import Cut, read_request
+from funnel_serving.tokenization import read_request
 
 
 class Unfunneled:

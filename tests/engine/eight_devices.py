@@ -19,9 +19,11 @@ import pytest
 import transformers
 from jax.sharding import Mesh
 
+import funnel_transformer_models
 from funnel_engine import BackendUnavailable, ConfigError, Engine, FunnelConfig, HeadConfig, convert
 from funnel_engine.config import Rope
 from funnel_engine.heads import DenseConfig
+from funnel_engine.inputs import Ragged
 from funnel_engine.packing import make_plan, pack, spans
 from funnel_engine.sharding import DeviceMesh, abstract_forward
 from funnel_engine.weights import expected_shapes
@@ -161,6 +163,18 @@ def test_tag():
     ids = random_ids(RAGGED * 2)
     one, many = (make_engine(TAGGER, config, funnel=funnel, mesh=mesh) for mesh in (None, mesh_of(data=2, model=2)))
     assert_close(many.tag(ids), one.tag(ids))
+
+
+def test_a_funnel_transformer_has_all_devices_along_data(tmp_path):
+    torch_model = funnel_transformer_models.random_model("FunnelForQuestionAnswering")
+    funnel_transformer_models.save(torch_model, tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "model", dtype="float32")
+    ids, offsets, types = funnel_transformer_models.random_inputs(RAGGED * 2)
+    one, many = (Engine.load(tmp_path / "model", max_batch_tokens=64, mesh=mesh) for mesh in (None, mesh_of(data=8)))
+    for call in ("embed", "answer", "hidden_states"):
+        assert_close(*(getattr(engine, call)(Ragged(ids, offsets, types)) for engine in (many, one)), atol=1e-4)
+    with pytest.raises(ConfigError, match="2 devices along 'model', but a Funnel-Transformer is not divided"):
+        Engine.load(tmp_path / "model", mesh=mesh_of(model=2))
 
 
 def test_a_funnel_by_length():

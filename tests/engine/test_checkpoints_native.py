@@ -67,7 +67,7 @@ def edit(checkpoint: Path, path: str, value: Any) -> None:
 def test_manifest_says_what_is_there(checkpoint):
     found, fields = read_checkpoint(checkpoint), manifest(checkpoint)
     shapes = expected_shapes(found.config, found.head)
-    assert fields["version"] == 5
+    assert fields["version"] == 6
     assert fields["tensors"] == len(found.weights) == len(shapes)
     assert fields["parameters"] == sum(array.size for array in found.weights.values()) == count_parameters(shapes)
     assert fields["config"]["softcap"] == 1.7
@@ -113,7 +113,7 @@ def test_what_is_no_checkpoint(tmp_path, checkpoint):
         ("version", 1, "version 1"),
         ("version", "absent", "version None"),
         ("version", "1", "version '1'"),
-        ("version", 6, "version 6; this engine reads versions 2 to 5"),
+        ("version", 7, "version 7; this engine reads versions 2 to 6"),
         ("version", 4.0, "version 4.0"),
         ("version", True, "version True"),
         ("funnel", "absent", "lacks 'funnel'"),
@@ -256,6 +256,12 @@ def test_version_3_is_read(checkpoint, tmp_path):
     assert found.manifest.quantized == {}
 
 
+def test_version_5_has_no_dense_layer_below_a_classifier_of_tokens(checkpoint):
+    for path, value in {"version": 5, "head/classifier_dense": "absent"}.items():
+        edit(checkpoint, path, value)
+    assert read_checkpoint(checkpoint).head.classifier_dense is None
+
+
 @pytest.mark.parametrize("version", [3, 4])
 def test_funnels_of_older_versions_do_not_keep_the_last_token(checkpoint, tmp_path, version):
     """Also those of a funnel by length, which version 4 has."""
@@ -269,7 +275,7 @@ def test_funnels_of_older_versions_do_not_keep_the_last_token(checkpoint, tmp_pa
             edit(path, f"funnel/{where}keep_last", "absent")
         assert "keep_last" not in (path / "funnel.json").read_text()
         assert read_checkpoint(path).manifest.funnel == funnel
-        edit(path, "version", 5)
+        edit(path, "version", 6)
         with pytest.raises(CheckpointError, match="lacks 'keep_last'"):
             read_checkpoint(path)
 

@@ -7,10 +7,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+import transformers
+from click.testing import CliRunner
 
 import funnel_transformer_models as models
 from funnel_engine import CheckpointError, ConfigError, Engine, FunnelConfig, InputError, convert
 from funnel_engine.checkpoints.native import read_checkpoint
+from funnel_engine.cli import main
 from funnel_engine.flops import ideal_ratio
 from funnel_engine.heads import HeadConfig
 from funnel_engine.inputs import Ragged
@@ -89,6 +92,10 @@ def norm(x, weights, name):
     return normed * weights[f"{name}.weight"] + weights[f"{name}.bias"]
 
 
+def gelu(x):
+    return 0.5 * x * (1 + np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x**3)))
+
+
 def layer(queries, keys, weights, name, config):
     x, query_places, query_types = queries
     source, key_places, key_types = keys
@@ -122,8 +129,7 @@ def layer(queries, keys, weights, name, config):
     out = attended @ weight("attention.post_proj.weight").T + weight("attention.post_proj.bias")
     x = norm(x + out, weights, f"{name}.attention.layer_norm")
     hidden = x @ weight("ffn.linear_1.weight").T + weight("ffn.linear_1.bias")
-    hidden = 0.5 * hidden * (1 + np.tanh((2 / np.pi) ** 0.5 * (hidden + 0.044715 * hidden**3)))
-    out = hidden @ weight("ffn.linear_2.weight").T + weight("ffn.linear_2.bias")
+    out = gelu(hidden) @ weight("ffn.linear_2.weight").T + weight("ffn.linear_2.bias")
     return norm(x + out, weights, f"{name}.ffn.layer_norm")
 
 
@@ -268,14 +274,41 @@ def test_tags_and_answers_have_a_row_for_every_token(tmp_path):
         np.testing.assert_allclose(ours, expected, atol=TOLERANCE)
 
 
-def test_the_discriminator_of_pre_training_is_left_out_and_counted(tmp_path):
+def discriminate(rows, model):
+    """The logits of the discriminator for the decoder's rows, in float64."""
+    head = {name: value.detach().double().numpy() for name, value in model.discriminator_predictions.named_parameters()}
+    hidden = gelu(rows @ head["dense.weight"].T + head["dense.bias"])
+    return hidden @ head["dense_prediction.weight"].T + head["dense_prediction.bias"]
+
+
+def test_the_discriminator_of_pre_training_tags_every_token(tmp_path):
+    """With the logit that a token was replaced; the rows and vectors of the encoder stay those of the model."""
     model, engine = load(tmp_path, "FunnelForPreTraining")
+    assert engine.head.labels == ("replaced",)
+    assert inspect_checkpoint(tmp_path / "source")["task"] == inspect_checkpoint(tmp_path / "engine")["task"] == "tag"
+    ragged = inputs((9, 16, 1, 40))
+    expected, tags = models.run_each(model, *ragged), engine.tag(ragged)
+    vectors = engine.embed(ragged, normalize=False)
+    for ours, theirs, vector, (ids, types) in zip(tags, expected, vectors, sequences(ragged), strict=True):
+        rows = oracle(model.funnel, ids, types)[1]
+        assert ours.shape == (len(ids), 1)
+        np.testing.assert_allclose(ours, discriminate(rows, model), atol=TOLERANCE)
+        np.testing.assert_allclose(ours[:, 0], theirs.logits[0], atol=TOLERANCE)
+        np.testing.assert_allclose(vector, rows[0], atol=TOLERANCE)
+
+
+def test_the_discriminator_is_left_out_of_another_class_and_missed_in_its_own(tmp_path):
+    models.save(models.random_model("FunnelForPreTraining"), tmp_path / "source")
+    config = tmp_path / "source" / "config.json"
+    fields = json.loads(config.read_text())
+    config.write_text(json.dumps(fields | {"architectures": ["FunnelModel"]}))
+    convert(tmp_path / "source", tmp_path / "engine")
     dropped = read_checkpoint(tmp_path / "engine").manifest.source.dropped
     assert dropped == {".attention.k_head.bias": 6, "discriminator_predictions.": 4}
-    ragged = inputs((9, 16))
-    for ours, (ids, types) in zip(engine.hidden_states(ragged), sequences(ragged), strict=True):
-        expected = oracle(model.funnel, ids, types)[1]
-        np.testing.assert_allclose(ours, expected, atol=TOLERANCE)
+    models.save(models.random_model("FunnelModel"), tmp_path / "source")
+    config.write_text(json.dumps(fields))
+    with pytest.raises(CheckpointError, match=r"missing: discriminator_predictions.dense.weight \(32, 32\)"):
+        convert(tmp_path / "source", tmp_path / "again")
 
 
 # ------------------------------------------------------------------------------------------------- token types
@@ -312,8 +345,6 @@ PIECES = ["<pad>", "<unk>", "<cls>", "<sep>", "a", "funnel", "##s", "pool", "##i
 
 
 def test_a_vocabulary_gives_the_ids_of_transformers(tmp_path):
-    import transformers
-
     model = models.random_model()
     models.save(model, tmp_path / "source")
     (tmp_path / "source" / "vocab.txt").write_text("\n".join(PIECES) + "\n")
@@ -326,6 +357,71 @@ def test_a_vocabulary_gives_the_ids_of_transformers(tmp_path):
         engine = Engine.load(tmp_path / folder, backend="xla", max_batch_tokens=64)
         ragged = engine.token_ids(texts)
         assert [part.tolist() for part in np.split(ragged.ids, ragged.offsets[1:-1])] == theirs(texts)["input_ids"]
+
+
+@pytest.fixture(scope="module")
+def with_texts(tmp_path_factory):
+    """A model whose first token is pooled like others, so that its type matters; with a vocabulary."""
+    folder = tmp_path_factory.mktemp("texts")
+    model = models.random_model("FunnelForQuestionAnswering", separate_cls=False)
+    models.save(model, folder / "source")
+    (folder / "source" / "vocab.txt").write_text("\n".join(PIECES) + "\n")
+    convert(folder / "source", folder / "engine", dtype="float32")
+    tokenizer = transformers.FunnelTokenizer(vocab={piece: number for number, piece in enumerate(PIECES)})
+    return model, Engine.load(folder / "engine", backend="xla", max_batch_tokens=64), tokenizer, folder / "engine"
+
+
+def test_texts_and_pairs_have_the_ids_and_types_of_transformers(with_texts):
+    model, engine, theirs, _ = with_texts
+    texts, pairs = ["a funnel, pooling", "Funnels"], [("a funnel", "funnels pooling a pool"), ("pool", "a")]
+    for inputs, lists in ((texts, [texts]), (pairs, map(list, zip(*pairs, strict=True)))):
+        ragged, expected = engine.token_ids(inputs), theirs(*lists, return_token_type_ids=True)
+        both = zip(expected["input_ids"], expected["token_type_ids"], strict=True)
+        for (ids, types), (their_ids, their_types) in zip(sequences(ragged), both, strict=True):
+            assert (ids.tolist(), types.tolist()) == (their_ids, their_types)
+    ragged = engine.token_ids(pairs)
+    assert ragged.types.tolist()[:5] == [2, 0, 0, 0, 1]
+    for ours, output in zip(engine.answer(pairs), models.run_each(model, *ragged), strict=True):
+        expected = np.stack([output.start_logits[0], output.end_logits[0]], axis=1)
+        np.testing.assert_allclose(ours, expected, atol=TOLERANCE)
+
+
+def test_a_pair_that_is_too_long_is_cut_as_in_transformers(with_texts):
+    _, engine, theirs, _ = with_texts
+    pair = ("a funnel pool " * 9, "a pool " * 40)
+    expected = theirs(*pair, truncation="longest_first", max_length=64, return_token_type_ids=True)
+    ragged = engine.token_ids([pair], truncate=True)
+    assert (ragged.ids.tolist(), ragged.types.tolist()) == (expected["input_ids"], expected["token_type_ids"])
+    with pytest.raises(InputError, match="input 0 has 110 tokens, more than the limit of 64"):
+        engine.token_ids([pair])
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ([("a", "")], "input 0 is an empty text"),
+        (["a", ("a", 3)], "input 1 is a int, but other inputs are texts"),
+        ([("a", "pool"), [2, 3]], "input 1 is a list, but other inputs are texts"),
+        ([("a", "\ud800")], "input 0 contains half of a surrogate pair"),
+        ([("a", "b", "c")], "contains several texts where token ids are needed"),
+    ],
+)
+def test_pairs_that_cannot_be_run_are_refused(inputs, message, with_texts):
+    with pytest.raises(InputError, match=message):
+        with_texts[1].token_ids(inputs)
+
+
+def test_the_command_embeds_pairs(with_texts, tmp_path):
+    _, engine, _, folder = with_texts
+    (tmp_path / "pairs.tsv").write_text("a funnel\tfunnels pooling\npool\ta\n")
+    command = ["embed", str(folder), str(tmp_path / "pairs.tsv"), "--pairs", "-o", str(tmp_path / "vectors.npy")]
+    assert (result := CliRunner().invoke(main, command)).exit_code == 0, result.output
+    expected = engine.embed([("a funnel", "funnels pooling"), ("pool", "a")])
+    np.testing.assert_allclose(np.load(tmp_path / "vectors.npy"), expected, atol=1e-5)
+    for content in ("pool\ta\npool a\n", "pool\ta\npool\ta\ta\n", "pool\ta\n\ta\n"):
+        (tmp_path / "pairs.tsv").write_text(content)
+        assert (result := CliRunner().invoke(main, command)).exit_code == 2
+        assert "line 2 must contain two texts with one tab between them" in result.stderr
 
 
 @pytest.mark.parametrize(

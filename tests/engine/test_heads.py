@@ -98,6 +98,7 @@ ACTIVATIONS = {
     "tanh": np.tanh,
     "relu": lambda x: np.maximum(x, 0),
     "gelu": lambda x: x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2,
+    "gelu_tanh": lambda x: x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2,
     "silu": lambda x: x / (1 + np.exp(-x)),
     "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
 }
@@ -121,10 +122,36 @@ def test_weights_of_dense_layers():
         "dense.0.bias": (31,),
         "dense.1.weight": (20, 31),
     }
-    with pytest.raises(ConfigError, match="dense layer 1 has in_features=20, but its input has 31 features"):
+    with pytest.raises(ConfigError, match=r"dense\.1 has in_features=20, but its input has 31 features"):
         head_shapes(8, HeadConfig(dense=(dense[0], DenseConfig(31, 20))))
-    with pytest.raises(ConfigError, match="dense layer 0 has in_features=8, but its input has 9 features"):
+    with pytest.raises(ConfigError, match=r"dense\.0 has in_features=8, but its input has 9 features"):
         head_shapes(9, HeadConfig(dense=dense))
+
+
+def test_a_dense_layer_below_a_classifier_of_tokens(encoder):
+    """Each row goes through it; sentence vectors do not."""
+    dense = DenseConfig(31, WIDTH, bias=True, activation="gelu_tanh")
+    head = HeadConfig(task="tag", labels=("replaced",), classifier_bias=True, classifier_dense=dense)
+    weights = {
+        "classifier.dense.weight": normal(31, WIDTH) * 0.3,
+        "classifier.dense.bias": normal(31),
+        "classifier.weight": normal(1, 31),
+        "classifier.bias": normal(1),
+    }
+    assert head_shapes(WIDTH, head) == {name: weight.shape for name, weight in weights.items()}
+    engine = engine_with(encoder, head, weights, max_batch_tokens=64)
+    for logits, vector, ids in zip(engine.tag(SEQUENCES), engine.embed(SEQUENCES), SEQUENCES, strict=True):
+        rows = encoder.truth(ids)
+        hidden = rows @ weights["classifier.dense.weight"].T + weights["classifier.dense.bias"]
+        truth = ACTIVATIONS["gelu_tanh"](hidden) @ weights["classifier.weight"].T + weights["classifier.bias"]
+        assert logits.shape == (len(ids), 1)
+        assert hf.worst(logits, truth) < TOLERANCE
+        assert hf.worst(vector, unit(rows.mean(0)[None])[0]) < TOLERANCE
+    assert "task tag, after a dense layer" in engine.facts()["head"]
+    with pytest.raises(ConfigError, match="classifier_dense is for the task 'tag', but the task is classify"):
+        HeadConfig(task="classify", labels=("no", "yes"), classifier_dense=dense)
+    with pytest.raises(ConfigError, match=r"classifier\.dense has in_features=8, but its input has 9 features"):
+        head_shapes(9, dataclasses.replace(head, classifier_dense=DenseConfig(31, 8)))
 
 
 @pytest.mark.parametrize(

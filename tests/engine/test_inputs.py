@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from funnel_engine.inputs import Ragged, read_inputs
+from funnel_engine.pairs import NoPairs
 from funnel_engine.text import TextConfig
 from funnel_kernels.errors import InputError
 from tiny_models import TEXT, tokenize
@@ -147,17 +148,26 @@ def test_one_text_as_an_array():
 @pytest.mark.parametrize(
     "nested",
     [
-        [("a", "of tokens"), ("b", "c")],
+        [("a", "of tokens", "b"), ("b", "c", "a")],
+        [["a", "of tokens"], ["b", "c"]],
         [["a"], ["b"]],
         np.array([["a", "b"]]),
         (np.array(["a"]), np.array(["b"])),
         [["a", 3]],
     ],
-    ids=["pairs", "lists", "array of two axes", "tuple of arrays", "texts and ids"],
+    ids=["triples", "lists of two", "lists", "array of two axes", "tuple of arrays", "texts and ids"],
 )
 def test_nested_texts_are_told_so(nested):
     with pytest.raises(InputError, match=r"(input 0|ids) contains several texts where token ids are needed; give"):
         read(nested)
+
+
+def test_pairs_need_the_rule_of_a_tokenizer_json():
+    for inputs in ([("a", "of tokens"), ("b", "c")], ["a", ("b", "c")]):
+        with pytest.raises(NoPairs, match=r"pairs of texts need a checkpoint with tokenizer\.json"):
+            read(inputs)
+    with pytest.raises(InputError, match="prompt_name='query' is for single texts"):
+        read([("a", "of tokens")], text=PROMPTS, prompt_name="query")
 
 
 def test_a_prompt_needs_texts():

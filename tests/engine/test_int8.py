@@ -120,7 +120,7 @@ def test_what_is_stored(folder):
         else:
             np.testing.assert_array_equal(stored[name], array, strict=True)
     manifest = json.loads((folder / "int8" / "funnel.json").read_text())
-    assert (manifest["dtype"], manifest["version"], manifest["tensors"]) == ("int8", 5, len(stored))
+    assert (manifest["dtype"], manifest["version"], manifest["tensors"]) == ("int8", 6, len(stored))
     assert sum(array.nbytes for array in stored.values()) == count_bytes(shapes, "int8")
     opened = read_checkpoint(folder / "int8", verify=True).weights
     assert {name for name, weight in opened.items() if isinstance(weight, QuantizedWeight)} == matrices

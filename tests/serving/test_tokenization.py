@@ -5,9 +5,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from funnel_engine.pairs import ADDED, Cut
 from funnel_engine.text import JsonTokenizer, TextConfig
 from funnel_serving.refusals import Refusal
-from funnel_serving.tokenization import ADDED, Cut, decode, describe_tokens, read_request
+from funnel_serving.tokenization import decode, describe_tokens, read_request
 from tiny_models import make_engine, make_tokenizer
 
 

@@ -13,6 +13,7 @@ import torch
 import transformers
 from click.testing import CliRunner
 
+import funnel_transformer_models as models
 from funnel_engine import ConfigError, Engine, FunnelConfig, InputError, convert, parse_funnel
 from funnel_engine.checkpoints.convert import prepare_destination
 from funnel_engine.checkpoints.convert import save as save_checkpoint
@@ -179,6 +180,14 @@ def test_a_checkpoint_with_a_record_of_training_is_refused(checkpoint, texts, tm
     save_checkpoint(model, prepare_destination(tmp_path / "trained", checkpoint, False), "float32")
     with pytest.raises(ConfigError, match="so it cannot be the baseline, which runs without a funnel"):
         make_plan(tmp_path / "trained", texts, tmp_path / "out")
+
+
+def test_a_funnel_transformer_has_no_funnel_to_find(texts, tmp_path):
+    models.save(models.random_model(), tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "engine")
+    options = "--checkpoint", tmp_path / "engine", "--texts", texts, "--output", tmp_path / "out", "--max-loss", 0.2
+    assert_refused(run(*options), "is a Funnel-Transformer, which was trained for the funnel between its blocks")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("pooling", ["mean", "last"])

@@ -16,7 +16,7 @@ import numpy as np
 from funnel_engine import Engine, FunnelConfig
 from funnel_engine.cli import show_progress
 from funnel_engine.config import Funnel, parse_funnel
-from funnel_engine.funnel_transformer_config import EncoderConfig
+from funnel_engine.funnel_transformer_config import EncoderConfig, FunnelTransformerConfig
 from funnel_kernels.errors import ConfigError, InputError
 from funnel_training.by_length import Outputs, cheapest_by_length
 from funnel_training.candidates import computed_flops, grid, pools_more
@@ -187,9 +187,14 @@ def plan(
         InputError: a text cannot be run, there are too few, or the unfunneled score is not clearly above 0.
     """
     order, half = task.order(SEED), count_half(task, max_loss)
-    make_folder(output)
     opened = read_checkpoint_as(checkpoint, attention=attention, pooling=pooling)
+    if isinstance(opened.config, FunnelTransformerConfig):
+        raise ConfigError(
+            f"{checkpoint} is a Funnel-Transformer, which was trained for the funnel between its blocks, so there is "
+            "none to find; `funnel bench latency --checkpoint` measures what its own one saves"
+        )
     check_untrained(checkpoint, opened, "baseline")
+    make_folder(output)
     make_engine = functools.partial(engine_maker, dtype=dtype, backend=backend, compilation_cache=output / PROGRAMS)
     make_funneled = make_engine(opened)
     baseline = make_funneled(NO_FUNNEL)

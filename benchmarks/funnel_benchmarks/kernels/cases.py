@@ -79,7 +79,8 @@ class Sizes:
 
     @property
     def config(self) -> ModelConfig:
-        return require_model_config(self.model.config, "`bench kernels`")
+        """The architecture of a model that is no Funnel-Transformer."""
+        return require_model_config(self.model.config, "this case of `bench kernels`")
 
     @property
     def rows(self) -> int:
@@ -88,7 +89,7 @@ class Sizes:
     @property
     def row_wise_rows(self) -> int:
         """As many as make the array `row_bytes` large, and a multiple of every stride."""
-        return max(64, self.row_bytes // (self.config.hidden_size * self.itemsize) // 64 * 64)
+        return max(64, self.row_bytes // (self.model.config.hidden_size * self.itemsize) // 64 * 64)
 
     @property
     def itemsize(self) -> int:
@@ -258,15 +259,15 @@ def add_norm_case(sizes: Sizes) -> Case:
     return op_case(f"add_norm, {rows} x {width}", add_norm, arrays, 0, moved, eps=sizes.config.norm_eps)
 
 
-def pool_case(sizes: Sizes, stride: int) -> Case:
-    rows, width = sizes.row_wise_rows, sizes.config.hidden_size
+def pool_case(sizes: Sizes, stride: int, pool: str = "max") -> Case:
+    rows, width = sizes.row_wise_rows, sizes.model.config.hidden_size
 
     def arrays(target: Target) -> tuple[Any, ...]:
         return sizes.normal(rows, width), jnp.ones(rows, bool), sizes.normal(width, seed=1)
 
     moved = sizes.itemsize * width * (rows + 2 * rows // stride)
-    name = f"pool_norm, max, stride {stride}, {rows} x {width}"
-    return op_case(name, pool_norm, arrays, 0, moved, stride=stride, pool="max", eps=sizes.config.norm_eps)
+    name = f"pool_norm, {pool}, stride {stride}, {rows} x {width}"
+    return op_case(name, pool_norm, arrays, 0, moved, stride=stride, pool=pool, eps=sizes.model.config.norm_eps)
 
 
 def recover_case(sizes: Sizes, stride: int, mode: str) -> Case:
@@ -283,7 +284,8 @@ def recover_case(sizes: Sizes, stride: int, mode: str) -> Case:
 
 def forward_case(sizes: Sizes, what: str = "") -> Case:
     """`Engine.embed` of the batch: all layers, from ids on the host to vectors on the host."""
-    config, inputs = sizes.config, random_inputs(sizes.config.vocab_size, sizes.lengths)
+    config = sizes.model.config
+    inputs = random_inputs(config.vocab_size, sizes.lengths)
 
     def make(backend: str) -> Call:
         return partial(sizes.engine(backend).embed, inputs)

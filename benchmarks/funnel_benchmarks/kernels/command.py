@@ -11,21 +11,35 @@ from funnel_benchmarks.kernels.allocator import keep_freed_memory
 from funnel_benchmarks.kernels.cases import Case, Sizes, cases
 from funnel_benchmarks.kernels.ceilings import SAMPLE_SECONDS, ceilings
 from funnel_benchmarks.kernels.check import make_check
+from funnel_benchmarks.kernels.funnel_transformer_cases import funnel_transformer_cases
 from funnel_benchmarks.kernels.suite import Suite, backends_here
 from funnel_benchmarks.memory import check_memory
-from funnel_benchmarks.models import preset_model
+from funnel_benchmarks.models import funnel_transformer_model, preset_model
+from funnel_engine import FunnelTransformerConfig
 from funnel_engine.packing import Ints
+from funnel_engine.presets import FUNNEL_TRANSFORMERS, is_funnel_transformer
 from funnel_engine.weights import ACTIVATIONS
 from funnel_kernels import BACKENDS
+from funnel_kernels.errors import ConfigError
 from funnel_kernels.target import check_backend
 
 BEST = "what this machine can do at best"
+DEPTH = 4
 NO_LENGTHS = np.zeros(0, np.int32)
 
 
 @click.command("kernels")
-@click.option("--preset", default="gemma-2b", show_default=True, help="Architecture whose sizes are taken.")
-@click.option("--depth", type=int, default=4, show_default=True, help="Its first layers, for the whole forward pass.")
+@click.option(
+    "--preset",
+    default="gemma-2b",
+    show_default=True,
+    help=f"Architecture whose sizes are taken; also {', '.join(FUNNEL_TRANSFORMERS)}.",
+)
+@click.option(
+    "--depth",
+    type=int,
+    help=f"Its first layers, for the whole forward pass. Default: {DEPTH}; a Funnel-Transformer runs all of them.",
+)
 @click.option("--seq-len", type=click.IntRange(1, 2**20), default=512, show_default=True, help="Tokens a sequence.")
 @click.option("--batch", type=click.IntRange(1, 2**20), default=2, show_default=True, help="Sequences in the batch.")
 @click.option(
@@ -41,7 +55,14 @@ NO_LENGTHS = np.zeros(0, np.int32)
 @suite_command.repeats_option
 @suite_command.file_options()
 def kernels_command(
-    preset: str, depth: int, seq_len: int, batch: int, dtype: str, backends: tuple[str, ...], repeats: int, files: Any
+    preset: str,
+    depth: int | None,
+    seq_len: int,
+    batch: int,
+    dtype: str,
+    backends: tuple[str, ...],
+    repeats: int,
+    files: Any,
 ) -> None:
     """Measure every op on every backend against what this machine can do at best.
 
@@ -50,10 +71,21 @@ def kernels_command(
 
     Example: funnel bench kernels --preset embeddinggemma-300m --seq-len 256 --batch 32 --json kernels.json
     """
-    model = preset_model(preset, dtype, depth)
+    if is_funnel_transformer(preset):
+        if depth is not None:
+            raise ConfigError(
+                f"--depth {depth} is not for a Funnel-Transformer, which runs all its layers; leave it out"
+            )
+        model = funnel_transformer_model(preset, dtype)
+    else:
+        model = preset_model(preset, dtype, DEPTH if depth is None else depth)
     check_memory(model.config, model.head, dtype, seq_len * batch)
     sizes = Sizes(model, np.full(batch, seq_len, np.int32))
-    run(model.name, cases(sizes), lengths=sizes.lengths, dtype=dtype, backends=backends, repeats=repeats, **files)
+    if isinstance(model.config, FunnelTransformerConfig):
+        measured = funnel_transformer_cases(sizes, model.config)
+    else:
+        measured = cases(sizes)
+    run(model.name, measured, lengths=sizes.lengths, dtype=dtype, backends=backends, repeats=repeats, **files)
 
 
 def run(

@@ -13,10 +13,10 @@ from funnel_benchmarks.inputs import SEED
 from funnel_benchmarks.latency.suite import Batch, Suite
 from funnel_benchmarks.lengths import describe, draw
 from funnel_benchmarks.memory import check_memory
-from funnel_benchmarks.models import Model, checkpoint_model, preset_model
+from funnel_benchmarks.models import Model, checkpoint_model, funnel_transformer_model, preset_model
 from funnel_engine import FunnelConfig
 from funnel_engine.config import RECOVERIES
-from funnel_engine.presets import PRESETS
+from funnel_engine.presets import FUNNEL_TRANSFORMERS, PRESETS, is_funnel_transformer
 from funnel_engine.weights import DTYPES
 from funnel_kernels.errors import ConfigError
 from funnel_kernels.pool_norm import POOLS
@@ -27,21 +27,24 @@ LENGTHS = (512, 4096, 8192)
 TOKENS = 8192  # of each batch of a sweep, so that all lengths fill a device alike
 QUICK_TOKENS = 512
 DOTS = "..."
-# What a sweep decides, by the names of the command's parameters.
+# The options of a funnel, and all that a sweep decides, by the names of the command's parameters.
+FUNNEL = {"layers": "--layers", "stride": "--stride", "pool": "--pool", "recovery": "--recovery"}
 DECIDED = {
     "preset_name": "--preset",
     "checkpoint": "--checkpoint",
     "batch": "--batch",
     "lengths": "--lengths",
-    "layers": "--layers",
-    "stride": "--stride",
-    "pool": "--pool",
-    "recovery": "--recovery",
+    **FUNNEL,
 }
 
 
 @click.command()
-@click.option("--preset", "preset_name", help=f"Architecture to run with random weights: {', '.join(PRESETS)}.")
+@click.option(
+    "--preset",
+    "preset_name",
+    help=f"Architecture to run with random weights: {', '.join((*PRESETS, *FUNNEL_TRANSFORMERS))}. The funnel of a "
+    "Funnel-Transformer is between its blocks; add -base to leave out its decoder.",
+)
 @click.option("--checkpoint", type=suite_command.FILE, help="Or a folder that `funnel convert` has made.")
 @click.option(
     "--sweep",
@@ -110,9 +113,7 @@ def latency(
     Example: funnel bench latency --preset gemma-2b --batch 4 --layers 2,8,14 --json gemma.json --html gemma.html
     """
     if sweep is not None:
-        for name, option in DECIDED.items():
-            if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-                raise ConfigError(f"--sweep {sweep} decides what is measured; leave out {option}")
+        refuse_options(context, DECIDED, f"--sweep {sweep} decides what is measured")
         model = preset_model(sweep, dtype)
         funnels, batches = sweep_funnels(model.config.num_layers), sweep_batches(quick)
     elif quick:
@@ -120,10 +121,14 @@ def latency(
     else:
         model = choose_model(preset_name, checkpoint, dtype)
         count = model.config.num_layers
-        funnels = tuple(
-            FunnelConfig.after(layer, stride=stride, pool=pool, recovery=None if recovery == "none" else recovery)
-            for layer in (even_layers(count) if layers is None else parse_layers(layers, count))
-        )
+        if model.funnel is not None:
+            refuse_options(context, FUNNEL, f"the funnel of {model.name} is between its blocks")
+            funnels = (model.funnel,)
+        else:
+            funnels = tuple(
+                FunnelConfig.after(layer, stride=stride, pool=pool, recovery=None if recovery == "none" else recovery)
+                for layer in (even_layers(count) if layers is None else parse_layers(layers, count))
+            )
         batches = tuple(Batch(draw(each, batch, SEED), describe(each)) for each in lengths)
     suite = Suite(
         model=model, funnels=funnels, batches=batches, backend=backend, repeats=repeats or (1 if quick else REPEATS)
@@ -133,10 +138,18 @@ def latency(
 
 def choose_model(preset_name: str | None, checkpoint: Path | None, dtype: str | None) -> Model:
     if preset_name is not None and checkpoint is None:
-        return preset_model(preset_name, dtype)
+        known = funnel_transformer_model if is_funnel_transformer(preset_name) else preset_model
+        return known(preset_name, dtype)
     if checkpoint is not None and preset_name is None:
         return checkpoint_model(checkpoint, dtype)
     raise ConfigError("give one of --preset NAME, --checkpoint FOLDER and --sweep NAME, to say which model is measured")
+
+
+def refuse_options(context: click.Context, options: dict[str, str], why: str) -> None:
+    """Raises `ConfigError` if one of these options, by the names of its parameters, was given."""
+    for name, option in options.items():
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise ConfigError(f"{why}; leave out {option}")
 
 
 def measure(suite: Suite, **files: Any) -> None:

@@ -219,6 +219,8 @@ READING = (
     "that the funnel saves all that it can, and more than 1 that the rest runs better on fewer rows, or noise.",
     "Latency is from token ids on the host to vectors on the host. Turning text into tokens is not in it, nor is "
     "compiling, which is done once beforehand.",
+    "The funnel of a Funnel-Transformer is between its blocks. Without it the same layers run as one block, at full "
+    "length and without the decoder, with the same kernels.",
 )
 MARKS = (("o", False), ("D", True), ("s", False), ("^", True), ("v", False), ("P", True))  # of batches
 BOUNDS = {"low": "high", "median": "median", "high": "low"}  # of a ratio and of its inverse

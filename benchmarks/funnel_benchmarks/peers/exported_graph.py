@@ -25,6 +25,9 @@ def export(task: dict[str, Any]) -> Any:
             those of the task.
     """
     torch: Any = importlib.import_module("torch")
+    transformers: Any = importlib.import_module("transformers")
+    if transformers.AutoConfig.from_pretrained(task["checkpoint"]).model_type == "funnel":
+        return export_funnel_transformer(torch, task)
     model = load_model(task["checkpoint"], torch.float32, "sdpa")
     model.rotary_emb = angle_tables(torch, model, max(map(len, task["sequences"])))
 
@@ -39,10 +42,35 @@ def export(task: dict[str, Any]) -> Any:
             real = mask[..., None].float()
             return (rows * real).sum(1) / real.sum(1)
 
+    return traced(torch, Encoder())
+
+
+def export_funnel_transformer(torch: Any, task: dict[str, Any]) -> Any:
+    """The same of a Funnel-Transformer, whose vectors are the rows of [CLS].
+
+    Its factorized attention computes the same as the default one, but does not make shapes from values. With a decoder
+    the graph is not for any length.
+    """
+    model = load_model(task["checkpoint"], torch.float32, "eager")
+    model.config.attention_type = "factorized"
+
+    class Encoder(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids: Any, mask: Any) -> Any:
+            return self.model(input_ids=ids, attention_mask=mask).last_hidden_state[:, 0]
+
+    return traced(torch, Encoder())
+
+
+def traced(torch: Any, encoder: Any) -> Any:
+    """The program of a module, for any number of sequences and tokens."""
     sizes = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
     example = tuple(map(torch.from_numpy, padded([list(range(1, 13)), list(range(7))])))
     with torch.no_grad():
-        return torch.export.export(Encoder(), example, dynamic_shapes={"ids": sizes, "mask": sizes})
+        return torch.export.export(encoder, example, dynamic_shapes={"ids": sizes, "mask": sizes})
 
 
 def angle_tables(torch: Any, model: Any, longest: int) -> Any:

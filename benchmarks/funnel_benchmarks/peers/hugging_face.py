@@ -1,5 +1,7 @@
 """Hugging Face's own code as a peer: sentence vectors, the means of the last hidden states.
 
+Those of a Funnel-Transformer are the rows of [CLS].
+
 Ids are on the host, padded beforehand, and vectors come back there; ours packs them within the time that is measured.
 """
 
@@ -47,12 +49,17 @@ def make(task: dict[str, Any]) -> tuple[Callable[[int], np.ndarray], dict[str, A
     if task["mode"] != "eager":
         model = torch.compile(model, dynamic=len(shapes(lengths)) > FEW_SHAPES)
 
+    reads_first = model.config.model_type == "funnel"
+
     def run(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
         with torch.no_grad():
             tokens, real = (torch.from_numpy(array).to(device) for array in (ids, mask))
-            if mask.all():  # as a user of equal lengths calls it
-                return model(input_ids=tokens).last_hidden_state.float().mean(1).cpu().numpy()
-            rows = model(input_ids=tokens, attention_mask=real).last_hidden_state.float()
+            masked = {} if mask.all() else {"attention_mask": real}  # a user of equal lengths gives none
+            rows = model(input_ids=tokens, **masked).last_hidden_state.float()
+            if reads_first:
+                return rows[:, 0].cpu().numpy()
+            if not masked:
+                return rows.mean(1).cpu().numpy()
             return ((rows * real[..., None]).sum(1) / real.sum(1, keepdim=True)).cpu().numpy()
 
     facts = {
@@ -77,6 +84,8 @@ def fastest_attention(checkpoint: str, lengths: list[list[int]]) -> str:
     """
     transformers: Any = importlib.import_module("transformers")
     config = transformers.AutoConfig.from_pretrained(checkpoint)
+    if config.model_type == "funnel":
+        return "eager"  # it has no other: its scores are sums of three products
     window = too_far(config)
     equal = all(min(batch) == max(batch) for batch in lengths)
     in_sight = window is None or max(map(max, lengths)) <= window

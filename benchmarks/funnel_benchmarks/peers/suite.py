@@ -29,26 +29,37 @@ from funnel_benchmarks.measure import Call, Sample, compiling_nothing, sampler, 
 from funnel_benchmarks.models import check_depth
 from funnel_benchmarks.peers import gguf_file, hugging_face, llama_cpp_peer
 from funnel_benchmarks.peers.batches import in_order, make_batches
-from funnel_benchmarks.peers.forms import COMMON, PEERS, SENTENCE, dtype_beside
+from funnel_benchmarks.peers.forms import COMMON, ENGINE, PEERS, SENTENCE, dtype_beside
 from funnel_benchmarks.peers.peer import Peer
 from funnel_benchmarks.peers.peer_process import not_installed
 from funnel_benchmarks.peers.sentence_model import text_of, write_sentence_model
-from funnel_benchmarks.random_checkpoint import ARCHITECTURES, DTYPE, write_random_model
+from funnel_benchmarks.random_checkpoint import (
+    ARCHITECTURES,
+    DTYPE,
+    FUNNEL_TRANSFORMER,
+    read_encoder_config,
+    write_random_model,
+)
 from funnel_benchmarks.results import LeftOut, Measurement, Results, Row
 from funnel_benchmarks.statistics import interleave, quartiles
 from funnel_benchmarks.suite import Cell, Column, Section, Table, field, number
 from funnel_benchmarks.suite import Suite as BaseSuite
-from funnel_engine import Engine, FunnelConfig, ModelConfig, convert
+from funnel_engine import Engine, FunnelTransformerConfig, convert
 from funnel_engine.flops import forward_flops
-from funnel_engine.funnel_transformer_config import EncoderConfig
+from funnel_engine.funnel_transformer_config import EncoderConfig, require_model_config
 from funnel_engine.hugging_face_config import read_model_config
+from funnel_engine.hugging_face_config.funnel_transformer import DEFAULTS
 from funnel_engine.packing import Ints
-from funnel_engine.presets import PRESETS, Fields
+from funnel_engine.presets import FUNNEL_TRANSFORMERS, PRESETS, Fields, is_funnel_transformer
 from funnel_kernels.errors import ConfigError, FunnelError, InputError
 from funnel_kernels.target import check_backend
 
 TORCH_DEVICES = {"cpu": "cpu", "gpu": "cuda"}  # JAX's name -> PyTorch's
 SCENARIOS = ("batch", "one")
+# Peers that run a Funnel-Transformer; those that do without a decoder; and the fewest tokens that transformers runs.
+ABLE = (*(f"hugging-face-{mode}" for mode in ("eager", "compiled", "frozen")), ENGINE)
+ABLE_WITHOUT_DECODER = ("onnx-runtime", "openvino")
+LEAST_TOKENS = 5
 VOCABULARY = 2048  # ids are only looked up: how many there are has no part in what is timed
 # Relative, between a vector and Hugging Face's in float32: bfloat16 makes 0.02, causal attention instead of
 # bidirectional 0.5 to 1.3. int8 makes up to 0.4 (NNCF's, of 24 layers), which could hide such a mistake in a small
@@ -64,8 +75,13 @@ def model_fields(preset: str, depth: int | None) -> Fields:
     Raises:
         ConfigError: no such preset, one that the peers have no encoder for, or more layers than it has.
     """
+    if is_funnel_transformer(preset):
+        if depth is not None:
+            raise ConfigError(f"depth {depth} is not for a Funnel-Transformer, which runs all its layers; leave it out")
+        return funnel_transformer_fields(preset)
     able = [name for name, fields in PRESETS.items() if fields["model_type"] in ARCHITECTURES]
     if preset not in able:
+        able += FUNNEL_TRANSFORMERS
         raise ConfigError(f"preset {preset!r} has no peers: there are some for {', '.join(able)}; take one of these")
     fields = PRESETS[preset] | {"vocab_size": VOCABULARY, "pad_token_id": 0}
     if fields["model_type"].startswith("gemma"):
@@ -75,6 +91,18 @@ def model_fields(preset: str, depth: int | None) -> Fields:
     check_depth(depth, preset, read_model_config(fields).num_layers)
     kinds = {"layer_types": fields["layer_types"][:depth]} if "layer_types" in fields else {}
     return fields | {"num_hidden_layers": depth} | kinds
+
+
+def funnel_transformer_fields(preset: str) -> Fields:
+    """The `config.json` of a Funnel-Transformer, with a decoder or, as "-base", without."""
+    is_base = preset.endswith("-base")
+    return {
+        "model_type": "funnel",
+        "architectures": ["FunnelBaseModel" if is_base else FUNNEL_TRANSFORMER],
+        **DEFAULTS,
+        **FUNNEL_TRANSFORMERS[preset.removesuffix("-base")],
+        "vocab_size": VOCABULARY,
+    }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -123,10 +151,20 @@ class Suite(BaseSuite):
             raise InputError(
                 f"the longest sequence has {longest} tokens, and the model was made for {limit}; take shorter sequences"
             )
+        shortest = min(int(lengths.min()) for lengths in self.lengths.values())
+        if self.is_funnel_transformer and shortest < LEAST_TOKENS:
+            raise InputError(
+                f"the shortest sequence has {shortest} tokens, but a Funnel-Transformer of transformers fails below "
+                f"{LEAST_TOKENS}; take longer sequences, e.g. --lengths qnli"
+            )
 
     @property
-    def config(self) -> ModelConfig:
-        return read_model_config(self.fields)
+    def config(self) -> EncoderConfig:
+        return read_encoder_config(self.fields)
+
+    @property
+    def is_funnel_transformer(self) -> bool:
+        return isinstance(self.config, FunnelTransformerConfig)
 
     def options(self) -> Row:
         """Everything that a cell depends on beside its own name, as the head of a result file."""
@@ -216,7 +254,8 @@ class Suite(BaseSuite):
         if key not in self.references:
             kind = PEERS[peer if peer == SENTENCE else "hugging-face-eager"]
             task = task | kind.options | {"device": TORCH_DEVICES[jax.default_backend()], "dtype": "float32"}
-            task["batches"] = make_batches(self.lengths[name], "sorted", self.batch_size)
+            size = 1 if self.is_funnel_transformer else self.batch_size  # padding would change its results
+            task["batches"] = make_batches(self.lengths[name], "sorted", size)
             with Peer(kind.module, until=self.until, **task) as reference:
                 self.references[key] = in_order(task["batches"], reference.result)
         return self.references[key]
@@ -228,9 +267,11 @@ def measure(suite: Suite, peer_name: str, name: str, lengths: Ints, scenario: st
         raise LeftOut(f"JAX runs on {platform}, where this peer does not")
     if missing := next((package for package in COMMON + kind.packages if find_spec(package) is None), None):
         raise LeftOut(not_installed(missing))  # before a checkpoint of gigabytes is written
+    if isinstance(suite.config, FunnelTransformerConfig):
+        check_able(peer_name, suite.config)
     if kind.module is llama_cpp_peer:
         with leaving_out_what_it_lacks():
-            gguf_file.architecture(suite.config)
+            gguf_file.architecture(require_model_config(suite.config, "llama.cpp"))
     dtype = dtype_beside(peer_name, suite.dtype, on_cpu=platform == "cpu")
     source = suite.source(peer_name)
     engine = suite.engine(source)
@@ -279,7 +320,15 @@ def measure(suite: Suite, peer_name: str, name: str, lengths: Ints, scenario: st
         "peer_p90": float(np.quantile(peer_seconds, 0.9)),
         "speedup": quartiles([theirs / ours for ours, theirs in pairs])._asdict(),
     }
-    return row | rates(engine.config, lengths, row) if scenario == "batch" else row
+    return row | rates(engine, lengths, row) if scenario == "batch" else row
+
+
+def check_able(peer: str, config: FunnelTransformerConfig) -> None:
+    """Raises `LeftOut` unless a peer runs this Funnel-Transformer."""
+    if peer in ABLE_WITHOUT_DECODER and config.decoder_layers:
+        raise LeftOut(f"{peer} has no decoder: torch.export makes a graph for lengths of one kind only; take a -base")
+    if peer not in ABLE + ABLE_WITHOUT_DECODER:
+        raise LeftOut(f"{peer} has no Funnel-Transformer")
 
 
 @contextlib.contextmanager
@@ -304,9 +353,9 @@ def sample_pairs(ours: Call, peer: Sample, repeats: int) -> Iterator[tuple[float
         return zip(*interleave(sample, peer, repeats), strict=True)
 
 
-def rates(config: EncoderConfig, lengths: Ints, row: Row) -> Row:
+def rates(engine: Engine, lengths: Ints, row: Row) -> Row:
     """What is done in a second; what a peer computes for padding is not counted."""
-    tokens, flops = int(lengths.sum()), forward_flops(config, FunnelConfig(), lengths)
+    tokens, flops = int(lengths.sum()), forward_flops(engine.config, engine.funnel, lengths)
     return {
         f"{whose}{what}_per_second": work / row[f"{whose}seconds"]["median"]
         for whose in ("", "peer_")
@@ -363,7 +412,8 @@ READING = (
     "where the processor multiplies it, and float32 elsewhere and for ONNX Runtime. Beside our int8 it is int8: "
     "OpenVINO's by NNCF, with ranges of activations from random ids; ONNX Runtime's and ours find them at run time.",
     "Agreement is the mean cosine of vectors to those of Hugging Face in float32. Vectors that differ from those by "
-    "more than 0.05 of their size, in int8 by more than 0.6, are something else, and nothing is timed.",
+    "more than 0.05 of their size, in int8 by more than 0.6, are something else, and nothing is timed. In a "
+    "Funnel-Transformer transformers pools padding with tokens, so padded batches agree less with each sequence alone.",
 )
 
 

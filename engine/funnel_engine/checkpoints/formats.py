@@ -4,7 +4,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from funnel_engine.checkpoints import funnel_transformer, gemma_pytorch, gguf, hugging_face, keras_hub, native, orbax
+from funnel_engine.checkpoints import (
+    funnel_transformer,
+    funnel_transformer_pytorch,
+    gemma_pytorch,
+    gguf,
+    hugging_face,
+    keras_hub,
+    native,
+    orbax,
+)
 from funnel_engine.checkpoints.foreign import describe_unknown
 from funnel_engine.checkpoints.source import SourceModel
 from funnel_engine.checks import check_option
@@ -31,6 +40,9 @@ FORMATS = {
     "keras": Format(keras_hub.matches, keras_hub.read_keras),
     "orbax": Format(orbax.matches, orbax.read_orbax),
     "funnel_transformer": Format(funnel_transformer.matches, funnel_transformer.read_funnel_transformer),
+    "funnel_transformer_pytorch": Format(
+        funnel_transformer_pytorch.matches, funnel_transformer_pytorch.read_funnel_transformer_pytorch
+    ),
     "gemma_pytorch": Format(gemma_pytorch.matches, gemma_pytorch.read_gemma_pytorch),
     "gguf": Format(gguf.matches, gguf.read_gguf),
     "hugging_face": Format(hugging_face.matches, hugging_face.read_hugging_face),

@@ -1,7 +1,8 @@
 """Reads a Funnel-Transformer of Hugging Face: config.json, and model.safetensors or pytorch_model.bin.
 
-The published models are those of pre-training with a discriminator. Its head, and that of masked language modelling,
-are left out. So is the bias of keys: it adds the same number to all scores of a query, which softmax removes.
+The published models are those of pre-training: their head, a discriminator, becomes a classifier of tokens with one
+label. The head of masked language modelling is left out. So is the bias of keys: it adds the same number to all scores
+of a query, which softmax removes.
 """
 
 import dataclasses
@@ -25,7 +26,9 @@ from funnel_engine.models.funnel_transformer import weight_shapes
 from funnel_kernels.errors import CheckpointError, FunnelError
 
 PICKLE = "pytorch_model.bin"
-DROPPED = drop_by_name((".attention.k_head.bias", "discriminator_predictions.", "lm_head."))
+DISCRIMINATOR = "discriminator_predictions."
+DROPPED = drop_by_name((".attention.k_head.bias", DISCRIMINATOR, "lm_head."))
+REPLACED = ("replaced",)  # the label of the discriminator: a token that is not that of the original text
 # Our names -> theirs. Where there are several, our weight contains them one after another.
 NORMS = {"attention_norm": "attention.layer_norm", "mlp_norm": "ffn.layer_norm"}
 LAYER: dict[str, tuple[str, ...]] = {
@@ -46,6 +49,7 @@ TASKS = {
     "ForMultipleChoice": "classify",
     "ForTokenClassification": "tag",
     "ForQuestionAnswering": "answer",
+    "ForPreTraining": "tag",
 }
 
 
@@ -84,22 +88,26 @@ def read_funnel_transformer(root: Path, sliding_window: int | None = None) -> So
     prefix = "funnel." if any(name.startswith("funnel.") for name in tensors) else ""
     parts = {**encoder_parts(config, prefix), **head_parts(config, head)}
     weights, dropped = assemble(root, parts, tensors, DROPPED)
-    text, tokenizer_file = find_tokenizer(root, config)
-    made = None if tokenizer_file else make_tokenizer(root)
-    if made is not None:
-        text = dataclasses.replace(text, begin=made.token_to_id(FIRST), end=made.token_to_id(LAST))
     return SourceModel(
         format="funnel_transformer",
         config=config,
         head=head,
         weights=weights,
         dropped=dropped,
-        text=text,
-        tokenizer_file=tokenizer_file,
         directory=root,
         funnel=funnel,
-        tokenizer_json=None if made is None else made.to_str(),
+        **find_texts(root, config),
     )
+
+
+def find_texts(root: Path, config: FunnelTransformerConfig) -> dict[str, Any]:
+    """How texts are prepared, by the fields of `SourceModel`: with tokenizer.json, or else with a vocabulary."""
+    text, tokenizer_file = find_tokenizer(root, config)
+    made = None if tokenizer_file else make_tokenizer(root)
+    if made is None:
+        return {"text": text, "tokenizer_file": tokenizer_file}
+    text = dataclasses.replace(text, begin=made.token_to_id(FIRST), end=made.token_to_id(LAST))
+    return {"text": text, "tokenizer_file": None, "tokenizer_json": made.to_str()}
 
 
 def read_weights(root: Path) -> Mapping[str, SourceTensor]:
@@ -110,19 +118,28 @@ def read_weights(root: Path) -> Mapping[str, SourceTensor]:
     return read_tensors(root, DROPPED)
 
 
+def pooling_of(config: FunnelTransformerConfig) -> str:
+    """What a sentence vector is: the row of [CLS], as classifiers of sequences read it, where it is not pooled."""
+    return "first" if config.separate_cls else "mean"
+
+
 def read_head(architectures: tuple[str, ...], fields: dict[str, Any], config: FunnelTransformerConfig) -> HeadConfig:
-    """The head of a class. A sentence vector is the row of [CLS], as classifiers of sequences read it."""
-    pooling = "first" if config.separate_cls else "mean"
+    """The head of a class."""
+    pooling = pooling_of(config)
     found = [(suffix, task) for name in architectures for suffix, task in TASKS.items() if name.endswith(suffix)]
     if not found:
         return HeadConfig(pooling)
     suffix, task = found[0]
+    width = config.hidden_size
     if task == "answer":
         return HeadConfig(pooling, task=task, labels=("start", "end"), classifier_bias=True)
+    if suffix == "ForPreTraining":
+        dense = DenseConfig(width, width, bias=True, activation="gelu_tanh")
+        return HeadConfig(pooling, task=task, labels=REPLACED, classifier_bias=True, classifier_dense=dense)
     if task == "tag":
         return HeadConfig(pooling, task=task, labels=read_labels(fields), classifier_bias=True)
     labels = ("choice",) if suffix == "ForMultipleChoice" else read_labels(fields)
-    dense = DenseConfig(config.hidden_size, config.hidden_size, bias=True, activation="tanh")
+    dense = DenseConfig(width, width, bias=True, activation="tanh")
     return HeadConfig("first", False, (dense,), None, task, labels, True, "pooled")
 
 
@@ -167,8 +184,12 @@ def norm_parts(name: str, width: int) -> tuple[Part, ...]:
 
 def head_parts(config: FunnelTransformerConfig, head: HeadConfig) -> Parts:
     """The same for the weights of the head."""
-    classifier = {"classify": "classifier.linear_out", "tag": "classifier", "answer": "qa_outputs"}.get(head.task or "")
-    names = {"dense.0": "classifier.linear_hidden", "classifier": classifier}
+    names: dict[str, str | None]
+    if head.classifier_dense is not None:
+        names = {"classifier.dense": f"{DISCRIMINATOR}dense", "classifier": f"{DISCRIMINATOR}dense_prediction"}
+    else:
+        outputs = {"classify": "classifier.linear_out", "tag": "classifier", "answer": "qa_outputs"}
+        names = {"dense.0": "classifier.linear_hidden", "classifier": outputs.get(head.task or "")}
     parts = {}
     for ours, shape in head_shapes(config.hidden_size, head).items():
         module, _, leaf = ours.rpartition(".")

@@ -1,4 +1,4 @@
-"""Makes the tokenizer of a Funnel-Transformer from its vocabulary: vocab.txt, with one piece a line."""
+"""Makes the tokenizer of a Funnel-Transformer from its vocabulary: a text file with one piece a line."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from tokenizers.normalizers import Normalizer
 
-VOCABULARY = "vocab.txt"
+VOCABULARIES = ("vocab.txt", "vocab.uncased.txt")  # of Hugging Face, and of the authors
 CONFIG = "tokenizer_config.json"
 UNKNOWN, FIRST, LAST = "<unk>", "<cls>", "<sep>"
 SPECIAL = ("<pad>", UNKNOWN, FIRST, LAST, "<mask>", "<s>", "</s>")
 
 
 def make_tokenizer(directory: Path) -> "Tokenizer | None":
-    """The tokenizer for the vocab.txt of a folder, with the options of its tokenizer_config.json.
+    """The tokenizer for the vocabulary of a folder, with the options of its tokenizer_config.json.
 
     None if there is no vocabulary.
 
@@ -33,8 +33,10 @@ def make_tokenizer(directory: Path) -> "Tokenizer | None":
     from tokenizers.pre_tokenizers import BertPreTokenizer
     from tokenizers.processors import TemplateProcessing
 
-    if (file := optional_file(directory, VOCABULARY)) is None:
+    files = [file for name in VOCABULARIES if (file := optional_file(directory, name))]
+    if not files:
         return None
+    file = files[0]
     check_file(file)
     if file.stat().st_size > MAX_FILE_BYTES:
         raise CheckpointError(f"{file} has more than {MAX_FILE_BYTES:,} bytes; fetch the model's own vocabulary")

@@ -12,9 +12,10 @@ import pytest
 
 import tiny_models
 from c_library import PROGRAMS, ROOT, Library, configure, run
-from funnel_engine import Engine, HeadConfig
+from funnel_engine import Engine, FunnelConfig, FunnelTransformerConfig, HeadConfig
 from funnel_engine.checkpoints.native import write_checkpoint
 from funnel_engine.checkpoints.source import SourceModel
+from funnel_engine.funnel_transformer_config import EncoderConfig
 from funnel_engine.text import TextConfig
 from funnel_engine.weights import random_weights
 
@@ -26,12 +27,29 @@ HEADS = {
 }
 
 
+TYPED = FunnelTransformerConfig(
+    vocab_size=101,
+    hidden_size=24,
+    intermediate_size=40,
+    num_heads=4,
+    head_dim=8,
+    block_sizes=(1, 1),
+    block_repeats=(1, 1),
+    decoder_layers=1,
+    max_positions=64,
+)  # its tokens have types
+ANSWERS = HeadConfig(task="answer", labels=("start", "end"), classifier_bias=True)
 TEXT = TextConfig(begin=2, prompts={"query": "pools ", "größe": "small "}, default_prompt_name="query")
 
 
-def write_model(directory: Path, head: HeadConfig, text: TextConfig = TextConfig()) -> None:
-    """A checkpoint of the tiny model with random weights, and a tokenizer if there is anything to say about texts."""
-    config = tiny_models.CONFIG
+def write_model(
+    directory: Path,
+    head: HeadConfig,
+    text: TextConfig = TextConfig(),
+    config: EncoderConfig = tiny_models.CONFIG,
+    funnel: FunnelConfig = FunnelConfig(),  # noqa: B008
+) -> None:
+    """A checkpoint of a tiny model with random weights, and a tokenizer if there is anything to say about texts."""
     weights = {
         name: (SimpleNamespace(tensor=SimpleNamespace(path=directory / "none"), pieces=lambda array=array: [array]),)
         for name, array in random_weights(config, head, "float32", seed=7).items()
@@ -40,7 +58,7 @@ def write_model(directory: Path, head: HeadConfig, text: TextConfig = TextConfig
     if text != TextConfig():
         tokenizer = directory.with_suffix(".json")
         tiny_models.make_tokenizer().save(str(tokenizer))
-    source = SourceModel("funnel", config, head, weights, {}, text, tokenizer, directory)
+    source = SourceModel("funnel", config, head, weights, {}, text, tokenizer, directory, funnel)
     write_checkpoint(directory, source, "float32")
 
 
@@ -50,7 +68,9 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
     for name, head in HEADS.items():
         write_model(directory / name, head)
     write_model(directory / "texts", HeadConfig(), TEXT)
-    return {name: directory / name for name in (*HEADS, "texts")}
+    blocks = TYPED.funnel(pool="mean", pool_query_only=True)
+    write_model(directory / "answers", ANSWERS, config=TYPED, funnel=blocks)
+    return {name: directory / name for name in (*HEADS, "texts", "answers")}
 
 
 @pytest.fixture(scope="session")
@@ -122,3 +142,8 @@ def classifier(library, checkpoints) -> ctypes.c_void_p:
 @pytest.fixture(scope="session")
 def tagger(library, checkpoints) -> ctypes.c_void_p:
     return library.open(checkpoints["tagger"])
+
+
+@pytest.fixture(scope="session")
+def answers(library, checkpoints) -> ctypes.c_void_p:
+    return library.open(checkpoints["answers"])

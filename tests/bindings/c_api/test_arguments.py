@@ -5,7 +5,7 @@ import ctypes
 import numpy as np
 import pytest
 
-from c_library import IDS, OFFSETS, WIDTH, Info, Options, floats, pointer, refusal
+from c_library import IDS, OFFSETS, TYPES, WIDTH, Info, Options, floats, pointer, refusal
 
 
 @pytest.mark.parametrize(
@@ -43,6 +43,23 @@ def test_ids_out_of_vocabulary(library, plain, bad):
     ids[5] = bad
     with refusal(f"INPUT: input 1 holds token id {bad}; ids must be from 0 to 100"):
         library.embed(plain, ids)
+
+
+@pytest.mark.parametrize("bad", [-1, 3, 2**31 - 1])
+@pytest.mark.parametrize("function", ["embed_typed", "answer"])
+def test_token_types_out_of_range(library, answers, function, bad):
+    types = TYPES.copy()
+    types[5] = bad
+    out = np.full((12, 24), 123, np.float32)
+    with refusal(f"INPUT: types are from {min(bad, 0)} to {max(bad, 2)}; they must be from 0 to 2"):
+        library.typed(function, answers, out, types)
+    np.testing.assert_array_equal(out, 123)
+
+
+def test_token_types_of_a_model_without_them(library, plain, classifier, tagger):
+    for function, handle in (("embed_typed", plain), ("classify_typed", classifier), ("tag_typed", tagger)):
+        with refusal("INPUT: inputs have token types, which a model of family gemma2 does not read"):
+            library.typed(function, handle, np.empty((12, 24), np.float32))
 
 
 def test_short_buffers_are_refused_and_not_written(library, plain, classifier, tagger):
@@ -84,6 +101,11 @@ def test_null_pointers(library, plain, checkpoints):
         ("embed", (pointer(IDS), pointer(OFFSETS), 3, 1, 0, *floats(np.empty(100, np.float32)))),
         ("classify", (pointer(IDS), pointer(OFFSETS), 3, *floats(np.empty(100, np.float32)))),
         ("tag", (pointer(IDS), pointer(OFFSETS), 3, *floats(np.empty(100, np.float32)))),
+        *(
+            (name, (pointer(IDS), pointer(TYPES), pointer(OFFSETS), 3, *floats(np.empty(100, np.float32))))
+            for name in ("classify_typed", "tag_typed", "answer")
+        ),
+        ("embed_typed", (pointer(IDS), pointer(TYPES), pointer(OFFSETS), 3, 1, 0, *floats(np.empty(100, np.float32)))),
         ("stats", (None, ctypes.c_size_t(0), None)),
         ("close", ()),
     ):
@@ -149,9 +171,13 @@ def test_buckets_that_are_refused(library, plain, rows, count, message):
         library.call("warmup_buckets", plain, given, count, None, None)
 
 
-def test_tasks_that_the_checkpoint_has_no_head_for(library, plain, classifier):
+def test_tasks_that_the_checkpoint_has_no_head_for(library, plain, classifier, answers):
     out = np.empty(48, np.float32)
     with refusal("CONFIG: classify needs a head"):
         library.label("classify", plain, out)
     with refusal("CONFIG: tag needs a head"):
         library.label("tag", classifier, out)
+    with refusal("CONFIG: answer needs a head"):
+        library.typed("answer", classifier, out, types=None)
+    with refusal("CONFIG: tag needs a head"):
+        library.typed("tag_typed", answers, out)

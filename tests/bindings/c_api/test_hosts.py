@@ -66,7 +66,7 @@ def test_the_documented_example(built, checkpoints):
 
 
 def test_the_cpp_wrapper(built, checkpoints):
-    run(built.programs / "wrapper", *(checkpoints[name] for name in ("classifier", "tagger", "texts")))
+    run(built.programs / "wrapper", *(checkpoints[name] for name in ("classifier", "tagger", "texts", "answers")))
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ import shutil
 import numpy as np
 import pytest
 
-from c_library import IDS, OFFSETS, WIDTH, Info
+from c_library import IDS, OFFSETS, TYPES, WIDTH, Info
 from funnel_engine import Engine
+from funnel_engine.inputs import Ragged
 
 
 @pytest.mark.parametrize(("normalize", "truncate_dim"), [(1, 0), (0, 0), (1, 7), (0, WIDTH)])
@@ -25,6 +26,20 @@ def test_classify_and_tag_are_the_engines(library, classifier, tagger, engines):
     np.testing.assert_array_equal(logits, np.concatenate(engines["tagger"].tag((IDS, OFFSETS))))
 
 
+def test_token_types_are_the_engines(library, answers, classifier, tagger, engines):
+    given = Ragged(IDS, OFFSETS, TYPES)
+    vectors = library.typed("embed_typed", answers, np.empty((3, 24), np.float32))
+    np.testing.assert_array_equal(vectors, engines["answers"].embed(given, normalize=False))
+    logits = library.typed("answer", answers, np.empty((12, 2), np.float32))
+    np.testing.assert_array_equal(logits, np.concatenate(engines["answers"].answer(given)))
+    without = library.typed("answer", answers, np.empty((12, 2), np.float32), types=None)
+    np.testing.assert_array_equal(without, np.concatenate(engines["answers"].answer((IDS, OFFSETS))))
+    assert not np.allclose(without, logits)
+    for function, handle, shape in (("classify", classifier, (3, 3)), ("tag", tagger, (12, 4))):
+        out = library.typed(f"{function}_typed", handle, np.empty(shape, np.float32), types=None)
+        np.testing.assert_array_equal(out, library.label(function, handle, np.empty(shape, np.float32)))
+
+
 def test_a_larger_buffer_is_written_only_as_far_as_the_result_goes(library, plain, engines):
     out = np.full(3 * WIDTH + 5, 123, np.float32)
     library.embed(plain, out=out)
@@ -32,8 +47,8 @@ def test_a_larger_buffer_is_written_only_as_far_as_the_result_goes(library, plai
     np.testing.assert_array_equal(out[3 * WIDTH :], 123)
 
 
-def test_info(library, plain, classifier, tagger):
-    for handle, labels, task in ((plain, 0, 0), (classifier, 3, 1), (tagger, 4, 2)):
+def test_info(library, plain, classifier, tagger, answers):
+    for handle, labels, task in ((plain, 0, 0), (classifier, 3, 1), (tagger, 4, 2), (answers, 2, 3)):
         info = Info(ctypes.sizeof(Info))
         library.call("get_info", handle, ctypes.byref(info))
         found = info.embedding_size, info.labels, info.max_length, info.vocabulary_size, info.task

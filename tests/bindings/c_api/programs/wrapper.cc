@@ -1,4 +1,4 @@
-// wrapper CLASSIFIER TAGGER TEXTS: funnel.hpp against funnel.h.
+// wrapper CLASSIFIER TAGGER TEXTS ANSWERS: funnel.hpp against funnel.h.
 #include <climits>
 #include <cstdio>
 #include <cstdlib>
@@ -77,6 +77,18 @@ int main(int, char** argv) {
     const funnel::Engine tagger(argv[2], options);
     CHECK(tagger.tag({ids, offsets}).size() == static_cast<size_t>(6 * tagger.info().labels));
     CHECK(throws(FUNNEL_CONFIG, "classify needs", [&] { tagger.classify({ids, offsets}); }));
+  }
+
+  {  // Types of tokens.
+    const funnel::Engine answers(argv[4], options);
+    const std::vector<int32_t> types = {2, 0, 1, 1, 2, 0};
+    const std::vector<float> logits = answers.answer({ids, offsets, types});
+    CHECK(logits.size() == 6 * 2 && logits != answers.answer({ids, offsets}));
+    CHECK(answers.embed({ids, offsets, types}) != answers.embed({ids, offsets}));
+    CHECK(throws(FUNNEL_INVALID_ARGUMENT, "types has 2 numbers; there must be 6",
+                 [&] { answers.answer({ids, offsets, {2, 0}}); }));
+    CHECK(throws(FUNNEL_INPUT, "token types", [&] { first.classify({ids, offsets, types}); }));
+    CHECK(throws(FUNNEL_CONFIG, "answer needs", [&] { first.answer({ids, offsets}); }));
   }
 
   // Texts.

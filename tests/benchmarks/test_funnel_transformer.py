@@ -30,7 +30,6 @@ LENGTHS = np.array([12, 5, 9, 40], np.int32)
 def tiny(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setitem(FUNNEL_TRANSFORMERS, "tiny", TINY)
-    monkeypatch.setattr(kernels_command, "keep_freed_memory", lambda: None)  # the other tests' process too
 
 
 def run(*arguments):
@@ -110,12 +109,15 @@ def test_its_attention_counts_three_products_of_every_pair_that_is_seen():
         np.testing.assert_allclose(ours, reference, atol=1e-4)
 
 
-def test_the_command_measures_its_kernels(tmp_path):
-    options = "--seq-len", 16, "--dtype", "float32", "--backend", "xla", "--repeats", 1, "--json", tmp_path / "out.json"
-    assert (result := run("kernels", "--preset", "tiny-base", *options)).exit_code == 0, result.output
-    ops = {row["case"].split(",")[0] for row in read_results(tmp_path / "out.json")["rows"] if "case" in row}
-    assert ops == {"linear", "relative_attention", "post_norm", "pool_norm", "embed"}
-    assert run("kernels", "--preset", "tiny-base", "--depth", 2).exit_code == 2
+def test_the_command_measures_its_kernels(monkeypatch):
+    given = []
+    monkeypatch.setattr(kernels_command, "run", lambda model, measured, **options: given.extend(measured))
+    assert (result := run("kernels", "--preset", "tiny-base", "--seq-len", 16)).exit_code == 0, result.output
+    names = {case.name.split(",")[0] for case in given}
+    assert names == {"linear", "relative_attention", "post_norm", "pool_norm", "embed"}
+    refused = run("kernels", "--preset", "tiny-base", "--depth", 2)
+    assert refused.exit_code == 2
+    assert "--depth 2 is not for a Funnel-Transformer" in refused.stderr
 
 
 # -------------------------------------------------------------------------------------------------------- peers
@@ -128,6 +130,7 @@ def source(request, tmp_path):
     return tmp_path / "source"
 
 
+@pytest.mark.slow
 def test_hugging_face_and_the_exported_graph_compute_the_vectors_of_the_engine(source):
     """Each sequence alone; the graph has another type of attention, and no decoder."""
     generator = np.random.default_rng(3)
@@ -164,6 +167,7 @@ def make_suite(folder, **changes):
     return Suite(**options | changes)
 
 
+@pytest.mark.slow
 def test_ragged_lengths_are_compared_with_each_sequence_alone(tmp_path, monkeypatch):
     """Padding changes what transformers computes of a Funnel-Transformer; its agreement says by how much."""
     suite = make_suite(tmp_path)

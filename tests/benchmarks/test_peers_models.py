@@ -266,6 +266,7 @@ def test_agreement_is_the_mean_cosine():
     assert check_same("the peer's", "int8", 1.1 * vectors, reference) == pytest.approx(np.cos(0.2))
     with pytest.raises(FunnelError, match=r"the peer's result .* by 0\.232 .* limit of 0\.05 for float32"):
         check_same("the peer's", "float32", 1.1 * vectors, reference)
+    assert check_same("the peer's", "float32", 1.1 * vectors, reference, 0.3) == pytest.approx(np.cos(0.2))
 
 
 def test_many_shapes_are_compiled_together():

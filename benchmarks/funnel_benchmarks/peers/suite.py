@@ -65,6 +65,7 @@ VOCABULARY = 2048  # ids are only looked up: how many there are has no part in w
 # bidirectional 0.5 to 1.3. int8 makes up to 0.4 (NNCF's, of 24 layers), which could hide such a mistake in a small
 # model; but the same graph is measured in the other dtypes.
 TOLERANCES = {"float32": 0.05, "bfloat16": 0.05, "int8": 0.6}
+PADDED_TOLERANCE = 0.3  # of padded batches of a Funnel-Transformer: padding that is pooled with tokens makes 0.07
 
 
 def model_fields(preset: str, depth: int | None) -> Fields:
@@ -298,7 +299,9 @@ def measure(suite: Suite, peer_name: str, name: str, lengths: Ints, scenario: st
     reference = suite.reference(peer_name, name, task)
     agreement = check_same("the engine's", suite.dtype, np.concatenate([call() for call in calls]), reference)
     with Peer(kind.module, until=suite.until, **task) as peer:
-        peer_agreement = check_same("the peer's", dtype, in_order(batches, peer.result), reference)
+        is_padded = any(len(set(lengths[batch])) > 1 for batch in batches)
+        at_least = PADDED_TOLERANCE if suite.is_funnel_transformer and is_padded else 0.0
+        peer_agreement = check_same("the peer's", dtype, in_order(batches, peer.result), reference, at_least)
         pairs = [
             pair
             for call, part in zip(calls, parts, strict=True)
@@ -363,17 +366,18 @@ def rates(engine: Engine, lengths: Ints, row: Row) -> Row:
     }
 
 
-def check_same(whose: str, dtype: str, vectors: np.ndarray, reference: np.ndarray) -> float:
+def check_same(whose: str, dtype: str, vectors: np.ndarray, reference: np.ndarray, at_least: float = 0.0) -> float:
     """The mean cosine of vectors to those of Hugging Face in float32, [B, D] each.
 
     Args:
         whose: they are, e.g. "the peer's".
         dtype: that they were computed in.
+        at_least: how far they may differ if `TOLERANCES` allows less.
 
     Raises:
-        FunnelError: they differ by more than `TOLERANCES`, so that times cannot be compared.
+        FunnelError: they differ by more than that, so that times cannot be compared.
     """
-    worst, limit = difference(vectors, reference), TOLERANCES[dtype]
+    worst, limit = difference(vectors, reference), max(TOLERANCES[dtype], at_least)
     if not worst <= limit:
         raise FunnelError(
             f"{whose} result differs from Hugging Face's in float32 by {worst:.3g} of its size, more than the limit of "
@@ -413,7 +417,8 @@ READING = (
     "OpenVINO's by NNCF, with ranges of activations from random ids; ONNX Runtime's and ours find them at run time.",
     "Agreement is the mean cosine of vectors to those of Hugging Face in float32. Vectors that differ from those by "
     "more than 0.05 of their size, in int8 by more than 0.6, are something else, and nothing is timed. In a "
-    "Funnel-Transformer transformers pools padding with tokens, so padded batches agree less with each sequence alone.",
+    "Funnel-Transformer transformers pools padding with tokens, so padded batches agree less with each sequence alone; "
+    "they may differ by 0.3.",
 )
 
 

@@ -19,5 +19,6 @@ Handlers linear_handlers();
 Handlers pool_norm_handlers();
 Handlers post_norm_handlers();
 Handlers recover_norm_handlers();
+Handlers relative_attention_handlers();
 
 }  // namespace funnel

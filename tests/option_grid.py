@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from funnel_kernels import BACKENDS as BACKEND_TABLE
 from funnel_kernels import PackedWeight, QuantizedWeight, Target, prepare, quantize
-from funnel_kernels.linear import GATE_ACTIVATIONS
+from funnel_kernels.linear import ACTIVATIONS
 from funnel_kernels.recover_norm import MODES, SITES
 
 BACKENDS = tuple(BACKEND_TABLE)
@@ -580,12 +580,12 @@ GATED_CASES = {
     f"{'x'.join(map(str, size))}, {name}, {gate}": LinearCase(*size, dtype, gate=gate, weights=weights)
     for size in LINEAR_SIZES
     for name, (dtype, weights) in OPERANDS.items()
-    for gate in GATE_ACTIVATIONS
+    for gate in ACTIVATIONS
 } | {
     f"{'x'.join(map(str, size))}, {name}, {gate}, up": LinearCase(*size, dtype, True, gate, weights)
     for size in LINEAR_SIZES[2:6]
     for name, (dtype, weights) in OPERANDS.items()
-    for gate in GATE_ACTIVATIONS
+    for gate in ACTIVATIONS
 }
 
 

@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from funnel_kernels import BACKENDS as BACKEND_TABLE
 from funnel_kernels import PackedWeight, QuantizedWeight, Target, prepare, quantize
-from funnel_kernels.linear import GATE_ACTIVATIONS
+from funnel_kernels.linear import ACTIVATIONS
 from funnel_kernels.recover_norm import MODES, SITES
 
 BACKENDS = tuple(BACKEND_TABLE)
@@ -466,6 +466,40 @@ ADD_NORM_CASES = {
 }
 
 
+# ----------------------------------------------------------------------------------------------------- post_norm
+
+
+@dataclasses.dataclass(frozen=True)
+class PostNormCase:
+    updated: bool
+    dtype: str = "float32"
+    update_dtype: str = "float32"
+    rows: int = 37
+    width: int = 48
+
+    def arrays(self) -> tuple[np.ndarray | None, ...]:
+        """x, update (None without) and weight; x and the update differ in size, and no mean is 0."""
+        x, update = 3 * normal(17, self.rows, self.width), normal(18, self.rows, self.width) + 0.5
+        weight = 0.3 * normal(19, 2, self.width)
+        dtype = jnp.dtype(self.dtype)
+        return (
+            x.astype(dtype),
+            update.astype(jnp.dtype(self.update_dtype)) if self.updated else None,
+            weight.astype(dtype),
+        )
+
+
+POST_NORM_CASES = {
+    f"{'update' if updated else 'none'}, {rows} rows of width {width}, {dtype}, update {update_dtype}": PostNormCase(
+        updated, dtype, update_dtype, rows, width
+    )
+    for updated in (True, False)
+    for dtype, update_dtype in (("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16"))
+    for rows, width in ((1, 2), (257, 7), (37, 48), (65, 768))
+    if updated or update_dtype == dtype
+}
+
+
 # -------------------------------------------------------------------------------------------------------- linear
 
 
@@ -567,12 +601,12 @@ GATED_CASES = {
     f"{'x'.join(map(str, size))}, {name}, {gate}": LinearCase(*size, dtype, gate=gate, weights=weights)
     for size in LINEAR_SIZES
     for name, (dtype, weights) in OPERANDS.items()
-    for gate in GATE_ACTIVATIONS
+    for gate in ACTIVATIONS
 } | {
     f"{'x'.join(map(str, size))}, {name}, {gate}, up": LinearCase(*size, dtype, True, gate, weights)
     for size in LINEAR_SIZES[2:6]
     for name, (dtype, weights) in OPERANDS.items()
-    for gate in GATE_ACTIVATIONS
+    for gate in ACTIVATIONS
 }
 
 
@@ -686,6 +720,7 @@ CASES = {
     "pool_norm": POOL_CASES,
     "recover_norm": RECOVER_CASES,
     "add_norm": ADD_NORM_CASES,
+    "post_norm": POST_NORM_CASES,
     "linear": LINEAR_CASES,
     "gated_linear": GATED_CASES,
     "linear_add_norm": LINEAR_ADD_NORM_CASES,

@@ -34,7 +34,8 @@ PYBIND11_MODULE(_handlers, module) {
   module.def("handlers", [] {
     py::dict all;
     for (const auto& handlers : {funnel::add_norm_handlers(), funnel::attention_handlers(), funnel::linear_handlers(),
-                                 funnel::pool_norm_handlers(), funnel::recover_norm_handlers()}) {
+                                 funnel::pool_norm_handlers(), funnel::post_norm_handlers(),
+                                 funnel::recover_norm_handlers(), funnel::relative_attention_handlers()}) {
       for (const auto& [name, handler] : handlers) all[py::str(name)] = py::capsule(reinterpret_cast<void*>(handler));
     }
     return all;

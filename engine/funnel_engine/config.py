@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 from funnel_engine.checks import check_flag, check_integer, check_number, check_option, check_positive
 from funnel_kernels.errors import ConfigError
-from funnel_kernels.linear import GATE_ACTIVATIONS
+from funnel_kernels.linear import ACTIVATIONS
 from funnel_kernels.pool_norm import POOLS
 from funnel_kernels.recover_norm import SITES
 
@@ -211,7 +211,7 @@ class ModelConfig:
             set_field(self, name, check_flag(name, getattr(self, name)))
         for name in ("kv_shared_layers", "per_layer_width", "per_layer_vocab"):
             set_field(self, name, check_integer(name, getattr(self, name), least=0))
-        check_option("activation", self.activation, GATE_ACTIVATIONS)
+        check_option("activation", self.activation, ACTIVATIONS)
         for name in ("full_kv_heads", "full_head_dim"):
             if getattr(self, name) is not None:
                 set_field(self, name, check_positive(name, getattr(self, name)))

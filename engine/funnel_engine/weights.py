@@ -26,6 +26,8 @@ Shapes = dict[str, tuple[int, ...]]
 PRODUCTS = {
     "qkv": 1,
     "q": 1,
+    "k": 1,
+    "v": 1,
     "kv": 1,
     "attention_output": 1,
     "gate_up": 2,
@@ -114,7 +116,7 @@ def nest(flat: Mapping[str, Any], config: EncoderConfig, funnel: Funnel) -> dict
     weight is split at run time. It gets all three if only some of the funnels by length do this.
     """
     if isinstance(config, FunnelTransformerConfig):
-        return funnel_transformer.nest(flat, config, [each for _, each in funnel.classes])
+        return funnel_transformer.nest(flat, config)
     layers: list[dict[str, Any]] = [{} for _ in range(config.num_layers)]
     tree: dict[str, Any] = {"layers": layers}
     for name, weight in flat.items():

@@ -429,6 +429,9 @@ X, PACKED = np.ones((4, 32), np.float32), funnel_native.pack(np.ones((64, 32), n
 PACKED_INT8 = funnel_native.pack(np.ones((64, 32), np.int8), scale=np.ones(64, np.float32))
 
 
+PLAIN = {"biased": np.bool_(False), "activation": np.int64(-1)}  # a product and nothing after it
+
+
 def call(target, out, *arrays, **attributes):
     attributes = {"out_features": np.int64(64), "threads": np.int64(0)} | attributes
     return jax.block_until_ready(jax.ffi.ffi_call(target, out)(*arrays, **attributes))
@@ -436,6 +439,7 @@ def call(target, out, *arrays, **attributes):
 
 OUT = jax.ShapeDtypeStruct((4, 64), jnp.float32)
 UP = np.full((4, 64), 2, np.float32)
+BIAS = np.full(64, 3, np.float32)
 WEIGHTS = "packed weights must be int8 or bfloat16, or float32 if x is float32"
 BAD_CALLS = {
     "x is a vector": ((OUT, X[0], PACKED), {}, "x must be a matrix"),
@@ -471,15 +475,22 @@ BAD_SUMS = {
     "sum of another shape": ((OUT, X, PACKED, np.ones((4, 63), np.float32)), {}, "the matrix to add has shape"),
     "sum of another dtype": ((OUT, X, PACKED, np.ones((4, 64), jnp.bfloat16)), {}, "the matrix to add has shape"),
     "two sums": ((OUT, X, PACKED, *[np.ones((4, 64), np.float32)] * 2), {}, "adds at most one"),
+    "no bias": ((OUT, X, PACKED), {"biased": np.bool_(True)}, "has a bias if `biased` says so"),
+    "a short bias": ((OUT, X, PACKED, BIAS[1:]), {"biased": np.bool_(True)}, "bias has shape"),
+    "a bias of bfloat16": ((OUT, X, PACKED, BIAS.astype(jnp.bfloat16)), {"biased": np.bool_(True)}, "bias has shape"),
+    "a bias and two sums": ((OUT, X, PACKED, BIAS, UP, UP), {"biased": np.bool_(True)}, "adds at most one"),
+    "an unknown activation": ((OUT, X, PACKED), {"activation": np.int64(2)}, "there is no such activation"),
+    "a negative activation": ((OUT, X, PACKED), {"activation": np.int64(-2)}, "there is no such activation"),
 }
 
 
 @pytest.mark.parametrize(("arrays", "attributes", "message"), (BAD_CALLS | BAD_SUMS).values(), ids=BAD_CALLS | BAD_SUMS)
 def test_a_wrong_call_is_an_error_that_says_why(arrays, attributes, message):
     with pytest.raises(Exception, match=message):
-        call("funnel_linear", *arrays, **attributes)
+        call("funnel_linear", *arrays, **PLAIN | attributes)
     for packed in (PACKED, PACKED_INT8):
-        assert (call("funnel_linear", OUT, X, packed)[0] == 32).all()
+        assert (call("funnel_linear", OUT, X, packed, **PLAIN)[0] == 32).all()
+        assert (call("funnel_linear", OUT, X, packed, BIAS, **PLAIN | {"biased": np.bool_(True)})[0] == 35).all()
 
 
 @pytest.mark.parametrize(("arrays", "attributes", "message"), BAD_CALLS.values(), ids=BAD_CALLS)

@@ -7,14 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from funnel_kernels import Target, add_norm, pool_norm, recover_norm
-from option_grid import EPS, AddNormCase, PoolCase, RecoverCase, target
+from funnel_kernels import Target, add_norm, pool_norm, post_norm, recover_norm
+from option_grid import EPS, AddNormCase, PoolCase, PostNormCase, RecoverCase, target
 
 
 def results(case, target: Target, *arrays) -> list[jax.Array]:
     if isinstance(case, AddNormCase):
         *arrays, update_weight, scale = arrays
         return [*add_norm(*arrays, update_weight=update_weight, scale=scale, eps=EPS, target=target)]
+    if isinstance(case, PostNormCase):
+        return [post_norm(*arrays, eps=EPS, target=target)]
     op = pool_norm if isinstance(case, PoolCase) else recover_norm
     return jax.tree.leaves(op(*arrays, **case.options(), target=target))
 
@@ -40,6 +42,7 @@ CASES = {
         *(RecoverCase(2, mode, "after_norm", dtype, other, width=width) for mode in ("sum", "mean", "max")),
         *(AddNormCase(update, dtype, other, width=width) for update in ("none", "plain", "normed")),
         *(AddNormCase(update, dtype, other, width=width, scaled=True) for update in ("plain", "normed")),
+        *(PostNormCase(updated, dtype, other, width=width) for updated in (True, False)),
     )
 }
 
@@ -63,6 +66,7 @@ LARGE = [
     RecoverCase(3, "sum", "after_norm", "bfloat16", "float32", windows=203, width=640),
     AddNormCase("normed", "bfloat16", "float32", rows=307, width=640),
     AddNormCase("none", "float32", rows=307, width=640),
+    PostNormCase(True, "bfloat16", "float32", rows=307, width=640),
 ]
 
 
@@ -85,7 +89,7 @@ def of_windows(array: np.ndarray | None, windows: int, first: int, last: int) ->
 
 @pytest.mark.parametrize("case", LARGE, ids=str)
 def test_a_row_has_the_same_bits_among_any_number_of_rows(case):
-    windows = case.rows if isinstance(case, AddNormCase) else case.windows
+    windows = case.rows if isinstance(case, AddNormCase | PostNormCase) else case.windows
     for first, last in ((0, 1), (5, 7), (11, windows)):
         alone = results(case, target("cpu"), *(of_windows(array, windows, first, last) for array in case.arrays()))
         for result, together in zip(alone, run(case), strict=True):
@@ -122,6 +126,7 @@ RIGHT = {
     "funnel_norm": ((shape(6, 32),), (X, WEIGHT), NORM),
     "funnel_add_norm": ((shape(6, 32), shape(6, 32)), (X, X, WEIGHT, WEIGHT), {**NORM, "scaled": np.bool_(False)}),
     "funnel_pool_norm": ((shape(3, 32), shape(3, 32)), (X, REAL, WEIGHT), POOL),
+    "funnel_post_norm": ((shape(6, 32),), (X, WEIGHT, 2 * WEIGHT, X), NORM),
     "funnel_recover_norm": ((shape(12, 32),), (X, WEIGHT, np.ones((12, 32), np.float32)), RECOVER),
 }
 
@@ -166,6 +171,7 @@ WRONG_X = {
 }
 ADD = "funnel_add_norm"
 POOLED = "funnel_pool_norm"
+POST = "funnel_post_norm"
 RECOVERED = "funnel_recover_norm"
 WRONG = {
     **{f"{target}: {name}": (target, *wrong) for target in RIGHT for name, wrong in WRONG_X.items()},
@@ -195,6 +201,13 @@ WRONG = {
         f"pool: pool {pool}": (POOLED, with_option("pooling", np.int64(pool)), "there is no such pool")
         for pool in (-1, 3, 2**32)
     },
+    "post: short weight": (POST, with_array(1, WEIGHT[:31]), "weight has shape"),
+    "post: short sum": (POST, with_array(2, WEIGHT[:31]), "what the norm adds has shape"),
+    "post: the sum is bfloat16": (POST, with_array(2, WEIGHT.astype(jnp.bfloat16)), "what the norm adds has shape"),
+    "post: short update": (POST, with_array(3, X[:5]), "update has shape"),
+    "post: update is float16": (POST, with_array(3, HALF), "update has shape"),
+    "post: update is narrower than x": (POST, with_array(3, X.astype(jnp.bfloat16)), "update has shape"),
+    "post: two updates": (POST, with_arrays(4, X), "at most one update"),
     "recover: short weight": (RECOVERED, with_array(1, WEIGHT[:31]), "weight has shape"),
     "recover: full is short": (RECOVERED, with_array(2, X), "full has shape"),
     "recover: full is float16": (RECOVERED, with_array(2, np.ones((12, 32), np.float16)), "full has shape"),
@@ -214,10 +227,16 @@ WRONG = {
 
 @pytest.mark.parametrize(
     ("target", "values"),
-    [("funnel_norm", [2]), ("funnel_add_norm", [3, 2]), ("funnel_pool_norm", [1, 2]), ("funnel_recover_norm", [2])],
+    [
+        ("funnel_norm", [2]),
+        ("funnel_add_norm", [3, 2]),
+        ("funnel_pool_norm", [1, 2]),
+        ("funnel_post_norm", [2]),
+        ("funnel_recover_norm", [2]),
+    ],
 )
 def test_the_calls_that_the_wrong_ones_start_from_are_served(target, values):
-    """Rows of ones, whose norm with a weight of 1 is 2."""
+    """Rows of ones, whose RMSNorm with a weight of 1 is 2. Around their mean they are 0, and a LayerNorm adds 2."""
     for result, value in zip(call(target, *RIGHT[target]), values, strict=True):
         np.testing.assert_allclose(result, value, rtol=1e-5)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-GRID = ("linear", "attention", "pool_norm", "recover_norm", "add_norm")
+GRID = ("linear", "attention", "relative_attention", "pool_norm", "recover_norm", "add_norm", "post_norm")
 # The tests of the kernels in C++ go through every instruction set, stride, mode and dtype on whole rows; the grid adds
 # widths. Left out is what starts processes of its own, or looks at values alone.
 CHOSEN = "(native or cpu and (linear or attention or pool_norm or width))"

@@ -200,7 +200,9 @@ def test_a_result_does_not_depend_on_the_batch(tmp_path):
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_other_backends_agree(backend, tmp_path):
-    check(load(tmp_path, backend=backend), inputs((17, 40, 3)))
+    loaded = load(tmp_path, backend=backend)
+    check(loaded, inputs((17, 40, 3)))
+    assert {loaded.engine.backends()[op] for op in ("relative_attention", "post_norm", "linear")} == {backend}
 
 
 def test_bfloat16_is_near(tmp_path):

@@ -24,17 +24,20 @@ from funnel_kernels import (
     project_heads,
     quantize,
 )
-from funnel_kernels.linear import GATE_ACTIVATIONS
+from funnel_kernels.linear import ACTIVATIONS
 from option_grid import (
     BACKENDS,
     DTYPES,
     EPS,
     LINEAR_ADD_NORM_CASES,
+    LINEAR_CASES,
+    OPERANDS,
     HeadsCase,
     LinearAddNormCase,
     LinearCase,
     exact_product,
     few_of,
+    normal,
     over_the_grid,
     packed_weight,
     target,
@@ -43,6 +46,10 @@ from option_grid import (
 
 SERVED = [backend for backend in BACKENDS if backend not in ("triton", "tpu")]  # these two are XLA's products
 WIDE_ROUNDING = {"float32": 2**-22, "bfloat16": 2**-8}
+ACTIVATED = {
+    "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "silu": lambda x: x / (1 + np.exp(-x)),
+}
 
 
 def exact(*arrays: np.ndarray | None) -> list[np.ndarray | None]:
@@ -70,6 +77,25 @@ def test_linear_agrees_with_float64(backend, case):
     check(actual, expected, size, WIDE_ROUNDING[case.dtype] if case.add else 0.0)
 
 
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
+@pytest.mark.parametrize(
+    "case", [LINEAR_CASES[f"130x48x600, {name}{add}"] for name in OPERANDS for add in ("", ", add")], ids=str
+)
+@pytest.mark.parametrize("backend", SERVED)
+def test_bias_and_activation_come_before_the_sum(backend, case, activation):
+    x, weight, add = case.arrays()
+    bias = normal(13, case.out_features).astype(x.dtype)
+    options = {"bias": bias, "activation": activation, "target": target(backend)}
+    actual = jax.jit(lambda *arrays: linear(*arrays, **options))(x, prepare(weight, target=target(backend)), add)
+    product, size = exact_product(x, weight, backend)
+    biased = product + np.asarray(bias, np.float64)
+    expected = biased if activation is None else ACTIVATED[activation](biased)
+    if add is not None:
+        expected = expected + np.asarray(add, np.float64)
+    assert actual.dtype == (x.dtype if case.add else jnp.float32)
+    check(actual, expected, 4 * (1 + size), WIDE_ROUNDING[case.dtype] if case.add else 0.0)
+
+
 @over_the_grid("gated_linear", SERVED)
 def test_gated_linear_agrees_with_float64(backend, case):
     x, weight, up = case.arrays()
@@ -81,8 +107,7 @@ def test_gated_linear_agrees_with_float64(backend, case):
     else:
         (gate, size), up = exact_product(x, weight, backend), np.asarray(up, np.float64)
         sizes = size, np.abs(up)
-    gelu = 0.5 * gate * (1 + np.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)))
-    expected = (gelu if case.gate == "gelu_tanh" else gate / (1 + np.exp(-gate))) * up
+    expected = ACTIVATED[case.gate](gate) * up
     assert actual.shape == expected.shape
     assert actual.dtype == x.dtype
     check(actual, expected, (1 + sizes[0]) * (1 + sizes[1]), WIDE_ROUNDING[case.dtype])
@@ -287,7 +312,7 @@ def test_large_gates_neither_overflow_nor_vanish():
     """Both activations are x for large x and 0 for very negative ones, where their exponentials over- and underflow."""
     gates = np.array([-1e30, -200.0, -50.0, -20.0, 20.0, 50.0, 200.0, 1e30], np.float32)
     weight = np.concatenate([gates, np.ones(8, np.float32)])[:, None]
-    for backend, activation in itertools.product(SERVED, GATE_ACTIVATIONS):
+    for backend, activation in itertools.product(SERVED, ACTIVATIONS):
         prepared = prepare(weight, parts=2, target=target(backend))
         x = np.ones((1, 1), np.float32)
         out = gated_linear(x, prepared, activation=activation, target=target(backend))

@@ -54,32 +54,30 @@ def weight_shapes(config: FunnelTransformerConfig) -> dict[str, tuple[int, ...]]
     }
 
 
-def nest(flat: Params, config: FunnelTransformerConfig, funnels: list[FunnelConfig]) -> dict[str, Any]:
+def nest(flat: Params, config: FunnelTransformerConfig) -> dict[str, Any]:
     """The tree that `forward` reads: the layers of both parts are lists, and a head's weights keep their names.
 
-    A projection of positions becomes `offsets`, what it makes of every distance: this is the same for every batch. A
-    layer whose keys come from unpooled rows gets `q` and `kv`, so that no weight is split at run time.
+    A projection of positions becomes `offsets`, what it makes of every distance: this is the same for every batch.
+    `qkv` becomes `q`, `k` and `v`, so that neither weights nor rows are split at run time.
     """
     tree: dict[str, Any] = {
         "layers": [{} for _ in range(sum(config.block_sizes))],
         "decoder": [{} for _ in range(config.decoder_layers)],
     }
-    distances = position_rows(config.max_positions, config.hidden_size)
+    distances, width = position_rows(config.max_positions, config.hidden_size), config.num_heads * config.head_dim
     for name, weight in flat.items():
         part, _, rest = name.partition(".")
         if part not in ("layers", "decoder"):
             tree[name] = weight
             continue
         index, leaf = rest.split(".")
+        layer = tree[part][int(index)]
         if leaf == "relative_positions":
-            leaf, weight = "offsets", jnp.matmul(distances, widened(weight).T, precision=jax.lax.Precision.HIGHEST)
-        tree[part][int(index)][leaf] = weight
-    query_width = config.num_heads * config.head_dim
-    for funnel in funnels:
-        for step in layer_steps(config, funnel):
-            layer = tree["layers"][config.applied[step.layer]]
-            if step.key_stride != step.query_stride and "q" not in layer:
-                layer |= {"q": layer["qkv"][:query_width], "kv": layer["qkv"][query_width:]}
+            layer["offsets"] = jnp.matmul(distances, widened(weight).T, precision=jax.lax.Precision.HIGHEST)
+        elif leaf == "qkv":
+            layer |= {each: weight[i * width : (i + 1) * width] for i, each in enumerate("qkv")}
+        else:
+            layer[leaf] = weight
     return tree
 
 
@@ -159,12 +157,8 @@ def layer(
         keys: [N / key stride, D], the same array, or the unpooled rows.
     """
     dtype, heads = queries.dtype, config.num_heads
-    if keys is queries:
-        q, k, v = jnp.split(linear(queries, weights["qkv"], target=target), 3, axis=1)
-    else:
-        q = linear(queries, weights["q"], target=target)
-        k, v = jnp.split(linear(keys, weights["kv"], target=target), 2, axis=1)
-    v = v + weights["value_bias"]
+    q, k = linear(queries, weights["q"], target=target), linear(keys, weights["k"], target=target)
+    v = linear(keys, weights["v"], bias=weights["value_bias"], target=target)
     lo, hi = batch.intervals[step.query_stride, step.key_stride, "full"]
     assert batch.types is not None, "plans of this architecture pack token types"
     # Keys are `key_stride` tokens apart, and two rows of a sequence at most as far as it has rows.
@@ -188,11 +182,10 @@ def layer(
         separate_first=config.separate_cls,
         target=target,
     )
-    update = linear(attended, weights["attention_output"], target=target) + weights["attention_output_bias"]
+    update = linear(attended, weights["attention_output"], bias=weights["attention_output_bias"], target=target)
     x = post_norm(queries, update, weights["attention_norm"], eps=config.norm_eps, target=target)
-    hidden = linear(x, weights["up"], target=target) + weights["up_bias"]
-    hidden = jax.nn.gelu(hidden, approximate=True).astype(dtype)
-    update = linear(hidden, weights["down"], target=target) + weights["down_bias"]
+    hidden = linear(x, weights["up"], bias=weights["up_bias"], activation="gelu_tanh", target=target).astype(dtype)
+    update = linear(hidden, weights["down"], bias=weights["down_bias"], target=target)
     return post_norm(x, update, weights["mlp_norm"], eps=config.norm_eps, target=target)
 
 

@@ -17,6 +17,8 @@ Handlers add_norm_handlers();
 Handlers attention_handlers();
 Handlers linear_handlers();
 Handlers pool_norm_handlers();
+Handlers post_norm_handlers();
 Handlers recover_norm_handlers();
+Handlers relative_attention_handlers();
 
 }  // namespace funnel

@@ -13,23 +13,26 @@ namespace funnel::FUNNEL_INSTRUCTION_SET {
 constexpr int kSums = 8;
 
 template <typename Value>
-static float inverse_rms(int64_t width, float eps, Value value_at) {
+static float sum_of(int64_t width, Value value_at) {
   Floats sums[kSums];
   for (int i = 0; i < kSums; ++i) sums[i] = Floats{};  // an initializer would be a call that clears memory
   int64_t j = 0;
   for (; j + kSums * kLanes <= width; j += kSums * kLanes) {
-    for (int i = 0; i < kSums; ++i) {
-      const Floats value = value_at(j + i * kLanes, kLanes);
-      sums[i] += value * value;
-    }
+    for (int i = 0; i < kSums; ++i) sums[i] += value_at(j + i * kLanes, kLanes);
   }
-  for (; j < width; j += kLanes) {
-    const Floats value = value_at(j, width - j);
-    sums[0] += value * value;
-  }
+  for (; j < width; j += kLanes) sums[0] += value_at(j, width - j);
   for (int i = 1; i < kSums; ++i) sums[0] += sums[i];
   float sum = 0;
   for (int lane = 0; lane < kLanes; ++lane) sum += sums[0][lane];
+  return sum;
+}
+
+template <typename Value>
+static float inverse_rms(int64_t width, float eps, Value value_at) {
+  const float sum = sum_of(width, [=](int64_t j, int64_t count) {
+    const Floats value = value_at(j, count);
+    return value * value;
+  });
   return 1 / __builtin_sqrtf(sum / static_cast<float>(width) + eps);
 }
 

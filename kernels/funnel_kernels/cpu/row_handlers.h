@@ -1,4 +1,4 @@
-// What the handlers of add_norm, pool_norm and recover_norm share.
+// What the handlers of add_norm, pool_norm, post_norm and recover_norm share.
 #pragma once
 
 #include <algorithm>

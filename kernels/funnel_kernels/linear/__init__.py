@@ -13,7 +13,7 @@ from funnel_kernels.op import Op
 from funnel_kernels.target import Target
 
 __all__ = [
-    "GATE_ACTIVATIONS",
+    "ACTIVATIONS",
     "PackedWeight",
     "QuantizedWeight",
     "Weight",
@@ -25,7 +25,7 @@ __all__ = [
     "quantize",
 ]
 
-GATE_ACTIVATIONS = ("gelu_tanh", "silu")
+ACTIVATIONS = ("gelu_tanh", "silu")
 
 # On GPUs and TPUs XLA computes the products: it calls cuBLAS, or uses the matrix unit of the TPU.
 LINEAR: Op[jax.Array] = Op("linear", __name__, "xla", "cpu")
@@ -39,9 +39,11 @@ def linear(
     weight: Weight,  # [out, in]
     add: jax.Array | None = None,  # [N, out]
     *,
+    bias: jax.Array | None = None,  # [out]
+    activation: str | None = None,
     target: Target,
 ) -> jax.Array:  # [N, out], float32, or the dtype of `add` if it is given
-    """`x @ weight.T`, accumulated in float32, plus `add` if it is given.
+    """`activation(x @ weight.T + bias) + add`, in float32; each of the three is left out if it is not given.
 
     The sum is rounded once. On an accelerator the product may also be rounded to the dtype of `add` before the sum.
     With an int8 weight the rows of `x` are rounded to 8-bit integers too, see `reference.integer_product`; XLA
@@ -51,6 +53,8 @@ def linear(
         x: float32 or bfloat16.
         weight: in the dtype of `x`, bfloat16, or int8 (`quantize`), as `prepare` returns it for the target.
         add: in the dtype of `x`, e.g. the residual stream.
+        bias: float32 or bfloat16.
+        activation: see `gated_linear`.
         target: where it runs, and with which kernels.
 
     Raises:
@@ -62,7 +66,12 @@ def linear(
     if add is not None:
         check_float("add", add, ndim=2, dtype=x.dtype)
         check_shape("add", add, (x.shape[0], weight.shape[0]))
-    return LINEAR(x, weight, add, target=target)
+    if bias is not None:
+        check_float("bias", bias, ndim=1)
+        check_shape("bias", bias, weight.shape[:1])
+    if activation is not None:
+        check_choice("activation", activation, ACTIVATIONS)
+    return LINEAR(x, weight, add, bias, activation=activation, target=target)
 
 
 def gated_linear(
@@ -101,7 +110,7 @@ def gated_linear(
         raise InputError(
             f"weight has {weight.shape[0]} rows; the number must be even, half of the rows for gate and half for up"
         )
-    check_choice("activation", activation, GATE_ACTIVATIONS)
+    check_choice("activation", activation, ACTIVATIONS)
     return GATED_LINEAR(x, weight, up, activation=activation, target=target)
 
 

@@ -44,20 +44,32 @@ bool read_product(const ffi::AnyBuffer& x, const ffi::AnyBuffer& weights, int64_
   return true;
 }
 
-ffi::Error linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weights, ffi::RemainingArgs added,
-                  ffi::Result<ffi::AnyBuffer> out, int64_t out_features, int64_t threads) {
+// After x and the weights come the bias, if `biased` says so, and what is added, if there is anything.
+ffi::Error linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weights, ffi::RemainingArgs extras,
+                  ffi::Result<ffi::AnyBuffer> out, int64_t out_features, bool biased, int64_t activation,
+                  int64_t threads) {
   ffi::Error error;
   Product product;
+  if (activation < -1 || activation >= kActivations) return invalid("there is no such activation");
   if (!read_product(x, weights, out_features, 1, product, error)) return error;
   const auto out_dtype = out->element_type();
   if (out_dtype != ffi::F32 && out_dtype != x.element_type()) {
     return invalid("the result must be float32 or have the dtype of x");
   }
   if (!fits("the result", *out, out_dtype, {product.rows, out_features}, error)) return error;
-  if (added.size() > 1) return invalid("a product adds at most one matrix");
+  if (extras.size() < biased || extras.size() > biased + size_t{1}) {
+    return invalid("a product has a bias if `biased` says so, and adds at most one matrix");
+  }
+  const float* bias = nullptr;
+  if (biased) {
+    const auto vector = extras.get<ffi::AnyBuffer>(0);
+    if (vector.has_error()) return vector.error();
+    if (!fits("bias", *vector, ffi::F32, {out_features}, error)) return error;
+    bias = static_cast<const float*>(vector->untyped_data());
+  }
   const char* add = nullptr;
-  if (added.size() == 1) {
-    const auto matrix = added.get<ffi::AnyBuffer>(0);
+  if (extras.size() > biased) {
+    const auto matrix = extras.get<ffi::AnyBuffer>(biased);
     if (matrix.has_error()) return matrix.error();
     if (!fits("the matrix to add", *matrix, x.element_type(), {product.rows, out_features}, error)) return error;
     add = static_cast<const char*>(matrix->untyped_data());
@@ -67,8 +79,9 @@ ffi::Error linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weights
   return by_tiles(pool, threads, product, [&](const Tile& tile) {
     const int64_t at = tile.row * out_features + tile.column;
     FUNNEL_BEST(store_product)
-    (tile.parts[0], tile.stride, tile.rows, tile.columns, add ? add + at * product.element() : nullptr,
-     product.is_bfloat16, to + at * (out_is_bfloat16 ? 2 : 4), out_is_bfloat16, out_features);
+    (tile.parts[0], tile.stride, tile.rows, tile.columns, bias ? bias + tile.column : nullptr,
+     static_cast<Activation>(activation), add ? add + at * product.element() : nullptr, product.is_bfloat16,
+     to + at * (out_is_bfloat16 ? 2 : 4), out_is_bfloat16, out_features);
   });
 }
 
@@ -221,6 +234,8 @@ Handlers linear_handlers() {
                              .RemainingArgs()
                              .Ret<ffi::AnyBuffer>()
                              .Attr<int64_t>("out_features")
+                             .Attr<bool>("biased")
+                             .Attr<int64_t>("activation")
                              .Attr<int64_t>("threads"));
   XLA_FFI_DEFINE_HANDLER(gated_linear_handler, gated_linear,
                          ffi::Ffi::Bind()

@@ -7,17 +7,35 @@ import jax.numpy as jnp
 import funnel_native
 from funnel_kernels import native_calls
 from funnel_kernels.add_norm.native_cpu import add_norm
-from funnel_kernels.linear import GATE_ACTIVATIONS, xla
+from funnel_kernels.linear import ACTIVATIONS, xla
 from funnel_kernels.linear.packed import PackedWeight, Weight
 from funnel_kernels.shapes import Angles, Heads, Rows, Vector
 from funnel_kernels.target import Target, Unsupported
 
 
-def linear(x: Rows, weight: Weight, add: Rows | None, *, target: Target) -> Rows:
+def linear(
+    x: Rows,
+    weight: Weight,
+    add: Rows | None,
+    bias: Vector | None = None,
+    *,
+    activation: str | None = None,
+    target: Target,
+) -> Rows:
     out = jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), jnp.float32 if add is None else x.dtype)
-    added = () if add is None else (add,)
     generate_code(x, weight, out.shape[1], target)
-    return native_calls.call("funnel_linear", out, x, weight.packed, *added, out_features=out.shape[1], target=target)
+    return native_calls.call(
+        "funnel_linear",
+        out,
+        x,
+        weight.packed,
+        *(() if bias is None else (bias.astype(jnp.float32),)),
+        *(() if add is None else (add,)),
+        out_features=out.shape[1],
+        biased=bias is not None,
+        activation=-1 if activation is None else ACTIVATIONS.index(activation),
+        target=target,
+    )
 
 
 def gated_linear(x: Rows, weight: Weight, up: Rows | None, *, activation: str, target: Target) -> Rows:
@@ -30,7 +48,7 @@ def gated_linear(x: Rows, weight: Weight, up: Rows | None, *, activation: str, t
         weight.packed,
         *(() if up is None else (up,)),
         out_features=out.shape[1],
-        activation=GATE_ACTIVATIONS.index(activation),
+        activation=ACTIVATIONS.index(activation),
         target=target,
     )
 

@@ -18,6 +18,9 @@ Floats silu(Floats x) {
 }
 
 // Functions as types, so that they are inlined.
+struct Identity {
+  Floats operator()(Floats x) const { return x; }
+};
 struct Gelu {
   Floats operator()(Floats x) const { return gelu(x); }
 };
@@ -25,17 +28,17 @@ struct Silu {
   Floats operator()(Floats x) const { return silu(x); }
 };
 
-template <typename Add, typename Out>
-void store_product_as(const float* tile, int64_t tile_stride, int64_t rows, int64_t columns, const Add* add, Out* out,
-                      int64_t stride) {
+template <typename Activate, typename Add, typename Out>
+void store_product_as(const float* tile, int64_t tile_stride, int64_t rows, int64_t columns, const float* bias,
+                      const Add* add, Out* out, int64_t stride) {
   for (int64_t i = 0; i < rows; ++i, tile += tile_stride, out += stride) {
-    if (add == nullptr) {
-      store_row(out, columns, [&](int64_t j, int64_t count) { return load_some(tile + j, count); });
-    } else {
-      const Add* row = add + i * stride;
-      store_row(out, columns,
-                [&](int64_t j, int64_t count) { return load_some(tile + j, count) + load_some(row + j, count); });
-    }
+    const Add* added = add == nullptr ? nullptr : add + i * stride;
+    store_row(out, columns, [=](int64_t j, int64_t count) {
+      Floats value = load_some(tile + j, count);
+      if (bias != nullptr) value += load_some(bias + j, count);
+      value = Activate()(value);
+      return added == nullptr ? value : value + load_some(added + j, count);
+    });
   }
 }
 
@@ -81,12 +84,20 @@ void store_heads_as(const float* tile, int64_t tile_stride, int64_t rows, int64_
 
 }  // namespace
 
-void store_product(const float* tile, int64_t tile_stride, int64_t rows, int64_t columns, const void* add,
-                   bool add_is_bfloat16, void* out, bool out_is_bfloat16, int64_t stride) {
+void store_product(const float* tile, int64_t tile_stride, int64_t rows, int64_t columns, const float* bias,
+                   Activation activation, const void* add, bool add_is_bfloat16, void* out, bool out_is_bfloat16,
+                   int64_t stride) {
   choose(add_is_bfloat16, [&](auto add_element) {
     choose(out_is_bfloat16, [&](auto out_element) {
-      store_product_as(tile, tile_stride, rows, columns, static_cast<const decltype(add_element)*>(add),
-                       static_cast<decltype(out_element)*>(out), stride);
+      auto* from = static_cast<const decltype(add_element)*>(add);
+      auto* to = static_cast<decltype(out_element)*>(out);
+      if (activation == Activation::none) {
+        store_product_as<Identity>(tile, tile_stride, rows, columns, bias, from, to, stride);
+      } else if (activation == Activation::silu) {
+        store_product_as<Silu>(tile, tile_stride, rows, columns, bias, from, to, stride);
+      } else {
+        store_product_as<Gelu>(tile, tile_stride, rows, columns, bias, from, to, stride);
+      }
     });
   });
 }

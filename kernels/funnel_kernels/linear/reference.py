@@ -17,14 +17,23 @@ GROUP = 128  # input features that share a scale of the activations, where weigh
 SMALLEST = 1e-30  # the inverse of a smaller group's scale could overflow
 
 
-def linear(x: Rows, weight: Weight, add: Rows | None) -> Rows:
+def linear(
+    x: Rows, weight: Weight, add: Rows | None, bias: Vector | None = None, *, activation: str | None = None
+) -> Rows:
     if isinstance(weight, PackedWeight):
         raise Unsupported("the weight is packed for backend 'cpu'; give the plain weight")
     if isinstance(weight, QuantizedWeight):
         product = integer_product(widened(x), weight.values, weight.scale)
     else:
         product = jnp.matmul(widened(x), widened(weight).T, precision=HIGHEST)
-    return product if add is None else (add + product).astype(add.dtype)
+    result = finish(product, bias, activation)
+    return result if add is None else (add + result).astype(add.dtype)
+
+
+def finish(product: Rows, bias: Vector | None, activation: str | None) -> Rows:
+    """What follows a product before something is added to it."""
+    biased = product if bias is None else product + bias.astype(product.dtype)
+    return biased if activation is None else activate(biased, activation)
 
 
 @jax.custom_jvp

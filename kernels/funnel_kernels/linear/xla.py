@@ -9,21 +9,29 @@ import jax.numpy as jnp
 
 from funnel_kernels.add_norm import add_norm
 from funnel_kernels.linear.packed import PackedWeight, QuantizedWeight, Weight
-from funnel_kernels.linear.reference import activate
+from funnel_kernels.linear.reference import activate, finish
 from funnel_kernels.norm import rms_norm, sum_dtype, widened
 from funnel_kernels.shapes import Angles, Heads, Rows, Vector
 from funnel_kernels.target import Target, Unsupported
 
 
-def linear(x: Rows, weight: Weight, add: Rows | None, *, target: Target) -> Rows:
+def linear(
+    x: Rows,
+    weight: Weight,
+    add: Rows | None,
+    bias: Vector | None = None,
+    *,
+    activation: str | None = None,
+    target: Target,
+) -> Rows:
     if add is None:
-        return project(x, weight, sum_dtype(x.dtype))
+        return finish(project(x, weight, sum_dtype(x.dtype)), bias, activation)
     # On a CPU the float32 sum is rounded once. An accelerator's compiler would remove that rounding and keep the
     # residual stream in float32 from layer to layer, which doubles the memory traffic and breaks the promised dtype. So
     # there the product is rounded and then the sum, as in transformers. If XLA fuses both into one cuBLASLt call, only
     # the sum is rounded.
     product = project(x, weight, sum_dtype(x.dtype) if target.platform == "cpu" else x.dtype)
-    return (add + product).astype(add.dtype)
+    return (add + finish(product, bias, activation)).astype(add.dtype)
 
 
 def gated_linear(x: Rows, weight: Weight, up: Rows | None, *, activation: str, target: Target) -> Rows:

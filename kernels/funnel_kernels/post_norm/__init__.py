@@ -8,7 +8,8 @@ from funnel_kernels.errors import InputError
 from funnel_kernels.op import Op
 from funnel_kernels.target import Target
 
-POST_NORM: Op[jax.Array] = Op("post_norm", __name__)
+# On accelerators XLA fuses the sum and the norm into the ops around them, as those of `add_norm`.
+POST_NORM: Op[jax.Array] = Op("post_norm", __name__, "cpu")
 
 
 def post_norm(

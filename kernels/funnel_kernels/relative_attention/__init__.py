@@ -8,7 +8,7 @@ from funnel_kernels.errors import InputError
 from funnel_kernels.op import Op
 from funnel_kernels.target import Target
 
-RELATIVE_ATTENTION: Op[jax.Array] = Op("relative_attention", __name__, "xla")
+RELATIVE_ATTENTION: Op[jax.Array] = Op("relative_attention", __name__, "xla", "cpu")
 BOTH = 2  # the token type of [CLS], which counts as the same as every other type
 
 

@@ -21,28 +21,6 @@ from funnel_kernels.shapes import Bounds, Heads
 from funnel_kernels.target import Target
 
 
-def relative_attention(
-    q: Heads,
-    k: Heads,
-    v: Heads,
-    lo: Bounds,
-    hi: Bounds,
-    query_types: jax.Array,
-    key_types: jax.Array,
-    biases: Heads,
-    offsets: Heads,
-    same: Heads,
-    *,
-    heads: int,
-    scale: float,
-    stride: int,
-    separate_first: bool,
-    target: Target,
-) -> Heads:
-    options = RelativeOptions(heads, scale, stride, separate_first)
-    return differentiable(q, k, v, lo, hi, query_types, key_types, biases, offsets, same, options)
-
-
 class RelativeOptions(NamedTuple):
     heads: int
     scale: float
@@ -50,49 +28,37 @@ class RelativeOptions(NamedTuple):
     separate_first: bool
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(10,))
-def differentiable(
-    q: Heads,
-    k: Heads,
-    v: Heads,
-    lo: Bounds,
-    hi: Bounds,
-    query_types: jax.Array,
-    key_types: jax.Array,
-    biases: Heads,
-    offsets: Heads,
-    same: Heads,
-    options: RelativeOptions,
-) -> Heads:
-    relative = Relative(query_types, key_types, biases, offsets, same, options.stride, options.separate_first)
-    tiles = RelativeTiles(q, k, lo, hi, Options(options.heads, options.heads, options.scale, None), relative)
-    return attend(tiles, q, k, v)[0]
+def relative_attention(*arrays: jax.Array, target: Target, **options: Any) -> Heads:
+    return differentiable(arrays, RelativeOptions(**options))
 
 
-def save(*arguments: Any) -> tuple[Heads, tuple[jax.Array, ...]]:
-    return differentiable(*arguments), arguments[:-1]
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def differentiable(arrays: tuple[jax.Array, ...], options: RelativeOptions) -> Heads:
+    q, k, v, lo, hi, *relative = arrays
+    return attend(RelativeTiles(q, k, lo, hi, options, Relative(*relative)), q, k, v)[0]
 
 
-def backward(options: RelativeOptions, arrays: tuple[jax.Array, ...], gradient: Heads) -> tuple[jax.Array, ...]:
+def save(arrays: tuple[jax.Array, ...], options: RelativeOptions) -> tuple[Heads, tuple[jax.Array, ...]]:
+    return differentiable(arrays, options), arrays
+
+
+def backward(options: RelativeOptions, arrays: tuple[jax.Array, ...], gradient: Heads) -> tuple[Any]:
     """The gradients of the dense reference. Only a derivative has arrays of all pairs of rows."""
     _, pull = jax.vjp(partial(reference.relative_attention, **options._asdict()), *arrays)
-    gradients: tuple[jax.Array, ...] = pull(gradient)
-    return gradients
+    return (pull(gradient),)
 
 
 differentiable.defvjp(save, backward)
 
 
 class Relative(NamedTuple):
-    """The arguments of `relative_attention` that `attention` does not have."""
+    """The arrays of `relative_attention` that `attention` does not have."""
 
     query_types: jax.Array
     key_types: jax.Array
     biases: Heads
     offsets: Heads
     same: Heads
-    stride: int
-    separate_first: bool
 
 
 class RelativeTiles(Tiles):
@@ -103,12 +69,12 @@ class RelativeTiles(Tiles):
         table: the offsets from the largest distance to the smallest, with a window of zeros before and after them.
     """
 
-    def __init__(self, q: Heads, k: Heads, lo: Bounds, hi: Bounds, options: Options, relative: Relative):
-        super().__init__(q, k, lo, hi, options)
+    def __init__(self, q: Heads, k: Heads, lo: Bounds, hi: Bounds, options: RelativeOptions, relative: Relative):
+        super().__init__(q, k, lo, hi, Options(options.heads, options.heads, options.scale, None))
         self.query_types = pad_rows(relative.query_types, self.shape[0])
         self.key_types = pad_rows(relative.key_types, self.keys)
         self.biases, self.same = relative.biases, relative.same
-        self.stride, self.separate_first = relative.stride, relative.separate_first
+        self.stride, self.separate_first = options.stride, options.separate_first
         self.reach = relative.offsets.shape[0] // 2
         self.window = self.stride * (self.shape[0] - 1) + self.keys
         self.table = jnp.pad(relative.offsets[::-1], [(self.window, self.window), (0, 0)])

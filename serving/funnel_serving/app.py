@@ -55,11 +55,12 @@ class App:
                 MutableHeaders(scope=message)["x-request-id"] = number
             await send(message)
 
-        async def refuse(refusal: Refusal) -> None:
+        async def refuse(refusal: Refusal, allowed: Mapping[str, str] | None = None) -> None:
             nonlocal kind
             kind = refusal.kind
             self.service.metrics.observe_refusal(kind)
             response = wire.refusal_response(path, refusal)
+            response.headers.update(allowed or {})
             if kind == "unauthorized":
                 response.headers["www-authenticate"] = "Bearer"
             if isinstance(refusal, UnreadBody):
@@ -76,7 +77,8 @@ class App:
         except ClientLeft:
             pass
         except HTTPException as error:  # of the router: the path is known, and the method is not
-            await refuse(Refusal("method", f"{path} does not take {scope['method']}; it takes {allowed(error)}"))
+            taken = (error.headers or {}).get("Allow", "no method")
+            await refuse(Refusal("method", f"{path} does not take {scope['method']}; it takes {taken}"), error.headers)
         except asyncio.CancelledError:  # the server's time to stop is over
             if status == CLIENT_LEFT:
                 await refuse(Refusal("unhealthy", "the server stops; send the request again"))
@@ -173,10 +175,6 @@ class UnreadBody(Refusal):
 
 class ClientLeft(Exception):
     """Nobody waits for the reply."""
-
-
-def allowed(error: HTTPException) -> str:
-    return (error.headers or {}).get("Allow", "no method")
 
 
 def health_routes(service: Service) -> Sequence[Route]:

@@ -114,6 +114,14 @@ class Batcher:
         for thread in self._threads:
             thread.start()
 
+    def check_room(self, sequences: int) -> None:
+        """Refuses as `submit` would if each sequence needed one row.
+
+        That is known before they are tokenised, which takes long where many clients must be refused.
+        """
+        with self._changed:
+            self._check_room(sequences)
+
     def submit(self, method: str, inputs: Ragged, deadline: float) -> Request:
         """Puts a whole request into the queue, or none of it.
 
@@ -122,24 +130,8 @@ class Batcher:
         """
         request = Request(method, inputs, self.engine.rows_needed(inputs.lengths), deadline)
         rows = request.waiting_rows
-        if rows > self.max_waiting_rows:
-            raise Refusal(
-                "too_large",
-                f"the inputs need {rows} rows, more than the {self.max_waiting_rows} of the whole queue; send fewer or "
-                "shorter inputs in a request",
-            )
         with self._changed:
-            if self._is_closed:
-                raise Refusal("unhealthy", "the server stops; ask another one")
-            if self._waiting_rows + rows > self.max_waiting_rows or len(self._waiting) >= self.max_waiting_requests:
-                seconds = self._seconds_to_wait()
-                raise Refusal(
-                    "overloaded",
-                    f"{len(self._waiting)} requests with {self._waiting_rows} rows wait; the limits are "
-                    f"{self.max_waiting_requests} requests and {self.max_waiting_rows} rows, and this one needs {rows} "
-                    f"rows. Try again in {seconds:.0f} s",
-                    retry_after=seconds,
-                )
+            self._check_room(rows)
             if not self._waiting and not self._running:
                 self._progress = request.submitted
             self._waiting.append(request)
@@ -170,6 +162,25 @@ class Batcher:
         for thread in self._threads:
             thread.join(max(0.0, end - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
+
+    def _check_room(self, rows: int) -> None:
+        if self._is_closed:
+            raise Refusal("unhealthy", "the server stops; ask another one")
+        if rows > self.max_waiting_rows:
+            raise Refusal(
+                "too_large",
+                f"the inputs need at least {rows} rows, more than the {self.max_waiting_rows} of the whole queue; send "
+                "fewer or shorter inputs in a request",
+            )
+        if self._waiting_rows + rows > self.max_waiting_rows or len(self._waiting) >= self.max_waiting_requests:
+            seconds = self._seconds_to_wait()
+            raise Refusal(
+                "overloaded",
+                f"{len(self._waiting)} requests with {self._waiting_rows} rows wait; the limits are "
+                f"{self.max_waiting_requests} requests and {self.max_waiting_rows} rows, and this one needs at least "
+                f"{rows} rows. Try again in {seconds:.0f} s",
+                retry_after=seconds,
+            )
 
     def _is_idle(self) -> bool:
         return not self._waiting and not self._running

@@ -197,6 +197,7 @@ class Service:
             engine.check_method(method)
         except ConfigError as error:
             raise Refusal("unsupported", str(error)) from error
+        batcher.check_room(len(inputs))
         try:
             async with asyncio.timeout(seconds):
                 read = partial(read_request, engine, inputs, prompt_name=prompt_name, cut=cut)

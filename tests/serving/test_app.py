@@ -123,6 +123,7 @@ def test_unknown_paths_and_methods(server):
         reply = asking.get("/v1/nothing")
         assert (reply.status_code, reply.json()["error"]["code"]) == (404, "not_found")
         assert asking.get("/embed").status_code == 405
+        assert asking.get("/embed").headers["allow"] == "POST"
         assert "it takes POST" in asking.get("/embed").json()["error"]
 
 
@@ -167,6 +168,7 @@ def test_too_many_requests_are_told_when_to_come_back(engine):
         wait_for(lambda: len(server.service.batcher._waiting) == 1)
         refused = ask(1)
         assert refused.status_code == 429
+        assert ask(100_000).status_code == 429, "what must be refused is tokenised before, or it would be too long"
         assert refused.headers["retry-after"] == "1"
         gated.gate.set()
         assert [first.result().status_code, second.result().status_code] == [200, 200]

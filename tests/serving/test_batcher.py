@@ -138,13 +138,15 @@ def test_a_request_is_admitted_whole_or_refused(batcher, engine):
         running = batcher.submit("embed", ids(64), LATER)
         await until(lambda: len(engine.started) == 1)
         with pytest.raises(
-            Refusal, match="the inputs need 1024 rows, more than the 1000 of the whole queue"
+            Refusal, match="the inputs need at least 1024 rows, more than the 1000 of the whole queue"
         ) as refusal:
             batcher.submit("embed", ids(*[64] * 16), LATER)
         assert (refusal.value.status, refusal.value.retry_after) == (413, None)
         long = batcher.submit("embed", ids(*[60] * 16), LATER)  # one part of it is packed at once, behind the first
         await until(lambda: len(engine.started) == 2)
-        with pytest.raises(Refusal, match=r"1 requests with 900 rows wait; .* and this one needs 120 rows") as refusal:
+        with pytest.raises(
+            Refusal, match=r"1 requests with 900 rows wait; .* and this one needs at least 120 rows"
+        ) as refusal:
             batcher.submit("embed", ids(60, 60), LATER)
         assert refusal.value.status == 429
         assert 1 <= refusal.value.retry_after <= 30

@@ -49,6 +49,7 @@ def test_memory_is_linear_in_the_length(family, backend):
     assert whole < LONGEST**2  # bytes: not even a mask of all pairs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_long_sequences_run(family):
     """A causal model sees the same beginning in a short sequence and in a long one; the others give what XLA gives."""

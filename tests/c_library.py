@@ -28,7 +28,7 @@ OPTIONS = '{"max_batch_tokens": 16}'  # one bucket, so little to compile
 
 def run(*command: Any, **options: Any) -> str:
     """What a command prints; a failure shows all it said."""
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, **options)
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=900, **options)
     assert done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 

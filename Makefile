@@ -32,9 +32,10 @@ test: $(VENV)/installed-test $(VENV)/lowering
 	$(MAKE) --no-print-directory lint
 	$(PYTEST) -m '$(MARKERS)'
 
-# The tests of minutes, and older processors.
+# The tests of minutes, the whole grid of the references, which are the specification, and older processors.
 test-slow: $(VENV)/installed-test $(VENV)/lowering
 	$(PYTEST) -m 'slow and not grid'
+	$(PYTEST) -m grid -k 'reference-' tests/kernels
 	FUNNEL_CPU_ISA=avx2 XLA_FLAGS= $(PYTEST) -m 'not grid' $(OLDER_CPUS)
 	! grep -q avx512_bf16 /proc/cpuinfo || FUNNEL_CPU_ISA=avx512_vnni $(PYTEST) -m 'not grid' $(OLDER_CPUS)
 

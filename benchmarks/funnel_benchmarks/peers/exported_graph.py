@@ -11,7 +11,7 @@ import importlib
 from typing import Any
 
 from funnel_benchmarks.peers.batches import padded
-from funnel_benchmarks.peers.hugging_face import is_causal, load_model, too_far
+from funnel_benchmarks.peers.hugging_face import is_causal, load_model, make_traceable, too_far
 
 NAMES = ("cosines", "sines")
 TWO_ROPES = ("gemma3_text", "embedding_gemma2_text")  # one for each kind of layer
@@ -48,11 +48,10 @@ def export(task: dict[str, Any]) -> Any:
 def export_funnel_transformer(torch: Any, task: dict[str, Any]) -> Any:
     """The same of a Funnel-Transformer, whose vectors are the rows of [CLS].
 
-    Its factorized attention computes the same as the default one, but does not make shapes from values. With a decoder
-    the graph is not for any length.
+    With a decoder the graph is not for any length.
     """
     model = load_model(task["checkpoint"], torch.float32, "eager")
-    model.config.attention_type = "factorized"
+    make_traceable(model)
 
     class Encoder(torch.nn.Module):
         def __init__(self) -> None:

@@ -46,7 +46,7 @@ def function_of(op: str, case: Any, backend: str):
         module = importlib.import_module(f"funnel_kernels.{folder}.reference")
     function = getattr(module, op)
     options = case.options() if hasattr(case, "options") else {}
-    if op in ("add_norm", "linear_add_norm"):
+    if op in ("add_norm", "linear_add_norm", "post_norm"):
         options["eps"] = grid.EPS
     if "target" in inspect.signature(function).parameters:
         options["target"] = target(backend)

@@ -511,6 +511,19 @@ def operands(case: Any, x: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, 
     return x, weight.astype(jnp.dtype(weight_dtype(case)))
 
 
+def bias(case: Any, out_features: int) -> list[np.ndarray]:
+    """That of a case of a product, if it has one, in the dtype of x."""
+    return [normal(13, out_features).astype(jnp.dtype(case.dtype))] if case.biased else []
+
+
+def biased_product(
+    x: np.ndarray, weight: np.ndarray | QuantizedWeight, backend: str, bias: list[np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """`exact_product` plus the bias, if there is one."""
+    product, size = exact_product(x, weight, backend)
+    return (product, size) if not bias else (product + np.asarray(bias[0], np.float64), size + np.abs(bias[0]))
+
+
 def weight_dtype(case: Any) -> str:
     """That of the weight of a case of a product."""
     return case.weights or case.dtype
@@ -555,7 +568,8 @@ def exact_product(x: np.ndarray, weight: np.ndarray | QuantizedWeight, backend: 
 class LinearCase:
     """A product, or with `gate` that of a gate with this activation and of what it gates: two weights in one.
 
-    With a gate, `add` is what it gates, and the weight is one. `weights` is their dtype, if it is not that of x.
+    With a gate, `add` is what it gates, and the weight is one. `weights` is their dtype, if it is not that of x. With
+    `biased` the products have a bias.
     """
 
     rows: int
@@ -565,13 +579,14 @@ class LinearCase:
     add: bool = False
     gate: str | None = None
     weights: str | None = None  # the dtype of the weight; None is that of x
+    biased: bool = False
 
     def arrays(self) -> tuple[Any, ...]:
-        """x, weight and what is added (None without); the products are of the size of what is added."""
+        """x, weight, what is added (None without) and the bias, if there is one; all but x are of the same size."""
         x = normal(10, self.rows, self.in_features)
         weight = normal(11, self.out_features * self.parts, self.in_features) / self.in_features**0.5
         add = normal(12, self.rows, self.out_features).astype(jnp.dtype(self.dtype)) if self.add else None
-        return *operands(self, x, weight), add
+        return *operands(self, x, weight), add, *bias(self, len(weight))
 
     @property
     def parts(self) -> int:
@@ -597,17 +612,27 @@ LINEAR_CASES = {
     f"1100x768x520, {name}": LinearCase(1100, 768, 520, dtype, weights=weights)
     for name, (dtype, weights) in OPERANDS.items()
 }
-GATED_CASES = {
-    f"{'x'.join(map(str, size))}, {name}, {gate}": LinearCase(*size, dtype, gate=gate, weights=weights)
-    for size in LINEAR_SIZES
-    for name, (dtype, weights) in OPERANDS.items()
-    for gate in ACTIVATIONS
-} | {
-    f"{'x'.join(map(str, size))}, {name}, {gate}, up": LinearCase(*size, dtype, True, gate, weights)
-    for size in LINEAR_SIZES[2:6]
-    for name, (dtype, weights) in OPERANDS.items()
-    for gate in ACTIVATIONS
-}
+GATED_CASES = (
+    {
+        f"{'x'.join(map(str, size))}, {name}, {gate}": LinearCase(*size, dtype, gate=gate, weights=weights)
+        for size in LINEAR_SIZES
+        for name, (dtype, weights) in OPERANDS.items()
+        for gate in ACTIVATIONS
+    }
+    | {
+        f"{'x'.join(map(str, size))}, {name}, {gate}, up": LinearCase(*size, dtype, True, gate, weights)
+        for size in LINEAR_SIZES[2:6]
+        for name, (dtype, weights) in OPERANDS.items()
+        for gate in ACTIVATIONS
+    }
+    | {
+        f"130x48x600, {name}, {ACTIVATIONS[add]}{', up' if add else ''}, biased": LinearCase(
+            130, 48, 600, dtype, add, ACTIVATIONS[add], weights, biased=True
+        )
+        for name, (dtype, weights) in OPERANDS.items()
+        for add in (False, True)
+    }
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -622,40 +647,52 @@ class LinearAddNormCase:
     normed: bool = False
     weights: str | None = None
     scaled: bool = False
+    biased: bool = False
 
     def arrays(self) -> tuple[Any, ...]:
-        """x, weight, what is added to, the norm's weight, update_weight and scale."""
+        """x, weight, what is added to, the norm's weight, update_weight, scale, and the bias, if there is one."""
         product = LinearCase(self.rows, self.in_features, self.width, self.dtype, add=True, weights=self.weights)
         x, weight, add = product.arrays()
         norm_weight, update_weight = 0.3 * normal(16, 2, self.width).astype(x.dtype)
         extras = update_weight if self.normed else None, SCALE if self.scaled else None
-        return x, weight, add, norm_weight, *extras
+        return x, weight, add, norm_weight, *extras, *bias(self, self.width)
 
 
 # From some hundred rows on the kernels for CPUs make whole rows at a time, if these are whole units of packed weights.
-LINEAR_ADD_NORM_CASES = {
-    f"{rows}x{in_features}x{width}, {name}{', normed' if normed else ''}": LinearAddNormCase(
-        rows, in_features, width, dtype, normed, weights
-    )
-    for rows, in_features, width in (
-        (1, 1, 1),
-        (5, 24, 40),
-        (130, 96, 128),
-        (500, 64, 192),
-        (777, 1120, 64),
-        (500, 64, 100),
-        (400, 32, 1152),
-    )
-    for name, (dtype, weights) in OPERANDS.items()
-    for normed in (False, True)
-} | {
-    f"{rows}x{in_features}x{width}, {name}{', normed' if normed else ''}, scaled": LinearAddNormCase(
-        rows, in_features, width, dtype, normed, weights, scaled=True
-    )
-    for rows, in_features, width in ((5, 24, 40), (500, 64, 192))
-    for name, (dtype, weights) in OPERANDS.items()
-    for normed in (False, True)
-}
+LINEAR_ADD_NORM_CASES = (
+    {
+        f"{rows}x{in_features}x{width}, {name}{', normed' if normed else ''}": LinearAddNormCase(
+            rows, in_features, width, dtype, normed, weights
+        )
+        for rows, in_features, width in (
+            (1, 1, 1),
+            (5, 24, 40),
+            (130, 96, 128),
+            (500, 64, 192),
+            (777, 1120, 64),
+            (500, 64, 100),
+            (400, 32, 1152),
+        )
+        for name, (dtype, weights) in OPERANDS.items()
+        for normed in (False, True)
+    }
+    | {
+        f"{rows}x{in_features}x{width}, {name}{', normed' if normed else ''}, scaled": LinearAddNormCase(
+            rows, in_features, width, dtype, normed, weights, scaled=True
+        )
+        for rows, in_features, width in ((5, 24, 40), (500, 64, 192))
+        for name, (dtype, weights) in OPERANDS.items()
+        for normed in (False, True)
+    }
+    | {
+        f"{rows}x{in_features}x{width}, {name}{', normed, scaled' if normed else ''}, biased": LinearAddNormCase(
+            rows, in_features, width, dtype, normed, weights, scaled=normed, biased=True
+        )
+        for rows, in_features, width in ((5, 24, 40), (900, 64, 192))
+        for name, (dtype, weights) in OPERANDS.items()
+        for normed in (False, True)
+    }
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -670,9 +707,11 @@ class HeadsCase:
     dtype: str = "float32"
     normed: int = 0  # the number of results that have a norm, from the first one on
     weights: str | None = None
+    biased: bool = False
 
     def arrays(self) -> tuple[Any, ...]:
-        """x, weight, cosines, sines and norms; a product is about 1 in size, an angle anything."""
+        """x, weight, cosines, sines, norms, and the bias, if there is one; a product is about 1 in size, an angle
+        anything."""
         dtype = jnp.dtype(self.dtype)
         out_features = (sum(self.heads) + self.plain_heads) * self.head_dim
         x = normal(20, self.rows, self.in_features)
@@ -680,7 +719,7 @@ class HeadsCase:
         angles = (10 * normal(22, self.rows, self.head_dim // 2)).astype(np.float32)
         norms = [0.3 * normal(23 + index, self.head_dim).astype(dtype) for index in range(self.normed)]
         none = [None] * (len(self.heads) + bool(self.plain_heads) - self.normed)
-        return x, weight, np.cos(angles), np.sin(angles), (*norms, *none)
+        return x, weight, np.cos(angles), np.sin(angles), (*norms, *none), *bias(self, out_features)
 
     def options(self) -> dict[str, Any]:
         return {"heads": self.heads, "plain_heads": self.plain_heads, "eps": EPS}
@@ -704,6 +743,12 @@ HEADS_CASES = {
     for rows, in_features, d, heads, plain in HEADS_SIZES
     for name, (dtype, weights) in OPERANDS.items()
     for normed in sorted({0, len(heads), len(heads) + bool(plain)})
+} | {
+    f"{rows} rows, {'+'.join(map(str, heads))}+1 heads of {d}, {name}, 1 normed, biased": HeadsCase(
+        rows, in_features, d, heads, 1, dtype, 1, weights, biased=True
+    )
+    for rows, in_features, d, heads, _ in (HEADS_SIZES[0], HEADS_SIZES[2])
+    for name, (dtype, weights) in OPERANDS.items()
 }
 
 

@@ -119,8 +119,8 @@ def forward(
         x = x + (update if after_attention is None else norm(update, after_attention, eps))
 
         normed = norm(x, before_mlp, eps)
-        hidden = activation(normed @ weights["mlp.gate_proj.weight"].T) * (normed @ weights["mlp.up_proj.weight"].T)
-        update = hidden @ weights["mlp.down_proj.weight"].T
+        hidden = activation(project(weights, "mlp.gate", normed)) * project(weights, "mlp.up", normed)
+        update = project(weights, "mlp.down", hidden)
         x = x + (update if after_mlp is None else norm(update, after_mlp, eps))
 
         if per_layer is not None:
@@ -207,7 +207,7 @@ def attend(family, config, layer_type, weights, queries, query_positions, key_we
     head_dim = config["head_dim"]
     values = "v" if "self_attn.v_proj.weight" in key_weights else "k"  # some layers of Gemma 4 have no values
     q, k, v = (
-        (rows @ layer[f"self_attn.{name}_proj.weight"].T).reshape(len(rows), -1, head_dim)
+        project(layer, f"self_attn.{name}", rows).reshape(len(rows), -1, head_dim)
         for layer, name, rows in ((weights, "q", queries), (key_weights, "k", keys), (key_weights, values, keys))
     )
     if family in ("gemma3_text", "t5gemma2", "qwen3", *GEMMA_4):
@@ -229,7 +229,12 @@ def attend(family, config, layer_type, weights, queries, query_positions, key_we
     probabilities = np.exp(scores - scores.max(-1, keepdims=True))  # every row sees itself, so the maximum is finite
     probabilities /= probabilities.sum(-1, keepdims=True)
     mixed = np.einsum("hqk,khd->qhd", probabilities, v, optimize=True)
-    return mixed.reshape(len(queries), -1) @ weights["self_attn.o_proj.weight"].T
+    return project(weights, "self_attn.o", mixed.reshape(len(queries), -1))
+
+
+def project(weights: Tensors, name: str, rows: np.ndarray) -> np.ndarray:
+    """A product, and its bias if it has one."""
+    return rows @ weights[f"{name}_proj.weight"].T + weights.get(f"{name}_proj.bias", 0)
 
 
 def rotate(x: np.ndarray, positions: np.ndarray, rope: Mapping[str, Any]) -> np.ndarray:

@@ -25,6 +25,8 @@ FLAGS = (
     "keys_as_values",
     "double_wide_mlp",
     "layer_scalar",
+    "attention_bias",
+    "mlp_bias",
 )
 POSITIONS = ("first", "last", "mid", "compact")
 
@@ -159,6 +161,8 @@ class ModelConfig:
         per_layer_width: width of the per-layer inputs, which the end of each layer reads; 0 is none. See `model.py`.
         per_layer_vocab: rows of the table of per-layer inputs; 0 is no table, they are projections of the embedding.
         layer_scalar: whether each layer's output is multiplied by a number.
+        attention_bias: whether the four projections of attention add a bias.
+        mlp_bias: whether the three of the MLP do.
         layer_types: "full" or "sliding" for each layer.
         causal_window, bidirectional_window: inclusive (left, right) radii in tokens of a sliding layer, for each kind
             of attention; None if the model has no sliding layers.
@@ -200,6 +204,8 @@ class ModelConfig:
     per_layer_width: int = 0
     per_layer_vocab: int = 0
     layer_scalar: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
     norm_eps: float = 1e-6
     pad_token_id: int | None = 0
 

@@ -177,20 +177,24 @@ def layer(
     query_norm, key_norm = weights.get("query_norm"), weights.get("key_norm")
     value_norm = jnp.zeros(head_dim, jnp.float32) if config.value_norm else None  # a factor of 1
     norms: tuple[Any, ...]
-    project = partial(project_heads, eps=eps, target=target)
+
+    def project(rows: jax.Array, name: str, *arrays: Any, **counts: Any) -> tuple[jax.Array, ...]:
+        bias = weights.get(f"{name}_bias")
+        return project_heads(rows, weights[name], *arrays, bias=bias, **counts, eps=eps, target=target)
+
     if shared is not None:
         angles = rotations[step.query_stride, step.layer_type]
-        (q,) = project(normed, weights["q"], *angles, (query_norm,), heads=(heads,))
+        (q,) = project(normed, "q", *angles, (query_norm,), heads=(heads,))
         k, v = shared
     elif step.key_stride == step.query_stride:
         angles = rotations[step.query_stride, step.layer_type]
         norms = (query_norm, key_norm, value_norm)
-        q, k, v = project(normed, weights["qkv"], *angles, norms, heads=(heads, kv_heads), plain_heads=kv_heads)
+        q, k, v = project(normed, "qkv", *angles, norms, heads=(heads, kv_heads), plain_heads=kv_heads)
     else:
         query_angles, key_angles = (rotations[s, step.layer_type] for s in (step.query_stride, step.key_stride))
-        (q,) = project(normed, weights["q"], *query_angles, (query_norm,), heads=(heads,))
+        (q,) = project(normed, "q", *query_angles, (query_norm,), heads=(heads,))
         norms = key_norm, value_norm
-        k, v = project(unpooled, weights["kv"], *key_angles, norms, heads=(kv_heads,), plain_heads=kv_heads)
+        k, v = project(unpooled, "kv", *key_angles, norms, heads=(kv_heads,), plain_heads=kv_heads)
     lo, hi = batch.intervals[step.query_stride, step.key_stride, step.layer_type]
     attended = attention(
         q,
@@ -210,6 +214,7 @@ def layer(
         x,
         weights["mlp_input_norm"],
         update_weight=weights.get("attention_output_norm"),
+        bias=weights.get("attention_output_bias"),
         eps=eps,
         axis=axis,
         target=target,
@@ -223,6 +228,8 @@ def layer(
         next_norm,
         update_weight=weights.get("mlp_output_norm"),
         scale=None if config.per_layer_width else scale,
+        gate_up_bias=weights.get("gate_up_bias"),
+        down_bias=weights.get("down_bias"),
         activation=config.activation,
         eps=eps,
         axis=axis,

@@ -5,11 +5,11 @@ heads and a part of the MLP's width, and its results are added to the residual s
 along "data" have the same weights and run different batches.
 
     weight                     part on device t of T along "model"
-    qkv, q, kv                 the rows of its heads; a key/value head is on every device whose query heads read it
-    gate_up                    the same rows of gate and of up
+    qkv, q, kv, and biases     the rows of its heads; a key/value head is on every device whose query heads read it
+    gate_up, and its bias      the same rows of gate and of up
     attention_output, down     the columns that are multiplied with the outputs of those rows
     embedding                  the columns [t * D / T, (t + 1) * D / T), gathered after the lookup
-    norms, heads               everything
+    norms, heads, the others   everything
 
 The embedding is split by columns and not by vocabulary. The gathered rows cost half the traffic of a sum over parts of
 the vocabulary, they are bit for bit those of one device, and T need not divide the vocabulary.
@@ -226,12 +226,11 @@ def weight_splits(config: ModelConfig, devices: int) -> dict[str, Split]:
     kv = (config.num_kv_heads * config.head_dim, min(config.num_kv_heads, devices))
     mlp = (config.intermediate_size, devices)
     rows, columns = partial(Split, devices, 0), partial(Split, devices, 1)
+    by_rows = {"qkv": rows((q, kv, kv)), "q": rows((q,)), "kv": rows((kv, kv)), "gate_up": rows((mlp, mlp))}
     return {
-        "qkv": rows((q, kv, kv)),
-        "q": rows((q,)),
-        "kv": rows((kv, kv)),
+        **by_rows,
+        **{f"{name}_bias": split for name, split in by_rows.items()},
         "attention_output": columns((q,)),
-        "gate_up": rows((mlp, mlp)),
         "down": columns((mlp,)),
         "embedding": columns(((config.hidden_size, devices),)),
     }

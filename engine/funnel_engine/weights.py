@@ -100,6 +100,8 @@ def layer_shapes(config: ModelConfig, index: int) -> Shapes:
         shapes |= {"attention_output_norm": (hidden,), "mlp_output_norm": (hidden,)}
     if config.qk_norm:
         shapes |= {"query_norm": (heads.dim,)} | ({} if shares_keys else {"key_norm": (heads.dim,)})
+    biased = [*("q", "qkv", "attention_output")] * config.attention_bias + ["gate_up", "down"] * config.mlp_bias
+    shapes |= {f"{name}_bias": shapes[name][:1] for name in biased if name in shapes}
     if width := config.per_layer_width:
         shapes |= {"per_layer_gate": (width, hidden), "per_layer_output": (hidden, width)}
         shapes["per_layer_output_norm"] = (hidden,)
@@ -133,9 +135,11 @@ def nest(flat: Mapping[str, Any], config: EncoderConfig, funnel: Funnel) -> dict
     for layer, layer_type, is_split in zip(layers, config.layer_types, query_splits(config, funnel), strict=True):
         if any(is_split):
             q_width = config.heads(layer_type).query_width
-            layer |= {"q": layer["qkv"][:q_width], "kv": layer["qkv"][q_width:]}
+            for kind in [kind for kind in ("", "_bias") if f"qkv{kind}" in layer]:
+                layer |= {f"q{kind}": layer[f"qkv{kind}"][:q_width], f"kv{kind}": layer[f"qkv{kind}"][q_width:]}
         if all(is_split):
-            del layer["qkv"]
+            for name in [name for name in ("qkv", "qkv_bias") if name in layer]:
+                del layer[name]
     return tree
 
 

@@ -432,6 +432,9 @@ PACKED_INT8 = funnel_native.pack(np.ones((64, 32), np.int8), scale=np.ones(64, n
 PLAIN = {"biased": np.bool_(False), "activation": np.int64(-1)}  # a product and nothing after it
 
 
+GATE = {"biased": np.bool_(False), "activation": np.int64(0)}
+
+
 def call(target, out, *arrays, **attributes):
     attributes = {"out_features": np.int64(64), "threads": np.int64(0)} | attributes
     return jax.block_until_ready(jax.ffi.ffi_call(target, out)(*arrays, **attributes))
@@ -475,7 +478,7 @@ BAD_SUMS = {
     "sum of another shape": ((OUT, X, PACKED, np.ones((4, 63), np.float32)), {}, "the matrix to add has shape"),
     "sum of another dtype": ((OUT, X, PACKED, np.ones((4, 64), jnp.bfloat16)), {}, "the matrix to add has shape"),
     "two sums": ((OUT, X, PACKED, *[np.ones((4, 64), np.float32)] * 2), {}, "adds at most one"),
-    "no bias": ((OUT, X, PACKED), {"biased": np.bool_(True)}, "has a bias if `biased` says so"),
+    "no bias": ((OUT, X, PACKED), {"biased": np.bool_(True)}, "the bias is missing"),
     "a short bias": ((OUT, X, PACKED, BIAS[1:]), {"biased": np.bool_(True)}, "bias has shape"),
     "a bias of bfloat16": ((OUT, X, PACKED, BIAS.astype(jnp.bfloat16)), {"biased": np.bool_(True)}, "bias has shape"),
     "a bias and two sums": ((OUT, X, PACKED, BIAS, UP, UP), {"biased": np.bool_(True)}, "adds at most one"),
@@ -497,25 +500,30 @@ def test_a_wrong_call_is_an_error_that_says_why(arrays, attributes, message):
 def test_a_wrong_gated_call_is_an_error_that_says_why(arrays, attributes, message):
     out, x, packed = arrays
     with pytest.raises(Exception, match=message):
-        call("funnel_gated_linear", out, x, np.concatenate([packed, packed]), activation=np.int64(0), **attributes)
+        call("funnel_gated_linear", out, x, np.concatenate([packed, packed]), **GATE | attributes)
     with pytest.raises(Exception, match=message):
-        call("funnel_gated_linear", out, x, packed, UP, activation=np.int64(0), **attributes)
+        call("funnel_gated_linear", out, x, packed, UP, **GATE | attributes)
 
 
 @pytest.mark.parametrize(
-    ("ups", "message"),
+    ("extras", "biased", "message"),
     [
-        ((UP[:, 1:],), "the second factor has shape"),
-        ((UP[1:],), "the second factor has shape"),
-        ((UP.astype(jnp.bfloat16),), "the second factor has shape"),
-        ((UP, UP), "at most one second factor"),
-        ((), "packed weights has shape"),
+        ((UP[:, 1:],), False, "the second factor has shape"),
+        ((UP[1:],), False, "the second factor has shape"),
+        ((UP.astype(jnp.bfloat16),), False, "the second factor has shape"),
+        ((UP, UP), False, "at most one second factor"),
+        ((), False, "packed weights has shape"),
+        ((), True, "packed weights has shape"),
+        ((BIAS[1:], UP), True, "bias has shape"),
+        ((UP, BIAS), True, "bias has shape"),
+        ((BIAS, UP, UP), True, "at most one second factor"),
     ],
 )
-def test_a_wrong_second_factor_is_an_error_that_says_why(ups, message):
+def test_a_wrong_second_factor_or_bias_is_an_error_that_says_why(extras, biased, message):
     with pytest.raises(Exception, match=message):
-        call("funnel_gated_linear", OUT, X, PACKED, *ups, activation=np.int64(0))
-    assert (call("funnel_gated_linear", OUT, X, PACKED, UP, activation=np.int64(0)) == 64).all()
+        call("funnel_gated_linear", OUT, X, PACKED, *extras, **GATE | {"biased": np.bool_(biased)})
+    assert (call("funnel_gated_linear", OUT, X, PACKED, UP, **GATE) == 64).all()
+    assert (call("funnel_gated_linear", OUT, X, PACKED, BIAS, UP, **GATE | {"biased": np.bool_(True)}) == 70).all()
 
 
 TABLE, NORM = np.ones((4, 32), np.float32), np.ones(64, np.float32)
@@ -526,6 +534,8 @@ BAD_HEADS = {
     "more results than groups": ((Q, K, K, K), (), {}, "each group of heads needs a result"),
     "one norm of two": ((Q, K, K), (NORM,), {"normed": np.array([1, 1, 0])}, "a norm if `normed` says so"),
     "normed for two results": ((Q, K, K), (NORM,), {"normed": np.array([1, 0])}, "a norm if `normed` says so"),
+    "no bias": ((Q, K, K), (), {"biased": np.bool_(True)}, "the bias is missing"),
+    "a norm as the bias": ((Q, K, K), (NORM,), {"biased": np.bool_(True)}, "bias has shape"),
     "a norm of another size": ((Q, K, K), (NORM, NORM[:32]), {}, "a head's norm has shape"),
     "a norm of integers": ((Q, K, K), (NORM, NORM.astype(np.int32)), {}, "a head's norm has shape"),
     "results in another order": ((K, Q, K), (), {}, "heads has shape"),
@@ -548,6 +558,7 @@ BAD_HEADS = {
 
 def call_heads(outs, norms=(), table=TABLE, packed=PACKED_HEADS, **attributes):
     attributes = {
+        "biased": np.bool_(False),
         "normed": np.array([int(index < len(norms)) for index in range(len(outs))]),
         "heads": np.array([2, 1]),
         "plain_heads": np.int64(1),
@@ -583,13 +594,20 @@ BAD_ROWS = {
 
 @pytest.mark.parametrize(("outs", "add", "norms", "message"), BAD_ROWS.values(), ids=BAD_ROWS)
 def test_a_wrong_call_for_whole_rows_is_an_error_that_says_why(outs, add, norms, message):
-    attributes = {"eps": np.float32(1e-6), "scaled": np.bool_(False), "threads": np.int64(0)}
+    attributes = {name: np.bool_(False) for name in ("biased", "scaled")}
+    attributes |= {"eps": np.float32(1e-6), "threads": np.int64(0)}
     with pytest.raises(Exception, match=message):
         jax.block_until_ready(jax.ffi.ffi_call("funnel_linear_add_norm", outs)(X, PACKED, add, *norms, **attributes))
     add = np.arange(256, dtype=np.float32).reshape(4, 64)
     total, normed = jax.ffi.ffi_call("funnel_linear_add_norm", (ROWS, ROWS))(X, PACKED, add, ROW_NORM, **attributes)
     np.testing.assert_array_equal(total, add + 32)
     np.testing.assert_allclose((np.asarray(normed) ** 2).mean(1), 4, rtol=1e-5)  # the factor is 2
+    attributes["biased"] = np.bool_(True)
+    run = jax.ffi.ffi_call("funnel_linear_add_norm", (ROWS, ROWS))
+    np.testing.assert_array_equal(run(X, PACKED, add, ROW_NORM, BIAS, **attributes)[0], add + 35)
+    for extras, wrong in (((), "the bias is missing"), ((BIAS[1:],), "bias has shape")):
+        with pytest.raises(Exception, match=wrong):
+            jax.block_until_ready(run(X, PACKED, add, ROW_NORM, *extras, **attributes))
 
 
 def test_heads_that_are_wider_than_other_tiles():

@@ -35,6 +35,7 @@ from tiny_models import CONFIG, make_engine, random_ids
 # heads, key/value heads, norms and softcap as the models of the family have them
 GROUPED = dataclasses.replace(CONFIG, hidden_size=32)  # Gemma 2: 4 heads, 2 key/value heads, post-norms, softcap
 MULTI_QUERY = dataclasses.replace(GROUPED, num_kv_heads=1, softcap=None, post_norms=False)
+BIASED = dataclasses.replace(GROUPED, attention_bias=True, mlp_bias=True)
 MULTI_HEAD = dataclasses.replace(GROUPED, num_kv_heads=4, softcap=None, qk_norm=True, full_rope=Rope(1e6, 8.0))
 # For the kernels on TPUs: rows that fill their registers, and sequences of more than one of their blocks.
 WIDE = dataclasses.replace(GROUPED, hidden_size=128, max_positions=150, layer_types=("sliding", "full"), softcap=None)
@@ -47,6 +48,11 @@ MODELS = {
     ),
     "grouped, last token alone": (GROUPED, FunnelConfig((1, 2, 2), pool="mean", keep_last=True)),
     "multi-head, no funnel": (MULTI_HEAD, FunnelConfig()),
+    "biases": (BIASED, FunnelConfig((1, 2))),
+    "multi-query, biases, pooled queries": (
+        dataclasses.replace(MULTI_QUERY, attention_bias=True, mlp_bias=True),
+        FunnelConfig((1, 2), pool_query_only=True),
+    ),
     "last token kept": (GROUPED, FunnelConfig((1, 2), keep_last=True)),
 }
 MESHES = {

@@ -191,6 +191,8 @@ def test_config_of_another_family(tmp_path):
     source = save(tmp_path / "source", state_of(make_model("gemma")), models.llama())
     message = refusal(source)
     assert f"{source / 'config.json'} is that of a llama, which is not read in this format" in message
+    source = save(tmp_path / "biased", state_of(make_model("gemma")), models.gemma(attention_bias=True))
+    assert "is that of a gemma whose attention has biases, which is not read in this format" in refusal(source)
 
 
 def test_tokenizer_beside_the_checkpoint(tmp_path):

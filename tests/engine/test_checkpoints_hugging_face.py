@@ -243,9 +243,30 @@ def test_answers_in_a_text_are_no_task_here(tmp_path):
 
 def test_biases_that_the_config_does_not_mention(tmp_path):
     source = save(build("Qwen3Model", models.qwen3(attention_bias=True)), tmp_path / "source")
-    assert "attention_bias=true is not supported" in refusal(source)
     edit_json(source / "config.json", attention_bias=False)
     assert "unknown: 'layers.0.self_attn.q_proj.bias' (84,)" in refusal(source)
+    source = save(build("Qwen3Model", models.qwen3()), tmp_path / "without")
+    edit_json(source / "config.json", attention_bias=True)
+    assert "missing: layers.0.self_attn.q_proj.bias (84,)" in refusal(source)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_biases(tmp_path, dtype):
+    """Each of ours has the rows of its weight, in the same order."""
+    model = build("LlamaModel", models.llama(attention_bias=True, mlp_bias=True))
+    convert(save(model, tmp_path / "source"), tmp_path / "ours", dtype=dtype)
+    state = model.state_dict()
+    biases = {
+        f"layers.{layer}.{ours}_bias": torch.cat([state[f"layers.{layer}.{name}_proj.bias"] for name in names])
+        for layer in range(models.SIZES["num_hidden_layers"])
+        for ours, names in {
+            "qkv": ("self_attn.q", "self_attn.k", "self_attn.v"),
+            "attention_output": ("self_attn.o",),
+            "gate_up": ("mlp.gate", "mlp.up"),
+            "down": ("mlp.down",),
+        }.items()
+    }
+    check_weights(read_checkpoint(tmp_path / "ours"), fused(model, "llama") | biases)
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def edit(checkpoint: Path, path: str, value: Any) -> None:
 def test_manifest_says_what_is_there(checkpoint):
     found, fields = read_checkpoint(checkpoint), manifest(checkpoint)
     shapes = expected_shapes(found.config, found.head)
-    assert fields["version"] == 6
+    assert fields["version"] == 7
     assert fields["tensors"] == len(found.weights) == len(shapes)
     assert fields["parameters"] == sum(array.size for array in found.weights.values()) == count_parameters(shapes)
     assert fields["config"]["softcap"] == 1.7
@@ -113,7 +113,7 @@ def test_what_is_no_checkpoint(tmp_path, checkpoint):
         ("version", 1, "version 1"),
         ("version", "absent", "version None"),
         ("version", "1", "version '1'"),
-        ("version", 7, "version 7; this engine reads versions 2 to 6"),
+        ("version", 8, "version 8; this engine reads versions 2 to 7"),
         ("version", 4.0, "version 4.0"),
         ("version", True, "version True"),
         ("funnel", "absent", "lacks 'funnel'"),
@@ -260,6 +260,14 @@ def test_version_5_has_no_dense_layer_below_a_classifier_of_tokens(checkpoint):
     for path, value in {"version": 5, "head/classifier_dense": "absent"}.items():
         edit(checkpoint, path, value)
     assert read_checkpoint(checkpoint).head.classifier_dense is None
+
+
+def test_version_6_has_no_biases(checkpoint):
+    edit(checkpoint, "version", 6)
+    for name in ("attention_bias", "mlp_bias"):
+        edit(checkpoint, f"config/{name}", "absent")
+    config = read_checkpoint(checkpoint).config
+    assert (config.attention_bias, config.mlp_bias) == (False, False)
 
 
 @pytest.mark.parametrize("version", [3, 4])

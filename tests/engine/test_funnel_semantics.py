@@ -42,7 +42,11 @@ MODELS = {  # the windows are small and of several parities, so that they begin 
     "embeddinggemma": (Gemma3TextModel, hf.gemma3(**LAYERS, use_bidirectional_attention=True), "bidirectional"),
     "t5gemma": (T5GemmaEncoderModel, hf.t5gemma(**LAYERS), "bidirectional"),
     "t5gemma2": (hf.T5Gemma2Encoder, hf.t5gemma2(**LAYERS), "bidirectional"),
-    "llama": (LlamaModel, hf.llama(**LAYERS, rope_parameters=hf.LLAMA3_ROPE), "causal"),
+    "llama": (
+        LlamaModel,
+        hf.llama(**LAYERS, rope_parameters=hf.LLAMA3_ROPE, attention_bias=True, mlp_bias=True),
+        "causal",
+    ),
     "mistral": (MistralModel, hf.mistral(**LAYERS), "causal"),
     "mistral bidirectional": (MistralModel, hf.mistral(**LAYERS, sliding_window=5), "bidirectional"),
     "qwen3": (Qwen3Model, hf.qwen3(**LAYERS), "causal"),

@@ -142,7 +142,7 @@ ROPES = GEMMA_4["rope_parameters"]
     ("fields", "message"),
     [
         (GEMMA_4 | {"enable_moe_block": True}, "enable_moe_block=true: this engine does not run experts"),
-        (GEMMA_4 | {"attention_bias": True}, "attention_bias=true is not supported"),
+        (GEMMA_4 | {"attention_bias": 1}, "attention_bias=1 must be True or False"),
         (GEMMA_4 | {"hidden_activation": "silu"}, "activation 'silu' is not supported; it must be Gemma's"),
         (GEMMA_4 | {"use_bidirectional_attention": "some"}, "use_bidirectional_attention='some' is unknown"),
         (GEMMA_4 | {"attention_k_eq_v": 1}, "attention_k_eq_v=1 must be True or False"),

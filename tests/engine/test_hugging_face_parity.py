@@ -64,6 +64,23 @@ CASES = {
     "qwen3": Case(Qwen3Model, lambda: hf.qwen3(use_sliding_window=False), "causal", (257,)),
     "qwen3 with windows": Case(Qwen3Model, hf.qwen3, "causal", (8, 9)),
     "qwen3 with windows, bidirectional": Case(Qwen3Model, hf.qwen3, "bidirectional", (9, 10)),
+    "llama with biases": Case(LlamaModel, lambda: hf.llama(attention_bias=True, mlp_bias=True), "causal", (257,)),
+    "qwen3 with biases": Case(Qwen3Model, lambda: hf.qwen3(attention_bias=True), "causal", (8, 9)),
+    "eurobert with biases": Case(
+        EuroBertModel, lambda: hf.eurobert(attention_bias=True, mlp_bias=True), "bidirectional", (257,)
+    ),
+    "embeddinggemma with biases": Case(
+        Gemma3TextModel,
+        lambda: hf.gemma3(attention_bias=True, use_bidirectional_attention=True),
+        "bidirectional",
+        (4, 5),
+    ),
+    "gemma4 with biases, keys as values": Case(
+        Gemma4TextModel, lambda: hf.gemma4(attention_bias=True, attention_k_eq_v=True), "causal", (8, 9)
+    ),
+    "gemma4 with biases, shared keys": Case(
+        Gemma4TextModel, lambda: hf.gemma4(attention_bias=True, num_kv_shared_layers=2), "causal", (8, 9)
+    ),
     "eurobert": Case(EuroBertModel, hf.eurobert, "bidirectional", (257,)),
     # The window is an inclusive radius: 4 tokens on either side.
     "embeddinggemma2": Case(EmbeddingGemma2TextModel, hf.embedding_gemma2, "bidirectional", (4, 5, 6, 10)),

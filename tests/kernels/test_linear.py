@@ -35,6 +35,7 @@ from option_grid import (
     HeadsCase,
     LinearAddNormCase,
     LinearCase,
+    biased_product,
     exact_product,
     few_of,
     normal,
@@ -98,14 +99,17 @@ def test_bias_and_activation_come_before_the_sum(backend, case, activation):
 
 @over_the_grid("gated_linear", SERVED)
 def test_gated_linear_agrees_with_float64(backend, case):
-    x, weight, up = case.arrays()
-    actual = jax.jit(lambda *arrays: gated_linear(*arrays, activation=case.gate, target=target(backend)))(
-        x, prepare(weight, parts=case.parts, target=target(backend)), up
-    )
+    x, weight, up, *bias = case.arrays()
+
+    def run(x, weight, up, bias=None):
+        return gated_linear(x, weight, up, bias=bias, activation=case.gate, target=target(backend))
+
+    actual = jax.jit(run)(x, prepare(weight, parts=case.parts, target=target(backend)), up, *bias)
+    product, size = biased_product(x, weight, backend, bias)
     if up is None:
-        (gate, up), sizes = (np.split(part, 2, axis=1) for part in exact_product(x, weight, backend))
+        (gate, up), sizes = (np.split(part, 2, axis=1) for part in (product, size))
     else:
-        (gate, size), up = exact_product(x, weight, backend), np.asarray(up, np.float64)
+        gate, up = product, np.asarray(up, np.float64)
         sizes = size, np.abs(up)
     expected = ACTIVATED[case.gate](gate) * up
     assert actual.shape == expected.shape
@@ -115,18 +119,19 @@ def test_gated_linear_agrees_with_float64(backend, case):
 
 @over_the_grid("linear_add_norm", [*SERVED, "auto"])  # where the norms may be native after a product of XLA's
 def test_linear_add_norm_agrees_with_float64(backend, case):
-    x, weight, add, norm_weight, update_weight, scale = case.arrays()
-    run = jax.jit(
-        lambda *arrays: linear_add_norm(
-            *arrays[:4], update_weight=arrays[4], scale=arrays[5], eps=EPS, target=target(backend)
-        )
-    )
-    total, normed = run(x, prepare(weight, target=target(backend)), add, norm_weight, update_weight, scale)
+    x, weight, add, norm_weight, update_weight, scale, *bias = case.arrays()
+
+    def run(x, weight, add, norm_weight, update_weight, scale, bias=None):
+        options = {"update_weight": update_weight, "scale": scale, "bias": bias}
+        return linear_add_norm(x, weight, add, norm_weight, **options, eps=EPS, target=target(backend))
+
+    prepared = prepare(weight, target=target(backend))
+    total, normed = jax.jit(run)(x, prepared, add, norm_weight, update_weight, scale, *bias)
     assert total.shape == normed.shape == add.shape
     assert total.dtype == normed.dtype == x.dtype
 
     exact_add, factor, update_factor = exact(add, norm_weight, update_weight)
-    update, size = exact_product(x, weight, backend)
+    update, size = biased_product(x, weight, backend, bias)
     if case.normed:
         normalise = (1 + update_factor) / np.sqrt((update**2).mean(1, keepdims=True) + EPS)
         update, size = update * normalise, size * np.abs(normalise)
@@ -165,12 +170,12 @@ SUMS = {name: case for name, case in LINEAR_ADD_NORM_CASES.items() if case.dtype
 @pytest.mark.parametrize("name", few_of(SUMS))
 def test_what_an_accelerator_sums_is_two_roundings_from_float64(name):
     case = SUMS[name]
-    x, weight, add, _, update_weight, scale = case.arrays()
+    x, weight, add, _, update_weight, scale, *bias = case.arrays()
     norm_weight = np.ones(case.width, np.float32)
-    options = {"update_weight": update_weight, "scale": scale, "eps": EPS, "target": Target("xla", "gpu")}
-    total, _ = linear_add_norm(x, weight, add, norm_weight, **options)
+    options = {"update_weight": update_weight, "scale": scale, "bias": bias[0] if bias else None}
+    total, _ = linear_add_norm(x, weight, add, norm_weight, **options, eps=EPS, target=Target("xla", "gpu"))
     exact_add, update_factor = exact(add, update_weight)
-    update, size = exact_product(x, weight, "xla")
+    update, size = biased_product(x, weight, "xla", bias)
     if case.normed:
         normalise = (1 + update_factor) / np.sqrt((update**2).mean(1, keepdims=True) + EPS)
         update, size = update * normalise, size * np.abs(normalise)
@@ -184,9 +189,9 @@ def test_what_an_accelerator_sums_is_two_roundings_from_float64(name):
 
 def exact_heads(case: HeadsCase, backend: str) -> list[np.ndarray]:
     """Each group of heads, [N, count * d] float64: pairs of a head as complex numbers, turned by multiplication."""
-    x, weight, cos, sin, norms = case.arrays()
+    x, weight, cos, sin, norms, *bias = case.arrays()
     cos, sin = exact(cos, sin)
-    product = exact_product(x, weight, backend)[0].reshape(case.rows, -1, case.head_dim)
+    product = biased_product(x, weight, backend, bias)[0].reshape(case.rows, -1, case.head_dim)
     first, groups = 0, []
     for index, count in enumerate([*case.heads, *[case.plain_heads] * bool(case.plain_heads)]):
         group = product[:, first : first + count]
@@ -204,10 +209,12 @@ def exact_heads(case: HeadsCase, backend: str) -> list[np.ndarray]:
 
 @over_the_grid("project_heads", SERVED)
 def test_project_heads_agrees_with_float64(backend, case):
-    x, weight, *rest = case.arrays()
-    results = jax.jit(lambda *arrays: project_heads(*arrays, **case.options(), target=target(backend)))(
-        x, prepare(weight, target=target(backend)), *rest
-    )
+    x, weight, *others = case.arrays()
+
+    def run(x, weight, cos, sin, norms, bias=None):
+        return project_heads(x, weight, cos, sin, norms, bias=bias, **case.options(), target=target(backend))
+
+    results = jax.jit(run)(x, prepare(weight, target=target(backend)), *others)
     expected = exact_heads(case, backend)
     assert len(results) == len(expected)
     for actual, group in zip(results, expected, strict=True):
@@ -401,6 +408,20 @@ def test_what_does_not_fit_is_refused():
         gated_linear(x, packed, add.astype(jnp.bfloat16), activation="silu", target=target())
     with pytest.raises(InputError, match=r"scale has shape \(2,\); it must have shape \(1,\)"):
         linear_add_norm(x, weight, add, weight[:, 0], scale=np.ones(2, np.float32), eps=EPS, target=target())
+    table = np.ones((4, 32), np.float32)
+    for bias, message in (
+        (np.ones(63, np.float32), r"bias has shape \(63,\); it must have shape \(64,\)"),
+        (np.ones((64, 1), np.float32), r"bias has shape \(64, 1\); it must have 1 ax"),
+        (np.ones(64, np.int32), "bias is int32"),
+    ):
+        with pytest.raises(InputError, match=message):
+            linear(x, weight, bias=bias, target=target())
+        with pytest.raises(InputError, match=message):
+            gated_linear(x, weight, bias=bias, activation="silu", target=target())
+        with pytest.raises(InputError, match=message):
+            linear_add_norm(x, weight, add, weight[:, 0], bias=bias, eps=EPS, target=target())
+        with pytest.raises(InputError, match=message):
+            project_heads(x, weight, table, table, (None,), heads=(1,), bias=bias, eps=EPS, target=target())
     with pytest.raises(InputError, match="63 rows; the number must be even"):
         gated_linear(x, weight[:63], activation="silu", target=target())
     with pytest.raises(InputError, match="activation='gelu' must be one of gelu_tanh, silu"):

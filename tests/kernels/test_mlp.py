@@ -28,9 +28,11 @@ def test_blocks_of_rows_change_nothing(monkeypatch, dtype, most_rows):
     monkeypatch.setattr(module, "HIDDEN_PER_BLOCK", 24 * most_rows)
     here = target("xla")
     options = {"update_weight": update_weight, "eps": EPS, "target": here}
-    hidden = gated_linear(normed, gate_up, activation="silu", target=here)
-    expected = linear_add_norm(hidden, down, x, norm_weight, **options)
-    blocks = mlp(x, normed, gate_up, down, norm_weight, activation="silu", **options)
+    gate_up_bias, down_bias = (normal(34, size).astype(jnp.dtype(dtype)) for size in (48, 40))
+    hidden = gated_linear(normed, gate_up, bias=gate_up_bias, activation="silu", target=here)
+    expected = linear_add_norm(hidden, down, x, norm_weight, bias=down_bias, **options)
+    biases = {"gate_up_bias": gate_up_bias, "down_bias": down_bias}
+    blocks = mlp(x, normed, gate_up, down, norm_weight, activation="silu", **biases, **options)
     for ours, whole in zip(blocks, expected, strict=True):
         tolerance = 1e-5 if dtype == "float32" else 2**-7
         np.testing.assert_allclose(

@@ -39,10 +39,11 @@ def find_config(
     if config_file:
         with reading(config_file):
             config = read_model_config(read_json(config_file), sliding_window)
-        if config.family not in FAMILIES:
+        if config.family not in FAMILIES or config.attention_bias:
+            biased = " whose attention has biases" if config.attention_bias else ""
             raise CheckpointError(
-                f"{config_file} is that of a {config.family}, which is not read in this format but only in Hugging "
-                "Face's; these files do not belong together, so fetch the model again"
+                f"{config_file} is that of a {config.family}{biased}, which is not read in this format but only in "
+                "Hugging Face's; these files do not belong together, so fetch the model again"
             )
         return fit_vocabulary(config, vocabulary)
     if sliding_window is not None:

@@ -281,15 +281,17 @@ def encoder_parts(config: ModelConfig, prefix: str) -> Parts:
     for ours, shape in expected_shapes(config, HeadConfig()).items():
         block, _, leaf = ours.rpartition(".")  # "layers.3" and "qkv", or "" and "embedding"
         at = f"{prefix}{block}." if block else prefix
-        theirs = [f"{at}{name}" if leaf == "layer_scalar" else f"{at}{name}.weight" for name in names[leaf]]
+        product, is_bias = leaf.removesuffix("_bias"), leaf.endswith("_bias")
+        ending = "" if leaf == "layer_scalar" else ".bias" if is_bias else ".weight"
+        theirs = [f"{at}{name}{ending}" for name in names[product]]
         sizes = shape[:1]
-        if leaf == "qkv":
+        if product == "qkv":
             layer_type = config.layer_types[int(block.removeprefix("layers."))]
             heads = config.heads(layer_type)
             sizes = heads.query_width, heads.key_width, heads.key_width
             if config.keys_as_values and layer_type == "full":
                 theirs[2] = theirs[1]
-        elif leaf == "gate_up":
+        elif product == "gate_up":
             sizes = (shape[0] // 2,) * 2
         elif leaf == "per_layer_embedding":  # a row for each token, with the rows of all layers side by side
             sizes, shape = (config.per_layer_vocab,), (config.per_layer_vocab, config.num_layers * shape[1])
@@ -315,10 +317,10 @@ def with_image_end(embedding: tuple[Part, ...], fields: dict[str, Any]) -> tuple
 def unused_keys(config: ModelConfig, layout: Layout) -> list[str]:
     """The tensors of layers that read the keys of other layers; published checkpoints have them all the same."""
     return [
-        f"{prefix}layers.{index}.self_attn.{name}.weight"
+        f"{prefix}layers.{index}.self_attn.{name}"
         for prefix in layout.prefixes
         for index in range(config.num_layers - config.kv_shared_layers, config.num_layers)
-        for name in ("k_proj", "v_proj", "k_norm")
+        for name in ("k_proj.weight", "k_proj.bias", "v_proj.weight", "v_proj.bias", "k_norm.weight")
     ]
 
 

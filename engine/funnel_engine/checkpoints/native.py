@@ -59,7 +59,7 @@ from funnel_engine.weights import (
 from funnel_kernels import quantize
 from funnel_kernels.errors import CheckpointError
 
-VERSION = 6
+VERSION = 7
 # The fields that a version added to the one before it, and what they mean where they are missing.
 # Version 4 also allows a funnel by length. Before version 5, norms had the dtype of the other weights.
 ADDED: dict[int, dict[str, Any]] = {
@@ -82,6 +82,7 @@ ADDED: dict[int, dict[str, Any]] = {
         "funnel": {"keep_last": False},
     },
     6: {"head": {"classifier_dense": None}},
+    7: {"config": {"attention_bias": False, "mlp_bias": False}},
 }
 MANIFEST = "funnel.json"
 SHARD_BYTES = 4_900_000_000  # bytes of tensors in a file; with its header it stays below 5 GB

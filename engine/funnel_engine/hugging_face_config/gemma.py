@@ -88,6 +88,7 @@ def read_gemma(config: Config) -> ModelConfig:
         softcap=None if softcap is None else check_number("attn_logit_softcapping", softcap),
         post_norms=family != "gemma",
         qk_norm=family in LIKE_GEMMA_3,
+        attention_bias=check_flag("attention_bias", fields.get("attention_bias") or False),
         norm_eps=number(fields, "rms_norm_eps"),
         pad_token_id=read_pad_token_id(family, config.whole, config.text),
     )
@@ -112,8 +113,6 @@ def refuse_unsupported(family: str, fields: dict[str, Any]) -> None:
         raise ConfigError(f"activation {shorten(activation)} is not supported; it must be Gemma's {ACTIVATIONS[0]!r}")
     for name in ("use_bidirectional_attention", "is_causal"):
         check_flag(name, fields.get(name, False))
-    if fields.get("attention_bias"):
-        raise ConfigError("attention_bias=true is not supported; no published Gemma has biases in its attention")
 
 
 def is_bidirectional(family: str, fields: dict[str, Any]) -> bool:

@@ -129,6 +129,7 @@ def read_gemma4(config: Config, *, attention: str, causal: int, bidirectional: i
         qk_norm=True,
         value_norm=True,
         layer_scalar=True,
+        attention_bias=check_flag("attention_bias", fields.get("attention_bias", False)),
         norm_eps=number(fields, "rms_norm_eps"),
         pad_token_id=None if config.text.get("pad_token_id", 0) is None else integer(fields, "pad_token_id", least=0),
         **own,
@@ -143,8 +144,6 @@ def refuse_unsupported(fields: dict[str, Any]) -> None:
         )
     if check_flag("enable_moe_block", fields.get("enable_moe_block", False)):
         raise ConfigError("enable_moe_block=true: this engine does not run experts; use a dense Gemma 4")
-    if check_flag("attention_bias", fields.get("attention_bias", False)):
-        raise ConfigError("attention_bias=true is not supported; no published Gemma has biases in its attention")
 
 
 def read_full_heads(fields: dict[str, Any], layer_types: tuple[str, ...]) -> tuple[int, int]:

@@ -86,6 +86,8 @@ def read_llama(config: Config) -> ModelConfig:
         activation="silu",
         scale_embedding=False,
         qk_norm=family == "qwen3",
+        attention_bias=read_bias(family, fields, "attention_bias", ("llama", "qwen3", "eurobert")),
+        mlp_bias=read_bias(family, fields, "mlp_bias", ("llama", "eurobert")),
         norm_eps=number(fields, "rms_norm_eps"),
         pad_token_id=integer(fields, "pad_token_id", least=0) if "pad_token_id" in fields else None,
     )
@@ -95,14 +97,16 @@ def refuse_unsupported(fields: dict[str, Any]) -> None:
     if fields.get("hidden_act", "silu") != "silu":
         raise ConfigError(f"activation {shorten(fields['hidden_act'])} is not supported; it must be 'silu'")
     check_flag("is_causal", fields.get("is_causal", True))
-    for name in ("attention_bias", "mlp_bias"):
-        if fields.get(name):
-            raise ConfigError(f"{name}=true is not supported; no published encoder of this family has these biases")
     if fields.get("use_bidirectional_attention"):
         raise ConfigError(
             "use_bidirectional_attention=true has no effect on this family in transformers; if every token of the "
             "model sees all others, set is_causal=false instead"
         )
+
+
+def read_bias(family: str, fields: dict[str, Any], name: str, families: tuple[str, ...]) -> bool:
+    """Whether products have a bias; the classes of the other families ignore this field."""
+    return family in families and check_flag(name, fields.get(name, False))
 
 
 def read_layers(family: str, fields: dict[str, Any]) -> tuple[str, ...]:

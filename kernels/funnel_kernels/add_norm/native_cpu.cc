@@ -36,7 +36,7 @@ ffi::Error add_norm(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer updat
   if (!fits("the sum", *sum, dtype, {rows, width}, error)) return error;
   if (!fits("the normed rows", *normed, dtype, {rows, width}, error)) return error;
   if (!read_factor("weight", weight, width, factor, error)) return error;
-  if (!read_extras(extras, scaled, width, update_factor, scale, error)) return error;
+  if (!read_extras(extras, 0, scaled, width, update_factor, scale, error)) return error;
   const AddNorm call = {x.untyped_data(),
                         update.untyped_data(),
                         update_factor.get(),

@@ -112,7 +112,8 @@ struct Rows {
   }
 };
 
-// The products of a tile with each part of the weights; `next_unit` is where the next tile's weights begin.
+// The products of a tile with each part of the weights, and their biases; `next_unit` is where the next tile's weights
+// begin.
 void multiply_tile(const Product& product, const Rows& rows_of_x, Kernel kernel, InstructionSet set, int64_t unit,
                    int64_t next_unit, Tile& tile) {
   const int64_t units = tile.stride / kUnit, rows = tile.rows, in_features = product.in_features;
@@ -144,6 +145,10 @@ void multiply_tile(const Product& product, const Rows& rows_of_x, Kernel kernel,
       onednn::multiply_int8(quantized, rows, in_features, weights, units, result);
     } else {
       onednn::multiply_bfloat16(x, rows, in_features, weights, units, result);
+    }
+    if (product.bias != nullptr) {
+      const float* bias = product.bias + part * product.out_features + tile.column;
+      FUNNEL_FORM(add_bias, set)(bias, rows, tile.columns, tile.stride, result);
     }
     tile.parts[part] = result;
   }

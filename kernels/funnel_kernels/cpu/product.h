@@ -28,6 +28,7 @@ struct Product {
   int64_t step;      // units; a tile has a multiple of them, so that heads, or rows, are whole
   bool is_bfloat16;  // x, and what is made of the tiles; else float32
   Dtype weights_dtype;
+  const float* bias = nullptr;  // [parts * out_features], added to the products; null adds nothing
 
   int64_t element() const { return is_bfloat16 ? 2 : 4; }  // bytes of one of x
   const void* row(int64_t of_x) const { return static_cast<const char*>(x) + of_x * in_features * element(); }
@@ -36,7 +37,7 @@ struct Product {
 
 // Rows and columns of a product, float32.
 struct Tile {
-  const float* parts[kMostParts];  // of the product with each part of the weights: [rows, columns]
+  const float* parts[kMostParts];  // of the product with each part of the weights, plus its bias: [rows, columns]
   int64_t stride;                  // elements from row to row
   int64_t row, rows, column, columns;
 };

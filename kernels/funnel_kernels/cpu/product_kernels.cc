@@ -151,6 +151,16 @@ void multiply_float32(const float* x, int64_t rows, int64_t in_features, const v
   }
 }
 
+void add_bias(const float* bias, int64_t rows, int64_t columns, int64_t stride, float* tile) {
+  for (int64_t i = 0; i < rows; ++i, tile += stride) {
+    int64_t j = 0;
+    for (; j + kLanes <= columns; j += kLanes) store(tile + j, load(tile + j) + load(bias + j));
+    if (j < columns) {
+      store_some(tile + j, load_some(tile + j, columns - j) + load_some(bias + j, columns - j), columns - j);
+    }
+  }
+}
+
 void widen(const void* bfloat16, int64_t count, float* out) {
   const auto* from = static_cast<const Bfloat16*>(bfloat16);
   int64_t i = 0;

@@ -18,6 +18,9 @@ constexpr int64_t kPanel = 256 * 64;  // floats of the memory that a product of 
 FUNNEL_KERNEL(void, multiply_float32, const float* x, int64_t rows, int64_t in_features, const void* weights,
               bool weights_are_bfloat16, int64_t units, const void* next, float* panel, float* tile)
 
+// Adds a bias [columns] to each row of a tile.
+FUNNEL_KERNEL(void, add_bias, const float* bias, int64_t rows, int64_t columns, int64_t stride, float* tile)
+
 // bfloat16 as float32.
 FUNNEL_KERNEL(void, widen, const void* bfloat16, int64_t count, float* out)
 

@@ -66,9 +66,7 @@ def linear(
     if add is not None:
         check_float("add", add, ndim=2, dtype=x.dtype)
         check_shape("add", add, (x.shape[0], weight.shape[0]))
-    if bias is not None:
-        check_float("bias", bias, ndim=1)
-        check_shape("bias", bias, weight.shape[:1])
+    check_bias(bias, weight)
     if activation is not None:
         check_choice("activation", activation, ACTIVATIONS)
     return LINEAR(x, weight, add, bias, activation=activation, target=target)
@@ -79,12 +77,14 @@ def gated_linear(
     weight: Weight,  # [2 * out, in]; [out, in] with `up`
     up: jax.Array | None = None,  # [N, out]
     *,
+    bias: jax.Array | None = None,  # [2 * out]; [out] with `up`
     activation: str,
     target: Target,
 ) -> jax.Array:  # [N, out], dtype of x
     """`activation(x @ gate.T) * (x @ up.T)`: GeGLU with "gelu_tanh", SwiGLU with "silu" (arXiv:2002.05202).
 
-    If the second factor is given as rows, the weight is that of the gate alone: `activation(x @ gate.T) * up`.
+    If the second factor is given as rows, the weight is that of the gate alone: `activation(x @ gate.T) * up`. If a
+    bias is given, it is added to the products first.
 
     Everything is computed in float32 and the result is rounded once. On an accelerator both products are rounded to
     the dtype of `x` first, because they are the largest arrays that it writes to memory.
@@ -94,6 +94,7 @@ def gated_linear(
         weight: the rows of gate and then the rows of up, as `prepare` returns it for the target with `parts=2`. With
             `up` it is the rows of gate, with `parts=1`.
         up: in the dtype of `x`, e.g. the per-layer inputs of Gemma 4.
+        bias: float32 or bfloat16, in the order of the rows of the weight.
         activation: "gelu_tanh", the tanh approximation of gelu (arXiv:1606.08415), or "silu", x * sigmoid(x).
         target: where it runs, and with which kernels.
 
@@ -110,8 +111,9 @@ def gated_linear(
         raise InputError(
             f"weight has {weight.shape[0]} rows; the number must be even, half of the rows for gate and half for up"
         )
+    check_bias(bias, weight)
     check_choice("activation", activation, ACTIVATIONS)
-    return GATED_LINEAR(x, weight, up, activation=activation, target=target)
+    return GATED_LINEAR(x, weight, up, bias, activation=activation, target=target)
 
 
 def linear_add_norm(
@@ -122,15 +124,16 @@ def linear_add_norm(
     *,
     update_weight: jax.Array | None = None,  # [D]
     scale: jax.Array | None = None,  # [1]
+    bias: jax.Array | None = None,  # [D]
     eps: float,
     axis: str | None = None,
     target: Target,
 ) -> tuple[jax.Array, jax.Array]:  # ([N, D], [N, D]), dtype of x
     """The end of a sub-layer: adds `x @ weight.T` to the residual stream, and applies Gemma's RMSNorm to the sum.
 
-    It is `add_norm(add, linear(x, weight), ...)`, but the product need not be written to memory. Product, sum and norms
-    are float32, the sum is rounded to the dtype of `x`, and the norm reads the rounded rows. On an accelerator the
-    product may also be rounded before the sum, so that the sum has the dtype of `x` and not float32.
+    It is `add_norm(add, linear(x, weight, bias=bias), ...)`, but the product need not be written to memory. Product,
+    sum and norms are float32, the sum is rounded to the dtype of `x`, and the norm reads the rounded rows. On an
+    accelerator the product may also be rounded before the sum, so that the sum has the dtype of `x` and not float32.
 
     Args:
         x: float32 or bfloat16.
@@ -139,6 +142,7 @@ def linear_add_norm(
         norm_weight: zero-centred weight of the norm of the sum (the factor is `1 + weight`).
         update_weight: if given, the product is normalised before it is added (the post-norms of Gemma 2 and 3).
         scale: if given, the sum is multiplied by it (the `layer_scalar` of Gemma 4).
+        bias: float32 or bfloat16; if given, it is added to the product before anything else.
         eps: added to the mean square, in both norms.
         axis: inside a `jax.shard_map`, the mesh axis over which the columns of `x` and `weight` are divided. The
             product is summed over this axis in the dtype of `x`; float32 would double the traffic between devices.
@@ -164,10 +168,13 @@ def linear_add_norm(
         if vector is not None:
             check_float(name, vector, ndim=1)
             check_shape(name, vector, shape)
+    check_bias(bias, weight)
     if axis is not None:
         update = jax.lax.psum(linear(x, weight, target=target).astype(x.dtype), axis)
+        if bias is not None:  # once, and not once for each device
+            update = update + bias.astype(x.dtype)
         return add_norm(add, update, norm_weight, update_weight=update_weight, scale=scale, eps=eps, target=target)
-    return LINEAR_ADD_NORM(x, weight, add, norm_weight, update_weight, scale, eps=eps, target=target)
+    return LINEAR_ADD_NORM(x, weight, add, norm_weight, update_weight, scale, bias, eps=eps, target=target)
 
 
 def project_heads(
@@ -179,10 +186,11 @@ def project_heads(
     *,
     heads: tuple[int, ...],
     plain_heads: int = 0,
+    bias: jax.Array | None = None,  # [(sum(heads) + plain_heads) * d]
     eps: float,
     target: Target,
 ) -> tuple[jax.Array, ...]:  # [N, count * d] for each of `heads`, and for `plain_heads` if above 0; dtype of x
-    """The inputs of attention: `x @ weight.T` in heads, which are normalised and rotated (RoPE, arXiv:2104.09864).
+    """The inputs of attention: `x @ weight.T + bias` in heads, normalised and rotated (RoPE, arXiv:2104.09864).
 
     Each pair of elements (j, j + d / 2) of a head is rotated by an angle. Product, norm and rotation are float32, and
     the result is rounded once.
@@ -195,6 +203,7 @@ def project_heads(
             `1 + weight`), or None for no norm.
         heads: the number of heads of each result, in the order of the rows of `weight`: e.g. of queries and of keys.
         plain_heads: the number of heads at the end that are not rotated: the values.
+        bias: float32 or bfloat16; None adds nothing.
         eps: added to the mean square in each norm.
         target: where it runs, and with which kernels.
 
@@ -227,7 +236,8 @@ def project_heads(
         if norm is not None:
             check_float("norm", norm, ndim=1)
             check_shape("norm", norm, (head_dim,))
-    return PROJECT_HEADS(x, weight, cos, sin, norms, heads=heads, plain_heads=plain_heads, eps=eps, target=target)
+    check_bias(bias, weight)
+    return PROJECT_HEADS(x, weight, cos, sin, norms, bias, heads=heads, plain_heads=plain_heads, eps=eps, target=target)
 
 
 def check_product(x: jax.Array, weight: Any) -> None:
@@ -247,6 +257,13 @@ def check_product(x: jax.Array, weight: Any) -> None:
     check_shape("weight", weight, (weight.shape[0], x.shape[1]))
     if not x.shape[0] or not x.shape[1] or not weight.shape[0]:
         raise InputError(f"x has shape {x.shape} and weight {weight.shape}; each needs at least one row and one column")
+
+
+def check_bias(bias: Any, weight: Any) -> None:
+    """Raises `InputError` if a bias is given that does not have an element for each row of the weight."""
+    if bias is not None:
+        check_float("bias", bias, ndim=1)
+        check_shape("bias", bias, weight.shape[:1])
 
 
 def check_parts(weight: Any, parts: int) -> None:

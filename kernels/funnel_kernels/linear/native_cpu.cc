@@ -44,6 +44,17 @@ bool read_product(const ffi::AnyBuffer& x, const ffi::AnyBuffer& weights, int64_
   return true;
 }
 
+// Reads the bias, which is the first of the operands that may be left out, if `biased` says that there is one.
+bool read_bias(ffi::RemainingArgs& operands, bool biased, Product& product, ffi::Error& error) {
+  if (!biased) return true;
+  if (operands.size() == 0) return error = invalid("the bias is missing"), false;
+  const auto bias = operands.get<ffi::AnyBuffer>(0);
+  if (bias.has_error()) return error = bias.error(), false;
+  if (!fits("bias", *bias, ffi::F32, {product.parts * product.out_features}, error)) return false;
+  product.bias = static_cast<const float*>(bias->untyped_data());
+  return true;
+}
+
 // After x and the weights come the bias, if `biased` says so, and what is added, if there is anything.
 ffi::Error linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weights, ffi::RemainingArgs extras,
                   ffi::Result<ffi::AnyBuffer> out, int64_t out_features, bool biased, int64_t activation,
@@ -57,16 +68,8 @@ ffi::Error linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weights
     return invalid("the result must be float32 or have the dtype of x");
   }
   if (!fits("the result", *out, out_dtype, {product.rows, out_features}, error)) return error;
-  if (extras.size() < biased || extras.size() > biased + size_t{1}) {
-    return invalid("a product has a bias if `biased` says so, and adds at most one matrix");
-  }
-  const float* bias = nullptr;
-  if (biased) {
-    const auto vector = extras.get<ffi::AnyBuffer>(0);
-    if (vector.has_error()) return vector.error();
-    if (!fits("bias", *vector, ffi::F32, {out_features}, error)) return error;
-    bias = static_cast<const float*>(vector->untyped_data());
-  }
+  if (!read_bias(extras, biased, product, error)) return error;
+  if (extras.size() > biased + size_t{1}) return invalid("a product adds at most one matrix");
   const char* add = nullptr;
   if (extras.size() > biased) {
     const auto matrix = extras.get<ffi::AnyBuffer>(biased);
@@ -79,24 +82,28 @@ ffi::Error linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weights
   return by_tiles(pool, threads, product, [&](const Tile& tile) {
     const int64_t at = tile.row * out_features + tile.column;
     FUNNEL_BEST(store_product)
-    (tile.parts[0], tile.stride, tile.rows, tile.columns, bias ? bias + tile.column : nullptr,
-     static_cast<Activation>(activation), add ? add + at * product.element() : nullptr, product.is_bfloat16,
-     to + at * (out_is_bfloat16 ? 2 : 4), out_is_bfloat16, out_features);
+    (tile.parts[0], tile.stride, tile.rows, tile.columns, static_cast<Activation>(activation),
+     add ? add + at * product.element() : nullptr, product.is_bfloat16, to + at * (out_is_bfloat16 ? 2 : 4),
+     out_is_bfloat16, out_features);
   });
 }
 
-// The second factor is the product with the second part of the weights or, if it is given, the matrix `up`.
-ffi::Error gated_linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weights, ffi::RemainingArgs ups,
-                        ffi::Result<ffi::AnyBuffer> out, int64_t out_features, int64_t activation, int64_t threads) {
+// After x and the weights come the bias, if `biased` says so, and the second factor. Without the latter it is the
+// product with the second part of the weights.
+ffi::Error gated_linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weights, ffi::RemainingArgs extras,
+                        ffi::Result<ffi::AnyBuffer> out, int64_t out_features, bool biased, int64_t activation,
+                        int64_t threads) {
   ffi::Error error;
   Product product;
   if (activation < 0 || activation >= kActivations) return invalid("there is no such activation");
-  if (ups.size() > 1) return invalid("a gate has at most one second factor");
-  if (!read_product(x, weights, out_features, ups.size() == 1 ? 1 : 2, product, error)) return error;
+  if (extras.size() > biased + size_t{1}) return invalid("a gate has at most one second factor");
+  const bool has_up = extras.size() > biased;
+  if (!read_product(x, weights, out_features, has_up ? 1 : 2, product, error)) return error;
+  if (!read_bias(extras, biased, product, error)) return error;
   if (!fits("the result", *out, x.element_type(), {product.rows, out_features}, error)) return error;
   const char* up = nullptr;
-  if (ups.size() == 1) {
-    const auto matrix = ups.get<ffi::AnyBuffer>(0);
+  if (has_up) {
+    const auto matrix = extras.get<ffi::AnyBuffer>(biased);
     if (matrix.has_error()) return matrix.error();
     if (!fits("the second factor", *matrix, x.element_type(), {product.rows, out_features}, error)) return error;
     up = static_cast<const char*>(matrix->untyped_data());
@@ -114,7 +121,7 @@ ffi::Error gated_linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w
 // The sum of a product and the residual stream `add`, and its norm: `add_norm` without the update in memory.
 ffi::Error linear_add_norm(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weights, ffi::AnyBuffer add,
                            ffi::AnyBuffer norm_weight, ffi::RemainingArgs extras, ffi::Result<ffi::AnyBuffer> sum,
-                           ffi::Result<ffi::AnyBuffer> normed, float eps, bool scaled, int64_t threads) {
+                           ffi::Result<ffi::AnyBuffer> normed, float eps, bool biased, bool scaled, int64_t threads) {
   ffi::Error error;
   Product product;
   float scale;
@@ -129,7 +136,8 @@ ffi::Error linear_add_norm(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffe
     if (!fits(name, *matrix, dtype, {product.rows, width}, error)) return error;
   }
   if (!read_factor("norm_weight", norm_weight, width, factor, error)) return error;
-  if (!read_extras(extras, scaled, width, update_factor, scale, error)) return error;
+  if (!read_bias(extras, biased, product, error)) return error;
+  if (!read_extras(extras, biased, scaled, width, update_factor, scale, error)) return error;
   product.step = units_of(width);
   return by_tiles(pool, threads, product, [&](const Tile& tile) {
     const int64_t at = tile.row * width * product.element();
@@ -150,17 +158,16 @@ struct Heads {
 };
 
 // Reads the results: one for each count in `turned`, and then one for the heads that are not turned, if there are any.
-// `normed` says which of them have a norm.
-bool read_heads(ffi::RemainingArgs& norms, ffi::RemainingRets& outs, ffi::Span<const int64_t> turned, int64_t plain,
-                ffi::Span<const int64_t> normed, int64_t head_dim, const Product& product, std::vector<Heads>& all,
-                ffi::Error& error) {
+// `normed` says which of them have a norm; the norms are the operands from number `norms_read` on.
+bool read_heads(ffi::RemainingArgs& operands, size_t norms_read, ffi::RemainingRets& outs,
+                ffi::Span<const int64_t> turned, int64_t plain, ffi::Span<const int64_t> normed, int64_t head_dim,
+                const Product& product, std::vector<Heads>& all, ffi::Error& error) {
   const size_t results = turned.size() + (plain > 0);
   const size_t norms_needed = std::count_if(normed.begin(), normed.end(), [](int64_t has) { return has != 0; });
-  if (outs.size() != results || normed.size() != results || norms.size() != norms_needed) {
+  if (outs.size() != results || normed.size() != results || operands.size() != norms_read + norms_needed) {
     error = invalid("each group of heads needs a result, and a norm if `normed` says so");
     return false;
   }
-  size_t norms_read = 0;
   const auto dtype = product.is_bfloat16 ? ffi::BF16 : ffi::F32;
   int64_t first = 0;
   for (size_t i = 0; i < results; ++i) {
@@ -171,7 +178,7 @@ bool read_heads(ffi::RemainingArgs& norms, ffi::RemainingRets& outs, ffi::Span<c
     if (!fits("heads", **out, dtype, {product.rows, count * head_dim}, error)) return false;
     Heads heads{first, first + count, nullptr, turns, static_cast<char*>((*out)->untyped_data())};
     if (normed[i] != 0) {
-      const auto norm = norms.get<ffi::AnyBuffer>(norms_read++);
+      const auto norm = operands.get<ffi::AnyBuffer>(norms_read++);
       if (norm.has_error()) return error = norm.error(), false;
       if (!read_factor("a head's norm", *norm, head_dim, heads.factor, error)) return false;
     }
@@ -182,7 +189,7 @@ bool read_heads(ffi::RemainingArgs& norms, ffi::RemainingRets& outs, ffi::Span<c
 }
 
 ffi::Error project_heads(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weights, ffi::AnyBuffer cos,
-                         ffi::AnyBuffer sin, ffi::RemainingArgs norms, ffi::RemainingRets outs,
+                         ffi::AnyBuffer sin, ffi::RemainingArgs extras, ffi::RemainingRets outs, bool biased,
                          ffi::Span<const int64_t> normed, ffi::Span<const int64_t> turned, int64_t plain,
                          int64_t head_dim, float eps, int64_t threads) {
   ffi::Error error;
@@ -196,13 +203,14 @@ ffi::Error project_heads(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer 
     return invalid("the numbers of heads must be positive, and at most 2^24 together");
   }
   if (!read_product(x, weights, (heads + plain) * head_dim, 1, product, error)) return error;
+  if (!read_bias(extras, biased, product, error)) return error;
   product.step = head_dim / kUnit;
   for (const auto* table : {&cos, &sin}) {
     if (!fits("cosines and sines", *table, ffi::F32, {product.rows, head_dim / 2}, error)) return error;
   }
   std::vector<Heads> groups;
   try {
-    if (!read_heads(norms, outs, turned, plain, normed, head_dim, product, groups, error)) return error;
+    if (!read_heads(extras, biased, outs, turned, plain, normed, head_dim, product, groups, error)) return error;
   } catch (const std::bad_alloc&) {
     return ffi::Error(ffi::ErrorCode::kResourceExhausted, "funnel_native: no memory for heads");
   }
@@ -245,6 +253,7 @@ Handlers linear_handlers() {
                              .RemainingArgs()
                              .Ret<ffi::AnyBuffer>()
                              .Attr<int64_t>("out_features")
+                             .Attr<bool>("biased")
                              .Attr<int64_t>("activation")
                              .Attr<int64_t>("threads"));
   XLA_FFI_DEFINE_HANDLER(linear_add_norm_handler, linear_add_norm,
@@ -258,6 +267,7 @@ Handlers linear_handlers() {
                              .Ret<ffi::AnyBuffer>()
                              .Ret<ffi::AnyBuffer>()
                              .Attr<float>("eps")
+                             .Attr<bool>("biased")
                              .Attr<bool>("scaled")
                              .Attr<int64_t>("threads"));
   XLA_FFI_DEFINE_HANDLER(project_heads_handler, project_heads,
@@ -269,6 +279,7 @@ Handlers linear_handlers() {
                              .Arg<ffi::AnyBuffer>()
                              .RemainingArgs()
                              .RemainingRets()
+                             .Attr<bool>("biased")
                              .Attr<ffi::Span<const int64_t>>("normed")
                              .Attr<ffi::Span<const int64_t>>("heads")
                              .Attr<int64_t>("plain_heads")

@@ -29,7 +29,7 @@ def linear(
         out,
         x,
         weight.packed,
-        *(() if bias is None else (bias.astype(jnp.float32),)),
+        *bias_operands(bias),
         *(() if add is None else (add,)),
         out_features=out.shape[1],
         biased=bias is not None,
@@ -38,7 +38,9 @@ def linear(
     )
 
 
-def gated_linear(x: Rows, weight: Weight, up: Rows | None, *, activation: str, target: Target) -> Rows:
+def gated_linear(
+    x: Rows, weight: Weight, up: Rows | None, bias: Vector | None = None, *, activation: str, target: Target
+) -> Rows:
     out = jax.ShapeDtypeStruct((x.shape[0], weight.shape[0] // (2 if up is None else 1)), x.dtype)
     generate_code(x, weight, out.shape[1], target)
     return native_calls.call(
@@ -46,8 +48,10 @@ def gated_linear(x: Rows, weight: Weight, up: Rows | None, *, activation: str, t
         out,
         x,
         weight.packed,
+        *bias_operands(bias),
         *(() if up is None else (up,)),
         out_features=out.shape[1],
+        biased=bias is not None,
         activation=ACTIVATIONS.index(activation),
         target=target,
     )
@@ -60,6 +64,7 @@ def linear_add_norm(
     norm_weight: Vector,
     update_weight: Vector | None,
     scale: Vector | None,
+    bias: Vector | None = None,
     *,
     eps: float,
     target: Target,
@@ -67,9 +72,9 @@ def linear_add_norm(
     extras = tuple(array for array in (update_weight, scale) if array is not None)
     if not has_whole_rows(x, weight, target):  # then the norms are computed in a separate pass
         if not extras:
-            total = linear(x, weight, add, target=target)
+            total = linear(x, weight, add, bias, target=target)
             return add_norm(total, None, norm_weight, None, None, eps=eps, target=target)
-        product = linear(x, weight, None, target=target)
+        product = linear(x, weight, None, bias, target=target)
         return add_norm(add, product, norm_weight, update_weight, scale, eps=eps, target=target)
     result = jax.ShapeDtypeStruct(add.shape, add.dtype)
     generate_code(x, weight, weight.shape[0], target, weight.shape[0] // funnel_native.handlers().UNIT)
@@ -80,8 +85,10 @@ def linear_add_norm(
         weight.packed,
         add,
         norm_weight,
+        *bias_operands(bias),
         *extras,
         eps=float(eps),
+        biased=bias is not None,
         scaled=scale is not None,
         target=target,
     )
@@ -93,6 +100,7 @@ def project_heads(
     cos: Angles,
     sin: Angles,
     norms: tuple[Vector | None, ...],
+    bias: Vector | None = None,
     *,
     heads: tuple[int, ...],
     plain_heads: int,
@@ -102,7 +110,7 @@ def project_heads(
     rows, head_dim = x.shape[0], 2 * cos.shape[1]
     units, remainder = divmod(head_dim, funnel_native.handlers().UNIT)
     if remainder:
-        product = linear(x, weight, None, target=target)  # tiles would split heads, so XLA rotates them
+        product = linear(x, weight, None, bias, target=target)  # tiles would split heads, so XLA rotates them
         return xla.finish_heads(
             product, cos, sin, norms, x.dtype, heads=heads, plain_heads=plain_heads, eps=eps, target=target
         )
@@ -116,7 +124,9 @@ def project_heads(
         weight.packed,
         cos,
         sin,
+        *bias_operands(bias),
         *(norm for norm in norms if norm is not None),
+        biased=bias is not None,
         normed=tuple(int(norm is not None) for norm in norms),
         heads=heads,
         plain_heads=plain_heads,
@@ -124,6 +134,11 @@ def project_heads(
         eps=float(eps),
         target=target,
     )
+
+
+def bias_operands(bias: Vector | None) -> tuple[jax.Array, ...]:
+    """The operands of a handler for a bias, if there is one."""
+    return () if bias is None else (bias.astype(jnp.float32),)
 
 
 def has_whole_rows(x: Rows, weight: Weight, target: Target) -> bool:

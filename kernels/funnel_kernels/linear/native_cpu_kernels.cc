@@ -29,14 +29,12 @@ struct Silu {
 };
 
 template <typename Activate, typename Add, typename Out>
-void store_product_as(const float* tile, int64_t tile_stride, int64_t rows, int64_t columns, const float* bias,
-                      const Add* add, Out* out, int64_t stride) {
+void store_product_as(const float* tile, int64_t tile_stride, int64_t rows, int64_t columns, const Add* add, Out* out,
+                      int64_t stride) {
   for (int64_t i = 0; i < rows; ++i, tile += tile_stride, out += stride) {
     const Add* added = add == nullptr ? nullptr : add + i * stride;
     store_row(out, columns, [=](int64_t j, int64_t count) {
-      Floats value = load_some(tile + j, count);
-      if (bias != nullptr) value += load_some(bias + j, count);
-      value = Activate()(value);
+      const Floats value = Activate()(load_some(tile + j, count));
       return added == nullptr ? value : value + load_some(added + j, count);
     });
   }
@@ -84,19 +82,18 @@ void store_heads_as(const float* tile, int64_t tile_stride, int64_t rows, int64_
 
 }  // namespace
 
-void store_product(const float* tile, int64_t tile_stride, int64_t rows, int64_t columns, const float* bias,
-                   Activation activation, const void* add, bool add_is_bfloat16, void* out, bool out_is_bfloat16,
-                   int64_t stride) {
+void store_product(const float* tile, int64_t tile_stride, int64_t rows, int64_t columns, Activation activation,
+                   const void* add, bool add_is_bfloat16, void* out, bool out_is_bfloat16, int64_t stride) {
   choose(add_is_bfloat16, [&](auto add_element) {
     choose(out_is_bfloat16, [&](auto out_element) {
       auto* from = static_cast<const decltype(add_element)*>(add);
       auto* to = static_cast<decltype(out_element)*>(out);
       if (activation == Activation::none) {
-        store_product_as<Identity>(tile, tile_stride, rows, columns, bias, from, to, stride);
+        store_product_as<Identity>(tile, tile_stride, rows, columns, from, to, stride);
       } else if (activation == Activation::silu) {
-        store_product_as<Silu>(tile, tile_stride, rows, columns, bias, from, to, stride);
+        store_product_as<Silu>(tile, tile_stride, rows, columns, from, to, stride);
       } else {
-        store_product_as<Gelu>(tile, tile_stride, rows, columns, bias, from, to, stride);
+        store_product_as<Gelu>(tile, tile_stride, rows, columns, from, to, stride);
       }
     });
   });

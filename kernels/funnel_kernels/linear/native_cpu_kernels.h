@@ -12,13 +12,13 @@ namespace funnel {
 enum class Activation { none = -1, gelu_tanh, silu };
 constexpr int64_t kActivations = 2;
 
-// out = activation(tile + bias) + add, rounded to the dtype of out.
+// out = activation(tile) + add, rounded to the dtype of out.
 //
-// tile: [rows, columns] float32, `tile_stride` elements from row to row. bias: [columns] or null. add: the shape of
-// tile or null, out: the same shape; both with `stride` elements from row to row, bfloat16 if told so and else float32.
+// tile: [rows, columns] float32, `tile_stride` elements from row to row. add: the shape of tile or null, out: the same
+// shape; both with `stride` elements from row to row, bfloat16 if told so and else float32.
 FUNNEL_KERNEL(void, store_product, const float* tile, int64_t tile_stride, int64_t rows, int64_t columns,
-              const float* bias, Activation activation, const void* add, bool add_is_bfloat16, void* out,
-              bool out_is_bfloat16, int64_t stride)
+              Activation activation, const void* add, bool add_is_bfloat16, void* out, bool out_is_bfloat16,
+              int64_t stride)
 
 // out = activation(gate) * up in float32, rounded once; shapes and strides as in store_product. up has `up_stride`
 // elements from row to row; it is bfloat16 if told so and else float32.

@@ -57,8 +57,8 @@ def refuse_derivative(arrays: tuple[jax.Array, ...], directions: tuple[jax.Array
     raise InputError("the product with int8 weights has no derivative; train float weights, then quantize them")
 
 
-def gated_linear(x: Rows, weight: Weight, up: Rows | None, *, activation: str) -> Rows:
-    product = linear(x, weight, None)
+def gated_linear(x: Rows, weight: Weight, up: Rows | None, bias: Vector | None = None, *, activation: str) -> Rows:
+    product = linear(x, weight, None, bias)
     gate, up = jnp.split(product, 2, axis=1) if up is None else (product, widened(up))
     return (activate(gate, activation) * up).astype(x.dtype)
 
@@ -74,10 +74,11 @@ def linear_add_norm(
     norm_weight: Vector,
     update_weight: Vector | None,
     scale: Vector | None,
+    bias: Vector | None = None,
     *,
     eps: float,
 ) -> tuple[Rows, Rows]:
-    return add_norm.add_norm(add, linear(x, weight, None), norm_weight, update_weight, scale, eps=eps)
+    return add_norm.add_norm(add, linear(x, weight, None, bias), norm_weight, update_weight, scale, eps=eps)
 
 
 def project_heads(
@@ -86,13 +87,14 @@ def project_heads(
     cos: Angles,
     sin: Angles,
     norms: tuple[Vector | None, ...],
+    bias: Vector | None = None,
     *,
     heads: tuple[int, ...],
     plain_heads: int,
     eps: float,
 ) -> tuple[Heads, ...]:
     rows, half = cos.shape
-    all_heads = linear(x, weight, None).reshape(rows, -1, 2 * half)
+    all_heads = linear(x, weight, None, bias).reshape(rows, -1, 2 * half)
     groups, first = [], 0
     for index, count in enumerate((*heads, plain_heads) if plain_heads else heads):
         group = all_heads[:, first : first + count]

@@ -30,14 +30,15 @@ def linear(
     # residual stream in float32 from layer to layer, which doubles the memory traffic and breaks the promised dtype. So
     # there the product is rounded and then the sum, as in transformers. If XLA fuses both into one cuBLASLt call, only
     # the sum is rounded.
-    product = project(x, weight, sum_dtype(x.dtype) if target.platform == "cpu" else x.dtype)
-    return (add + finish(product, bias, activation)).astype(add.dtype)
+    return (add + finish(narrow_product(x, weight, bias, target), None, activation)).astype(add.dtype)
 
 
-def gated_linear(x: Rows, weight: Weight, up: Rows | None, *, activation: str, target: Target) -> Rows:
+def gated_linear(
+    x: Rows, weight: Weight, up: Rows | None, bias: Vector | None = None, *, activation: str, target: Target
+) -> Rows:
     # On a CPU float32 costs nothing. An accelerator writes gate and up, the largest arrays, to memory and reads them
     # again, so there they are rounded to the dtype of the activations, as in transformers.
-    product = project(x, weight, sum_dtype(x.dtype) if target.platform == "cpu" else x.dtype)
+    product = narrow_product(x, weight, bias, target)
     # Split before the cast: otherwise XLA writes the whole array as float32.
     halves = jnp.split(product, 2, axis=1) if up is None else (product, up)
     gate, up = map(widened, halves)
@@ -51,17 +52,19 @@ def linear_add_norm(
     norm_weight: Vector,
     update_weight: Vector | None,
     scale: Vector | None,
+    bias: Vector | None = None,
     *,
     eps: float,
     target: Target,
 ) -> tuple[Rows, Rows]:
     if target.platform == "cpu":  # `add_norm` computes the sum in float32
-        product = project(x, weight, sum_dtype(x.dtype))
+        product = linear(x, weight, None, bias, target=target)
         return add_norm(add, product, norm_weight, update_weight=update_weight, scale=scale, eps=eps, target=target)
     if update_weight is None:
-        total = linear(x, weight, add, target=target)
+        total = linear(x, weight, add, bias, target=target)
     else:
-        total = add + rms_norm(project(x, weight, sum_dtype(x.dtype)), update_weight, eps).astype(add.dtype)
+        product = linear(x, weight, None, bias, target=target)
+        total = add + rms_norm(product, update_weight, eps).astype(add.dtype)
     if scale is not None:
         total = (total * widened(scale)).astype(add.dtype)
     return add_norm(total, None, norm_weight, eps=eps, target=target)
@@ -73,13 +76,14 @@ def project_heads(
     cos: Angles,
     sin: Angles,
     norms: tuple[Vector | None, ...],
+    bias: Vector | None = None,
     *,
     heads: tuple[int, ...],
     plain_heads: int,
     eps: float,
     target: Target,
 ) -> tuple[Heads, ...]:
-    product = project(x, weight, sum_dtype(x.dtype))
+    product = linear(x, weight, None, bias, target=target)
     return finish_heads(product, cos, sin, norms, x.dtype, heads=heads, plain_heads=plain_heads, eps=eps, target=target)
 
 
@@ -132,6 +136,14 @@ def per_head(function: Callable[..., jax.Array], x: Heads, head_dim: int, *table
         return jnp.concatenate([function(head, *tables) for head in columns], axis=1)
     heads = x.reshape(x.shape[0], -1, head_dim)
     return function(heads, *(table[:, None] for table in tables)).reshape(x.shape)
+
+
+def narrow_product(x: Rows, weight: Weight, bias: Vector | None, target: Target) -> Rows:
+    """The product and its bias: float32 on a CPU; on an accelerator their sum is rounded once, to the dtype of x."""
+    if bias is None and target.platform != "cpu":
+        return project(x, weight, x.dtype)
+    wide = finish(project(x, weight, sum_dtype(x.dtype)), bias, None)
+    return wide if target.platform == "cpu" else wide.astype(x.dtype)
 
 
 def project(x: Rows, weight: Weight, result: Any) -> Rows:

@@ -21,6 +21,8 @@ def mlp(
     *,
     update_weight: jax.Array | None = None,  # [D]
     scale: jax.Array | None = None,  # [1]
+    gate_up_bias: jax.Array | None = None,  # [2 * hidden]
+    down_bias: jax.Array | None = None,  # [D]
     activation: str,
     eps: float,
     axis: str | None = None,
@@ -40,6 +42,7 @@ def mlp(
         normed: its norm, in the same dtype.
         gate_up, down: as `prepare` returns them for the target; gate_up with `parts=2`.
         activation: see `gated_linear`.
+        gate_up_bias, down_bias: float32 or bfloat16, added to the products; None adds nothing.
         norm_weight, update_weight, scale, eps, axis: see `linear_add_norm`.
         one_block: all rows are one block on a CPU too. The derivative of blocks keeps the hidden rows of all of them.
         target: where it runs, and with which kernels.
@@ -50,7 +53,7 @@ def mlp(
     """
 
     def block(x: Rows, normed: Rows) -> tuple[Rows, Rows]:
-        hidden = gated_linear(normed, gate_up, activation=activation, target=target)
+        hidden = gated_linear(normed, gate_up, bias=gate_up_bias, activation=activation, target=target)
         return linear_add_norm(
             hidden,
             down,
@@ -58,6 +61,7 @@ def mlp(
             norm_weight,
             update_weight=update_weight,
             scale=scale,
+            bias=down_bias,
             eps=eps,
             axis=axis,
             target=target,

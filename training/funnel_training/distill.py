@@ -32,7 +32,8 @@ from funnel_training.trainer import Objective, Report, Run, Settings, run_texts
 from funnel_training.training_run import LEAST_UNITS, TrainingRun, hold_out
 
 QUERY_PART = 5  # every fifth of the texts that are held out is a query
-LOSS = "1 - cosine, and Kullback-Leibler divergence of similarities"
+MOST_DOCUMENTS = 2**14  # that a text of a step is compared with
+LOSS = "1 - cosine, and Kullback-Leibler divergence of similarities to the teacher's vectors"
 TOKEN_LOSS = "relative squared error of rows, and Kullback-Leibler divergence of labels if it tags"
 
 
@@ -175,15 +176,22 @@ class Distillation:
         self.student, self.texts, self.settings, self.places = student, texts, settings, texts.places
         self.sizes = sizes or (texts.teacher.shape[1],)
         self.overlaps = np.zeros(0)  # of the last evaluation, one of each query
+        documents = np.random.default_rng(settings.seed).permutation(texts.training)[:MOST_DOCUMENTS]
+        self.documents = np.array(texts.teacher[documents])
+        self.document_of = np.full(len(texts.teacher), -1, np.int32)  # by the number of the text
+        self.document_of[documents] = np.arange(len(documents))
 
-    def batch(self, step: int) -> tuple[Packs, np.ndarray]:
+    def batch(self, step: int) -> tuple[Packs, tuple[np.ndarray, ...]]:
         packs = self.texts.draw(self.student, self.settings, step)
         numbers = packs.texts.reshape(-1)
-        return packs, np.where(numbers[:, None] >= 0, self.texts.teacher[numbers], 0.0).astype(np.float32)
+        is_text = numbers >= 0
+        teacher = np.where(is_text[:, None], self.texts.teacher[numbers], 0.0).astype(np.float32)
+        return packs, (teacher, self.documents, np.where(is_text, self.document_of[numbers], -1))
 
     def loss(self, outputs: jax.Array, packs: Packs, targets: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        flat = outputs.reshape(-1, outputs.shape[-1])
-        loss, cosine = distillation_loss(flat, targets, packs.texts.reshape(-1) >= 0, self.sizes)
+        student, counts = outputs.reshape(-1, outputs.shape[-1]), packs.texts.reshape(-1) >= 0
+        teacher, documents, places = targets
+        loss, cosine = distillation_loss(student, teacher, documents, places, counts, self.sizes)
         return loss, {"cosine": cosine}
 
     def evaluate(self, run: Run) -> dict[str, float]:

@@ -582,7 +582,8 @@ class LinearCase:
     biased: bool = False
 
     def arrays(self) -> tuple[Any, ...]:
-        """x, weight, what is added (None without) and the bias, if there is one; all but x are of the same size."""
+        """x, weight, what is added (None without), and the bias, if there is one; the products are of the size of what
+        is added."""
         x = normal(10, self.rows, self.in_features)
         weight = normal(11, self.out_features * self.parts, self.in_features) / self.in_features**0.5
         add = normal(12, self.rows, self.out_features).astype(jnp.dtype(self.dtype)) if self.add else None

@@ -9,7 +9,7 @@ along "data" have the same weights and run different batches.
     gate_up, and its bias      the same rows of gate and of up
     attention_output, down     the columns that are multiplied with the outputs of those rows
     embedding                  the columns [t * D / T, (t + 1) * D / T), gathered after the lookup
-    norms, heads, the others   everything
+    all others                 everything
 
 The embedding is split by columns and not by vocabulary. The gathered rows cost half the traffic of a sum over parts of
 the vocabulary, they are bit for bit those of one device, and T need not divide the vocabulary.

@@ -133,13 +133,13 @@ def nest(flat: Mapping[str, Any], config: EncoderConfig, funnel: Funnel) -> dict
             first = number * config.per_layer_width
             layer["per_layer_input"] = projection[first : first + config.per_layer_width]
     for layer, layer_type, is_split in zip(layers, config.layer_types, query_splits(config, funnel), strict=True):
-        if any(is_split):
-            q_width = config.heads(layer_type).query_width
-            for kind in [kind for kind in ("", "_bias") if f"qkv{kind}" in layer]:
-                layer |= {f"q{kind}": layer[f"qkv{kind}"][:q_width], f"kv{kind}": layer[f"qkv{kind}"][q_width:]}
-        if all(is_split):
-            for name in [name for name in ("qkv", "qkv_bias") if name in layer]:
-                del layer[name]
+        q_width = config.heads(layer_type).query_width
+        for kind in ("", "_bias"):
+            if any(is_split) and f"qkv{kind}" in layer:
+                whole = layer[f"qkv{kind}"]
+                layer |= {f"q{kind}": whole[:q_width], f"kv{kind}": whole[q_width:]}
+            if all(is_split):
+                layer.pop(f"qkv{kind}", None)
     return tree
 
 

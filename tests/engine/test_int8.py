@@ -16,7 +16,7 @@ from transformers import Gemma2Model, Gemma3TextModel, GemmaModel, T5GemmaEncode
 
 import hugging_face_models as hf
 from funnel_engine import CheckpointError, ConfigError, Engine, FunnelConfig, HeadConfig, convert
-from funnel_engine.checkpoints.native import plan_shards, read_checkpoint
+from funnel_engine.checkpoints.native import VERSION, plan_shards, read_checkpoint
 from funnel_engine.devices import default_activations, local_target
 from funnel_engine.inspection import inspect_checkpoint
 from funnel_engine.served_by import served_by
@@ -120,7 +120,7 @@ def test_what_is_stored(folder):
         else:
             np.testing.assert_array_equal(stored[name], array, strict=True)
     manifest = json.loads((folder / "int8" / "funnel.json").read_text())
-    assert (manifest["dtype"], manifest["version"], manifest["tensors"]) == ("int8", 6, len(stored))
+    assert (manifest["dtype"], manifest["version"], manifest["tensors"]) == ("int8", VERSION, len(stored))
     assert sum(array.nbytes for array in stored.values()) == count_bytes(shapes, "int8")
     opened = read_checkpoint(folder / "int8", verify=True).weights
     assert {name for name, weight in opened.items() if isinstance(weight, QuantizedWeight)} == matrices

@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 FRAMEWORKS := .venv-frameworks
+MOSAIC := .venv-mosaic
+PYTHON_312 ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python3) python3.12)
 
 # What is written in C++ and in the Python module; an installation builds it.
 NATIVE := $(shell find kernels bindings/funnel_native -name '*.cc' -o -name '*.h' -o -name CMakeLists.txt)
@@ -23,7 +25,7 @@ OLDER_CPUS := -k 'not (reference- or xla- or triton or tpu)' tests/bindings/test
 	tests/engine/test_packing_invariance.py::test_every_bit_with_the_kernels_for_cpus_and_within_bounds_on_xla \
 	tests/engine/test_model.py::test_every_backend_gives_what_the_reference_gives
 
-.PHONY: demo test test-slow frameworks lint docs bench wheel clean
+.PHONY: demo test test-slow frameworks mosaic lint docs bench wheel clean
 
 demo: $(VENV)/installed-bench
 	$(BIN)/funnel demo --output demo
@@ -43,6 +45,12 @@ test-slow: $(VENV)/installed-test $(VENV)/lowering
 # those of the main one too: the frameworks pin versions that the engine must not depend on.
 frameworks: $(FRAMEWORKS)/installed
 	$(FRAMEWORKS)/bin/python -m pytest -p no:benchmark -rs tests/frameworks
+
+# The kernels for Hopper in JAX's simulator of such a GPU, and compiled for it, with whole forward passes. The simulator is
+# good enough since JAX 0.11, which needs Python 3.12.
+mosaic: $(MOSAIC)/installed
+	PYTHONPATH=bindings:kernels:engine:serving:benchmarks JAX_PLATFORMS=cpu $(MOSAIC)/bin/python -m pytest -rs \
+	  tests/kernels/test_mosaic_attention.py tests/benchmarks/test_static_hopper.py
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
@@ -67,7 +75,7 @@ wheel: $(VENV)/wheel-tools
 	  --wheel-dir dist dist/local/*.whl
 
 clean:
-	rm -rf $(VENV) $(FRAMEWORKS) demo build dist site bench.json *.egg-info
+	rm -rf $(VENV) $(FRAMEWORKS) $(MOSAIC) demo build dist site bench.json *.egg-info
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version if sys.version_info < (3, 11) else 0)'
@@ -84,6 +92,16 @@ $(FRAMEWORKS)/installed: tests/frameworks/requirements.txt $(VENV)/installed-tes
 	own=$$($(FRAMEWORKS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
 	echo "import site; site.addsitedir('$$packages')" > $$own/main.pth
 	$(FRAMEWORKS)/bin/python -m pip install --quiet --requirement $<
+	touch $@
+
+$(MOSAIC)/bin/python:
+	$(PYTHON_312) -m venv $(MOSAIC)
+
+# Of CUDA only the compilers: no driver, no libraries.
+$(MOSAIC)/installed: | $(MOSAIC)/bin/python
+	$(MOSAIC)/bin/python -m pip install --quiet jax==0.11.2 pytest click rich
+	$(MOSAIC)/bin/python -m pip install --quiet --no-deps jax-cuda13-plugin==0.11.2 jax-cuda13-pjrt==0.11.2 \
+	  jax-triton==0.3.1 triton==3.6.0 'nvidia-cuda-nvcc>=13.0,<13.1' 'nvidia-nvvm>=13.0,<13.1'
 	touch $@
 
 # What jax.export needs to lower for CUDA, in a folder of its own: beside JAX it would be loaded by every process.

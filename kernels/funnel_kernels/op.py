@@ -5,15 +5,22 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Generic, TypeVar
 
-from funnel_kernels import native_calls, pallas_calls, triton_calls
+from funnel_kernels import mosaic_calls, native_calls, pallas_calls, triton_calls
 from funnel_kernels.errors import BackendUnavailable
 from funnel_kernels.target import KNOWN, Served, Target, Unsupported
 
 Result = TypeVar("Result")
 
-MODULES = {"triton": "triton_gpu", "tpu": "pallas_tpu", "cpu": "native_cpu", "xla": "xla"}
+MODULES = {
+    "mosaic": "mosaic_gpu",
+    "triton": "triton_gpu",
+    "tpu": "pallas_tpu",
+    "cpu": "native_cpu",
+    "xla": "xla",
+}
 # For each backend, a function that raises `Unsupported` if none of its kernels can run on a target.
 CHECKS: dict[str, Callable[[Target], object]] = {
+    "mosaic": mosaic_calls.check,
     "triton": triton_calls.check,
     "tpu": pallas_calls.check,
     "cpu": native_calls.check,
@@ -24,9 +31,9 @@ class Op(Generic[Result]):
     """An op and its implementations.
 
     A backend's implementation is the function with the op's name in one module of the op's folder: `reference.py`,
-    `xla.py`, `native_cpu.py`, `triton_gpu.py` or `pallas_tpu.py`. The module is imported at the first call, because
-    some modules need optional packages. An implementation raises `Unsupported` for calls that it does not serve. Each
-    one gets the arguments of the call, and all but the reference also get the target.
+    `xla.py`, `native_cpu.py`, `triton_gpu.py`, `mosaic_gpu.py` or `pallas_tpu.py`. The module is imported at the first
+    call, because some modules need optional packages. An implementation raises `Unsupported` for calls that it does not
+    serve. Each one gets the arguments of the call, and all but the reference also get the target.
 
     Attributes:
         name: the name of the op.
@@ -45,7 +52,7 @@ class Op(Generic[Result]):
         """
         unavailable: dict[str, str] = {}  # no kernel of these backends can run on the target
         refusals: dict[str, str] = {}  # these backends do not serve this call
-        for backend in target.candidates:
+        for backend in self.candidates(target):
             if reason := problem(backend, target):
                 unavailable[backend] = reason
                 continue
@@ -62,6 +69,11 @@ class Op(Generic[Result]):
         raise BackendUnavailable(
             f"{self.name} is not served by backend {target.backend!r}: {reasons}; choose one of {', '.join(KNOWN)}"
         )
+
+    def candidates(self, target: Target) -> tuple[str, ...]:
+        """The backends to try, best first. "auto" tries Mosaic only for its own ops: on its GPUs Triton has others."""
+        skipped = {"mosaic"} - {*self.kernels} if target.backend == "auto" else set()
+        return tuple(backend for backend in target.candidates if backend not in skipped)
 
     def implementation(self, backend: str, target: Target) -> tuple[str, Callable[..., Any]]:
         """The function that a backend runs, and before it the backend whose function it is.

@@ -10,13 +10,14 @@ import jax
 from funnel_kernels.errors import BackendUnavailable
 
 BACKENDS = {
+    "mosaic": "NVIDIA GPUs of compute capability 9.0: attention in bfloat16, in Pallas Mosaic GPU; all else is XLA's",
     "triton": "NVIDIA GPUs of compute capability 8.0 and newer: kernels in Triton; products are XLA's",
     "tpu": "TPUs v4, v5e, v5p, v6e and 7x: kernels in Pallas; products are XLA's",
     "cpu": "x86-64 CPUs with AVX2 and newer: kernels in C++; without AVX-512-BF16, bfloat16 is multiplied in float32",
     "xla": "anywhere: portable jax.numpy, block by block",
     "reference": "anywhere: the specification, dense and slow; served only when asked for by name",
 }
-AUTO = ("triton", "tpu", "cpu", "xla")  # best first
+AUTO = ("mosaic", "triton", "tpu", "cpu", "xla")  # best first
 KNOWN = ("auto", *BACKENDS)
 
 

@@ -152,6 +152,7 @@ def test_doctor_says_what_serves_each_op():
     products = ("project_heads", "gated_linear", "linear_add_norm")
     for op in (*products, "attention", "add_norm", "pool_norm", "recover_norm"):
         assert facts[op] == "cpu"
+    assert facts["not mosaic"] == facts["not triton"]
     assert facts["not triton"] == "JAX runs on cpu; on a machine with an NVIDIA GPU, install jax[cuda13]"
     assert facts["not tpu"] == "JAX runs on cpu; on a machine with a TPU, install jax[tpu]"
     assert "only when asked for by name" in facts["reference"]

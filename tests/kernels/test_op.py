@@ -110,6 +110,17 @@ def test_an_op_that_a_backend_has_no_kernel_for_is_xlas_and_said_to_be(make_op):
         op(target=Target("triton"))
 
 
+def test_auto_takes_mosaic_for_its_own_ops_alone(make_op):
+    target = Target("auto", "gpu", record=Record())
+    made = make_op("mosaic", "triton", "xla", mosaic_gpu=serve, triton_gpu=refuse)
+    assert made(target=target) == ((), {"target": target})
+    make_op("triton", "xla", triton_gpu=serve)(target=target)
+    assert target.record.served["made"] == (Served("mosaic"), Served("triton"))
+    named = Target("mosaic", "gpu", record=Record())
+    make_op("triton", "xla", triton_gpu=refuse, xla=serve)(target=named)
+    assert named.record.backends() == ["xla"]
+
+
 def test_without_a_module_of_its_own_xla_compiles_the_reference(make_op):
     target = Target("xla", record=Record())
     assert make_op("cpu", reference=serve)(3, target=target) == ((3,), {})
@@ -129,8 +140,10 @@ def test_an_error_inside_an_implementation_is_not_a_refusal(make_op, error):
 
 @pytest.mark.parametrize("backend", ["XLA", "cuda", "", "numpy"])
 def test_a_backend_that_does_not_exist_is_refused(backend):
-    message = f"backend '{backend}' does not exist in this build; choose one of auto, triton, tpu, cpu, xla, reference"
-    with pytest.raises(BackendUnavailable, match=message):
+    known = "auto, mosaic, triton, tpu, cpu, xla, reference"
+    with pytest.raises(
+        BackendUnavailable, match=f"backend '{backend}' does not exist in this build; choose one of {known}"
+    ):
         Target(backend)
 
 

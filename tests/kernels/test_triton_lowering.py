@@ -31,7 +31,7 @@ from funnel_kernels import Target, triton_calls
 from jax_triton import triton_lib
 from tiny_models import CONFIG
 
-target = Target("triton", "gpu", "NVIDIA GPU", sys.argv[3])
+target = Target(sys.argv[4], "gpu", "NVIDIA GPU", sys.argv[3])
 config = CONFIG if sys.argv[1] == "tiny" else preset(sys.argv[1])
 dtype = DTYPES[sys.argv[2]]
 funnel = FunnelConfig.after(1, recovery="mean_last", pool_query_only=True)
@@ -40,7 +40,7 @@ weights = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in expected_
 params = jax.eval_shape(lambda flat: nest(flat, config, funnel), weights)
 options = {"config": config, "funnel": funnel, "dtype": dtype, "target": target}
 program = jax.jit(lambda params, batch: forward(params, batch, **options))
-allowed = [export.DisabledSafetyCheck.custom_call(triton_calls.FFI_TARGET)]
+allowed = [export.DisabledSafetyCheck.custom_call(name) for name in (triton_calls.FFI_TARGET, "mosaic_gpu_v2")]
 
 compiled = []
 compile_kernel = triton_lib.compile_ttir_inplace
@@ -56,7 +56,7 @@ for rows in (128, 192, 320):
     calls = re.findall(r"custom_call @(triton\w+)\(.*?\) \{(.*?)\}", text)
     assert {target for target, _ in calls} == {"triton_kernel_call_ffi"}, calls
     assert all("mhlo.backend_config = {opaque = " in attributes for _, attributes in calls), calls
-    print(len(calls), len(compiled))
+    print(len(calls), text.count("custom_call @mosaic_gpu_v2("), len(compiled))
 """
 
 
@@ -64,15 +64,25 @@ LAYERS = {"tiny": CONFIG.num_layers, "gemma-2b": preset("gemma-2b").num_layers}
 
 
 @pytest.mark.parametrize(
-    ("model", "dtype", "capability"), [("tiny", "float32", 80), ("tiny", "bfloat16", 90), ("gemma-2b", "bfloat16", 90)]
+    ("model", "dtype", "capability", "backend"),
+    [
+        ("tiny", "float32", 80, "triton"),
+        ("tiny", "bfloat16", 90, "triton"),
+        ("gemma-2b", "bfloat16", 90, "triton"),
+        ("gemma-2b", "bfloat16", 90, "auto"),  # attention by Mosaic
+        ("gemma-2b", "float32", 90, "auto"),
+    ],
 )
-def test_a_forward_pass_lowers_for_cuda(model, dtype, capability):
+def test_a_forward_pass_lowers_for_cuda(model, dtype, capability, backend):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     paths = [Path(sys.prefix) / "lowering", Path(__file__).parents[1], *sys.path]
     environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(map(str, paths))}
-    command = [sys.executable, "-c", LOWER, model, dtype, f"{capability / 10}"]
+    command = [sys.executable, "-c", LOWER, model, dtype, f"{capability / 10}", backend]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     counts = [tuple(map(int, line.split())) for line in done.stdout.splitlines()[-3:]]
-    calls = LAYERS[model] + 2  # attention in every layer, pool_norm, recover_norm
-    assert counts == [(calls, 3)] * 3
+    others = 2  # pool_norm, recover_norm
+    if (backend, dtype) == ("auto", "bfloat16"):
+        assert counts == [(others, LAYERS[model], others)] * 3
+    else:
+        assert counts == [(LAYERS[model] + others, 0, others + 1)] * 3

@@ -8,7 +8,7 @@ from funnel_kernels.errors import InputError
 from funnel_kernels.op import Op
 from funnel_kernels.target import Target
 
-ATTENTION: Op[jax.Array] = Op("attention", __name__, "xla", "cpu", "triton", "tpu")
+ATTENTION: Op[jax.Array] = Op("attention", __name__, "xla", "cpu", "mosaic", "triton", "tpu")
 
 
 def attention(

@@ -17,7 +17,7 @@ typedef uint32_t Pair __attribute__((aligned(2), may_alias));  // two bfloat16
 // Columns [0, pairs) of kRows rows of x, `x_stride` pairs apart, times one unit of weights. The tile is added to,
 // unless it is `fresh`. With each pair a line of `ahead` is fetched.
 template <int kRows>
-void multiply_rows(const Pair* x, int64_t x_stride, int64_t pairs, const Pair* weights, const char* ahead, bool fresh,
+void multiply_rows(const Pair* x, int64_t x_stride, int64_t pairs, const Pair* weights, Lines ahead, bool fresh,
                    float* tile, int64_t tile_stride) {
   __m512 sums[kRows][kVectors] = {};
   if (!fresh) {
@@ -28,7 +28,7 @@ void multiply_rows(const Pair* x, int64_t x_stride, int64_t pairs, const Pair* w
     }
   }
   for (int64_t i = 0; i < pairs; ++i, weights += kUnit) {
-    fetch(ahead, i);
+    ahead.fetch();
     __m512bh columns[kVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) columns[v] = (__m512bh)_mm512_loadu_si512(weights + v * kLanes);

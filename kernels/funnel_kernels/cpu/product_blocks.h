@@ -44,30 +44,39 @@ struct Blocks {
   }
 };
 
-// Memory that is needed next. Each block of rows takes lines of it, and fetches one with each step of its loop.
+// Lines of memory that a loop fetches, some in each step. There is no branch: where nothing is left, `step` is 0, and
+// the line is one that is in the cache.
+struct Lines {
+  const char* next;
+  int64_t step;
+
+  template <int kCount = 1>
+  void fetch() {
+#pragma GCC unroll 2
+    for (int n = 0; n < kCount; ++n) _mm_prefetch(next + n * step, _MM_HINT_T1);
+    next += kCount * step;
+  }
+};
+
+// Memory that is needed next. Each block of rows takes lines of it.
 class Ahead {
  public:
   // `blocks` blocks follow one another before the memory is needed.
   Ahead(const void* from, int64_t bytes, int64_t blocks)
       : from_(static_cast<const char*>(from)), left_(blocks < kFetchingBlocks ? 0 : bytes) {}
 
-  // Null if nothing is left.
-  const char* take(int64_t lines) {
-    if (left_ <= 0) return nullptr;
+  // The result must not outlive this.
+  Lines take(int64_t lines) {
+    if (left_ <= 0) return {reinterpret_cast<const char*>(this), 0};
     const char* taken = from_;
     from_ += lines * kLine;
     left_ -= lines * kLine;
-    return taken;
+    return {taken, kLine};
   }
 
  private:
   const char* from_;
   int64_t left_;
 };
-
-// Fetches line `index` of what a block has taken.
-static inline void fetch(const char* taken, int64_t index) {
-  if (taken != nullptr) _mm_prefetch(taken + index * kLine, _MM_HINT_T1);
-}
 
 }  // namespace funnel::FUNNEL_INSTRUCTION_SET

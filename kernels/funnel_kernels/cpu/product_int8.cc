@@ -133,7 +133,7 @@ void quantize_row(const Element* x, int64_t in_features, int64_t rows, Value* va
 // with the `scales` of the columns, which are null before.
 template <int kRows>
 void multiply_rows(const Value* x, const float* x_scales, int64_t x_rows, int64_t words, const int8_t* weights,
-                   const int32_t* offsets, const float* scales, const char* ahead, bool fresh, float* tile,
+                   const int32_t* offsets, const float* scales, Lines ahead, bool fresh, float* tile,
                    int64_t tile_stride) {
   Floats totals[kRows][kFloatVectors] = {};
   if (!fresh) {
@@ -152,7 +152,7 @@ void multiply_rows(const Value* x, const float* x_scales, int64_t x_rows, int64_
     }
     const int64_t group_words = smaller(kGroupWords, words - first);
     for (int64_t i = 0; i < group_words; ++i, weights += kUnit * 4) {
-      fetch(ahead, first + i);
+      ahead.fetch();
       Ints columns[kVectors];
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) columns[v] = weights_at(weights, v);
@@ -226,12 +226,12 @@ void multiply_int8(QuantizedRows x, int64_t rows, int64_t in_features, const voi
       Ahead ahead(following, pass_words * kUnit * 4, all_blocks);
       for (int64_t column = 0; column < kUnit; column += kColumns) {
         blocks.for_each([&](auto block_rows, int64_t row) {
-          const char* weights_ahead = ahead.take(pass_words);
+          const Lines weights_ahead = ahead.take(pass_words);
           multiply_rows<block_rows.value>(values(group) + row * kGroup, x.scales + group * rows + row, rows, pass_words,
                                           packed(unit, group) + column * 4, offsets + column,
                                           is_last ? scales + column : nullptr,
-                                          weights_ahead ? weights_ahead : ahead_of_x.take(pass_words), group == 0,
-                                          tile + row * stride + unit * kUnit + column, stride);
+                                          weights_ahead.step > 0 ? weights_ahead : ahead_of_x.take(pass_words),
+                                          group == 0, tile + row * stride + unit * kUnit + column, stride);
         });
       }
     }

@@ -48,16 +48,18 @@ struct Sums {
   }
 };
 
-// kColumns columns of a unit, whose weights are [features, kUnit] float32. With each feature a line of `ahead` is
-// fetched.
+// kColumns columns of weights in float32; those of the next feature begin `stride` floats later. With each feature a
+// line of `ahead` is fetched.
 struct Wide {
   const float* weights;
+  int64_t stride;
 
   template <int kRows>
-  void multiply(const float* x, int64_t x_stride, int64_t features, const char* ahead, Sums<kRows>& sums) const {
+  void multiply(const float* x, int64_t x_stride, int64_t features, Lines ahead, Sums<kRows>& sums) const {
     const float* from = weights;
-    for (int64_t i = 0; i < features; ++i, from += kUnit) {
-      fetch(ahead, i);
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < features; ++i, from += stride) {
+      ahead.fetch();
       Floats columns[kVectors];
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) columns[v] = load(from + v * kLanes);
@@ -71,16 +73,16 @@ struct Narrow {
   const uint32_t* weights;
 
   template <int kRows>
-  void multiply(const float* x, int64_t x_stride, int64_t features, const char* ahead, Sums<kRows>& sums) const {
+  void multiply(const float* x, int64_t x_stride, int64_t features, Lines ahead, Sums<kRows>& sums) const {
     const uint32_t* from = weights;
+#pragma GCC unroll 2
     for (int64_t i = 0; i < features; i += 2, from += kUnit) {
-      fetch(ahead, i);
+      ahead.fetch<2>();
       Floats columns[kVectors];
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) columns[v] = (Floats)(pairs_at(from, v) << 16);
       sums.add(x + i, x_stride, columns);
       if (i + 1 == features) break;
-      fetch(ahead, i + 1);
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) columns[v] = (Floats)(pairs_at(from, v) & 0xffff0000);
       sums.add(x + i + 1, x_stride, columns);
@@ -92,21 +94,26 @@ struct Narrow {
 
 // The rows of a tile, kColumns columns wide.
 template <int kRows, typename Weights>
-void multiply_rows(const Weights& weights, const float* x, int64_t x_stride, int64_t features, const char* ahead,
-                   bool fresh, float* tile, int64_t tile_stride) {
+void multiply_rows(const Weights& weights, const float* x, int64_t x_stride, int64_t features, Lines ahead, bool fresh,
+                   float* tile, int64_t tile_stride) {
   Sums<kRows> sums;
   sums.begin(fresh, tile, tile_stride);
   weights.multiply(x, x_stride, features, ahead, sums);
   sums.end(tile, tile_stride);
 }
 
-// `features` features of a unit of bfloat16 as float32, [features, kUnit].
+// Floats of a panel for each kColumns columns of a unit.
+int64_t strip_size(int64_t features) { return divide_up(features, 2) * 2 * kColumns; }
+
+// `features` features of a unit of bfloat16 as float32, [kUnit / kColumns, features, kColumns]: what a block of rows
+// reads is one piece of memory, which a first-level cache can contain.
 void widen_unit(const uint32_t* pairs, int64_t features, float* panel) {
-  for (int64_t i = 0; i < features; i += 2, pairs += kUnit, panel += 2 * kUnit) {
+  for (int64_t i = 0; i < features; i += 2, pairs += kUnit, panel += 2 * kColumns) {
     for (int64_t j = 0; j < kUnit; j += kLanes) {
       const Words pair = *reinterpret_cast<const WordsAt*>(pairs + j);
-      store(panel + j, (Floats)(pair << 16));
-      store(panel + kUnit + j, (Floats)(pair & 0xffff0000));
+      float* to = panel + j / kColumns * strip_size(features) + j % kColumns;
+      store(to, (Floats)(pair << 16));
+      store(to + kColumns, (Floats)(pair & 0xffff0000));
     }
   }
 }
@@ -143,7 +150,8 @@ void multiply_float32(const float* x, int64_t rows, int64_t in_features, const v
           if (weights_are_bfloat16 && !widened) {
             multiply(Narrow{packed + column});
           } else {
-            multiply(Wide{(widened ? panel : reinterpret_cast<const float*>(packed)) + column});
+            multiply(widened ? Wide{panel + column / kColumns * strip_size(features), kColumns}
+                             : Wide{reinterpret_cast<const float*>(packed) + column, kUnit});
           }
         });
       }

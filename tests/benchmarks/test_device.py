@@ -20,6 +20,7 @@ from funnel_benchmarks.device import parts
 from funnel_benchmarks.device.command import chosen_parts
 from funnel_benchmarks.device.parts import FULL, PARTS, SMALL, Run
 from funnel_benchmarks.funnels import NO_FUNNEL
+from funnel_benchmarks.kernels import check
 from funnel_benchmarks.kernels.cases import CUDNN
 from funnel_benchmarks.report.suites import SUITES
 from funnel_benchmarks.results import Results
@@ -290,3 +291,17 @@ def test_the_best_backend_that_serves_the_model_is_named(monkeypatch):
     assert run.served == "xla"  # there is no GPU here
     assert RUN.served == "xla"
     assert Run(extent=SMALL, backend="cpu", seed=0, until=0).served == "cpu"
+
+
+def test_on_hopper_both_kernels_of_attention_are_measured_and_engines_have_the_default(monkeypatch):
+    monkeypatch.setattr(parts, "runs_mosaic", lambda: True)
+    monkeypatch.setattr(check, "runs_mosaic", lambda: True)
+    run = Run(extent=SMALL, backend="auto", seed=0, until=0)
+    assert run.served == "auto"
+    backends = [case.backends for case in parts.attention_cases(run) if CUDNN not in case.backends]
+    assert set(backends) == {("mosaic", "triton"), ("mosaic", "triton", "xla")}
+    assert Run(extent=SMALL, backend="triton", seed=0, until=0).served == "triton"
+    names = [name for name, _ in check.cells(check.make_check("auto", False, 0))]
+    attention = [name for name in names if name.startswith("attention")]
+    assert sum(", triton, bfloat16" in name for name in attention) * 4 == len(attention) == 44
+    assert len(set(names)) == len(names)

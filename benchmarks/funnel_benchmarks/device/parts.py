@@ -27,8 +27,8 @@ from funnel_benchmarks.kernels.cases import (
     recover_case,
 )
 from funnel_benchmarks.kernels.check import make_check
-from funnel_benchmarks.kernels.layouts import equal, packed, up_to
-from funnel_benchmarks.kernels.suite import backends_here
+from funnel_benchmarks.kernels.layouts import Layout, equal, packed, up_to
+from funnel_benchmarks.kernels.suite import backends_here, runs_mosaic
 from funnel_benchmarks.latency.suite import Batch
 from funnel_benchmarks.latency.suite import Suite as Latency
 from funnel_benchmarks.lengths import draw
@@ -154,7 +154,12 @@ class Run:
 
     @functools.cached_property
     def served(self) -> str:
-        """The backend that is measured; of "auto" the best that serves the model, so that results name it."""
+        """The backend that is measured; of "auto" the best that serves the model, so that results name it.
+
+        On Hopper it is "auto": there attention is Mosaic's and all else Triton's.
+        """
+        if self.backend == "auto" and runs_mosaic():
+            return "auto"
         names = backends_here() if self.backend == "auto" else (self.backend,)
         for name in names[:-1]:
             with contextlib.suppress(BackendUnavailable):
@@ -187,32 +192,40 @@ def measure(what: str, make: Callable[[Run], Iterable[Case]], run: Run, json: Pa
 
 
 def attention_cases(run: Run) -> Iterator[Case]:
-    """Dense, beside cuDNN's and at one length XLA's; then the first heads with strides, windows, padding and so on."""
+    """Dense, beside cuDNN's and at one length XLA's; then the first heads with strides, windows, padding and so on.
+
+    On Hopper all of it is measured with both kernels.
+    """
     extent, tokens = run.extent, run.extent.tokens
+    own = ("mosaic", "triton") if run.served == "auto" else (run.served,)
+
+    def ours(sizes: Sizes, layout: Layout, what: str, *others: str) -> Case:
+        return attention_case(sizes, layout, what)._replace(backends=tuple(dict.fromkeys((*own, *others))))
+
     for heads, kv_heads in extent.heads:
         model = run.shaped(num_heads=heads, num_kv_heads=kv_heads)
         for length in extent.lengths:
             sizes = Sizes(model, equal(tokens, length))
-            case = attention_case(sizes, packed(sizes.lengths), f"sequences of {length} tokens")
-            both = tuple(dict.fromkeys((run.served, "xla")))
-            yield case._replace(backends=both) if length == extent.xla_length else case
+            others = ("xla",) if length == extent.xla_length else ()
+            case = ours(sizes, packed(sizes.lengths), f"sequences of {length} tokens", *others)
+            yield case
             yield cudnn_case(sizes, case)
     heads, kv_heads = extent.heads[0]
     sizes = Sizes(run.shaped(num_heads=heads, num_kv_heads=kv_heads), equal(tokens, extent.lengths[0]))
     longest, mean = extent.lengths[-1], extent.lengths[0]
     for length in extent.strided:
-        yield attention_case(sizes, packed(equal(tokens, length), stride=2), f"stride 2 of {length} tokens")
+        yield ours(sizes, packed(equal(tokens, length), stride=2), f"stride 2 of {length} tokens")
     for window in extent.windows:
         radii = window // 2, window // 2
         layout = packed(equal(tokens, longest), window=radii)
-        yield attention_case(sizes, layout, f"{longest} tokens with a window of {window}")
+        yield ours(sizes, layout, f"{longest} tokens with a window of {window}")
     for percent in extent.padding:
         lengths = filled(tokens, mean, percent)
         layout = packed(lengths, padding=tokens - int(lengths.sum()))
-        yield attention_case(sizes, layout, f"{mean} tokens with {percent} % padding")
+        yield ours(sizes, layout, f"{mean} tokens with {percent} % padding")
     for name, lengths in ragged_lengths(tokens, mean).items():
         layout = packed(-np.sort(-lengths))  # longest first, as engines pack
-        yield attention_case(sizes, layout, f"ragged sequences, {name}")
+        yield ours(sizes, layout, f"ragged sequences, {name}")
 
 
 def row_cases(run: Run) -> Iterator[Case]:

@@ -19,6 +19,7 @@ import numpy as np
 
 from funnel_benchmarks.kernels import layouts, oracle
 from funnel_benchmarks.kernels.layouts import Window
+from funnel_benchmarks.kernels.suite import runs_mosaic
 from funnel_benchmarks.results import Measurement, Results, Row
 from funnel_benchmarks.suite import Cell, Column, Section, Suite, Table, field
 from funnel_engine.devices import local_target
@@ -140,6 +141,9 @@ def cells(suite: Check) -> Iterator[Measurement]:
         name = f"attention {case.heads}/{case.kv_heads} heads of {case.head_dim}: {case.name}"
         for kind in KINDS:
             yield cell(name, kind, partial(check_attention, suite, case))
+        if suite.backend == "auto" and runs_mosaic():  # Triton's is checked too
+            triton = dataclasses.replace(suite, backend="triton")
+            yield cell(f"{name}, triton", BFLOAT16, partial(check_attention, triton, case))
     for rows in ROW_CASES:
         shape = f"{rows.windows} windows of {rows.stride}, width {rows.width}"
         for kind in ROW_KINDS:

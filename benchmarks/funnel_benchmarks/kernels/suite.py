@@ -21,8 +21,10 @@ from funnel_benchmarks.results import LeftOut, Measurement, Results, Row, error_
 from funnel_benchmarks.statistics import quartiles
 from funnel_benchmarks.suite import Cell, Column, Section, Table, field, number
 from funnel_benchmarks.suite import Suite as BaseSuite
+from funnel_engine.devices import local_target
 from funnel_engine.packing import Ints
 from funnel_kernels.errors import BackendUnavailable, FunnelError
+from funnel_kernels.op import problem
 from funnel_kernels.target import AUTO
 
 
@@ -145,6 +147,11 @@ def backends_here() -> tuple[str, ...]:
     """Those that can run on this machine's device, best first, without the reference, which is not for speed."""
     platform = {"gpu": "triton", "cuda": "triton", "tpu": "tpu"}.get(jax.default_backend(), "cpu")
     return tuple(name for name in AUTO if name in (platform, "xla"))
+
+
+def runs_mosaic() -> bool:
+    """Whether this machine's device is a Hopper GPU, whose attention is Mosaic's unless another backend is named."""
+    return problem("mosaic", local_target("mosaic")) is None
 
 
 READING = (

@@ -99,7 +99,7 @@ $(MOSAIC)/bin/python:
 
 # Of CUDA only the compilers: no driver, no libraries.
 $(MOSAIC)/installed: | $(MOSAIC)/bin/python
-	$(MOSAIC)/bin/python -m pip install --quiet jax==0.11.2 pytest click rich
+	$(MOSAIC)/bin/python -m pip install --quiet jax==0.11.2 absl-py pytest click rich
 	$(MOSAIC)/bin/python -m pip install --quiet --no-deps jax-cuda13-plugin==0.11.2 jax-cuda13-pjrt==0.11.2 \
 	  jax-triton==0.3.1 triton==3.6.0 'nvidia-cuda-nvcc>=13.0,<13.1' 'nvidia-nvvm>=13.0,<13.1'
 	touch $@

@@ -30,7 +30,9 @@ def test_every_value_of_every_option_is_in_the_default_run(op, backend):
 
 @pytest.mark.parametrize("op", CASES)
 def test_the_kernels_for_cpus_get_the_whole_grid_by_default(op):
-    assert [case for _, case, is_default in cases_of(op, "cpu") if is_default] == list(CASES[op].values())
+    """But for weights of float8, which they refuse."""
+    cases = [case for case in CASES[op].values() if getattr(case, "weights", None) != "float8_e4m3fn"]
+    assert [case for _, case, is_default in cases_of(op, "cpu") if is_default] == cases
 
 
 def test_every_value_of_independent_options_is_in_the_default_run():

@@ -13,7 +13,7 @@ from funnel_engine.funnel_transformer_config import EncoderConfig
 from funnel_engine.jax_settings import default_device, device_name
 from funnel_engine.model import Params
 from funnel_engine.packing import Ints, Plan, pack, split
-from funnel_engine.weights import nest, prepare_weight
+from funnel_engine.weights import EIGHT_BITS, nest, prepare_weight
 from funnel_kernels import PackedWeight, QuantizedWeight, Target, Weight, native_calls
 from funnel_kernels.linear.packed import packs
 
@@ -96,7 +96,7 @@ def choose_dtypes(stored: str, asked: str | None, devices: Devices) -> tuple[str
     if asked == "float32" and stored == "bfloat16" and devices.packs:
         return stored, asked
     dtype = asked or stored
-    is_left_to_device = dtype == "int8" or (asked is None and devices.packs)
+    is_left_to_device = dtype in EIGHT_BITS or (asked is None and devices.packs)
     return dtype, default_activations(dtype, devices.target) if is_left_to_device else dtype
 
 

@@ -30,6 +30,7 @@ from funnel_engine.threads import count_threads
 from funnel_engine.weights import (
     ACTIVATIONS,
     DTYPES,
+    EIGHT_BITS,
     MATRICES,
     check_dtype,
     dtype_of,
@@ -85,8 +86,8 @@ class Engine:
             config: the architecture.
             head: what runs on the rows of the encoder.
             weights: arrays with the names and shapes of `weights.expected_shapes`. The matrices of the encoder are all
-                float32, all bfloat16 or all int8 (`funnel_kernels.quantize`), the others float32 or bfloat16. Without a
-                mesh, JAX arrays on the device are not copied, so engines can share them.
+                float32, all bfloat16, all int8 or all float8_e4m3fn (`funnel_kernels.quantize`), the others float32 or
+                bfloat16. Without a mesh, JAX arrays on the device are not copied, so engines can share them.
             funnel: where and how the token axis is pooled; or by the number of tokens of a sequence, see
                 `FunnelByLength`: `[(0, None), (64, "6:2/mean")]`. A class that no sequence can reach is not compiled.
             backend: "auto" or one of `funnel_kernels.BACKENDS`, see `funnel_kernels.Target`.
@@ -94,9 +95,10 @@ class Engine:
             text: how else texts are prepared: begin and end of sequence, prompts, length limit.
             max_batch_tokens: tokens of the largest batch, and of the longest sequence.
             compilation_cache: directory where JAX stores compiled programs, for the whole process.
-            dtype: "bfloat16" or "float32", to which the weights are cast, and the dtype of activations. "int8"
-                quantizes the matrices of the encoder. None keeps the dtype of the weights; then, and with int8,
-                activations are bfloat16 where the device multiplies it, else float32.
+            dtype: "bfloat16" or "float32", to which the weights are cast, and the dtype of activations. "int8" and
+                "float8_e4m3fn" quantize the matrices of the encoder; float8 is for GPUs of compute capability 8.9 and
+                newer, and slow elsewhere. None keeps the dtype of the weights; then, and with 8 bits, activations are
+                bfloat16 where the device multiplies it, else float32.
             mesh: devices to run on, see `sharding`. Devices along the axis "model" share the layers; devices along
                 "data" run a batch each. None runs on JAX's default device.
             threads: number of threads of the kernels for CPUs, see `threads.py`; None takes OMP_NUM_THREADS, or else
@@ -157,7 +159,7 @@ class Engine:
             funnel: None takes the checkpoint's own, see `convert`; `FunnelConfig()` is no funnel. A list of pairs
                 chooses by the number of tokens of a sequence, e.g. `[(0, None), (64, "6:2/mean"), (512, "2:2/mean")]`,
                 see `FunnelByLength`. A warning is given if the checkpoint has a funnel and this is another.
-            dtype: "bfloat16", "float32" or "int8", see `Engine`; None keeps the checkpoint's.
+            dtype: one of `weights.DTYPES`, see `Engine`; None keeps the checkpoint's.
             attention: "bidirectional" or "causal"; None keeps the checkpoint's.
             pooling: how rows become a vector, see `HeadConfig`; None keeps the checkpoint's.
             verify: first read every file and compare its SHA-256 with the one that `convert` recorded.
@@ -589,9 +591,11 @@ def check_weights(weights: Mapping[str, Any], config: EncoderConfig, head: HeadC
             f"matrices are {', '.join(sorted(matrices))} and other weights {', '.join(sorted(others))}; all matrices "
             f"must be one of {', '.join(DTYPES)}, and other weights {' or '.join(ACTIVATIONS)}"
         )
-    if plain := [name for name, weight in weights.items() if is_plain_int8(weight)]:
-        raise CheckpointError(f"{plain[0]} is int8 without scales; give what funnel_kernels.quantize returns")
+    if plain := [name for name, weight in weights.items() if lacks_scales(weight)]:
+        raise CheckpointError(
+            f"{plain[0]} is {weights[plain[0]].dtype} without scales; give what funnel_kernels.quantize returns"
+        )
 
 
-def is_plain_int8(weight: Any) -> bool:
-    return str(weight.dtype) == "int8" and not isinstance(weight, QuantizedWeight | PackedWeight)
+def lacks_scales(weight: Any) -> bool:
+    return str(weight.dtype) in EIGHT_BITS and not isinstance(weight, QuantizedWeight | PackedWeight)

@@ -35,7 +35,16 @@ from funnel_engine.jax_settings import device_name
 from funnel_engine.model import Params
 from funnel_engine.models import forward_of
 from funnel_engine.packing import Ints, Plan, make_plan, split
-from funnel_engine.weights import ACTIVATIONS, DTYPES, check_dtype, dtype_for, expected_shapes, nest, tensor_types
+from funnel_engine.weights import (
+    ACTIVATIONS,
+    DTYPES,
+    EIGHT_BITS,
+    check_dtype,
+    dtype_for,
+    expected_shapes,
+    nest,
+    tensor_types,
+)
 from funnel_kernels import PackedWeight, QuantizedWeight, Target
 from funnel_kernels.errors import ConfigError
 
@@ -104,8 +113,8 @@ class DeviceMesh:
                 f"the mesh has devices of other processes, e.g. {foreign[0]}; an engine runs in one process, so make "
                 "the mesh of jax.local_devices()"
             )
-        if dtype == "int8":
-            raise ConfigError("int8 weights do not run on a mesh; load with dtype='bfloat16' or without a mesh")
+        if dtype in EIGHT_BITS:
+            raise ConfigError(f"{dtype} weights do not run on a mesh; load with dtype='bfloat16' or without a mesh")
         if packed := [name for name, weight in weights.items() if isinstance(weight, PackedWeight)]:
             raise ConfigError(f"{packed[0]} is packed for one device and cannot be divided; give the weight itself")
 

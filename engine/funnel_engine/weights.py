@@ -19,7 +19,13 @@ from funnel_engine.models import funnel_transformer
 from funnel_kernels import PackedWeight, QuantizedWeight, Target, Weight, prepare, quantize
 from funnel_kernels.errors import CheckpointError, ConfigError, InputError
 
-DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "int8": np.dtype(np.int8)}
+DTYPES = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "int8": np.dtype(np.int8),
+    "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
+}
+EIGHT_BITS = ("int8", "float8_e4m3fn")  # of matrices, which have a scale for each row then (`QuantizedWeight`)
 ACTIVATIONS = ("float32", "bfloat16")  # the dtypes of activations, and of the weights of heads
 Shapes = dict[str, tuple[int, ...]]
 # The matrices of the products, and the number of matrices that each one consists of.
@@ -37,9 +43,9 @@ PRODUCTS = {
     "per_layer_gate": 1,
     "per_layer_output": 1,
 }
-# The weights that can be int8, by the last part of their names.
+# The weights that can be 8 bits wide, by the last part of their names.
 MATRICES = ("embedding", "per_layer_embedding", *PRODUCTS)
-SCALE = ".scale"  # of the name of a tensor with the scales of an int8 matrix
+SCALE = ".scale"  # of the name of a tensor with the scales of a matrix of 8 bits
 
 
 def check_dtype(dtype: Any, choices: Collection[str] = tuple(DTYPES)) -> str:
@@ -155,14 +161,14 @@ def query_splits(config: ModelConfig, funnel: Funnel) -> list[list[bool]]:
 def tensor_types(shapes: Shapes, dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
     """The shape and dtype of each tensor of a checkpoint, by name, if weights of these shapes are stored in a dtype.
 
-    Norms and scalars are float32. With int8, a matrix NAME is a tensor of that name and float32 scales NAME.scale, and
-    weights of heads are float32.
+    Norms and scalars are float32. With 8 bits, a matrix NAME is a tensor of that name and float32 scales NAME.scale,
+    and weights of heads are float32.
     """
     types = {}
     for name, shape in shapes.items():
-        stored = dtype_for(name, dtype, "float32" if dtype == "int8" else dtype)
+        stored = dtype_for(name, dtype, "float32" if dtype in EIGHT_BITS else dtype)
         types[name] = jax.ShapeDtypeStruct(shape, DTYPES[stored])
-        if stored == "int8":
+        if stored in EIGHT_BITS:
             types[name + SCALE] = jax.ShapeDtypeStruct(shape[:1], np.float32)
     return types
 
@@ -213,7 +219,7 @@ def prepare_weight(name: str, weight: Any, dtype: str, activations: str, target:
 
     Raises:
         ConfigError: the weight is already packed, with another dtype.
-        CheckpointError: the weight contains NaN or infinity, and int8 cannot represent them.
+        CheckpointError: the weight contains NaN or infinity, and 8 bits cannot represent them.
     """
     leaf = leaf_of(name)
     weight = cast(name, weight, dtype_for(name, dtype, activations))
@@ -226,10 +232,10 @@ def cast(name: str, weight: Any, dtype: str) -> Any:
         return weight
     if isinstance(weight, PackedWeight):
         raise ConfigError(f"{name} is packed as {weight.dtype}; cast it to {dtype} before it is prepared")
-    if dtype != "int8":
+    if dtype not in EIGHT_BITS:
         return weight.astype(DTYPES[dtype])
     try:
-        return quantize(weight)
+        return quantize(weight.astype(np.float32) if isinstance(weight, QuantizedWeight) else weight, dtype)
     except InputError as error:
         raise CheckpointError(f"{name}: {error}") from error
 
@@ -244,10 +250,10 @@ def random_weights(config: EncoderConfig, head: HeadConfig, dtype: str, seed: in
 def random_weight(generator: np.random.Generator, name: str, shape: tuple[int, ...], dtype: str) -> Any:
     """One weight of `random_weights` in the dtype that a checkpoint stores it in, see `tensor_types`."""
     stored = str(tensor_types({name: shape}, dtype)[name].dtype)
-    weight = random_array(generator, shape, "float32" if stored == "int8" else stored)
+    weight = random_array(generator, shape, "float32" if stored in EIGHT_BITS else stored)
     if leaf_of(name) == "layer_scalar":
         weight += 1
-    return quantize(weight) if stored == "int8" else weight
+    return quantize(weight, stored) if stored in EIGHT_BITS else weight
 
 
 def random_array(generator: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:

@@ -200,7 +200,7 @@ def test_a_value_that_int8_cannot_represent_is_named(folder, tmp_path, name):
 
     shutil.copytree(folder / "float32", tmp_path / "broken")
     edit(tmp_path / "broken", break_it)
-    with pytest.raises(CheckpointError, match=f"tensor {name} .* contains NaN, infinity.* but not for int8"):
+    with pytest.raises(CheckpointError, match=f"tensor {name} .* contains NaN, infinity.* but not for 8 bits"):
         convert(tmp_path / "broken", tmp_path / "new", dtype="int8")
     with pytest.raises(ConfigError, match="int8 cannot represent NaN or infinity; leave allow_nonfinite out"):
         convert(tmp_path / "broken", tmp_path / "new", dtype="int8", allow_nonfinite=True)

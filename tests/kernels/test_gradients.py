@@ -33,8 +33,8 @@ def over_the_grid(dtypes: tuple[str, ...]) -> pytest.MarkDecorator:
 
 
 def has_integers(case: Any) -> bool:
-    """Whether a case has int8 weights: they have no derivative, and with them no product has one."""
-    return getattr(case, "weights", None) == "int8"
+    """Whether a case has weights of 8 bits: they have no derivative, and with them no product has one."""
+    return getattr(case, "weights", None) in grid.ROUNDED
 
 
 def function_of(op: str, case: Any, backend: str):

@@ -45,6 +45,7 @@ from option_grid import (
     without_ties,
 )
 
+FLOAT8 = ("reference", "xla")
 SERVED = [backend for backend in BACKENDS if backend not in ("triton", "tpu")]  # these two are XLA's products
 WIDE_ROUNDING = {"float32": 2**-22, "bfloat16": 2**-8}
 ACTIVATED = {
@@ -80,9 +81,16 @@ def test_linear_agrees_with_float64(backend, case):
 
 @pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
 @pytest.mark.parametrize(
-    "case", [LINEAR_CASES[f"130x48x600, {name}{add}"] for name in OPERANDS for add in ("", ", add")], ids=str
+    ("backend", "case"),
+    [
+        (backend, LINEAR_CASES[f"130x48x600, {name}{add}"])
+        for backend in SERVED
+        for name in OPERANDS
+        for add in ("", ", add")
+        if (backend, OPERANDS[name][1]) != ("cpu", "float8_e4m3fn")
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("backend", SERVED)
 def test_bias_and_activation_come_before_the_sum(backend, case, activation):
     x, weight, add = case.arrays()
     bias = normal(13, case.out_features).astype(x.dtype)
@@ -278,7 +286,7 @@ def test_rows_of_zeros_and_integers_at_the_end_of_their_range(backend):
     values = generator.integers(-128, 128, (96, 300)).astype(np.int8)
     values[:4], values[4:8], values[8] = -128, 127, 0
     weight = QuantizedWeight(values, generator.random(96, np.float32))
-    x = without_ties(generator.standard_normal((9, 300)).astype(np.float32))
+    x = without_ties(generator.standard_normal((9, 300)).astype(np.float32), "int8")
     x[1], x[2, :256], x[3], x[4], x[5] = 0, 0, -1, 1, 1e-40
     actual = linear(x, prepare(weight, target=target(backend)), target=target(backend))
     expected, size = exact_product(x, weight, backend)
@@ -286,9 +294,11 @@ def test_rows_of_zeros_and_integers_at_the_end_of_their_range(backend):
     assert not np.asarray(actual)[1].any()
 
 
-@pytest.mark.parametrize("backend", SERVED)
-def test_a_row_that_is_not_finite_spoils_only_itself(backend):
-    x, weight, _ = LinearCase(5, 300, 70, weights="int8").arrays()
+@pytest.mark.parametrize(
+    ("backend", "weights"), [*((backend, "int8") for backend in SERVED), *((b, "float8_e4m3fn") for b in FLOAT8)]
+)
+def test_a_row_that_is_not_finite_spoils_only_itself(backend, weights):
+    x, weight, _ = LinearCase(5, 300, 70, weights=weights).arrays()
     run = lambda x: np.asarray(linear(x, prepare(weight, target=target(backend)), target=target(backend)))  # noqa: E731
     expected = run(x)
     for bad in (np.nan, np.inf):
@@ -297,6 +307,64 @@ def test_a_row_that_is_not_finite_spoils_only_itself(backend):
         actual = run(broken)
         assert not np.isfinite(actual[2]).any()
         np.testing.assert_array_equal(np.delete(actual, 2, 0), np.delete(expected, 2, 0))
+
+
+def test_a_weight_of_float8_is_near_the_weight():
+    """A value is at most half a step away: 3 bits of mantissa, exponents from -6. The largest of a row is 448."""
+    weight = LinearCase(1, 300, 7000).arrays()[1]
+    quantized = quantize(weight, "float8_e4m3fn")
+    values, scale = (np.asarray(part, np.float64) for part in (quantized.values, quantized.scale[:, None]))
+    assert (quantized.dtype, quantized.scale.dtype) == (jnp.float8_e4m3fn, np.float32)
+    np.testing.assert_array_equal(np.abs(values).max(axis=1), 448)
+    error = np.abs(values * scale - weight)
+    assert (error <= np.maximum(np.abs(weight) * 2.0**-4, scale * 2.0**-10) * 1.00001).all()
+    assert (error > np.abs(weight) * 2.0**-5).any()
+    zeros = quantize(np.zeros((2, 3), np.float32), "float8_e4m3fn")
+    assert not np.asarray(zeros.values, np.float32).any()
+    assert not zeros.scale.any()
+    with pytest.raises(InputError, match="NaN or infinity, which float8_e4m3fn cannot represent"):
+        quantize(np.full((2, 3), np.inf, np.float32), "float8_e4m3fn")
+    with pytest.raises(
+        InputError, match="dtype='int4' is not one that weights are quantized to; choose int8 or float8"
+    ):
+        quantize(weight, "int4")
+
+
+@pytest.mark.parametrize("backend", FLOAT8)
+def test_rows_of_zeros_times_float8(backend):
+    x, weight, _ = LinearCase(5, 48, 30, weights="float8_e4m3fn").arrays()
+    x[1], x[2] = 0, 1e-40
+    actual = np.asarray(linear(x, weight, target=target(backend)))
+    assert not actual[1:3].any()
+    assert np.isfinite(actual).all()
+
+
+def test_the_kernels_for_cpus_refuse_float8():
+    x, weight, add = LinearCase(5, 48, 48, add=True, weights="float8_e4m3fn").arrays()
+    assert prepare(weight, target=target("cpu")) is weight
+    refused = pytest.raises(BackendUnavailable, match="cpu: no processor multiplies float8; use int8 weights on a CPU")
+    with refused:
+        linear(x, weight, target=target("cpu"))
+    with refused:
+        linear_add_norm(x, weight, add, x[0], eps=EPS, target=target("cpu"))
+    np.testing.assert_array_equal(linear(x, weight, target=target("auto")), linear(x, weight, target=target("xla")))
+
+
+@pytest.mark.parametrize(
+    ("platform", "architecture", "dtype"),
+    [
+        ("gpu", "9.0", "float8_e4m3fn"),
+        ("gpu", "8.9", "float8_e4m3fn"),
+        ("gpu", "8.0", "bfloat16"),
+        ("tpu", "", "bfloat16"),
+    ],
+)
+def test_where_the_device_has_float8_it_multiplies_it(platform, architecture, dtype):
+    x, weight, _ = LinearCase(5, 48, 30, "bfloat16", weights="float8_e4m3fn").arrays()
+    device = Target("xla", platform, "some device", architecture)
+    equations = jax.make_jaxpr(lambda x: linear(x, weight, target=device))(x).eqns
+    (product,) = [equation for equation in equations if equation.primitive.name == "dot_general"]
+    assert [operand.aval.dtype for operand in product.invars] == [jnp.dtype(dtype)] * 2
 
 
 def test_rows_of_a_quantized_weight_can_be_taken():
@@ -311,7 +379,7 @@ def test_rows_of_a_quantized_weight_can_be_taken():
 def test_a_product_of_integers_has_no_derivative():
     """Rounding has the derivative 0, which would silently train nothing."""
     x, weight, _ = LinearCase(5, 48, 30, weights="int8").arrays()
-    with pytest.raises(InputError, match="int8 weights has no derivative; train float weights, then quantize them"):
+    with pytest.raises(InputError, match="8-bit weights has no derivative; train float weights, then quantize them"):
         jax.grad(lambda x: linear(x, weight, target=target("reference")).sum())(x)
 
 
@@ -391,7 +459,7 @@ def test_what_does_not_fit_is_refused():
         ((x, packed_weight(weight, 2)), "packed in 2 parts, but this product needs 1"),
         ((x, integers.values), "weight is int8"),
         ((x[:, :16], integers), r"weight has shape \(64, 32\); it must have shape \(64, 16\)"),
-        ((x, QuantizedWeight(weight, integers.scale)), "weight is float32 .* must be an int8 matrix"),
+        ((x, QuantizedWeight(weight, integers.scale)), "weight is float32 .* must be a matrix of int8 or float8"),
         ((x, QuantizedWeight(integers.values, integers.scale.astype(np.float64))), "scales of float64; it must be"),
         ((x, QuantizedWeight(integers.values, integers.scale[1:])), r"scale of weight has shape \(63,\)"),
         ((x, QuantizedWeight(integers.values[0], integers.scale)), r"int8 \(32,\) with scales"),

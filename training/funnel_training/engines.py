@@ -9,6 +9,7 @@ from funnel_engine.checkpoints.native import Checkpoint, read_checkpoint
 from funnel_engine.config import Funnel
 from funnel_engine.funnel_transformer_config import require_model_config
 from funnel_engine.text import read_tokenizer
+from funnel_engine.weights import EIGHT_BITS
 from funnel_kernels.errors import ConfigError
 
 EngineMaker = Callable[[Funnel], Engine]
@@ -43,11 +44,11 @@ def check_untrained(path: str | os.PathLike[str], checkpoint: Checkpoint, role: 
 
 
 def check_trainable(path: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
-    """Raises `ConfigError` if the weights of a checkpoint are integers, which have no derivative."""
-    if checkpoint.dtype == "int8":
+    """Raises `ConfigError` if the weights of a checkpoint have 8 bits, whose products have no derivative."""
+    if checkpoint.dtype in EIGHT_BITS:
         raise ConfigError(
-            f"{path} has int8 weights, which cannot be trained; train the float checkpoint that it was made from, and "
-            "then convert the result: funnel convert TRAINED NEW --dtype int8"
+            f"{path} has {checkpoint.dtype} weights, which cannot be trained; train the float checkpoint that it was "
+            f"made from, and then convert the result: funnel convert TRAINED NEW --dtype {checkpoint.dtype}"
         )
 
 

@@ -19,7 +19,7 @@ from funnel_engine.checkpoints.source import SourceModel
 from funnel_engine.checks import check_flag
 from funnel_engine.config import Funnel, FunnelLike, check_funnel, read_funnel
 from funnel_engine.input_files import is_file, to_path
-from funnel_engine.weights import check_dtype, count_bytes, expected_shapes
+from funnel_engine.weights import EIGHT_BITS, check_dtype, count_bytes, expected_shapes
 from funnel_kernels.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -47,15 +47,15 @@ def convert(
     Args:
         source: a file or folder in one of the formats of docs/checkpoints.md.
         destination: the directory to make.
-        dtype: the dtype to which the weights are rounded: "bfloat16", "float32" or "int8", or the NumPy or JAX dtype.
-            With int8 the matrices of the encoder and its embedding table get a scale for each row, and the other
-            weights are float32.
+        dtype: the dtype to which the weights are rounded: "bfloat16", "float32", "int8" or "float8_e4m3fn", or the
+            NumPy or JAX dtype. With the last two the matrices of the encoder and its embedding table get a scale for
+            each row, and the other weights are float32.
         overwrite: replace `destination` if it is a checkpoint. The old one is kept until the new one is complete.
         funnel: the funnel that `Engine.load` will use if it is given none; as there, it may be a list by length. None
             keeps the source's, which only a converted checkpoint has.
         format: the format of the source, a key of `formats.FORMATS`; None detects it from the content.
         sliding_window: replaces the value in the source's config, if an old save wrote a wrong one.
-        allow_nonfinite: accept weights that are NaN or infinite; not with int8, which cannot represent them.
+        allow_nonfinite: accept weights that are NaN or infinite; not with 8 bits, which cannot represent them.
         base: the folder of the base model, if the source is a LoRA adapter. None finds it in the same folder, beside it
             by the name in adapter_config.json, or where that says.
 
@@ -67,8 +67,10 @@ def convert(
     """
     dtype = check_dtype(dtype)
     overwrite, allow_nonfinite = check_flag("overwrite", overwrite), check_flag("allow_nonfinite", allow_nonfinite)
-    if dtype == "int8" and allow_nonfinite:
-        raise ConfigError("int8 cannot represent NaN or infinity; leave allow_nonfinite out, or use dtype='bfloat16'")
+    if dtype in EIGHT_BITS and allow_nonfinite:
+        raise ConfigError(
+            f"{dtype} cannot represent NaN or infinity; leave allow_nonfinite out, or use dtype='bfloat16'"
+        )
     source, destination = to_path(source), to_path(destination)
     destination = prepare_destination(destination, source, overwrite)
     model = read_source(source, format, sliding_window, None if base is None else to_path(base))

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from funnel_engine.checkpoints.architectures import find_config
 from funnel_engine.checkpoints.hugging_face import NORMS
-from funnel_engine.checkpoints.safetensors_file import INT8_WITH_SCALES, DequantizedTensor, StoredTensor
+from funnel_engine.checkpoints.safetensors_file import WITH_SCALES, DequantizedTensor, StoredTensor
 from funnel_engine.checkpoints.source import SourceModel
 from funnel_engine.checkpoints.tensors import (
     FLOAT_DTYPES,
@@ -103,7 +103,7 @@ def read_gemma_pytorch(path: Path, sliding_window: int | None = None) -> SourceM
     directory = path if path.is_dir() else path.parent
     vocabulary = tensors[embedder].shape[0]
     config = find_config(directory, tensors, lambda config: encoder_parts(config, embedder), vocabulary, sliding_window)
-    dtypes = (*FLOAT_DTYPES, INT8_WITH_SCALES)
+    dtypes = (*FLOAT_DTYPES, *WITH_SCALES)
     weights, dropped = assemble(path, encoder_parts(config, embedder), tensors, DROPPED, dtypes)
     text, tokenizer_file = find_tokenizer(directory, config)
     return SourceModel(

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from funnel_engine.checkpoints.safetensors_file import (
-    INT8_WITH_SCALES,
+    WITH_SCALES,
     DequantizedTensor,
     StoredTensor,
     map_tensors,
@@ -114,7 +114,7 @@ class Manifest:
     """The content of funnel.json. A change that older engines cannot read needs a new `version`.
 
     Attributes:
-        dtype: "float32", "bfloat16" or "int8"; `weights.tensor_types` says what dtype each tensor has.
+        dtype: one of `weights.DTYPES`; `weights.tensor_types` says what dtype each tensor has.
         quantized: see `SourceModel`.
         funnel: the funnel that the model is meant to run with; `Engine.load` uses it.
         training: how the weights were trained for this funnel; None if they were not.
@@ -168,7 +168,7 @@ def matches(path: Path) -> bool:
 
 
 def read_checkpoint(path: str | os.PathLike[str], *, verify: bool = False) -> Checkpoint:
-    """Opens a directory that `convert` wrote, without reading the weights, except for the scales of int8 matrices.
+    """Opens a directory that `convert` wrote, without reading the weights, except for the scales of matrices of 8 bits.
 
     Args:
         verify: read every file and compare its SHA-256 with the manifest's. Sizes are always compared.
@@ -326,8 +326,8 @@ def read_source(directory: Path, sliding_window: int | None = None) -> SourceMod
     shapes = expected_shapes(manifest.config, manifest.head)
     parts = {name: (Part(name, shape),) for name, shape in shapes.items()}
     tensors = join_scales(read_shards(directory, manifest, files), DequantizedTensor)
-    weights, dropped = assemble(directory, parts, tensors, dtypes=(*ACTIVATIONS, INT8_WITH_SCALES))
-    matrices = sum(tensor.dtype == INT8_WITH_SCALES for tensor in tensors.values())
+    weights, dropped = assemble(directory, parts, tensors, dtypes=(*ACTIVATIONS, *WITH_SCALES))
+    matrices = sum(tensor.dtype in WITH_SCALES for tensor in tensors.values())
     return SourceModel(
         format="funnel",
         config=manifest.config,
@@ -339,7 +339,7 @@ def read_source(directory: Path, sliding_window: int | None = None) -> SourceMod
         directory=directory,
         funnel=manifest.funnel,
         training=manifest.training,
-        quantized=manifest.quantized | ({"int8": matrices} if matrices else {}),
+        quantized=manifest.quantized | ({manifest.dtype: matrices} if matrices else {}),
     )
 
 
@@ -371,7 +371,7 @@ def write_checkpoint(
     values: dict[str, Iterator[np.ndarray]] = {}
     for name, shape in shapes.items():
         if name + SCALE in types:
-            values[name], values[name + SCALE] = quantized(model.weights[name], shape[1])
+            values[name], values[name + SCALE] = quantized(model.weights[name], shape[1], dtype)
         else:
             values[name] = rounded(model.weights[name], types[name].dtype, allow_nonfinite)
     with hashing(model.files) as source_files:
@@ -429,13 +429,15 @@ def plan_shards(types: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, dict[str
     return {f"weights-{i:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups, start=1)}
 
 
-def quantized(parts: tuple[Rows, ...], in_features: int) -> tuple[Iterator[np.ndarray], Iterator[np.ndarray]]:
-    """The int8 values of a matrix in pieces, and the scales of its rows, to be read after all values."""
+def quantized(
+    parts: tuple[Rows, ...], in_features: int, dtype: str
+) -> tuple[Iterator[np.ndarray], Iterator[np.ndarray]]:
+    """The values of 8 bits of a matrix in pieces, and the scales of its rows, to be read after all values."""
     scales: list[np.ndarray] = []
 
     def values() -> Iterator[np.ndarray]:
         for piece in rounded(parts, DTYPES["float32"], allow_nonfinite=False):
-            matrix = quantize(piece.reshape(-1, in_features))
+            matrix = quantize(piece.reshape(-1, in_features), dtype)
             scales.append(matrix.scale)
             yield matrix.values
 
@@ -452,7 +454,7 @@ def rounded(parts: tuple[Rows, ...], dtype: np.dtype, allow_nonfinite: bool) -> 
                 raise CheckpointError(
                     f"tensor {rows.tensor.name} in {rows.tensor.path} contains NaN, infinity or a value too large for "
                     f"{dtype}; the model is broken, so train or fetch it again (--allow-nonfinite accepts it, but not "
-                    "for int8)"
+                    "for 8 bits)"
                 )
             yield values
 

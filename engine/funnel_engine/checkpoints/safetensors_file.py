@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from funnel_engine.input_files import open_file, parse_json, read_array, reading
-from funnel_engine.weights import SCALE
+from funnel_engine.weights import EIGHT_BITS, SCALE
 from funnel_kernels.errors import CheckpointError
 
 # The dtypes whose values can be read. A file may contain tensors of other dtypes if they are not needed.
@@ -29,8 +29,9 @@ DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype(np.float16),
     "I8": np.dtype(np.int8),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
 }
-INT8_WITH_SCALES = "int8 with scales"
+WITH_SCALES = tuple(f"{dtype} with scales" for dtype in EIGHT_BITS)
 SPELLINGS = {dtype: spelling for spelling, dtype in DTYPES.items()}
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 MAX_AXES = 16  # of a tensor; limits the number of digits of its size
@@ -65,7 +66,7 @@ class StoredTensor(NamedTuple):
 
 
 class DequantizedTensor(NamedTuple):
-    """An int8 matrix with a scale for each row, which is read as float32 (a `tensors.SourceTensor`)."""
+    """A matrix of 8 bits with a scale for each row, which is read as float32 (a `tensors.SourceTensor`)."""
 
     weight: StoredTensor
     scale: StoredTensor
@@ -84,12 +85,12 @@ class DequantizedTensor(NamedTuple):
 
     @property
     def dtype(self) -> str:
-        return INT8_WITH_SCALES
+        return f"{self.weight.dtype} with scales"
 
     def read(self, at: tuple[int, ...], start: int, stop: int) -> np.ndarray:
         assert at == (), "a quantized tensor is a matrix and is read by rows"
         scale = self.scale.read((), start, stop).astype(np.float32)
-        return self.weight.read((), start, stop) * scale[:, None]
+        return self.weight.read((), start, stop).astype(np.float32) * scale[:, None]
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:

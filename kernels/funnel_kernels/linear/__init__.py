@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from funnel_kernels.add_norm import add_norm
 from funnel_kernels.checks import check_choice, check_float, check_shape
 from funnel_kernels.errors import InputError
-from funnel_kernels.linear.packed import PackedWeight, QuantizedWeight, Weight, prepare, quantize
+from funnel_kernels.linear.packed import LARGEST, PackedWeight, QuantizedWeight, Weight, prepare, quantize
 from funnel_kernels.op import Op
 from funnel_kernels.target import Target
 
@@ -47,11 +47,12 @@ def linear(
 
     The sum is rounded once. On an accelerator the product may also be rounded to the dtype of `add` before the sum.
     With an int8 weight the rows of `x` are rounded to 8-bit integers too, see `reference.integer_product`; XLA
-    multiplies them as they are. This holds for all four products.
+    multiplies them as they are. With one of float8_e4m3fn they are rounded to that by every backend that serves it,
+    which "cpu" does not, see `reference.float8_product`. This holds for all four products.
 
     Args:
         x: float32 or bfloat16.
-        weight: in the dtype of `x`, bfloat16, or int8 (`quantize`), as `prepare` returns it for the target.
+        weight: in the dtype of `x`, bfloat16, or 8 bits wide (`quantize`), as `prepare` returns it for the target.
         add: in the dtype of `x`, e.g. the residual stream.
         bias: float32 or bfloat16.
         activation: see `gated_linear`.
@@ -137,7 +138,7 @@ def linear_add_norm(
 
     Args:
         x: float32 or bfloat16.
-        weight: in the dtype of `x`, bfloat16 or int8, as `prepare` returns it for the target.
+        weight: in the dtype of `x`, bfloat16 or 8 bits wide, as `prepare` returns it for the target.
         add: in the dtype of `x`, the residual stream.
         norm_weight: zero-centred weight of the norm of the sum (the factor is `1 + weight`).
         update_weight: if given, the product is normalised before it is added (the post-norms of Gemma 2 and 3).
@@ -197,7 +198,7 @@ def project_heads(
 
     Args:
         x: float32 or bfloat16.
-        weight: in the dtype of `x`, bfloat16 or int8, as `prepare` returns it for the target.
+        weight: in the dtype of `x`, bfloat16 or 8 bits wide, as `prepare` returns it for the target.
         cos, sin: float32, cosines and sines of the d / 2 angles of each row.
         norms: for each result, the zero-centred weight of an RMSNorm over d before the rotation (the factor is
             `1 + weight`), or None for no norm.
@@ -244,10 +245,10 @@ def check_product(x: jax.Array, weight: Any) -> None:
     """Raises `InputError` unless `x` [N, in] can be multiplied with `weight` [out, in]."""
     check_float("x", x, ndim=2)
     if isinstance(weight, QuantizedWeight):
-        if (weight.values.dtype, weight.scale.dtype) != (jnp.int8, jnp.float32) or weight.values.ndim != 2:
+        if str(weight.dtype) not in LARGEST or weight.scale.dtype != jnp.float32 or weight.values.ndim != 2:
             raise InputError(
-                f"weight is {weight.values.dtype} {weight.shape} with scales of {weight.scale.dtype}; it must be an "
-                "int8 matrix with float32 scales, as `quantize` returns it"
+                f"weight is {weight.values.dtype} {weight.shape} with scales of {weight.scale.dtype}; it must be a "
+                f"matrix of {' or '.join(LARGEST)} with float32 scales, as `quantize` returns it"
             )
         check_shape("scale of weight", weight.scale, weight.shape[:1])
     elif not isinstance(weight, PackedWeight):

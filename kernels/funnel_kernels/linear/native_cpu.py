@@ -8,7 +8,7 @@ import funnel_native
 from funnel_kernels import native_calls
 from funnel_kernels.add_norm.native_cpu import add_norm
 from funnel_kernels.linear import ACTIVATIONS, xla
-from funnel_kernels.linear.packed import PackedWeight, Weight
+from funnel_kernels.linear.packed import PackedWeight, QuantizedWeight, Weight
 from funnel_kernels.shapes import Angles, Heads, Rows, Vector
 from funnel_kernels.target import Target, Unsupported
 
@@ -163,6 +163,8 @@ def generate_code(x: Rows, weight: Weight, out_features: int, target: Target, st
 def check(weight: Weight, target: Target) -> None:
     """Raises `Unsupported` unless the kernels can multiply with this weight."""
     native_calls.check(target)
+    if isinstance(weight, QuantizedWeight) and weight.dtype == jnp.float8_e4m3fn:
+        raise Unsupported("no processor multiplies float8; use int8 weights on a CPU")
     if not isinstance(weight, PackedWeight):
         over_mesh = not jax.sharding.get_abstract_mesh().empty
         raise Unsupported(

@@ -23,7 +23,8 @@ def linear(
     if isinstance(weight, PackedWeight):
         raise Unsupported("the weight is packed for backend 'cpu'; give the plain weight")
     if isinstance(weight, QuantizedWeight):
-        product = integer_product(widened(x), weight.values, weight.scale)
+        multiply = integer_product if weight.dtype == jnp.int8 else float8_product
+        product = multiply(widened(x), weight.values, weight.scale)
     else:
         product = jnp.matmul(widened(x), widened(weight).T, precision=HIGHEST)
     result = finish(product, bias, activation)
@@ -46,15 +47,42 @@ def integer_product(x: Rows, values: jax.Array, scale: Vector) -> Rows:
     padding = [(0, 0), (0, -x.shape[1] % GROUP)]
     x, values = (jnp.pad(array, padding).reshape(array.shape[0], -1, GROUP) for array in (x, values))
     largest = jnp.max(jnp.abs(x), axis=2)  # [N, groups]
-    x_scale, inverse = (jnp.where(largest < SMALLEST, 0.0, value) for value in (largest / LARGEST, LARGEST / largest))
+    x_scale, inverse = scales(largest, "int8")
     integers = jnp.rint(x * inverse[..., None]).astype(jnp.int8)
     sums = jnp.einsum("ngi,ogi->ngo", integers, values, preferred_element_type=jnp.int32)
     return (sums * x_scale[..., None]).sum(axis=1) * scale
 
 
+def scales(largest: jax.Array, dtype: str) -> tuple[jax.Array, jax.Array]:
+    """The scale of numbers whose largest absolute value is given, and its inverse; both 0 where that is 0."""
+    top = LARGEST[dtype]
+    scale, inverse = (jnp.where(largest < SMALLEST, 0.0, value) for value in (largest / top, top / largest))
+    return scale, inverse
+
+
+@jax.custom_jvp
+def float8_product(x: Rows, values: jax.Array, scale: Vector) -> Rows:
+    """The product with weights of float8_e4m3fn, [N, out]: x is rounded to it too, with a scale for each row.
+
+    Products of two such numbers are exact in float32.
+    """
+    rounded, x_scale = float8_rows(x)
+    return jnp.matmul(rounded.astype(x.dtype), values.astype(x.dtype).T, precision=HIGHEST) * x_scale * scale
+
+
+def float8_rows(x: Rows) -> tuple[Rows, jax.Array]:
+    """Rows as float8_e4m3fn, rounded to nearest, ties to even, and the scale of each, [N, 1] float32.
+
+    The scale is a 448th of the largest absolute value. A row whose largest is below SMALLEST is 0.
+    """
+    x_scale, inverse = scales(jnp.max(jnp.abs(widened(x)), axis=1, keepdims=True), "float8_e4m3fn")
+    return (widened(x) * inverse).astype(jnp.float8_e4m3fn), x_scale
+
+
 @integer_product.defjvp
+@float8_product.defjvp
 def refuse_derivative(arrays: tuple[jax.Array, ...], directions: tuple[jax.Array, ...]) -> NoReturn:
-    raise InputError("the product with int8 weights has no derivative; train float weights, then quantize them")
+    raise InputError("the product with 8-bit weights has no derivative; train float weights, then quantize them")
 
 
 def gated_linear(x: Rows, weight: Weight, up: Rows | None, bias: Vector | None = None, *, activation: str) -> Rows:

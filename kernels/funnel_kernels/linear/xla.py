@@ -1,5 +1,6 @@
-"""Products by XLA: operands in their own dtype, accumulated in float32. Of int8 only the weights are."""
+"""Products by XLA, accumulated in float32: operands in their own dtype. Of int8 only weights are; of float8 both."""
 
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -9,10 +10,12 @@ import jax.numpy as jnp
 
 from funnel_kernels.add_norm import add_norm
 from funnel_kernels.linear.packed import PackedWeight, QuantizedWeight, Weight
-from funnel_kernels.linear.reference import activate, finish
+from funnel_kernels.linear.reference import activate, finish, float8_rows
 from funnel_kernels.norm import rms_norm, sum_dtype, widened
 from funnel_kernels.shapes import Angles, Heads, Rows, Vector
 from funnel_kernels.target import Target, Unsupported
+
+DIMENSIONS = (((1,), (1,)), ((), ()))  # of x @ weight.T
 
 
 def linear(
@@ -25,7 +28,7 @@ def linear(
     target: Target,
 ) -> Rows:
     if add is None:
-        return finish(project(x, weight, sum_dtype(x.dtype)), bias, activation)
+        return finish(project(x, weight, sum_dtype(x.dtype), target), bias, activation)
     # On a CPU the float32 sum is rounded once. An accelerator's compiler would remove that rounding and keep the
     # residual stream in float32 from layer to layer, which doubles the memory traffic and breaks the promised dtype. So
     # there the product is rounded and then the sum, as in transformers. If XLA fuses both into one cuBLASLt call, only
@@ -141,19 +144,35 @@ def per_head(function: Callable[..., jax.Array], x: Heads, head_dim: int, *table
 def narrow_product(x: Rows, weight: Weight, bias: Vector | None, target: Target) -> Rows:
     """The product and its bias: float32 on a CPU; on an accelerator their sum is rounded once, to the dtype of x."""
     if bias is None and target.platform != "cpu":
-        return project(x, weight, x.dtype)
-    wide = finish(project(x, weight, sum_dtype(x.dtype)), bias, None)
+        return project(x, weight, x.dtype, target)
+    wide = finish(project(x, weight, sum_dtype(x.dtype), target), bias, None)
     return wide if target.platform == "cpu" else wide.astype(x.dtype)
 
 
-def project(x: Rows, weight: Weight, result: Any) -> Rows:
+def project(x: Rows, weight: Weight, result: Any, target: Target) -> Rows:
     if isinstance(weight, PackedWeight):
         raise Unsupported("the weight is packed for backend 'cpu'; give the plain weight")
+    if isinstance(weight, QuantizedWeight) and weight.dtype == jnp.float8_e4m3fn:
+        return float8_project(x, weight, result, target)
     if isinstance(weight, QuantizedWeight):  # 8-bit integers are exact in bfloat16
-        product = project(x, weight.values.astype(x.dtype), sum_dtype(x.dtype))
+        product = project(x, weight.values.astype(x.dtype), sum_dtype(x.dtype), target)
         return (product * weight.scale).astype(result)
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    dimensions = (((1,), (1,)), ((), ()))
     return jax.lax.dot_general(
-        x, weight.astype(x.dtype), dimensions, precision=precision, preferred_element_type=result
+        x, weight.astype(x.dtype), DIMENSIONS, precision=precision, preferred_element_type=result
     )
+
+
+def float8_project(x: Rows, weight: QuantizedWeight, result: Any, target: Target) -> Rows:
+    """The product of float8 numbers, and then the scales of rows and of columns.
+
+    cuBLASLt multiplies them on GPUs of compute capability 8.9 and newer. Elsewhere they are widened to bfloat16, in
+    which they are exact.
+    """
+    rounded, x_scale = float8_rows(x)
+    is_nvidia = target.platform == "gpu" and re.fullmatch(r"\d+\.\d+", target.architecture)
+    dtype = jnp.float8_e4m3fn if is_nvidia and float(target.architecture) >= 8.9 else jnp.bfloat16
+    product = jax.lax.dot_general(
+        rounded.astype(dtype), weight.values.astype(dtype), DIMENSIONS, preferred_element_type=jnp.float32
+    )
+    return (product * x_scale * weight.scale).astype(result)

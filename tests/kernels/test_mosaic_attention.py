@@ -5,7 +5,6 @@ environment of their own.
 """
 
 import importlib
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from attention_oracle import oracle
 from funnel_kernels import BackendUnavailable, Target, attention
 from funnel_kernels.attention import mosaic_gpu
 from option_grid import (
@@ -26,23 +26,6 @@ from option_grid import (
 
 H100 = "NVIDIA H100 80GB HBM3"
 simulated = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="needs JAX 0.11, see `make mosaic`")
-
-
-def oracle(case):
-    """Float64, one row and one head at a time. Returns the output and `sum of weight * |v|`."""
-    q, k, v, lo, hi = (np.asarray(array, np.float64 if array.ndim == 2 else None) for array in case.arrays())
-    scale, d = case.options()["scale"], case.head_dim
-    out, size = np.zeros((2, *q.shape))
-    for row, head in itertools.product(np.flatnonzero(lo < hi), range(case.heads)):
-        of_q, of_k = (slice(n * d, (n + 1) * d) for n in (head, head * case.kv_heads // case.heads))
-        keys, values = (array[lo[row] : hi[row], of_k] for array in (k, v))
-        scores = keys @ q[row, of_q] * scale
-        if case.softcap is not None:
-            scores = case.softcap * np.tanh(scores / case.softcap)
-        weights = np.exp(scores - scores.max())
-        weights = weights / weights.sum()
-        out[row, of_q], size[row, of_q] = weights @ values, weights @ np.abs(values)
-    return out, size
 
 
 @pytest.fixture
